@@ -1,0 +1,20 @@
+"""FusionKit: many fine-tuned models of one base, as the base and a small delta per task."""
+
+from fusionkit.bundle import Bundle as Bundle
+from fusionkit.checkpoint import Checkpoint as Checkpoint
+from fusionkit.codec import DeltaCodec as DeltaCodec
+from fusionkit.codec import Encoded as Encoded
+from fusionkit.codec import TensorCodec as TensorCodec
+from fusionkit.codecs.dense import Dense as Dense
+from fusionkit.codecs.emr import EMR as EMR
+from fusionkit.codecs.merged import Merged as Merged
+from fusionkit.codecs.prune import MagnitudePrune as MagnitudePrune
+from fusionkit.codecs.svd import SVD as SVD
+from fusionkit.compress import add_tasks as add_tasks
+from fusionkit.compress import compress as compress
+from fusionkit.family import Family as Family
+from fusionkit.merge import TIES as TIES
+from fusionkit.merge import Elect as Elect
+from fusionkit.merge import Mean as Mean
+from fusionkit.merge import Merge as Merge
+from fusionkit.merge import TaskArithmetic as TaskArithmetic

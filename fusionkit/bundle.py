@@ -1,0 +1,310 @@
+"""A bundle: a folder that holds a family's compressed deltas.
+
+    manifest.json           what is in it: codec, base, tasks, sizes, checksums (manifest.py)
+    shared.safetensors      the parts that all tasks share; absent if there are none
+    task-<name>.safetensors one per task: its parts, private and exact tensors; <name> is
+                            percent-encoded
+
+All tensor files are plain safetensors (partfile.py). A tensor's parts are keyed `<tensor>/<part>`;
+the part `tensor` is reserved for private and exact tensors, stored whole. Parts of the whole model
+are keyed `/<part>`. The base is not in the bundle: it is known by fingerprint and checked on use.
+Files are written under temporary names and renamed, the manifest last: whatever is interrupted,
+a bundle that can be opened is whole.
+"""
+
+import shutil
+import tempfile
+import weakref
+from collections import ChainMap
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from urllib.parse import quote
+
+import torch
+from torch import Tensor
+
+from fusionkit.checkpoint import Checkpoint, Source
+from fusionkit.codec import WHOLE_MODEL, DeltaCodec, Parts
+from fusionkit.errors import BundleError
+from fusionkit.manifest import FILE, Manifest, reopen_base
+from fusionkit.partfile import PartFile
+from fusionkit.registry import from_config
+
+SHARED = "shared.safetensors"
+WHOLE = "tensor"
+"""The reserved part: the tensor itself, as the task has it."""
+
+
+class Bundle:
+    """A family's compressed deltas on disk; opening one reads the manifest and nothing else.
+
+    Args:
+        path: the bundle's folder.
+        base: the base model, where it is not where the manifest says.
+
+    Attributes:
+        path: the bundle's folder.
+        manifest: what it says of itself.
+        codec: the codec that decodes it.
+
+    Raises:
+        BundleError: the folder holds no bundle, or a file of it is missing or truncated.
+        PluginError: its codec is not installed.
+    """
+
+    def __init__(self, path: str | Path, base: Source | Checkpoint | None = None) -> None:
+        self.path = Path(path)
+        self.manifest = Manifest.read(self.path)
+        codec = from_config(self.manifest.codec)
+        if not isinstance(codec, DeltaCodec):
+            raise BundleError(f"{self.path / FILE}: '{codec.id}' is no codec; compress again")
+        self.codec: DeltaCodec = codec
+        self._base = None if base is None else Checkpoint.of(base)
+        self._base_checked = False
+        self._shared = (
+            PartFile(self.path / SHARED, self.manifest.shared) if self.manifest.shared else None
+        )
+        self._files = {
+            task: PartFile(self.path / task_file(task), record.file)
+            for task, record in self.manifest.tasks.items()
+        }
+
+    @classmethod
+    def load(cls, path: str | Path, base: Source | Checkpoint | None = None) -> "Bundle":
+        """Open the bundle in a folder; the same as `Bundle(path, base)`."""
+        return cls(path, base)
+
+    @classmethod
+    def temporary(cls, path: Path, base: Checkpoint) -> "Bundle":
+        """Open a bundle whose folder goes when the object does."""
+        bundle = cls(path, base)
+        weakref.finalize(bundle, shutil.rmtree, path, ignore_errors=True)
+        return bundle
+
+    def __repr__(self) -> str:
+        return f"Bundle({str(self.path)!r}, {self.codec!r}, {len(self.tasks)} tasks)"
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks' names."""
+        return tuple(self.manifest.tasks)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk: the manifest, the shared parts and every task's file."""
+        files = [record.file for record in self.manifest.tasks.values()]
+        if self.manifest.shared:
+            files.append(self.manifest.shared)
+        return (self.path / FILE).stat().st_size + sum(file.bytes for file in files)
+
+    @property
+    def bits_per_parameter(self) -> float:
+        """Stored bits per compressed parameter, the shared parts spread over the tasks.
+
+        Private and exact tensors are in `nbytes` but not in here.
+        """
+        private = sum(record.private_bytes for record in self.manifest.tasks.values())
+        parameters = self.manifest.base.parameters * len(self.tasks)
+        return 8 * (self.nbytes - private) / max(parameters, 1)
+
+    @cached_property
+    def base(self) -> Checkpoint:
+        """The base model: as given, or opened from where it was; its fingerprint is checked.
+
+        Raises:
+            BundleError: it was not given and can't be found.
+            WrongBaseError: it is another model.
+        """
+        base = self._base if self._base is not None else reopen_base(self.manifest.base)
+        self.manifest.base.check(base, base.label)
+        return base
+
+    def delta(self, task: str, name: str, device: torch.device | None = None) -> Tensor | None:
+        """Decode one task's delta of one tensor; nothing else is read.
+
+        Returns:
+            float32 `(*shape)` on `device`, or None where nothing is stored (the delta is zero).
+
+        Raises:
+            BundleError: the bundle has no such task or tensor, or a file was changed.
+        """
+        record = self.manifest.base.tensors.get(name)
+        if record is None or record.role != "delta":
+            raise BundleError(f"{self.path}: holds no deltas of a tensor '{name}'")
+        parts = self._task(task).parts(name, device)
+        shared = self.shared_parts(name, device)
+        if not parts and not shared:
+            return None
+        shape = torch.Size(record.shape)
+        delta = self.codec.decode(
+            ChainMap(parts, shared, self._whole_model(task, device)), shape
+        )
+        if delta.shape != shape:
+            raise BundleError(
+                f"{self.path}: '{name}' of task '{task}' decodes to shape {list(delta.shape)}, "
+                f"expected {record.shape}; the codec {self.codec!r} is at fault"
+            )
+        return delta
+
+    def shared_parts(self, name: str, device: torch.device | None = None) -> Parts:
+        """The parts of a tensor that all tasks share."""
+        return self._shared.parts(name, device) if self._shared else {}
+
+    def private_tensors(self, task: str) -> Iterator[tuple[str, Tensor]]:
+        """A task's private tensors, whole, in their own dtype."""
+        for name in self.manifest.tasks[self._known(task)].private:
+            yield name, self._task(task).parts(name)[WHOLE]
+
+    def write_into(
+        self, task: str, base: Mapping[str, Tensor], out: Mapping[str, Tensor]
+    ) -> None:
+        """Rebuild a task's weights from the base into `out` (all but private ones).
+
+        θ̂ = θ₀ + δ̂ is formed in float32 and rounded once, to `out`'s dtype. Always from the
+        base, never from what `out` holds: the result does not depend on what was there.
+
+        Args:
+            task: one of `tasks`.
+            base: the base's tensors by name.
+            out: tensors to write into, by name; on any device.
+
+        Raises:
+            BundleError: the bundle has no such task, or a file was changed.
+        """
+        for name, tensor in self.manifest.base.tensors.items():
+            whole = self._task(task).parts(name) if tensor.role == "exact" else {}
+            if name not in out and not whole:
+                continue  # a frozen tensor or buffer that this model does not save
+            target = out[name]
+            if tensor.role == "delta":
+                delta = self.delta(task, name, target.device)
+                if delta is None:
+                    target.copy_(base[name])
+                elif target.dtype == base[name].dtype == torch.float32:
+                    torch.add(base[name], delta, out=target)
+                else:
+                    target.copy_(delta.add_(base[name].to(torch.float32)))
+            else:
+                target.copy_(whole.get(WHOLE, base[name]))
+
+    def state_dict(self, task: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """A task's whole model: base plus decoded delta, private tensors included.
+
+        Args:
+            task: one of `tasks`.
+            dtype: of all floating-point tensors; by default the base's own, and private
+                tensors as they were stored.
+
+        Returns:
+            tensors by name on the CPU; tied names share one tensor.
+
+        Raises:
+            BundleError: the bundle has no such task, its base can't be found, or a file was
+                changed.
+            WrongBaseError: the base at hand is another model.
+        """
+        self._known(task)
+        base = self.base
+        state = {}
+        for name, tensor in self.manifest.base.tensors.items():
+            stored = base[name].dtype
+            target = dtype if dtype and stored.is_floating_point else stored
+            state[name] = torch.empty(tensor.shape, dtype=target)
+        self.write_into(task, base, state)
+        for name, value in self.private_tensors(task):
+            state[name] = value.to(dtype) if dtype and value.is_floating_point() else value
+        for alias, name in self.manifest.base.tied.items():
+            state.setdefault(alias, state[name])
+        return state
+
+    def save(self, path: str | Path, overwrite: bool = False) -> None:
+        """Copy the bundle to another folder.
+
+        Raises:
+            BundleError: the folder exists (and `overwrite` is not set), or the disk is full.
+        """
+        with new_folder(Path(path), overwrite) as folder:
+            for file in self.path.iterdir():
+                shutil.copyfile(file, folder / file.name)
+
+    def remove(self, task: str) -> None:
+        """Remove a task; the other tasks' files are not touched.
+
+        Raises:
+            BundleError: the bundle has no such task, or it is the last one.
+        """
+        tasks = dict(self.manifest.tasks)
+        del tasks[self._known(task)]
+        if not tasks:
+            raise BundleError(f"{self.path}: '{task}' is the last task; delete the folder instead")
+        self.update(replace(self.manifest, tasks=tasks))
+        (self.path / task_file(task)).unlink()
+
+    def update(self, manifest: Manifest) -> None:
+        """Write a new manifest, and see the tasks that it names."""
+        manifest.write(self.path)
+        self.manifest = manifest
+        self._files = {
+            task: PartFile(self.path / task_file(task), record.file)
+            for task, record in manifest.tasks.items()
+        }
+
+    def _known(self, task: str) -> str:
+        if task not in self.manifest.tasks:
+            raise BundleError(f"{self.path}: has no task '{task}'; it has {', '.join(self.tasks)}")
+        return task
+
+    def _task(self, task: str) -> PartFile:
+        return self._files[self._known(task)]
+
+    def _whole_model(self, task: str, device: torch.device | None) -> dict[str, Tensor]:
+        own = self._task(task).parts(WHOLE_MODEL, device)
+        return {**self.shared_parts(WHOLE_MODEL, device), **own}
+
+
+def task_file(task: str) -> str:
+    """The name of a task's file; never a path, whatever the task is called."""
+    return f"task-{quote(task, safe='')}.safetensors"
+
+
+class new_folder:  # noqa: N801 (used as a function)
+    """A context in which a folder is filled under a temporary name; it appears whole or not at all.
+
+    Args:
+        path: the folder to make.
+        overwrite: replace a folder that is there.
+
+    Raises:
+        BundleError: it exists and `overwrite` is not set; or the disk is full.
+    """
+
+    def __init__(self, path: Path, overwrite: bool = False) -> None:
+        self._path = path
+        self._overwrite = overwrite
+        if path.exists() and not overwrite:
+            raise BundleError(f"{path}: exists; choose another folder, or set overwrite to replace it")
+
+    def __enter__(self) -> Path:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._folder = Path(
+            tempfile.mkdtemp(prefix=f".{self._path.name}.", suffix=".tmp", dir=self._path.parent)
+        )
+        return self._folder
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        if kind is None:
+            if self._path.exists():
+                old = self._folder.with_suffix(".old")
+                self._path.rename(old)
+                self._folder.rename(self._path)
+                shutil.rmtree(old)
+            else:
+                self._folder.rename(self._path)
+            return
+        shutil.rmtree(self._folder, ignore_errors=True)
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            raise BundleError(
+                f"{self._path}: could not be written ({error.strerror}); nothing was left behind"
+            ) from error

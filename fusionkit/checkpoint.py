@@ -1,0 +1,328 @@
+"""One lazy reader for every kind of checkpoint: tensors by name, nothing loaded until asked for."""
+
+import json
+import pickle
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from fusionkit.errors import CheckpointError, listing
+from fusionkit.paths import resolve_package_path
+
+Source = str | Path | nn.Module | Mapping[str, Tensor]
+"""What a checkpoint can be read from; a `Checkpoint` is such a mapping itself."""
+
+_PICKLES = {".pt", ".pth", ".bin", ".ckpt"}
+_WRAPPERS = ("state_dict", "model_state_dict", "model")
+_FOLDER_FILES = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype of a tensor, known without reading it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """What every kind of source comes down to."""
+
+    specs: dict[str, TensorSpec]
+    read: Callable[[str], Tensor]
+    nbytes: int
+    aliases: dict[str, str]
+    buffers: frozenset[str]
+
+
+class Checkpoint(Mapping[str, Tensor]):
+    """A model's tensors by name, read one at a time.
+
+    Reads a safetensors file, a (sharded) Hugging Face folder or its index, a PyTorch
+    `.pt`/`.pth`/`.bin` file, a Lightning `.ckpt`, a live module or a mapping of tensors. Pickles
+    are only opened with `weights_only=True` and memory-mapped. Names that share one tensor (tied
+    weights) are listed in `aliases`; they are entries of the mapping like any other.
+
+    Args:
+        source: a path, module or mapping. `package:NAME/FOLDER` is a folder of an installed
+            Python package.
+        strip_prefix: keep only tensors whose name starts with it, and take it off
+            (`model.` for many Lightning checkpoints).
+        add_prefix: put in front of every name (`bert.` to give a bare encoder the names that it
+            has inside a classifier).
+
+    Attributes:
+        label: how messages and manifests call the source.
+        specs: shape and dtype by name.
+        aliases: tied name → name of the tensor that it shares.
+        buffers: names known to be buffers (a live module's; empty for files).
+        nbytes: bytes on disk of the source's files; of its tensors where it is not a file.
+
+    Raises:
+        CheckpointError: the source can't be read; the message names the file and the mend.
+    """
+
+    def __init__(
+        self,
+        source: str | Path | nn.Module | Mapping[str, Any],
+        strip_prefix: str = "",
+        add_prefix: str = "",
+    ) -> None:
+        self.strip_prefix = strip_prefix
+        self.add_prefix = add_prefix
+        self.label = _label(source)
+        opened = _open(source, self.label)
+        renamed = {
+            add_prefix + name.removeprefix(strip_prefix): name
+            for name in opened.specs
+            if name.startswith(strip_prefix)
+        }
+        if not renamed:
+            raise CheckpointError(
+                f"{self.label}: holds no tensor"
+                + (f" whose name starts with '{strip_prefix}'" if strip_prefix else "")
+            )
+        new = {old: name for name, old in renamed.items()}
+        self._names = renamed
+        self._read = opened.read
+        self.specs = {name: opened.specs[old] for name, old in renamed.items()}
+        self.aliases = {
+            new[alias]: new[target]
+            for alias, target in opened.aliases.items()
+            if alias in new and target in new
+        }
+        self.buffers = frozenset(new[name] for name in opened.buffers if name in new)
+        self.nbytes = opened.nbytes
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Read one tensor in its own dtype; it may share memory with a live source."""
+        try:
+            return self._read(self._names[name])
+        except KeyError:
+            raise KeyError(f"{self.label}: no tensor '{name}'") from None
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise CheckpointError(f"{self.label}: tensor '{name}' can't be read: {error}") from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.specs)
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.specs
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({self.label!r}, {len(self)} tensors)"
+
+    def in_memory(self, device: torch.device | None = None) -> "Checkpoint":
+        """A copy of every tensor, in memory; tied tensors stay tied.
+
+        Args:
+            device: where to; by default each tensor stays where it is.
+        """
+        copies: dict[str, Tensor] = {}
+        for name in self:
+            target = self.aliases.get(name)
+            tensor = self[name] if target is None else copies[target]
+            copies[name] = tensor if target else tensor.to(device or tensor.device, copy=True)
+        copied = Checkpoint(copies)
+        copied.label, copied.buffers = self.label, self.buffers
+        return copied
+
+    @classmethod
+    def of(cls, source: "Source | Checkpoint") -> "Checkpoint":
+        """The source as a checkpoint; one that is a checkpoint already comes back as it is."""
+        return source if isinstance(source, cls) else cls(source)
+
+
+def _label(source: object) -> str:
+    if isinstance(source, str | Path):
+        return str(source)
+    if isinstance(source, nn.Module):
+        return f"{type(source).__name__} (module in memory)"
+    return f"{type(source).__name__} of tensors in memory"
+
+
+def _open(source: object, label: str) -> _Opened:
+    if isinstance(source, Checkpoint):
+        return _Opened(source.specs, source.__getitem__, source.nbytes, source.aliases, source.buffers)
+    if isinstance(source, nn.Module):
+        buffers = frozenset(name for name, _ in source.named_buffers(remove_duplicate=False))
+        return _open_mapping(source.state_dict(), label, buffers=buffers)
+    if isinstance(source, Mapping):
+        return _open_mapping(source, label)
+    if not isinstance(source, str | Path):
+        raise CheckpointError(
+            f"expected a path, a module or a mapping of tensors, got {type(source).__name__}"
+        )
+    path = Path(resolve_package_path(str(source)))
+    if path.is_dir():
+        path = _file_of_folder(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; check the path (relative to {Path.cwd()})")
+    if path.name.endswith(".index.json"):
+        return _open_shards(path)
+    return _open_file(path)
+
+
+def _file_of_folder(folder: Path) -> Path:
+    for name in _FOLDER_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    found = sorted(folder.glob("*.safetensors"))
+    if len(found) == 1 and not (folder / "adapter_config.json").is_file():
+        return found[0]
+    hint = "several .safetensors files and no index" if len(found) > 1 else "no checkpoint file"
+    if (folder / "adapter_config.json").is_file():
+        hint = "a PEFT adapter, not a full checkpoint (merge it into its base and save that)"
+    raise CheckpointError(f"{folder}: {hint}; expected one of {', '.join(_FOLDER_FILES)}")
+
+
+def _open_file(path: Path) -> _Opened:
+    if path.suffix == ".safetensors":
+        return _open_safetensors(path)
+    if path.suffix in _PICKLES:
+        return _open_pickle(path)
+    raise CheckpointError(
+        f"{path}: unknown kind of checkpoint '{path.suffix}'; expected .safetensors, "
+        f"{', '.join(sorted(_PICKLES))}, or a folder of them"
+    )
+
+
+def _open_safetensors(path: Path) -> _Opened:
+    try:
+        handle = safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path}: not a whole safetensors file ({error}); fetch or save it again"
+        ) from error
+    specs = {}
+    for name in handle.keys():  # noqa: SIM118 (not a mapping)
+        view = handle.get_slice(name)
+        if view.get_dtype() not in SAFETENSORS_DTYPES:
+            raise CheckpointError(f"{path}: tensor '{name}' has dtype {view.get_dtype()}, unknown here")
+        specs[name] = TensorSpec(tuple(view.get_shape()), SAFETENSORS_DTYPES[view.get_dtype()])
+    return _Opened(specs, handle.get_tensor, path.stat().st_size, {}, frozenset())
+
+
+def _open_shards(index: Path) -> _Opened:
+    try:
+        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{index}: not a shard index ('weight_map' expected): {error}") from error
+    shards: dict[str, _Opened] = {}
+    for file in sorted(set(weight_map.values())):
+        path = index.parent / file
+        if Path(file).name != file:
+            raise CheckpointError(f"{index}: names a shard outside its own folder: '{file}'")
+        if not path.is_file():
+            raise CheckpointError(f"{index}: names a shard that is missing: '{file}'")
+        shards[file] = _open_file(path)
+    absent = [f"'{n}' in {f}" for n, f in weight_map.items() if n not in shards[f].specs]
+    if absent:
+        raise CheckpointError(f"{index}: names tensors that their shards lack:{listing(absent)}")
+    return _Opened(
+        specs={name: shards[file].specs[name] for name, file in weight_map.items()},
+        read=lambda name: shards[weight_map[name]].read(name),
+        nbytes=sum(shard.nbytes for shard in shards.values()),
+        aliases={a: t for shard in shards.values() for a, t in shard.aliases.items()},
+        buffers=frozenset(),
+    )
+
+
+def _open_pickle(path: Path) -> _Opened:
+    try:
+        loaded = _load_pickle(path)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: holds more than tensors, and is not unpickled since that could run code "
+            f"from the file ({str(error).splitlines()[0]}); save its state dict alone, or as safetensors"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: not a whole PyTorch checkpoint ({str(error).splitlines()[0]}); "
+            "fetch or save it again"
+        ) from error
+    for wrapper in _WRAPPERS:
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
+            loaded = loaded[wrapper]
+            break
+    if not isinstance(loaded, Mapping):
+        raise CheckpointError(f"{path}: expected a state dict, got {type(loaded).__name__}")
+    return _open_mapping(loaded, str(path), nbytes=path.stat().st_size)
+
+
+def _load_pickle(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError as error:
+        if "mmap" not in str(error):
+            raise
+        # Files older than torch 1.6 can't be memory-mapped.
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _open_mapping(
+    tensors: Mapping[str, Any],
+    label: str,
+    nbytes: int | None = None,
+    buffers: frozenset[str] = frozenset(),
+) -> _Opened:
+    wrong = [
+        f"'{name}': {type(value).__name__}"
+        for name, value in tensors.items()
+        if not isinstance(value, Tensor)
+    ]
+    if wrong:
+        raise CheckpointError(f"{label}: expected tensors by name, got{listing(wrong)}")
+    specs = {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    aliases = _shared(tensors)
+    if nbytes is None:
+        nbytes = sum(t.nbytes for name, t in tensors.items() if name not in aliases)
+    return _Opened(
+        specs, lambda name: cast(Tensor, tensors[name]).detach(), nbytes, aliases, buffers
+    )
+
+
+def _shared(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Names whose tensor is, to the byte, the one that an earlier name has (tied weights)."""
+    first: dict[tuple[object, ...], str] = {}
+    aliases = {}
+    for name, tensor in tensors.items():
+        if tensor.numel() == 0 or tensor.device.type == "meta":
+            continue
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+        target = first.setdefault(place, name)
+        if target != name:
+            aliases[name] = target
+    return aliases

@@ -1,0 +1,185 @@
+"""The command line: `compress`, `test` and `compare` read recipes through LightningCLI.
+
+The recipe's schema is the constructors' signatures: `model` is `ReuseModule`, `data` any
+LightningDataModule, `trainer` the Lightning Trainer. The same recipe serves every verb.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from fusionkit import registry
+from fusionkit.errors import FusionKitError
+
+Verb = Callable[[list[str]], None]
+
+OVERVIEW = """usage: fusionkit VERB [options]      (fusionkit VERB --help says more)
+
+with a recipe (--config R.yaml; every setting can be overridden on the command line):
+  compress   compress fine-tuned checkpoints into a bundle
+  test       score every task, from a bundle or compressed on the fly
+  compare    score several codecs over the same checkpoints: table, CSV, plot
+
+on a bundle:
+  inspect    show what a bundle holds
+  export     write one task's whole model to a file
+
+without input:
+  demo       the whole way on a small family of vision models, made on the spot
+  codecs     list the installed codecs and merges
+"""
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run `fusionkit VERB …`; bad input ends with one clear message and exit code 1."""
+    args = sys.argv[1:] if args is None else args
+    if not args or args[0] in ("-h", "--help"):
+        print(OVERVIEW, end="")
+        return
+    verb, rest = args[0], args[1:]
+    if verb not in VERBS:
+        print(f"fusionkit: no verb '{verb}'\n\n{OVERVIEW}", file=sys.stderr, end="")
+        sys.exit(2)
+    try:
+        VERBS[verb](rest)
+    except FusionKitError as error:
+        print(f"fusionkit {verb}: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def compress(args: list[str]) -> None:
+    """Compress fine-tuned checkpoints into a bundle: the recipe's `model.bundle`."""
+    from fusionkit import recipe, report
+
+    cli = recipe.CompressCLI(args)
+    report.show(report.bundle_table(cli.compress()))
+
+
+def test(args: list[str]) -> None:
+    """Score every task of a recipe; writes scores.csv and scores.json to `--out`."""
+    from fusionkit import recipe, report
+
+    cli = recipe.TestCLI(args)
+    scores = cli.test()
+    report.show(scores.table(cli.title()))
+    for path in report.write_rows(scores.rows(), cli.out, "scores"):
+        report.show(f"written: {path}")
+
+
+def compare(args: list[str]) -> None:
+    """Score several codecs over the same checkpoints; writes table and plot to `--out`."""
+    from fusionkit import recipe
+
+    recipe.CompareCLI(args).compare()
+
+
+def inspect(bundle: str) -> None:
+    """Show what a bundle holds, without reading a payload.
+
+    Args:
+        bundle: the bundle's folder.
+    """
+    from fusionkit import report
+    from fusionkit.bundle import Bundle
+
+    opened = Bundle.load(bundle)
+    base = opened.manifest.base
+    report.show(
+        report.bundle_table(opened),
+        f"base: {base.source}\nfingerprint: {base.fingerprint}\n"
+        f"compressed parameters per task: {base.parameters:,} in {len(base.names('delta'))} tensors; "
+        f"exact: {len(base.names('exact'))}; frozen: {len(base.names('frozen'))}\n"
+        f"private: {', '.join(opened.manifest.private) or 'none'}",
+    )
+
+
+def export(
+    bundle: str,
+    task: str,
+    out: str,
+    base: str | None = None,
+    strip_prefix: str = "",
+    add_prefix: str = "",
+    dtype: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write one task's whole model to a file.
+
+    Args:
+        bundle: the bundle's folder.
+        task: the task.
+        out: the file: .safetensors (tied tensors once, as Hugging Face does), .pt or .bin.
+        base: the base model, if it is not where it was when the bundle was made.
+        strip_prefix: taken off the base's tensor names.
+        add_prefix: put in front of the base's tensor names.
+        dtype: of all floating-point tensors: fp32, fp16 or bf16; by default the base's.
+        overwrite: replace the file if it is there.
+    """
+    from fusionkit import report
+    from fusionkit.bundle import Bundle
+    from fusionkit.checkpoint import Checkpoint
+    from fusionkit.export import export_task
+
+    source = None if base is None else Checkpoint(base, strip_prefix, add_prefix)
+    path = export_task(Bundle.load(bundle, source), task, Path(out), dtype, overwrite)
+    report.show(f"written: {path} ({report.size(path.stat().st_size)})")
+
+
+def codecs() -> None:
+    """List the installed codecs and merges, where they come from and what they do."""
+    from rich.table import Table
+
+    from fusionkit import report
+
+    failures = registry.load_all()
+    for group in registry.GROUPS:
+        table = Table("id", "class", "from", "what it does", title=group)
+        for name in registry.names(group):
+            if failure := failures.get(f"{group}:{name}"):
+                table.add_row(name, "", "", f"can't be used: {failure}")
+                continue
+            plugin = registry.load(group, name)
+            what = (plugin.__doc__ or "").strip().splitlines()
+            table.add_row(name, plugin.__name__, " ".join(registry.origin(plugin)), what[0] if what else "")
+        report.show(table)
+
+
+def demo(out: str = "out/demo", cache: str | None = None) -> None:
+    """The whole way on a small family of vision models: train, compress, compare, plot.
+
+    Args:
+        out: folder for the table, the scores and the plot.
+        cache: folder that keeps the trained models; by default the user's cache folder.
+    """
+    from fusionkit import recipe
+
+    recipe.run_demo(Path(out), Path(cache) if cache else None)
+
+
+def _function(function: Callable[..., None], positional: str | None = None) -> Verb:
+    """A verb whose options are a function's parameters."""
+
+    def run(args: list[str]) -> None:
+        from jsonargparse import ArgumentParser
+
+        summary, _, _ = (function.__doc__ or "").partition("\n")
+        parser = ArgumentParser(prog=f"fusionkit {function.__name__}", description=summary)
+        if positional:
+            parser.add_argument(positional, type=str, help=f"the {positional}'s folder")
+        skip = {positional} if positional else set()
+        parser.add_function_arguments(function, skip=skip, as_group=False)
+        function(**parser.parse_args(args).as_dict())
+
+    return run
+
+
+VERBS: dict[str, Verb] = {
+    "compress": compress,
+    "test": test,
+    "compare": compare,
+    "inspect": _function(inspect, "bundle"),
+    "export": _function(export, "bundle"),
+    "codecs": _function(codecs),
+    "demo": _function(demo),
+}
+"""What `fusionkit` can do."""

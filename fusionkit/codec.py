@@ -1,0 +1,103 @@
+"""The extension point: a `DeltaCodec` turns a family's task vectors into payload tensors and back.
+
+The contract, in the order of the data:
+
+1. `encode(family)` streams: it iterates over the family (as often as it needs to: a whole-model
+   number costs a pass) and yields one `Encoded` per tensor, holding what all tasks share and
+   what each task owns. Anything that is one number for the whole model is yielded once, under
+   the name `WHOLE_MODEL`.
+2. `decode(parts, shape)` gives back one task's delta of one tensor from its parts: the tensor's
+   shared ones, the task's own, and the whole-model ones, by name. It is called only where there
+   is a part of the tensor itself; a tensor for which nothing was yielded decodes to zero.
+
+A codec is a frozen dataclass; its fields are its settings, kept in the bundle's manifest as JSON.
+One that handles each tensor of each task alone derives from `TensorCodec` and writes two methods.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fusionkit.family import Family
+from fusionkit.registry import Plugin
+
+Parts = Mapping[str, Tensor]
+"""Payload tensors by name."""
+
+SharedParts = Callable[[str], Parts]
+"""A tensor's name → its shared parts, as a bundle holds them."""
+
+WHOLE_MODEL = ""
+"""The name under which a codec yields what belongs to no tensor in particular."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One tensor's payload.
+
+    Attributes:
+        name: the tensor's name, or `WHOLE_MODEL`.
+        shared: parts that all tasks share, stored once.
+        tasks: per task, in the family's order, the parts it owns; empty: none for any task.
+    """
+
+    name: str
+    shared: Parts = field(default_factory=dict)
+    tasks: Sequence[Parts] = ()
+
+
+class DeltaCodec(Plugin, ABC):
+    """Base class of codecs; a subclass is a frozen dataclass that sets `id`."""
+
+    group: ClassVar[str] = "fusionkit.codecs"
+
+    @abstractmethod
+    def encode(self, family: Family, shared: SharedParts | None = None) -> Iterator[Encoded]:
+        """Compress the family's task vectors.
+
+        Args:
+            family: yields each tensor's task vectors; may be iterated more than once.
+            shared: given when tasks are added to a bundle: its shared parts, to encode against
+                as they are. Codecs without shared parts don't use it.
+
+        Yields:
+            each tensor's payload, tensor by tensor.
+        """
+
+    @abstractmethod
+    def decode(self, parts: Parts, shape: torch.Size) -> Tensor:
+        """Rebuild one task's delta of one tensor.
+
+        Args:
+            parts: the tensor's shared parts and the task's own, and the whole-model ones.
+            shape: the tensor's shape.
+
+        Returns:
+            float32 `(*shape)`, on the parts' device.
+        """
+
+
+class TensorCodec(DeltaCodec):
+    """Base of codecs that handle each tensor of each task alone."""
+
+    @abstractmethod
+    def encode_tensor(self, delta: Tensor, name: str) -> Parts:
+        """Compress one delta.
+
+        Args:
+            delta: float32 `(*shape)`.
+            name: the tensor's name.
+
+        Returns:
+            payload tensors by name; none at all if the delta may come back as zero.
+        """
+
+    def encode(self, family: Family, shared: SharedParts | None = None) -> Iterator[Encoded]:
+        """Encode tensor by tensor, task by task."""
+        for vectors in family:
+            parts = [self.encode_tensor(vectors[t], vectors.name) for t in range(len(vectors))]
+            yield Encoded(vectors.name, tasks=parts)

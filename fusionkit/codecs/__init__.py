@@ -1,0 +1,1 @@
+"""The built-in codecs, registered through entry points like anyone's."""

@@ -1,0 +1,30 @@
+"""Whole deltas, only rounded: the yardstick that compressing codecs are measured against."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fusionkit.codec import Parts, TensorCodec
+from fusionkit.values import ValueDtype, pack_values, unpack_values
+
+
+@dataclass(frozen=True)
+class Dense(TensorCodec):
+    """Keep every value of every delta, in a chosen dtype.
+
+    Args:
+        dtype: how the values are stored.
+    """
+
+    id: ClassVar[str] = "dense"
+    dtype: ValueDtype = "fp16"
+
+    def encode_tensor(self, delta: Tensor, name: str) -> Parts:
+        """The values; none where the delta is zero throughout."""
+        return pack_values(delta.reshape(-1), self.dtype) if delta.any() else {}
+
+    def decode(self, parts: Parts, shape: torch.Size) -> Tensor:
+        """The values in their shape."""
+        return unpack_values(parts, shape.numel(), self.dtype).view(shape)

@@ -1,0 +1,100 @@
+"""EMR-Merging: elect one unified vector, then a mask and a rescaler per task (2405.17461)."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from fusionkit.codec import WHOLE_MODEL, DeltaCodec, Encoded, Parts, SharedParts
+from fusionkit.family import Family, TaskVectors
+from fusionkit.merge import elect
+from fusionkit.packing import pack_bits, unpack_bits
+from fusionkit.values import ValueDtype, pack_values, unpack_values
+
+
+@dataclass(frozen=True)
+class EMR(DeltaCodec):
+    """Elect, mask, rescale: θ̂_t = θ₀ + λ_t M_t ⊙ τ_uni.
+
+    One vector is shared by all tasks; a task owns one bit per parameter and a scalar. The
+    rescaler is Σ|τ_t| / Σ|M_t ⊙ τ_uni| over the whole model, the paper's formula. Adding a task
+    later masks the stored vector, which is then no longer elected from all tasks.
+
+    Args:
+        rescale: `l1`: the paper's formula. `l1_mean`: the authors' code, which sums each tensor's
+            mean instead of its entries. `l2`: ⟨|τ_t|, M_t ⊙ |τ_uni|⟩ / ‖M_t ⊙ τ_uni‖², the least
+            squares optimum. `none`: λ = 1.
+        scope: one rescaler per task over the whole `model`, or one per `tensor`.
+        dtype: how the shared vector's values are stored.
+    """
+
+    id: ClassVar[str] = "emr"
+    rescale: Literal["l1", "l1_mean", "l2", "none"] = "l1"
+    scope: Literal["model", "tensor"] = "model"
+    dtype: ValueDtype = "fp16"
+
+    def encode(self, family: Family, shared: SharedParts | None = None) -> Iterator[Encoded]:
+        """One pass: masks and shared vector as they come, the rescalers at the end."""
+        total = torch.zeros(2, len(family.tasks), dtype=torch.float64)
+        for vectors in family:
+            stored = None if shared is None else self._unified(shared(vectors.name), vectors.shape)
+            elected, masks, ratio = self._tensor(vectors, stored)
+            total += ratio
+            if not elected.any():
+                continue
+            own: list[dict[str, Tensor]] = [{"mask": mask} for mask in masks]
+            if self.scope == "tensor":
+                for parts, rescaler in zip(own, self._rescaler(ratio), strict=True):
+                    parts["rescaler"] = rescaler
+            unified = pack_values(elected, self.dtype, "elected") if shared is None else {}
+            yield Encoded(vectors.name, unified, own)
+        if self.scope == "model":
+            rescalers = self._rescaler(total)
+            yield Encoded(WHOLE_MODEL, tasks=[{"rescaler": rescaler} for rescaler in rescalers])
+
+    def decode(self, parts: Parts, shape: torch.Size) -> Tensor:
+        """λ_t M_t ⊙ τ_uni."""
+        delta = unpack_values(parts, shape.numel(), self.dtype, "elected")
+        delta *= unpack_bits(parts["mask"], shape.numel())
+        return delta.mul_(parts["rescaler"]).view(shape)
+
+    def _tensor(
+        self, vectors: TaskVectors, stored: Tensor | None
+    ) -> tuple[Tensor, list[Tensor], Tensor]:
+        """One tensor's elected vector (flat), packed masks, and the rescalers' two sums `(2, T)`."""
+        count = vectors.shape.numel()
+        elected = torch.empty(count) if stored is None else stored
+        masks = torch.empty(len(vectors), count, dtype=torch.bool)
+        ratio = torch.zeros(2, len(vectors), dtype=torch.float64)
+        for place, block in vectors.blocks():
+            if stored is None:
+                elected[place], masks[:, place] = elect(block)
+            else:
+                torch.gt(block * stored[place], 0, out=masks[:, place])
+            ratio += self._ratio(block, masks[:, place], elected[place])
+        if self.rescale == "l1_mean":
+            ratio /= max(count, 1)
+        return elected, [pack_bits(mask) for mask in masks], ratio
+
+    def _ratio(self, block: Tensor, masks: Tensor, elected: Tensor) -> Tensor:
+        """Numerator and denominator of the rescalers over a block: float64 `(2, T)`."""
+        magnitude = elected.abs()
+        if self.rescale == "l2":
+            sums = (masks * block.abs()) @ magnitude, masks.to(magnitude.dtype) @ magnitude.square()
+        else:
+            sums = block.abs().sum(1), masks.to(magnitude.dtype) @ magnitude
+        return torch.stack(sums).to(torch.float64)
+
+    def _rescaler(self, ratio: Tensor) -> Tensor:
+        """λ per task: float32 `(T, 1)`; 1 where nothing is masked in."""
+        top, bottom = ratio
+        if self.rescale == "none":
+            top, bottom = torch.ones_like(top), torch.ones_like(top)
+        return torch.where(bottom > 0, top / bottom, 1.0).to(torch.float32)[:, None]
+
+    def _unified(self, parts: Parts, shape: torch.Size) -> Tensor:
+        if not parts:
+            return torch.zeros(shape.numel())
+        return unpack_values(parts, shape.numel(), self.dtype, "elected")

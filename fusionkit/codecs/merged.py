@@ -1,0 +1,86 @@
+"""A merged model for every task, and the shared vector that other codecs build on."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusionkit.codec import DeltaCodec, Encoded, Parts, SharedParts
+from fusionkit.family import Family, TaskVectors
+from fusionkit.merge import Mean, Merge
+from fusionkit.values import ValueDtype, pack_values, unpack_values
+
+_PART = "merged"
+
+
+@dataclass(frozen=True)
+class Merged(DeltaCodec):
+    """Plain merging: every task gets the merged model, θ̂_t = θ₀ + τ*; a task owns nothing.
+
+    Args:
+        merge: how the shared vector is computed.
+        dtype: how its values are stored.
+    """
+
+    id: ClassVar[str] = "merged"
+    merge: Merge = field(default_factory=Mean)
+    dtype: ValueDtype = "fp16"
+
+    def encode(self, family: Family, shared: SharedParts | None = None) -> Iterator[Encoded]:
+        """One pass, after those that the merge itself needs."""
+        vector = SharedVector(self.merge, self.dtype, family, shared)
+        for vectors in family:
+            yield Encoded(vectors.name, vector.of(vectors).parts)
+
+    def decode(self, parts: Parts, shape: torch.Size) -> Tensor:
+        """τ*."""
+        return decode_shared(parts, shape, self.dtype)
+
+
+class Stored(NamedTuple):
+    """A shared vector's values as stored (None: there is no merge) and the parts to store."""
+
+    values: Tensor | None
+    parts: Parts
+
+
+class SharedVector:
+    """The shared vector of each tensor, as it will be read back: merged, or a bundle's own.
+
+    Args:
+        merge: how to merge, or None for no shared vector.
+        dtype: how its values are stored.
+        family: whose task vectors to merge.
+        shared: the stored parts, where tasks are added to a bundle.
+    """
+
+    def __init__(
+        self, merge: Merge | None, dtype: ValueDtype, family: Family, shared: SharedParts | None
+    ) -> None:
+        self._merge = merge
+        self._dtype = dtype
+        self._shared = shared
+        self._merge_tensor = merge.prepare(family) if merge and shared is None else None
+
+    def of(self, vectors: TaskVectors) -> Stored:
+        """The shared vector of one tensor, float32 `(*shape)`."""
+        if self._merge is None:
+            return Stored(None, {})
+        if self._merge_tensor is None:
+            assert self._shared is not None
+            return Stored(decode_shared(self._shared(vectors.name), vectors.shape, self._dtype), {})
+        merged = self._merge.vector(self._merge_tensor, vectors)
+        if not merged.any():
+            return Stored(None, {})
+        parts = pack_values(merged.view(-1), self._dtype, _PART)
+        return Stored(decode_shared(parts, vectors.shape, self._dtype), parts)
+
+
+def decode_shared(parts: Parts, shape: torch.Size, dtype: ValueDtype) -> Tensor:
+    """The shared vector, float32 `(*shape)`; zeros where none is stored."""
+    if _PART in parts:
+        return unpack_values(parts, shape.numel(), dtype, _PART).view(shape)
+    device = next((part.device for part in parts.values()), None)
+    return torch.zeros(shape, device=device)

@@ -1,0 +1,210 @@
+"""Compress a family into a bundle: stream, encode, write; and add tasks to one."""
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from fusionkit.bundle import SHARED, WHOLE, Bundle, new_folder, task_file
+from fusionkit.checkpoint import Checkpoint, Source
+from fusionkit.codec import WHOLE_MODEL, DeltaCodec, Encoded, Parts, SharedParts
+from fusionkit.errors import BundleError, CodecError
+from fusionkit.family import Family, TaskVectors
+from fusionkit.manifest import BaseRecord, Manifest, TaskRecord
+from fusionkit.partfile import FileRecord, PartWriter
+from fusionkit.registry import to_config
+
+Progress = Callable[[int, int, int], None]
+"""Called as tensors are read: pass over the family (from 1), tensors done, tensors in all."""
+
+
+def compress(
+    base: Source | Checkpoint,
+    finetuned: Mapping[str, Source | Checkpoint],
+    codec: DeltaCodec,
+    out: str | Path | None = None,
+    *,
+    private: Sequence[str] = (),
+    frozen: Sequence[str] = (),
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Compress fine-tuned models of one base into a bundle.
+
+    Streams tensor by tensor: memory is a few tensors of each model, not the models. Every check
+    that needs no values is made before anything is read, and `out` appears whole or not at all.
+
+    Args:
+        base: the base model: anything that `Checkpoint` reads.
+        finetuned: task name → fine-tuned model: anything that `Checkpoint` reads.
+        codec: how to compress.
+        out: the folder to write; without one the bundle lives in a temporary folder that goes
+            with the object.
+        private: patterns of the tensors that are each task's own (heads): stored whole.
+        frozen: patterns of the tensors that equal the base's in every task: not stored.
+        overwrite: replace `out` if it is there.
+        progress: called after each tensor of each pass.
+
+    Returns:
+        the bundle, opened, with the base at hand.
+
+    Raises:
+        CheckpointError: a checkpoint can't be read.
+        FamilyError: the checkpoints don't fit together, or hold NaN or infinite values.
+        CodecError: the codec can't take these values.
+        PluginError: the codec is not registered, so that the bundle could not be opened again.
+        BundleError: `out` exists, or can't be written.
+    """
+    if not isinstance(codec, DeltaCodec):
+        raise CodecError(f"expected a DeltaCodec, got {codec!r}")
+    config = to_config(codec)
+    family = _Tracked(base, finetuned, private, frozen, progress)
+    if out is None:
+        folder = Path(tempfile.mkdtemp(prefix="fusionkit-"))
+        try:
+            _write(folder, family, codec, config)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        return Bundle.temporary(folder, family.base)
+    with new_folder(Path(out), overwrite) as folder:
+        _write(folder, family, codec, config)
+    return Bundle(out, family.base)
+
+
+def add_tasks(
+    bundle: Bundle,
+    finetuned: Mapping[str, Source | Checkpoint],
+    *,
+    keep_shared: bool = False,
+    progress: Progress | None = None,
+) -> None:
+    """Add tasks to a bundle on disk; the other tasks' files are not touched.
+
+    Args:
+        bundle: the bundle; its base must be at hand.
+        finetuned: task name → fine-tuned model.
+        keep_shared: needed where tasks share a vector (EMR, a merge): the new tasks are then
+            encoded against the stored one, which was not computed with them in it.
+        progress: called after each tensor of each pass.
+
+    Raises:
+        BundleError: a task is there already, or the tasks share a vector and `keep_shared` is
+            not set.
+        CheckpointError: a checkpoint can't be read.
+        FamilyError: a checkpoint does not fit the base.
+    """
+    present = sorted(set(finetuned) & set(bundle.tasks))
+    if present:
+        raise BundleError(f"{bundle.path}: has task '{present[0]}' already; remove it first")
+    manifest = bundle.manifest
+    if manifest.shared and not keep_shared:
+        raise BundleError(
+            f"{bundle.path}: its tasks share a vector computed from all of them; compress all "
+            "checkpoints again, or set keep_shared to encode against the vector as it is"
+        )
+    family = _Tracked(bundle.base, finetuned, manifest.private, manifest.frozen, progress)
+    with tempfile.TemporaryDirectory(prefix=".add.", dir=bundle.path) as temporary:
+        folder = Path(temporary)
+        shared = bundle.shared_parts if manifest.shared else None
+        _, records = _write_parts(folder, family, bundle.codec, shared)
+        for task in records:
+            (folder / task_file(task)).rename(bundle.path / task_file(task))
+    bundle.update(replace(manifest, tasks={**manifest.tasks, **records}))
+
+
+class _Tracked(Family):
+    """A family that reports how far each pass over it is."""
+
+    def __init__(
+        self,
+        base: Source | Checkpoint,
+        finetuned: Mapping[str, Source | Checkpoint],
+        private: Sequence[str],
+        frozen: Sequence[str],
+        progress: Progress | None,
+    ) -> None:
+        super().__init__(base, finetuned, private, frozen)
+        self._progress = progress
+        self._passes = 0
+
+    def __iter__(self) -> Iterator[TaskVectors]:
+        self._passes += 1
+        this_pass, total = self._passes, len(self)
+        for done, vectors in enumerate(super().__iter__(), start=1):
+            yield vectors
+            if self._progress:
+                self._progress(this_pass, done, total)
+
+
+def _write(folder: Path, family: Family, codec: DeltaCodec, config: dict[str, object]) -> None:
+    shared, tasks = _write_parts(folder, family, codec, None)
+    Manifest(
+        codec=config,
+        base=BaseRecord.of(family),
+        private=list(family.private_patterns),
+        frozen=list(family.frozen_patterns),
+        shared=shared,
+        tasks=tasks,
+    ).write(folder)
+
+
+def _write_parts(
+    folder: Path, family: Family, codec: DeltaCodec, shared: SharedParts | None
+) -> tuple[FileRecord | None, dict[str, TaskRecord]]:
+    """Encode into the folder's files; the whole tensors first, as they are the cheapest to check."""
+    family.check_frozen()
+    own = {task: PartWriter(folder / task_file(task)) for task in family.tasks}
+    private_bytes = {
+        task: _write_whole(writer, family, task) for task, writer in own.items()
+    }
+    common = PartWriter(folder / SHARED)
+    has_shared = False
+    for encoded in _checked(codec.encode(family, shared), family, codec):
+        has_shared |= bool(encoded.shared)
+        _add(common, encoded.name, encoded.shared)
+        for writer, parts in zip(own.values(), encoded.tasks, strict=False):
+            _add(writer, encoded.name, parts)
+    records = {
+        task: TaskRecord(
+            writer.finish(),
+            family.private[task],
+            private_bytes[task],
+            family.finetuned[task].nbytes,
+        )
+        for task, writer in own.items()
+    }
+    return common.finish() if has_shared else None, records
+
+
+def _write_whole(writer: PartWriter, family: Family, task: str) -> int:
+    total = 0
+    for tensors in (family.private_tensors(task), family.exact(task)):
+        for name, tensor in tensors:
+            writer.add(f"{name}/{WHOLE}", tensor)
+            total += tensor.nbytes
+    return total
+
+
+def _checked(
+    stream: Iterable[Encoded], family: Family, codec: DeltaCodec
+) -> Iterator[Encoded]:
+    """Hold a codec to its contract, so that a faulty one fails here and not on decoding."""
+    known = {*family.names("delta"), WHOLE_MODEL}
+    for encoded in stream:
+        if encoded.name not in known:
+            raise CodecError(f"{codec!r} encoded '{encoded.name}', which is no tensor to compress")
+        if len(encoded.tasks) not in (0, len(family.tasks)):
+            raise CodecError(
+                f"{codec!r} encoded {len(encoded.tasks)} tasks of '{encoded.name}', expected "
+                f"{len(family.tasks)}"
+            )
+        yield encoded
+
+
+def _add(writer: PartWriter, name: str, parts: Parts) -> None:
+    for part, tensor in parts.items():
+        if "/" in part or part == WHOLE:
+            raise CodecError(f"a part can't be called '{part}': '/' and '{WHOLE}' are reserved")
+        writer.add(f"{name}/{part}", tensor)

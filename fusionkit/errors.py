@@ -1,0 +1,40 @@
+"""FusionKit's errors: one class per cause, each message says what, where and the mend."""
+
+
+class FusionKitError(Exception):
+    """Base class of every error that FusionKit raises on purpose."""
+
+
+class CheckpointError(FusionKitError):
+    """A checkpoint can't be read: missing, damaged, of an unknown kind, or an unsafe pickle."""
+
+
+class FamilyError(FusionKitError):
+    """Base and fine-tuned checkpoints don't fit together: names, shapes, dtypes or values."""
+
+
+class CodecError(FusionKitError):
+    """A codec or merge was given settings or values that it can't handle."""
+
+
+class PluginError(FusionKitError):
+    """A codec or merge is not installed, fails to import, or is claimed by two distributions."""
+
+
+class BundleError(FusionKitError):
+    """A bundle is damaged, of another format version, or does not hold what is asked for."""
+
+
+class WrongBaseError(BundleError):
+    """The base model at hand is not the one that the bundle was made from."""
+
+
+class DataError(FusionKitError):
+    """A data set can't be read: a missing file, array or label, or a malformed row."""
+
+
+def listing(items: list[str], limit: int = 8) -> str:
+    """Join findings line by line, at most `limit` of them, and say how many were left out."""
+    shown = "".join(f"\n  - {item}" for item in items[:limit])
+    more = len(items) - limit
+    return shown + (f"\n  - … and {more} more" if more > 0 else "")

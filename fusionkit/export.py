@@ -1,0 +1,58 @@
+"""Write one task's whole model to a file that other tools read."""
+
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from fusionkit.bundle import Bundle
+from fusionkit.errors import BundleError
+
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_PICKLES = {".pt", ".pth", ".bin"}
+
+
+def export_task(
+    bundle: Bundle, task: str, out: Path, dtype: str | None = None, overwrite: bool = False
+) -> Path:
+    """Write a task's model; the file appears whole or not at all.
+
+    Args:
+        bundle: the bundle, its base at hand.
+        task: one of its tasks.
+        out: `.safetensors` (tied tensors are written once, under the first name, as Hugging Face
+            does) or `.pt`, `.pth`, `.bin` (a state dict with every name).
+        dtype: `fp32`, `fp16` or `bf16` for all floating-point tensors; by default the base's.
+        overwrite: replace the file if it is there.
+
+    Returns:
+        the file's path.
+
+    Raises:
+        BundleError: the file exists, its kind or the dtype is unknown, the bundle has no such
+            task, or the base can't be found.
+        WrongBaseError: the base at hand is another model.
+    """
+    if out.suffix not in {".safetensors", *_PICKLES}:
+        raise BundleError(f"{out}: expected a name that ends in .safetensors, .pt, .pth or .bin")
+    if dtype is not None and dtype not in _DTYPES:
+        raise BundleError(f"unknown dtype '{dtype}'; expected {', '.join(_DTYPES)}")
+    if out.exists() and not overwrite:
+        raise BundleError(f"{out}: exists; choose another name, or set overwrite")
+    state = bundle.state_dict(task, _DTYPES[dtype] if dtype else None)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.tmp")
+    try:
+        if out.suffix == ".safetensors":
+            tied = bundle.manifest.base.tied
+            once = {name: t.contiguous() for name, t in state.items() if name not in tied}
+            save_file(once, temporary, metadata={"format": "pt", "task": task})
+        else:
+            torch.save(state, temporary)
+        os.replace(temporary, out)
+    except OSError as error:
+        raise BundleError(f"{out}: could not be written ({error.strerror})") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return out

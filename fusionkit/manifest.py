@@ -1,0 +1,257 @@
+"""A bundle's manifest: what is in the bundle, as JSON that a person can read."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from fusionkit.checkpoint import Checkpoint
+from fusionkit.errors import BundleError, WrongBaseError, listing
+from fusionkit.family import Family, Role
+from fusionkit.partfile import FileRecord
+from fusionkit.registry import Config
+
+FILE = "manifest.json"
+FORMAT = "fusionkit-bundle"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class BaseTensor:
+    """One tensor of the base: what it must be for the bundle's deltas to fit.
+
+    Attributes:
+        dtype: torch's name for it, `float32`.
+        shape: its shape.
+        role: how its deltas are kept; see `fusionkit.family`.
+        sha256: the first 16 hex digits of the SHA-256 of its bytes.
+    """
+
+    dtype: str
+    shape: list[int]
+    role: Role
+    sha256: str
+
+
+@dataclass(frozen=True)
+class BaseRecord:
+    """The base model's identity.
+
+    Attributes:
+        source: the path it was read from, or what it was in memory.
+        strip_prefix: as given to `Checkpoint`.
+        add_prefix: as given to `Checkpoint`.
+        tensors: its tensors by name, private ones left out.
+        tied: tied name → name of the tensor that it shares.
+    """
+
+    source: str
+    strip_prefix: str
+    add_prefix: str
+    tensors: dict[str, BaseTensor]
+    tied: dict[str, str]
+
+    @classmethod
+    def of(cls, family: Family) -> "BaseRecord":
+        """Fingerprint a family's base: one read of each tensor."""
+        base = family.base
+        tensors = {
+            name: BaseTensor(
+                _dtype_name(base.specs[name].dtype),
+                list(base.specs[name].shape),
+                role,
+                _sha256(base[name]),
+            )
+            for name, role in family.roles.items()
+        }
+        return cls(base.label, base.strip_prefix, base.add_prefix, tensors, family.tied)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over names, dtypes, shapes and values of all tensors."""
+        lines = [
+            f"{name} {t.dtype} {t.shape} {t.sha256}\n" for name, t in sorted(self.tensors.items())
+        ]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    @property
+    def parameters(self) -> int:
+        """Number of compressible parameters of one task."""
+        return sum(
+            torch.Size(t.shape).numel() for t in self.tensors.values() if t.role == "delta"
+        )
+
+    def names(self, role: Role) -> list[str]:
+        """Names of the tensors with this role."""
+        return [name for name, tensor in self.tensors.items() if tensor.role == role]
+
+    def check(self, base: Mapping[str, torch.Tensor], label: str) -> None:
+        """Check that a model is the base, tensor by tensor, to the bit.
+
+        Raises:
+            WrongBaseError: it is not; the message names the first tensors that differ.
+        """
+        findings = []
+        for name, expected in self.tensors.items():
+            if name not in base:
+                # Only a delta needs its tensor: models differ in which buffers they save.
+                if expected.role == "delta":
+                    findings.append(f"'{name}' is missing")
+                continue
+            tensor = base[name]
+            if list(tensor.shape) != expected.shape:
+                findings.append(f"'{name}' has shape {list(tensor.shape)}, not {expected.shape}")
+            elif _dtype_name(tensor.dtype) != expected.dtype:
+                findings.append(
+                    f"'{name}' is {_dtype_name(tensor.dtype)}, not {expected.dtype} (load the base "
+                    "as it was; lower the precision after)"
+                )
+            elif _sha256(tensor) != expected.sha256:
+                findings.append(f"'{name}' has other values")
+        if findings:
+            raise WrongBaseError(
+                f"{label} is not the base that this bundle was made from ({self.source}):"
+                f"{listing(findings)}"
+            )
+
+
+@dataclass(frozen=True)
+class TaskRecord:
+    """What the manifest keeps of one task.
+
+    Attributes:
+        file: its payload file's size and header digest.
+        private: names of its private tensors.
+        private_bytes: bytes of its private and exact tensors, stored whole.
+        checkpoint_bytes: bytes on disk of the full fine-tuned checkpoint.
+    """
+
+    file: FileRecord
+    private: list[str]
+    private_bytes: int
+    checkpoint_bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything that a bundle says of itself.
+
+    Attributes:
+        codec: the codec's config; see `fusionkit.registry.to_config`.
+        base: the base's identity.
+        private: patterns of private tensors.
+        frozen: patterns of frozen tensors.
+        shared: the shared file's record, or None where the codec shares nothing.
+        tasks: task name → record.
+    """
+
+    codec: Config
+    base: BaseRecord
+    private: list[str]
+    frozen: list[str]
+    shared: FileRecord | None
+    tasks: dict[str, TaskRecord]
+
+    def text(self) -> str:
+        """The manifest as JSON, its own checksum included."""
+        content = {
+            "format": FORMAT,
+            "format_version": VERSION,
+            "base_fingerprint": self.base.fingerprint,
+            **dataclasses.asdict(self),
+        }
+        return json.dumps({**content, "checksum": _checksum(content)}, indent=1) + "\n"
+
+    def write(self, folder: Path) -> None:
+        """Write into a bundle's folder: to a temporary name, then renamed."""
+        temporary = folder / (FILE + ".tmp")
+        temporary.write_text(self.text())
+        os.replace(temporary, folder / FILE)
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest":
+        """Read and check a bundle's manifest.
+
+        Raises:
+            BundleError: there is none, it was changed, or it is of a newer format.
+        """
+        path = folder / FILE
+        try:
+            content: dict[str, Any] = json.loads(path.read_text())
+        except FileNotFoundError as error:
+            raise BundleError(
+                f"{folder}: not a bundle (it has no {FILE}); make one with 'fusionkit compress'"
+            ) from error
+        except (OSError, ValueError) as error:
+            raise BundleError(f"{path}: not readable as JSON ({error}); copy the bundle again") from error
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise BundleError(f"{path}: not a FusionKit bundle's manifest")
+        if content.get("format_version") != VERSION:
+            raise BundleError(
+                f"{path}: has format version {content.get('format_version')}, this FusionKit reads "
+                f"version {VERSION}; install the FusionKit that wrote it"
+            )
+        if content.pop("checksum", None) != _checksum(content):
+            raise BundleError(
+                f"{path}: was changed since it was written (checksum differs); copy or compress it again"
+            )
+        try:
+            return cls._from_json(content)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise BundleError(f"{path}: malformed ({error!r}); compress again") from error
+
+    @classmethod
+    def _from_json(cls, content: dict[str, Any]) -> "Manifest":
+        base = content["base"]
+        return cls(
+            codec=content["codec"],
+            base=BaseRecord(
+                source=base["source"],
+                strip_prefix=base["strip_prefix"],
+                add_prefix=base["add_prefix"],
+                tensors={name: BaseTensor(**tensor) for name, tensor in base["tensors"].items()},
+                tied=base["tied"],
+            ),
+            private=content["private"],
+            frozen=content["frozen"],
+            shared=FileRecord(**content["shared"]) if content["shared"] else None,
+            tasks={
+                task: TaskRecord(**{**record, "file": FileRecord(**record["file"])})
+                for task, record in content["tasks"].items()
+            },
+        )
+
+
+def reopen_base(record: BaseRecord) -> Checkpoint:
+    """Open the base from where it was read when the bundle was made.
+
+    Raises:
+        BundleError: it was not a path, or is no longer there.
+    """
+    try:
+        return Checkpoint(record.source, record.strip_prefix, record.add_prefix)
+    except Exception as error:
+        raise BundleError(
+            f"the bundle's base ({record.source}) can't be opened from here; a bundle does not hold "
+            "its base: give it as `base`"
+        ) from error
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _sha256(tensor: torch.Tensor) -> str:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    data = cast(memoryview, memoryview(flat.view(torch.uint8).numpy()))
+    return hashlib.sha256(data).hexdigest()[:16]

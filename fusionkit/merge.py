@@ -1,0 +1,146 @@
+"""Merges: one shared vector computed from all task vectors.
+
+A merge is pure: `(T, *shape)` in, `(*shape)` out, one tensor at a time. One that needs a number
+over the whole model first (TIES' trim thresholds) takes it in `prepare`, from its own passes over
+the family.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from fusionkit.errors import CodecError
+from fusionkit.family import Family, TaskVectors
+from fusionkit.registry import Plugin
+from fusionkit.topk import Thresholds
+
+MergeTensor = Callable[[str, Tensor], Tensor]
+"""A tensor's name and its task vectors `(T, *shape)` → the shared vector `(*shape)`, float32."""
+
+
+class Merge(Plugin, ABC):
+    """Base class of merges; a subclass is a frozen dataclass that sets `id`.
+
+    Attributes:
+        elementwise: every entry is merged by itself, so that a tensor may come in flat blocks
+            `(T, n)`; False for merges that need a matrix whole.
+    """
+
+    group: ClassVar[str] = "fusionkit.merges"
+    elementwise: ClassVar[bool] = True
+
+    @abstractmethod
+    def prepare(self, family: Family) -> MergeTensor:
+        """Take what must be known of the whole family, and return the merge of one tensor."""
+
+    def vector(self, merge_tensor: MergeTensor, vectors: TaskVectors) -> Tensor:
+        """The shared vector of one tensor: float32 `(*shape)`."""
+        if not self.elementwise:
+            return merge_tensor(vectors.name, vectors.stack())
+        merged = torch.empty(vectors.shape.numel())
+        for place, block in vectors.blocks():
+            merged[place] = merge_tensor(vectors.name, block)
+        return merged.view(vectors.shape)
+
+
+@dataclass(frozen=True)
+class Mean(Merge):
+    """Average of the task vectors: τ* = (1/T) Σ τ_t, which is weight averaging."""
+
+    id: ClassVar[str] = "mean"
+
+    def prepare(self, family: Family) -> MergeTensor:
+        """Nothing to prepare."""
+        return lambda name, vectors: vectors.mean(0)
+
+
+@dataclass(frozen=True)
+class TaskArithmetic(Merge):
+    """Scaled sum of the task vectors: τ* = λ Σ τ_t (Ilharco et al., 2212.04089).
+
+    Args:
+        scale: λ; 0.3 is the usual value for eight vision tasks.
+    """
+
+    id: ClassVar[str] = "task_arithmetic"
+    scale: float = 0.3
+
+    def prepare(self, family: Family) -> MergeTensor:
+        """Nothing to prepare."""
+        return lambda name, vectors: vectors.sum(0).mul_(self.scale)
+
+
+@dataclass(frozen=True)
+class TIES(Merge):
+    """Trim, elect signs, merge what agrees (Yadav et al., 2306.01708).
+
+    Each task vector keeps its largest magnitudes; per parameter the sign of their sum is elected,
+    and only the kept values of that sign are averaged (over those present) or summed.
+
+    Args:
+        density: share of each whole task vector that is kept, in (0, 1].
+        scale: λ, on the merged vector.
+        aggregate: `mean` over the values present (the paper's), or their `sum`.
+
+    Raises:
+        CodecError: the density is outside (0, 1].
+    """
+
+    id: ClassVar[str] = "ties"
+    density: float = 0.2
+    scale: float = 1.0
+    aggregate: Literal["mean", "sum"] = "mean"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.density <= 1:
+            raise CodecError(f"expected TIES' density in (0, 1], got {self.density}")
+
+    def prepare(self, family: Family) -> MergeTensor:
+        """Find each task's trim threshold over its whole vector (two passes)."""
+        counts = [round(self.density * family.parameters)] * len(family.tasks)
+        thresholds = Thresholds.over(lambda: ((v[t] for t in range(len(v))) for v in family), counts)
+        limits = thresholds.magnitudes
+
+        def merge_tensor(name: str, vectors: Tensor) -> Tensor:
+            limit = limits.view(-1, *[1] * (vectors.ndim - 1))
+            trimmed = torch.where(vectors.abs() >= limit, vectors, 0.0)
+            sign = torch.sign(trimmed.sum(0))
+            agreed = torch.where(trimmed * sign > 0, trimmed, 0.0)
+            merged = agreed.sum(0)
+            if self.aggregate == "mean":
+                merged /= (agreed != 0).sum(0).clamp_(min=1)
+            return merged.mul_(self.scale)
+
+        return merge_tensor
+
+
+@dataclass(frozen=True)
+class Elect(Merge):
+    """EMR-Merging's elected vector τ_uni alone (Huang et al., 2405.17461, eq. for "elect")."""
+
+    id: ClassVar[str] = "elect"
+
+    def prepare(self, family: Family) -> MergeTensor:
+        """Nothing to prepare."""
+        return lambda name, vectors: elect(vectors)[0]
+
+
+def elect(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Elect the unified vector: γ = sgn(Σ τ_t), ε = max of |τ_t| over tasks of sign γ, τ_uni = γ ε.
+
+    A sign sum of exactly 0 counts as negative, as in the authors' code.
+
+    Args:
+        vectors: float32 `(T, *shape)`.
+
+    Returns:
+        τ_uni, float32 `(*shape)`, and the masks, bool `(T, *shape)`: where τ_t ⊙ τ_uni > 0.
+    """
+    sign = torch.where(vectors.sum(0) > 0, 1.0, -1.0)
+    aligned = vectors * sign
+    magnitude = aligned.amax(0).clamp_(min=0.0)
+    return magnitude * sign, aligned > 0

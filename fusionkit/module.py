@@ -1,0 +1,342 @@
+"""ReuseModule: one base model that becomes any task's model, and is evaluated by the Trainer."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor, nn
+from torchmetrics import Metric
+from torchmetrics.classification import MulticlassAccuracy
+
+from fusionkit.bundle import Bundle
+from fusionkit.checkpoint import Checkpoint
+from fusionkit.codec import DeltaCodec
+from fusionkit.compress import Progress, compress
+from fusionkit.errors import BundleError, DataError, FusionKitError
+from fusionkit.family import Family, matches
+from fusionkit.registry import to_config
+from fusionkit.report import Scores
+
+MetricOfClasses = Callable[[int], Metric]
+"""Number of classes → a fresh metric."""
+
+
+class TaskSource(Protocol):
+    """Where tasks' weights come from: a `Bundle`, or a `Family` as it is, uncompressed."""
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks' names."""
+        ...
+
+    def write_into(self, task: str, base: Mapping[str, Tensor], out: Mapping[str, Tensor]) -> None:
+        """Write a task's weights into `out`, all but private ones."""
+        ...
+
+    def private_tensors(self, task: str) -> Iterator[tuple[str, Tensor]]:
+        """A task's private tensors."""
+        ...
+
+
+def accuracy(num_classes: int) -> Metric:
+    """Share of the rows whose most likely class is right."""
+    return MulticlassAccuracy(num_classes=num_classes, average="micro")
+
+
+class ReuseModule(LightningModule):
+    """A base model that `switch`es to any task of a bundle.
+
+    The tasks come from a bundle on disk; or from checkpoints and a codec, compressed on first use
+    into a temporary bundle; or from checkpoints alone, uncompressed. The base's weights are kept
+    once beside the model's, so that every switch starts from them.
+
+    Args:
+        model: the base model; its weights are the base's unless `base` is given.
+        bundle: a bundle, or its folder. With a codec given too, the bundle must be made by it.
+        codec: how the fine-tuned checkpoints are compressed; none: they are used as they are.
+        finetuned: task name → fine-tuned checkpoint.
+        private: patterns (`classifier.*`) of the tensors that are each task's own.
+        frozen: patterns of the tensors that equal the base's in every task.
+        base: where the base's weights are, if not in `model`; they are loaded into it.
+        metric: makes a task's metric from its number of classes; accuracy by default.
+        num_classes: classes per task; by default the datamodule's `num_classes`.
+        finetuned_scores: task name → the fine-tuned model's own score, to which scores are related.
+
+    Raises:
+        WrongBaseError: the model is not the base that the bundle was made from.
+        BundleError: the bundle is damaged, or was made by another codec.
+        PluginError: the bundle's codec is not installed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        bundle: str | Path | Bundle | None = None,
+        codec: DeltaCodec | None = None,
+        finetuned: dict[str, str | Checkpoint] | None = None,
+        private: list[str] | None = None,
+        frozen: list[str] | None = None,
+        base: str | Checkpoint | None = None,
+        metric: MetricOfClasses = accuracy,
+        num_classes: dict[str, int] | None = None,
+        finetuned_scores: dict[str, float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.codec = codec
+        self.finetuned = dict(finetuned or {})
+        self.private = list(private or [])
+        self.frozen = list(frozen or [])
+        self.metric = metric
+        self.num_classes = num_classes
+        self.finetuned_scores = finetuned_scores
+        self.bundle_path = None if bundle is None or isinstance(bundle, Bundle) else Path(bundle)
+        self.task: str | None = None
+        self.scores: Scores | None = None
+        self.metrics = nn.ModuleList()
+        self.base_source = None if base is None else Checkpoint.of(base)
+        if self.base_source is not None:
+            _load_base(model, self.base_source, self.private)
+        self._base = Checkpoint(model).in_memory()
+        self._source: TaskSource | None = None
+        if isinstance(bundle, Bundle):
+            self.reuse(bundle)
+        elif self.bundle_path is not None and self.bundle_path.exists():
+            self.reuse(self._open_bundle(self.bundle_path))
+
+    @property
+    def source(self) -> TaskSource:
+        """Where the tasks come from; checkpoints are opened, or compressed, on first use.
+
+        Raises:
+            FusionKitError: neither a bundle nor checkpoints were given.
+        """
+        if self._source is None:
+            if self.bundle_path is not None:
+                raise BundleError(
+                    f"{self.bundle_path}: no such bundle; make it with 'fusionkit compress', or leave "
+                    "`bundle` out to compress on the fly"
+                )
+            self.reuse(self.compress() if self.codec else self.family())
+        return cast(TaskSource, self._source)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks' names."""
+        return self.source.tasks
+
+    def reuse(self, source: TaskSource) -> None:
+        """Take the tasks from another bundle, or from a family uncompressed.
+
+        Raises:
+            WrongBaseError: the model is not the bundle's base.
+        """
+        if isinstance(source, Bundle):
+            source.manifest.base.check(self._base, f"the model ({self._base.label})")
+        self._source = source
+        self.task = None
+
+    def family(self) -> Family:
+        """The base and its fine-tuned checkpoints.
+
+        Raises:
+            FamilyError: there are none, or they don't fit the base.
+        """
+        base = self._base if self.base_source is None else self.base_source
+        return Family(base, self.finetuned, self.private, self.frozen)
+
+    def compress(
+        self,
+        out: str | Path | None = None,
+        overwrite: bool = False,
+        progress: Progress | None = None,
+        codec: DeltaCodec | None = None,
+    ) -> Bundle:
+        """Compress the fine-tuned checkpoints; see `fusionkit.compress`.
+
+        Args:
+            out: the bundle's folder; by default a temporary one.
+            overwrite: replace the folder if it is there.
+            progress: called after each tensor of each pass.
+            codec: by default the module's own.
+        """
+        codec = codec or self.codec
+        if codec is None or not self.finetuned:
+            raise FusionKitError("compressing needs both `codec` and `finetuned`; add what is missing")
+        base = self._base if self.base_source is None else self.base_source
+        return compress(
+            base,
+            self.finetuned,
+            codec,
+            out,
+            private=self.private,
+            frozen=self.frozen,
+            overwrite=overwrite,
+            progress=progress,
+        )
+
+    def switch(self, task: str | None) -> None:
+        """Make the model a task's, in place; None makes it the base.
+
+        The weights are rebuilt from the base: after any number of switches they are the same
+        bits, and the time depends neither on how many tasks there are nor on which was active.
+
+        Args:
+            task: one of `tasks`, or None.
+
+        Raises:
+            BundleError: the bundle has no such task, a file of it was changed, or a private
+                tensor has no place in the model.
+        """
+        # Weights made under inference mode could never be trained again.
+        with torch.inference_mode(False), torch.no_grad():
+            state = _state(self.model)
+            if task is None:
+                placed: Iterable[tuple[str, Tensor]] = self._base.items()
+            else:
+                self.source.write_into(task, self._base, state)
+                placed = self.source.private_tensors(task)
+            for name, tensor in placed:
+                self._place(state, name, tensor)
+        self.task = task
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The active task's model, called as it is."""
+        return self.model(*args, **kwargs)
+
+    def setup(self, stage: str) -> None:
+        """Check tasks and classes, before anything runs, and make the metrics."""
+        tasks = self._evaluated()
+        if missing := [task for task in tasks if task not in self.tasks]:
+            raise BundleError(
+                f"there is data for '{missing[0]}', but no such task among {', '.join(self.tasks)}"
+            )
+        datamodule = getattr(self.trainer, "datamodule", None)
+        classes = self.num_classes or getattr(datamodule, "num_classes", {})
+        if unknown := [task for task in tasks if task not in classes]:
+            raise DataError(
+                f"the number of classes of '{unknown[0]}' is not known: give it in `num_classes`, "
+                "or use a datamodule that has it"
+            )
+        self.metrics = nn.ModuleList(self.metric(classes[task]) for task in tasks)
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> STEP_OUTPUT:
+        """Score one batch: `(x, y)`, or a mapping of the model's arguments and `labels`."""
+        self._step(batch, dataloader_idx)
+        return None
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> STEP_OUTPUT:
+        """As `test_step`, on the validation rows."""
+        self._step(batch, dataloader_idx)
+        return None
+
+    def on_test_epoch_end(self) -> None:
+        """Gather the scores: per task, their mean, and as shares of the fine-tuned models'."""
+        self._finish("test")
+
+    def on_validation_epoch_end(self) -> None:
+        """As `on_test_epoch_end`."""
+        self._finish("val")
+
+    def _step(self, batch: Any, dataloader_idx: int) -> None:
+        task = self._evaluated()[dataloader_idx]
+        if task != self.task:
+            self.switch(task)
+        if isinstance(batch, Mapping):
+            labels = batch["labels"]
+            output = self(**{key: value for key, value in batch.items() if key != "labels"})
+        else:
+            inputs, labels = batch
+            output = self(inputs)
+        logits: Tensor = output if isinstance(output, Tensor) else output.logits
+        metric = cast(Metric, self.metrics[dataloader_idx])
+        metric.update(logits, labels)
+
+    def _finish(self, stage: str) -> None:
+        tasks = self._evaluated()
+        metrics = [cast(Metric, metric) for metric in self.metrics]
+        values = {t: float(metric.compute()) for t, metric in zip(tasks, metrics, strict=True)}
+        for metric in metrics:
+            metric.reset()
+        self.scores = Scores(values, self.finetuned_scores)
+        logged = {f"{stage}/{task}": value for task, value in values.items()}
+        logged[f"{stage}/mean"] = self.scores.mean
+        if self.scores.share is not None:
+            logged[f"{stage}/share"] = self.scores.share
+        self.log_dict(logged, rank_zero_only=True)
+
+    def _evaluated(self) -> list[str]:
+        """The tasks in the order of the dataloaders."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        return list(getattr(datamodule, "tasks", self.tasks))
+
+    def _open_bundle(self, path: Path) -> Bundle:
+        bundle = Bundle(path)
+        if self.codec is not None and to_config(self.codec) != to_config(bundle.codec):
+            raise BundleError(
+                f"{path}: was made with {bundle.codec!r}, but `codec` is {self.codec!r}; compress "
+                "again (--overwrite true), or leave `codec` out"
+            )
+        return bundle
+
+    def _place(self, state: dict[str, Tensor], name: str, value: Tensor) -> None:
+        """Put a private tensor in its place, whatever shape was there."""
+        if name not in state:
+            raise BundleError(
+                f"the task's private tensor '{name}' has no place in {type(self.model).__name__}; "
+                "build the model with a head of that name"
+            )
+        old = state[name]
+        if old.shape == value.shape:
+            old.copy_(value)
+            return
+        path, _, leaf = name.rpartition(".")
+        parent = self.model.get_submodule(path)
+        fresh = value.to(device=old.device, dtype=old.dtype, copy=True)
+        if leaf in parent._parameters:
+            fresh = nn.Parameter(fresh, requires_grad=parent._parameters[leaf].requires_grad)  # type: ignore[union-attr]
+        setattr(parent, leaf, fresh)
+        if isinstance(parent, nn.Linear) and leaf == "weight":
+            parent.out_features, parent.in_features = fresh.shape
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ReuseModule":
+        super()._apply(fn, recurse)
+        # The base moves with the model but keeps its dtype: rounding it would lose the deltas.
+        device = next(self.model.parameters()).device
+        if any(self._base[name].device != device for name in list(self._base)[:1]):
+            self._base = self._base.in_memory(device)
+        return self
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """The model's own tensors, by every name, detached but not copied."""
+    return dict(model.state_dict())
+
+
+def _load_base(model: nn.Module, base: Checkpoint, private: list[str]) -> None:
+    """Load a base's weights into a model; what the base lacks must be private."""
+    state = _state(model)
+    tied = Checkpoint(model).aliases
+    missing = [
+        name
+        for name in state
+        if name not in base and tied.get(name) not in base and not matches(name, private)
+    ]
+    if missing:
+        raise FusionKitError(
+            f"{base.label} lacks '{missing[0]}' ({len(missing)} such tensors) of the model "
+            f"{type(model).__name__}; its names begin like '{min(base)}': give strip_prefix or "
+            "add_prefix, or declare it private"
+        )
+    with torch.no_grad():
+        for name, tensor in state.items():
+            if name in base and not matches(name, private):
+                if base.specs[name].shape != tuple(tensor.shape):
+                    raise FusionKitError(
+                        f"{base.label}: '{name}' has shape {list(base.specs[name].shape)}, the model "
+                        f"wants {list(tensor.shape)}"
+                    )
+                tensor.copy_(base[name])

@@ -1,0 +1,139 @@
+"""Bits and sparse positions as bytes: pure functions, vectorised, on any device.
+
+Bit order is little-endian throughout: entry `i` of a mask is bit `i % 8` of byte `i // 8`.
+
+Sparse positions are Golomb-Rice coded. The gaps between kept positions are split into a quotient
+(unary, terminated by a one) and a remainder of `k` bits; the two go to separate streams, so that
+decoding is a handful of vectorised steps and no loop. For entries kept independently with
+probability d the code stays within 5% of the mask's entropy H(d) (Golomb 1966; Rice 1979).
+Layout of the bytes: `k` (bit 7 set: the complement is coded), the number of coded positions as
+8 bytes little-endian, the unary stream, the remainder stream; each stream padded to whole bytes.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_COMPLEMENT = 0x80
+_HEADER = 9
+
+
+def pack_bits(bits: Tensor) -> Tensor:
+    """Pack a mask into one bit per entry.
+
+    Args:
+        bits: bool (or 0/1 integers), any shape; read in row-major order.
+
+    Returns:
+        uint8 `(ceil(numel / 8),)` on the same device; the padding bits are 0.
+    """
+    flat = bits.reshape(-1)
+    if flat.device.type == "cpu":
+        array = flat.to(torch.bool).numpy()
+        return torch.from_numpy(np.packbits(array, bitorder="little"))
+    padded = torch.nn.functional.pad(flat.to(torch.uint8), (0, -flat.numel() % 8))
+    return (padded.view(-1, 8) << _shifts(flat.device)).sum(-1, dtype=torch.uint8)
+
+
+def unpack_bits(packed: Tensor, count: int) -> Tensor:
+    """Unpack `count` bits.
+
+    Args:
+        packed: uint8 `(ceil(count / 8),)` or longer.
+        count: number of entries; packed bytes don't record it.
+
+    Returns:
+        uint8 `(count,)` of 0 and 1, on the same device.
+
+    Raises:
+        ValueError: fewer than `count` bits are there.
+    """
+    if packed.numel() * 8 < count:
+        raise ValueError(f"expected at least {count} bits, got {packed.numel() * 8}")
+    if packed.device.type == "cpu":
+        return torch.from_numpy(np.unpackbits(packed.numpy(), count=count, bitorder="little"))
+    bits = (packed[: (count + 7) // 8, None] >> _shifts(packed.device)) & 1
+    return bits.reshape(-1)[:count]
+
+
+def encode_positions(positions: Tensor, total: int) -> Tensor:
+    """Code sorted positions close to their entropy.
+
+    Args:
+        positions: int64 `(count,)`, strictly increasing, each in `[0, total)`.
+        total: number of entries that the positions point into.
+
+    Returns:
+        uint8 `(bytes,)`: see the module's docstring.
+    """
+    complement = 2 * positions.numel() > total
+    if complement:  # the rarer kind is always the cheaper one to code
+        positions = _others(positions, total)
+    count = positions.numel()
+    gaps = torch.diff(positions, prepend=positions.new_tensor([-1])) - 1
+    k = _rice_parameter(gaps)
+    quotients = gaps >> k
+    ends = torch.cumsum(quotients + 1, 0) - 1
+    unary = torch.zeros(int(ends[-1]) + 1 if count else 0, dtype=torch.uint8, device=gaps.device)
+    unary[ends] = 1
+    place = torch.arange(k, device=gaps.device)
+    remainders = ((gaps[:, None] >> place) & 1).to(torch.uint8)
+    header = bytes([k | (_COMPLEMENT if complement else 0)]) + count.to_bytes(8, "little")
+    head = torch.frombuffer(bytearray(header), dtype=torch.uint8).to(gaps.device)
+    return torch.cat([head, pack_bits(unary), pack_bits(remainders)])
+
+
+def decode_positions(coded: Tensor, total: int) -> Tensor:
+    """Recover the positions that `encode_positions` coded.
+
+    Args:
+        coded: uint8 `(bytes,)`.
+        total: number of entries that the positions point into.
+
+    Returns:
+        int64 `(count,)`, strictly increasing, on the same device.
+
+    Raises:
+        ValueError: the bytes are not such a code, or point outside `[0, total)`.
+    """
+    if coded.numel() < _HEADER:
+        raise ValueError(f"expected at least {_HEADER} bytes of coded positions")
+    header = bytes(coded[:_HEADER].tolist())
+    k, count = header[0] & ~_COMPLEMENT, int.from_bytes(header[1:], "little")
+    tail = (count * k + 7) // 8
+    unary_bytes = coded.numel() - _HEADER - tail
+    if k > 62 or unary_bytes < 0 or count > total:
+        raise ValueError("the coded positions are malformed")
+    stream = coded[_HEADER : _HEADER + unary_bytes]
+    ends = unpack_bits(stream, unary_bytes * 8).nonzero().reshape(-1)
+    if ends.numel() != count:
+        raise ValueError(f"expected {count} coded positions, found {ends.numel()}")
+    gaps = torch.diff(ends, prepend=ends.new_tensor([-1])) - 1
+    gaps <<= k
+    bits = unpack_bits(coded[_HEADER + unary_bytes :], count * k).view(count, k)
+    for place in range(k):
+        gaps |= bits[:, place].to(torch.int64) << place
+    positions = torch.cumsum(gaps + 1, 0) - 1
+    if count and int(positions[-1]) >= total:
+        raise ValueError(f"a coded position lies outside the {total} entries")
+    return _others(positions, total) if header[0] & _COMPLEMENT else positions
+
+
+def _rice_parameter(gaps: Tensor) -> int:
+    """The `k` with the shortest code; the best one lies next to log2 of the mean gap."""
+    count = gaps.numel()
+    if not count:
+        return 0
+    near = int(gaps.sum() // count).bit_length()
+    costs = {k: k * count + int((gaps >> k).sum()) for k in range(max(0, near - 2), near + 2)}
+    return min(costs, key=costs.__getitem__)
+
+
+def _others(positions: Tensor, total: int) -> Tensor:
+    left = torch.ones(total, dtype=torch.bool, device=positions.device)
+    left[positions] = False
+    return left.nonzero().reshape(-1)
+
+
+def _shifts(device: torch.device) -> Tensor:
+    return torch.arange(8, dtype=torch.uint8, device=device)

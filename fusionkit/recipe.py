@@ -1,0 +1,272 @@
+"""Recipes through LightningCLI: one schema for `compress`, `test` and `compare`."""
+
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from fusionkit import registry, report
+from fusionkit.bundle import Bundle
+from fusionkit.codec import DeltaCodec
+from fusionkit.compress import Progress as ProgressCallback
+from fusionkit.errors import BundleError, DataError, FusionKitError
+from fusionkit.family import Family
+from fusionkit.module import ReuseModule
+
+_TRAINER_DEFAULTS = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_model_summary": False,
+}
+
+
+class _Parser(LightningArgumentParser):
+    """Names the installed codecs where a class of a recipe is not found."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if "codec" in message or "merge" in message:
+            found = {
+                group: [registry.load(group, name).__name__ for name in registry.names(group)]
+                for group in registry.GROUPS
+                if not any(key.startswith(group) for key in registry.load_all())
+            }
+            kinds = "; ".join(f"{group}: {', '.join(names)}" for group, names in found.items())
+            message = f"{message}\ninstalled ({kinds})"
+        super().error(message, ex)
+        raise AssertionError  # super().error never returns
+
+
+class RecipeCLI(LightningCLI):
+    """A recipe, parsed; what its verb needs of it, instantiated.
+
+    Args:
+        args: the command line after the verb.
+    """
+
+    verb = ""
+    needs_trainer = True
+
+    def __init__(self, args: list[str]) -> None:
+        registry.load_all()  # so that recipes can use bare class names
+        summary = (type(self).__doc__ or "").partition("\n")[0]
+        super().__init__(
+            model_class=ReuseModule,
+            datamodule_class=LightningDataModule,
+            subclass_mode_data=True,
+            save_config_callback=None,
+            trainer_defaults=_TRAINER_DEFAULTS,
+            seed_everything_default=0,
+            parser_class=_Parser,
+            parser_kwargs={
+                "prog": f"fusionkit {self.verb}",
+                "usage": f"fusionkit {self.verb} --config R.yaml [--model.… --data.… --trainer.…]",
+                "description": summary,
+            },
+            args=args,
+            run=False,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse; LightningCLI would warn that the arguments don't come from `sys.argv`."""
+        self.config = parser.parse_args(args)
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The Trainer's, ReuseModule's and a datamodule's arguments."""
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        parser.set_defaults({f"trainer.{key}": value for key, value in _TRAINER_DEFAULTS.items()})
+        parser.add_lightning_class_args(ReuseModule, "model")
+        parser.add_lightning_class_args(
+            LightningDataModule, "data", subclass_mode=True, required=False
+        )
+        parser.add_argument("--out", type=str, default="out", help="folder for scores and plots")
+
+    def instantiate_classes(self) -> None:
+        """Build model and data; a Trainer only for the verbs that evaluate."""
+        self.config_init = self.parser.instantiate_classes(self.config)
+        self.model: ReuseModule = self.config_init["model"]
+        self.datamodule: LightningDataModule | None = self.config_init.get("data")
+        if self.needs_trainer:
+            if self.datamodule is None:
+                raise DataError(f"'fusionkit {self.verb}' needs a `data` section in the recipe")
+            self.trainer = self.instantiate_trainer()
+
+    @property
+    def out(self) -> Path:
+        """The folder for results."""
+        return Path(self.config["out"])
+
+    def save_config(self) -> None:
+        """Keep the resolved recipe beside the results."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        text = self.parser.dump(self.config, skip_none=False)
+        report.replace_file(self.out / "config.yaml", text.encode())
+
+    def evaluate(self) -> report.Scores:
+        """Score every task through the Trainer."""
+        self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+        assert self.model.scores is not None
+        return self.model.scores
+
+
+class CompressCLI(RecipeCLI):
+    """Compress the recipe's fine-tuned checkpoints into the bundle `--model.bundle`."""
+
+    verb = "compress"
+    needs_trainer = False
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """`--overwrite`."""
+        parser.add_argument("--overwrite", type=bool, default=False, help="replace the bundle")
+
+    def before_instantiate_classes(self) -> None:
+        """Take the bundle's folder as the place to write, not to read."""
+        self._bundle = self.config["model"]["bundle"]
+        self.config["model"]["bundle"] = None
+        if self._bundle is None:
+            raise FusionKitError("where to? give the bundle's folder: --model.bundle FOLDER")
+        if Path(self._bundle).exists() and not self.config["overwrite"]:
+            raise BundleError(f"{self._bundle}: exists; replace it with --overwrite true")
+
+    def compress(self) -> Bundle:
+        """Compress, with a progress bar."""
+        with progress_bar("compressing") as callback:
+            return self.model.compress(self._bundle, self.config["overwrite"], callback)
+
+
+class TestCLI(RecipeCLI):
+    """Score every task of the recipe, from its bundle or compressed on the fly."""
+
+    verb = "test"
+    __test__ = False  # not a test case, whatever pytest thinks of the name
+
+    def test(self) -> report.Scores:
+        """Evaluate; the results are for the caller to show."""
+        self.save_config()
+        return self.evaluate()
+
+    def title(self) -> str:
+        """What was evaluated."""
+        source = self.model.source
+        return repr(source.codec) if isinstance(source, Bundle) else "fine-tuned, uncompressed"
+
+
+class CompareCLI(RecipeCLI):
+    """Score several codecs over the recipe's checkpoints: one table, CSV, JSON and plot."""
+
+    verb = "compare"
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """`--codecs`."""
+        parser.add_argument(
+            "--codecs",
+            type=dict[str, DeltaCodec],
+            required=True,
+            help="what to compare: a name for the table → a codec",
+        )
+
+    def compare(self) -> report.ComparisonReport:
+        """Evaluate the fine-tuned models, then each codec; show and write as rows come in."""
+        self.save_config()
+        module = self.model
+        family = module.family()
+        results = report.ComparisonReport([self._finetuned(family)])
+        module.finetuned_scores = results.rows[0].scores.values
+        for name, codec in self.config_init["codecs"].items():
+            results.rows.append(self._measure(name, codec))
+            report.write_rows(results.flat(), self.out, "compare")
+        report.show(results.table())
+        plot = self.out / "compare.png"
+        results.plot(plot)
+        report.show(f"written: {self.out / 'compare.csv'}, {self.out / 'compare.json'}")
+        report.show(f"plot: {plot}")
+        return results
+
+    def _finetuned(self, family: Family) -> report.Comparison:
+        report.show("fine-tuned models, uncompressed")
+        self.model.reuse(family)
+        self.model.finetuned_scores = None
+        scores = self.evaluate()
+        scores = report.Scores(scores.values, scores.values)
+        nbytes = sum(checkpoint.nbytes for checkpoint in family.finetuned.values())
+        return report.Comparison(
+            "fine-tuned", "", scores, nbytes, 1.0, family.bits_per_parameter,
+            switch_seconds=self._switch_seconds(),
+        )
+
+    def _measure(self, name: str, codec: DeltaCodec) -> report.Comparison:
+        started = time.perf_counter()
+        with progress_bar(name) as callback:
+            bundle = self.model.compress(codec=codec, progress=callback)
+        seconds = time.perf_counter() - started
+        self.model.reuse(bundle)
+        return report.Comparison(
+            name,
+            repr(codec),
+            self.evaluate(),
+            bundle.nbytes,
+            report.checkpoint_bytes(bundle) / bundle.nbytes,
+            bundle.bits_per_parameter,
+            seconds,
+            self._switch_seconds(),
+        )
+
+    def _switch_seconds(self) -> float:
+        """Median over the tasks, files in cache."""
+        times = []
+        for task in self.model.tasks:
+            started = time.perf_counter()
+            self.model.switch(task)
+            if self.model.device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - started)
+        return statistics.median(times)
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[ProgressCallback]:
+    """A bar that follows the passes over a family."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("tensors"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns) as progress:
+        bar = progress.add_task(what, total=None)
+
+        def update(this_pass: int, done: int, total: int) -> None:
+            text = what if this_pass == 1 else f"{what} (pass {this_pass})"
+            progress.update(bar, description=text, completed=done, total=total)
+
+        yield update
+
+
+def recipes_folder() -> Path:
+    """The folder of the recipes: inside an installed FusionKit, or beside its source."""
+    installed = Path(__file__).parent / "recipes"
+    return installed if installed.is_dir() else Path(__file__).parent.parent / "recipes"
+
+
+def run_demo(out: Path, cache: Path | None) -> report.ComparisonReport:
+    """Train the demo's family (or take it from the cache), and compare codecs on it."""
+    from fusionkit import demo
+
+    folder = cache or Path.home() / ".cache" / "fusionkit" / "demo"
+    family = demo.prepare(folder)
+    arguments = [
+        f"--config={recipes_folder() / 'demo.yaml'}",
+        f"--model.base={family.base}",
+        *(f"--model.finetuned.{task}={path}" for task, path in family.finetuned.items()),
+        f"--out={out}",
+    ]
+    return CompareCLI(arguments).compare()

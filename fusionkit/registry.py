@@ -1,0 +1,177 @@
+"""Codecs and merges by name: found through Python entry points, the built-in ones like any other.
+
+A distribution offers one with a line of its `pyproject.toml`:
+
+    [project.entry-points."fusionkit.codecs"]
+    ternary = "my_package:Ternary"
+
+The entry point's name is the class's `id`. Listing names imports nothing; a plugin that fails to
+import, or a name that two distributions claim, is an error only for who asks for that name.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, ClassVar, TypeVar, cast
+
+from fusionkit.errors import PluginError, listing
+
+GROUPS = ("fusionkit.codecs", "fusionkit.merges")
+"""The entry-point groups; a config from a file can name nothing outside them."""
+
+Config = dict[str, Any]
+"""A plugin as JSON: group, id, settings, and the distribution and version it came from."""
+
+
+class Plugin:
+    """Base of what a distribution can offer: a frozen dataclass of JSON-able settings.
+
+    Attributes:
+        group: the entry-point group; set by `DeltaCodec` and `Merge`.
+        id: the name it is registered under, unique in its group; set by each class.
+    """
+
+    group: ClassVar[str]
+    id: ClassVar[str]
+
+
+P = TypeVar("P", bound=Plugin)
+
+
+def names(group: str) -> list[str]:
+    """The registered names of a group, sorted; nothing is imported."""
+    return sorted({point.name for point in entry_points(group=group)})
+
+
+def load(group: str, name: str) -> type[Plugin]:
+    """Import the class registered under a name.
+
+    Raises:
+        PluginError: it is not installed, does not import, is claimed by two distributions, or
+            calls itself by another id.
+    """
+    point = _entry_point(group, name)
+    try:
+        found = point.load()
+    except Exception as error:
+        raise PluginError(
+            f"'{name}' of {_distribution(point)} fails to import: {type(error).__name__}: {error}"
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, Plugin)) or found.group != group:
+        raise PluginError(f"'{name}' of {_distribution(point)} is not a class for {group}: {found!r}")
+    if found.id != name:
+        raise PluginError(
+            f"{_distribution(point)} registers {found.__name__} as '{name}', but its id is "
+            f"'{found.id}'; the two must agree"
+        )
+    return found
+
+
+def load_all() -> dict[str, PluginError]:
+    """Import every plugin, so that recipes can use bare class names.
+
+    Returns:
+        `<group>:<name>` → why it could not be imported, for those that could not.
+    """
+    failures = {}
+    for group in GROUPS:
+        for name in names(group):
+            try:
+                load(group, name)
+            except PluginError as error:
+                failures[f"{group}:{name}"] = error
+    return failures
+
+
+def origin(plugin: type[Plugin]) -> tuple[str, str]:
+    """The distribution and version that registered a class.
+
+    Raises:
+        PluginError: the class is not registered, so that a bundle made with it could not be
+            opened again.
+    """
+    if load(plugin.group, plugin.id) is not plugin:
+        raise PluginError(
+            f"{plugin.__module__}.{plugin.__qualname__} is not what '{plugin.id}' is registered as "
+            f"in {plugin.group}"
+        )
+    distribution = _entry_point(plugin.group, plugin.id).dist
+    return (distribution.name, distribution.version) if distribution else ("", "")
+
+
+def to_config(plugin: Plugin) -> Config:
+    """A plugin's settings as JSON; nested plugins become nested configs."""
+    distribution, version = origin(type(plugin))
+    settings = {
+        field.name: _to_json(getattr(plugin, field.name))
+        for field in dataclasses.fields(cast(Any, plugin))
+    }
+    return {
+        "group": plugin.group,
+        "id": plugin.id,
+        "settings": settings,
+        "distribution": distribution,
+        "version": version,
+    }
+
+
+def from_config(config: Mapping[str, Any]) -> Plugin:
+    """The plugin that `to_config` described. Only registered classes are ever imported.
+
+    Raises:
+        PluginError: it is not installed, or does not know a setting.
+    """
+    try:
+        group, name, settings = config["group"], config["id"], dict(config["settings"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise PluginError(f"not a codec's or merge's config: {config!r}") from error
+    if group not in GROUPS:
+        raise PluginError(f"unknown plugin group '{group}'; there are {', '.join(GROUPS)}")
+    if name not in names(group):
+        came_from = " ".join(str(config.get(k, "")) for k in ("distribution", "version")).strip()
+        mend = f"; install it: it came from {came_from}" if came_from else ""
+        raise PluginError(f"no '{name}' in {group} is installed{mend}{_installed(group)}")
+    found = load(group, name)
+    known = {field.name for field in dataclasses.fields(cast(Any, found))}
+    if unknown := sorted(set(settings) - known):
+        raise PluginError(
+            f"'{name}' knows no setting {', '.join(unknown)}; it was written by "
+            f"{config.get('distribution')} {config.get('version')}, install that version or later"
+        )
+    return found(**{key: _from_json(value) for key, value in settings.items()})
+
+
+def _entry_point(group: str, name: str) -> EntryPoint:
+    points = list(entry_points(group=group, name=name))
+    # The same distribution can be seen twice (an editable install beside its source folder).
+    claims = {(p.value, p.dist.name if p.dist else ""): p for p in points}
+    if not claims:
+        raise PluginError(f"no '{name}' in {group} is installed{_installed(group)}")
+    if len(claims) > 1:
+        raise PluginError(
+            f"'{name}' in {group} is claimed by "
+            f"{' and '.join(_distribution(p) for p in claims.values())}; uninstall one"
+        )
+    return next(iter(claims.values()))
+
+
+def _distribution(point: EntryPoint) -> str:
+    return f"{point.dist.name} {point.dist.version}" if point.dist else point.value
+
+
+def _installed(group: str) -> str:
+    return f"; installed:{listing(names(group), limit=50)}"
+
+
+def _to_json(value: object) -> object:
+    if isinstance(value, Plugin):
+        return to_config(value)
+    if isinstance(value, list | tuple):
+        return [_to_json(item) for item in value]
+    return value
+
+
+def _from_json(value: object) -> object:
+    if isinstance(value, Mapping) and value.get("group") in GROUPS:
+        return from_config(value)
+    return value

@@ -1,0 +1,271 @@
+"""Results that can be looked at: tables in the terminal, CSV, JSON and a plot."""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fusionkit.bundle import Bundle
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores per task, in [0, 1], and how they relate to the fine-tuned models' own.
+
+    Attributes:
+        values: task name → score.
+        finetuned: task name → the fine-tuned model's own score; None where it is not known.
+    """
+
+    values: dict[str, float]
+    finetuned: dict[str, float] | None = None
+
+    @property
+    def mean(self) -> float:
+        """Mean over the tasks."""
+        return sum(self.values.values()) / len(self.values)
+
+    @property
+    def share(self) -> float | None:
+        """Mean score as a share of the fine-tuned models' mean, over the same tasks."""
+        if self.finetuned is None or any(task not in self.finetuned for task in self.values):
+            return None
+        return self.mean / (sum(self.finetuned[task] for task in self.values) / len(self.values))
+
+    def share_of(self, task: str) -> float | None:
+        """One task's score as a share of its fine-tuned model's."""
+        own = (self.finetuned or {}).get(task)
+        return self.values[task] / own if own else None
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per task and one for the mean."""
+        rows: list[dict[str, Any]] = [
+            {
+                "task": task,
+                "score": score,
+                "finetuned": (self.finetuned or {}).get(task),
+                "share": self.share_of(task),
+            }
+            for task, score in self.values.items()
+        ]
+        own = None if self.share is None else self.mean / self.share
+        return [*rows, {"task": "mean", "score": self.mean, "finetuned": own, "share": self.share}]
+
+    def table(self, title: str) -> Table:
+        """The scores as a table, in percent."""
+        table = Table("task", title=title)
+        for column in ("score", "fine-tuned", "share"):
+            table.add_column(column, justify="right")
+        rows = self.rows()
+        for place, row in enumerate(rows):
+            table.add_row(
+                row["task"],
+                percent(row["score"]),
+                percent(row["finetuned"]),
+                percent(row["share"]),
+                end_section=place == len(rows) - 2,
+            )
+        return table
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One way of keeping the family, measured.
+
+    Attributes:
+        name: how the recipe calls it.
+        settings: the codec as it would be constructed.
+        scores: what its tasks score.
+        nbytes: bytes on disk, all tasks.
+        ratio: T full checkpoints' bytes over `nbytes`.
+        bits_per_parameter: stored bits per compressed parameter; see `Bundle`.
+        encode_seconds: time to compress all tasks.
+        switch_seconds: median time of `ReuseModule.switch`.
+    """
+
+    name: str
+    settings: str
+    scores: Scores
+    nbytes: int
+    ratio: float
+    bits_per_parameter: float
+    encode_seconds: float | None = None
+    switch_seconds: float | None = None
+
+
+@dataclass
+class ComparisonReport:
+    """Several ways of keeping one family, side by side."""
+
+    rows: list[Comparison] = field(default_factory=list)
+
+    def table(self) -> Table:
+        """The comparison as a table."""
+        table = Table("codec", title="Scores, shares and sizes")
+        columns = ("score", "share", "bundle", "× smaller", "bits/param", "encode s", "switch ms")
+        for column in columns:
+            table.add_column(column, justify="right")
+        for row in self.rows:
+            table.add_row(
+                row.name,
+                percent(row.scores.mean),
+                percent(row.scores.share),
+                size(row.nbytes),
+                f"{row.ratio:.1f}",
+                f"{row.bits_per_parameter:.3f}",
+                "" if row.encode_seconds is None else f"{row.encode_seconds:.1f}",
+                "" if row.switch_seconds is None else f"{row.switch_seconds * 1e3:.0f}",
+            )
+        return table
+
+    def flat(self) -> list[dict[str, Any]]:
+        """One flat row per codec, the tasks' scores as columns."""
+        flat = []
+        for row in self.rows:
+            record = asdict(row)
+            record.pop("scores")
+            tasks = {f"score/{task}": value for task, value in row.scores.values.items()}
+            flat.append(
+                {**record, "mean_score": row.scores.mean, "share": row.scores.share, **tasks}
+            )
+        return flat
+
+    def plot(self, path: Path) -> None:
+        """Draw score against size, one labelled point per codec (PNG)."""
+        import matplotlib as mpl
+
+        mpl.use("Agg")
+        from matplotlib import pyplot as plt
+
+        figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
+        whole = [row for row in self.rows if row.encode_seconds is None]
+        packed = [row for row in self.rows if row.encode_seconds is not None]
+        for row in whole:
+            axes.axhline(100 * row.scores.mean, linestyle="--", color="grey", linewidth=1)
+            label = f"{row.name}: {100 * row.scores.mean:.1f}% at {row.bits_per_parameter:.0f} bits"
+            axes.annotate(
+                label, (0.01, 100 * row.scores.mean), xycoords=("axes fraction", "data"), va="bottom"
+            )
+        for place, row in enumerate(packed):
+            point = (row.bits_per_parameter, 100 * row.scores.mean)
+            axes.scatter(*point, s=45, zorder=3, color=f"C{place % 10}")
+        _label_points(axes, packed)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.margins(x=0.15, y=0.12)
+        axes.set_xlabel("bits per parameter on disk, shared vector spread over the tasks (log scale)")
+        axes.set_ylabel("mean score over the tasks (%)")
+        axes.set_title("Score against size: upper left is better")
+        axes.grid(alpha=0.3)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=140)
+        plt.close(figure)
+        replace_file(path, buffer.getvalue())
+
+
+def _label_points(axes: Any, rows: Sequence[Comparison]) -> None:
+    """Label each point; labels of points that nearly coincide are stacked."""
+    placed: list[tuple[float, float]] = []
+    import math
+
+    spread = max((r.scores.mean for r in rows), default=1) - min(
+        (r.scores.mean for r in rows), default=0
+    )
+    for row in sorted(rows, key=lambda r: (-r.scores.mean, r.bits_per_parameter)):
+        x, y = math.log2(max(row.bits_per_parameter, 1e-6)), row.scores.mean
+        crowd = sum(abs(x - px) < 0.8 and abs(y - py) < 0.035 * max(spread, 1e-3) for px, py in placed)
+        placed.append((x, y))
+        axes.annotate(
+            row.name,
+            (row.bits_per_parameter, 100 * y),
+            xytext=(7, -3 - 10 * crowd),
+            textcoords="offset points",
+            fontsize=8,
+        )
+
+
+def bundle_table(bundle: Bundle) -> Table:
+    """What a bundle holds: bytes, bits per parameter and the ratio to full checkpoints, per task."""
+    manifest = bundle.manifest
+    parameters = max(manifest.base.parameters, 1)
+    table = Table("task", title=f"{bundle.path}: {bundle.codec!r}")
+    for column in ("bytes", "of it whole", "bits/param", "full checkpoint", "× smaller"):
+        table.add_column(column, justify="right")
+    for task, record in manifest.tasks.items():
+        table.add_row(
+            task,
+            size(record.file.bytes),
+            size(record.private_bytes),
+            f"{8 * (record.file.bytes - record.private_bytes) / parameters:.3f}",
+            size(record.checkpoint_bytes),
+            f"{record.checkpoint_bytes / record.file.bytes:.1f}",
+        )
+    if manifest.shared:
+        bits = f"{8 * manifest.shared.bytes / parameters:.3f}"
+        table.add_row("(shared by all)", size(manifest.shared.bytes), "", bits, "", "")
+    table.add_section()
+    full = checkpoint_bytes(bundle)
+    table.add_row(
+        f"bundle of {len(bundle.tasks)}",
+        size(bundle.nbytes),
+        size(sum(record.private_bytes for record in manifest.tasks.values())),
+        f"{bundle.bits_per_parameter:.3f}",
+        size(full),
+        f"{full / bundle.nbytes:.1f}",
+    )
+    return table
+
+
+def checkpoint_bytes(bundle: Bundle) -> int:
+    """Bytes on disk of the full checkpoints that a bundle replaces."""
+    return sum(record.checkpoint_bytes for record in bundle.manifest.tasks.values())
+
+
+def write_rows(rows: Sequence[dict[str, Any]], folder: Path, name: str) -> list[Path]:
+    """Write rows as `<name>.csv` and `<name>.json` into a folder, each whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    paths = [folder / f"{name}.csv", folder / f"{name}.json"]
+    replace_file(paths[0], text.getvalue().encode())
+    replace_file(paths[1], (json.dumps(list(rows), indent=1) + "\n").encode())
+    return paths
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file to a temporary name and rename it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+def show(*items: object) -> None:
+    """Print to the terminal; a pipe gets lines wide enough for whole tables."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)
+    for item in items:
+        console.print(item, highlight=False, soft_wrap=isinstance(item, str))
+
+
+def percent(value: float | None) -> str:
+    """A share as percent with two decimals, or nothing."""
+    return "" if value is None else f"{100 * value:.2f}"
+
+
+def size(nbytes: float) -> str:
+    """Bytes in the unit that reads best (powers of 1000, as disks count)."""
+    for unit in ("B", "kB", "MB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} GB"
