@@ -15,7 +15,6 @@ a bundle that can be opened is whole.
 import shutil
 import tempfile
 import weakref
-from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -62,7 +61,7 @@ class Bundle:
             raise BundleError(f"{self.path / FILE}: '{codec.id}' is no codec; compress again")
         self.codec: DeltaCodec = codec
         self._base = None if base is None else Checkpoint.of(base)
-        self._base_checked = False
+        self._whole: tuple[tuple[str, torch.device | None], Parts] | None = None
         self._shared = (
             PartFile(self.path / SHARED, self.manifest.shared) if self.manifest.shared else None
         )
@@ -138,9 +137,7 @@ class Bundle:
         if not parts and not shared:
             return None
         shape = torch.Size(record.shape)
-        delta = self.codec.decode(
-            ChainMap(parts, shared, self._whole_model(task, device)), shape
-        )
+        delta = self.codec.decode({**self._whole_model(task, device), **shared, **parts}, shape)
         if delta.shape != shape:
             raise BundleError(
                 f"{self.path}: '{name}' of task '{task}' decodes to shape {list(delta.shape)}, "
@@ -157,10 +154,8 @@ class Bundle:
         for name in self.manifest.tasks[self._known(task)].private:
             yield name, self._task(task).parts(name)[WHOLE]
 
-    def write_into(
-        self, task: str, base: Mapping[str, Tensor], out: Mapping[str, Tensor]
-    ) -> None:
-        """Rebuild a task's weights from the base into `out` (all but private ones).
+    def write_into(self, task: str, base: Mapping[str, Tensor], out: Mapping[str, Tensor]) -> None:
+        """Rebuild a task's weights from the base into `out`, all but private and frozen ones.
 
         θ̂ = θ₀ + δ̂ is formed in float32 and rounded once, to `out`'s dtype. Always from the
         base, never from what `out` holds: the result does not depend on what was there.
@@ -174,9 +169,11 @@ class Bundle:
             BundleError: the bundle has no such task, or a file was changed.
         """
         for name, tensor in self.manifest.base.tensors.items():
+            if tensor.role == "frozen":
+                continue
             whole = self._task(task).parts(name) if tensor.role == "exact" else {}
             if name not in out and not whole:
-                continue  # a frozen tensor or buffer that this model does not save
+                continue  # a buffer that this model does not save
             target = out[name]
             if tensor.role == "delta":
                 delta = self.delta(task, name, target.device)
@@ -211,7 +208,10 @@ class Bundle:
         for name, tensor in self.manifest.base.tensors.items():
             stored = base[name].dtype
             target = dtype if dtype and stored.is_floating_point else stored
-            state[name] = torch.empty(tensor.shape, dtype=target)
+            if tensor.role == "frozen":
+                state[name] = base[name].to(target)
+            else:
+                state[name] = torch.empty(tensor.shape, dtype=target)
         self.write_into(task, base, state)
         for name, value in self.private_tensors(task):
             state[name] = value.to(dtype) if dtype and value.is_floating_point() else value
@@ -246,6 +246,7 @@ class Bundle:
         """Write a new manifest, and see the tasks that it names."""
         manifest.write(self.path)
         self.manifest = manifest
+        self._whole = None
         self._files = {
             task: PartFile(self.path / task_file(task), record.file)
             for task, record in manifest.tasks.items()
@@ -259,9 +260,12 @@ class Bundle:
     def _task(self, task: str) -> PartFile:
         return self._files[self._known(task)]
 
-    def _whole_model(self, task: str, device: torch.device | None) -> dict[str, Tensor]:
-        own = self._task(task).parts(WHOLE_MODEL, device)
-        return {**self.shared_parts(WHOLE_MODEL, device), **own}
+    def _whole_model(self, task: str, device: torch.device | None) -> Parts:
+        # Asked for once per tensor: worth keeping for the task at hand.
+        if self._whole is None or self._whole[0] != (task, device):
+            own = self._task(task).parts(WHOLE_MODEL, device)
+            self._whole = (task, device), {**self.shared_parts(WHOLE_MODEL, device), **own}
+        return self._whole[1]
 
 
 def task_file(task: str) -> str:
@@ -284,7 +288,9 @@ class new_folder:  # noqa: N801 (used as a function)
         self._path = path
         self._overwrite = overwrite
         if path.exists() and not overwrite:
-            raise BundleError(f"{path}: exists; choose another folder, or set overwrite to replace it")
+            raise BundleError(
+                f"{path}: exists; choose another folder, or set overwrite to replace it"
+            )
 
     def __enter__(self) -> Path:
         self._path.parent.mkdir(parents=True, exist_ok=True)

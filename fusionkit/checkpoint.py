@@ -4,6 +4,8 @@ import json
 import pickle
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from glob import escape as glob_escape
+from glob import glob
 from pathlib import Path
 from typing import Any, cast
 
@@ -130,7 +132,9 @@ class Checkpoint(Mapping[str, Tensor]):
         except KeyError:
             raise KeyError(f"{self.label}: no tensor '{name}'") from None
         except (OSError, SafetensorError, RuntimeError) as error:
-            raise CheckpointError(f"{self.label}: tensor '{name}' can't be read: {error}") from error
+            raise CheckpointError(
+                f"{self.label}: tensor '{name}' can't be read: {error}"
+            ) from error
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.specs)
@@ -165,6 +169,27 @@ class Checkpoint(Mapping[str, Tensor]):
         return source if isinstance(source, cls) else cls(source)
 
 
+def find_checkpoints(pattern: str) -> dict[str, str]:
+    """Find tasks by a path with one `*`: what it stands for names the task.
+
+    Args:
+        pattern: a path such as `models/*/model.safetensors`.
+
+    Returns:
+        task name → path, sorted by name.
+
+    Raises:
+        CheckpointError: there is not exactly one `*`, or nothing matches.
+    """
+    if pattern.count("*") != 1 or "**" in pattern:
+        raise CheckpointError(f"{pattern}: expected exactly one '*', for the task's name")
+    before, after = resolve_package_path(pattern).split("*")
+    found = sorted(glob(glob_escape(before) + "*" + glob_escape(after)))
+    if not found:
+        raise CheckpointError(f"{pattern}: nothing matches (relative to {Path.cwd()})")
+    return {path[len(before) : len(path) - len(after) or None]: path for path in found}
+
+
 def _label(source: object) -> str:
     if isinstance(source, str | Path):
         return str(source)
@@ -175,7 +200,9 @@ def _label(source: object) -> str:
 
 def _open(source: object, label: str) -> _Opened:
     if isinstance(source, Checkpoint):
-        return _Opened(source.specs, source.__getitem__, source.nbytes, source.aliases, source.buffers)
+        return _Opened(
+            source.specs, source.__getitem__, source.nbytes, source.aliases, source.buffers
+        )
     if isinstance(source, nn.Module):
         buffers = frozenset(name for name, _ in source.named_buffers(remove_duplicate=False))
         return _open_mapping(source.state_dict(), label, buffers=buffers)
@@ -221,25 +248,51 @@ def _open_file(path: Path) -> _Opened:
 
 def _open_safetensors(path: Path) -> _Opened:
     try:
-        handle = safe_open(path, framework="pt")
+        handle: Any = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path}: not a whole safetensors file ({error}); fetch or save it again"
         ) from error
-    specs = {}
+    specs: dict[str, TensorSpec] = {}
     for name in handle.keys():  # noqa: SIM118 (not a mapping)
         view = handle.get_slice(name)
         if view.get_dtype() not in SAFETENSORS_DTYPES:
-            raise CheckpointError(f"{path}: tensor '{name}' has dtype {view.get_dtype()}, unknown here")
+            raise CheckpointError(
+                f"{path}: tensor '{name}' has dtype {view.get_dtype()}, unknown here"
+            )
         specs[name] = TensorSpec(tuple(view.get_shape()), SAFETENSORS_DTYPES[view.get_dtype()])
-    return _Opened(specs, handle.get_tensor, path.stat().st_size, {}, frozenset())
+    return _Opened(specs, _Mapped(path).read, path.stat().st_size, {}, frozenset())
+
+
+class _Mapped:
+    """Reads a safetensors file through a memory map, and lets go of what was read.
+
+    Pages that were touched stay resident for as long as a map is open: a fresh one every so
+    often bounds memory to `WINDOW` a file, whatever the file's size.
+    """
+
+    WINDOW = 1 << 23
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._handle: Any = None
+        self._touched = 0
+
+    def read(self, name: str) -> Tensor:
+        if self._handle is None or self._touched > self.WINDOW:
+            self._handle, self._touched = safe_open(self._path, framework="pt"), 0
+        tensor: Tensor = self._handle.get_tensor(name)
+        self._touched += tensor.nbytes
+        return tensor
 
 
 def _open_shards(index: Path) -> _Opened:
     try:
         weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{index}: not a shard index ('weight_map' expected): {error}") from error
+        raise CheckpointError(
+            f"{index}: not a shard index ('weight_map' expected): {error}"
+        ) from error
     shards: dict[str, _Opened] = {}
     for file in sorted(set(weight_map.values())):
         path = index.parent / file
@@ -266,7 +319,8 @@ def _open_pickle(path: Path) -> _Opened:
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path}: holds more than tensors, and is not unpickled since that could run code "
-            f"from the file ({str(error).splitlines()[0]}); save its state dict alone, or as safetensors"
+            f"from the file ({str(error).splitlines()[0]}); save its state dict alone, or as "
+            "safetensors"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError) as error:
         raise CheckpointError(

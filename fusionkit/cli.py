@@ -87,7 +87,8 @@ def inspect(bundle: str) -> None:
     report.show(
         report.bundle_table(opened),
         f"base: {base.source}\nfingerprint: {base.fingerprint}\n"
-        f"compressed parameters per task: {base.parameters:,} in {len(base.names('delta'))} tensors; "
+        f"compressed parameters per task: {base.parameters:,} "
+        f"in {len(base.names('delta'))} tensors; "
         f"exact: {len(base.names('exact'))}; frozen: {len(base.names('frozen'))}\n"
         f"private: {', '.join(opened.manifest.private) or 'none'}",
     )
@@ -140,7 +141,9 @@ def codecs() -> None:
                 continue
             plugin = registry.load(group, name)
             what = (plugin.__doc__ or "").strip().splitlines()
-            table.add_row(name, plugin.__name__, " ".join(registry.origin(plugin)), what[0] if what else "")
+            table.add_row(
+                name, plugin.__name__, " ".join(registry.origin(plugin)), what[0] if what else ""
+            )
         report.show(table)
 
 
@@ -166,7 +169,7 @@ def _function(function: Callable[..., None], positional: str | None = None) -> V
         parser = ArgumentParser(prog=f"fusionkit {function.__name__}", description=summary)
         if positional:
             parser.add_argument(positional, type=str, help=f"the {positional}'s folder")
-        skip = {positional} if positional else set()
+        skip: set[str | int] = {positional} if positional else set()
         parser.add_function_arguments(function, skip=skip, as_group=False)
         function(**parser.parse_args(args).as_dict())
 

@@ -153,12 +153,10 @@ def _write(folder: Path, family: Family, codec: DeltaCodec, config: dict[str, ob
 def _write_parts(
     folder: Path, family: Family, codec: DeltaCodec, shared: SharedParts | None
 ) -> tuple[FileRecord | None, dict[str, TaskRecord]]:
-    """Encode into the folder's files; the whole tensors first, as they are the cheapest to check."""
+    """Encode into the folder's files; whole tensors first, as they are the cheapest to check."""
     family.check_frozen()
     own = {task: PartWriter(folder / task_file(task)) for task in family.tasks}
-    private_bytes = {
-        task: _write_whole(writer, family, task) for task, writer in own.items()
-    }
+    private_bytes = {task: _write_whole(writer, family, task) for task, writer in own.items()}
     common = PartWriter(folder / SHARED)
     has_shared = False
     for encoded in _checked(codec.encode(family, shared), family, codec):
@@ -187,9 +185,7 @@ def _write_whole(writer: PartWriter, family: Family, task: str) -> int:
     return total
 
 
-def _checked(
-    stream: Iterable[Encoded], family: Family, codec: DeltaCodec
-) -> Iterator[Encoded]:
+def _checked(stream: Iterable[Encoded], family: Family, codec: DeltaCodec) -> Iterator[Encoded]:
     """Hold a codec to its contract, so that a faulty one fails here and not on decoding."""
     known = {*family.names("delta"), WHOLE_MODEL}
     for encoded in stream:

@@ -172,7 +172,9 @@ class Family:
     def bits_per_parameter(self) -> float:
         """Bits per compressible parameter in the fine-tuned checkpoints, over all tasks."""
         bits = sum(
-            8 * torch.Size(self.base.specs[name].shape).numel() * checkpoint.specs[known].dtype.itemsize
+            8
+            * torch.Size(self.base.specs[name].shape).numel()
+            * checkpoint.specs[known].dtype.itemsize
             for checkpoint in self.finetuned.values()
             for name in self.names("delta")
             if (known := self._known(checkpoint, name))
@@ -238,21 +240,17 @@ class Family:
                 "take them out of `frozen`, so that their deltas are stored"
             )
 
-    def write_into(
-        self, task: str, base: Mapping[str, Tensor], out: Mapping[str, Tensor]
-    ) -> None:
-        """Write a task's fine-tuned weights, uncompressed, into `out` (all but private ones).
+    def write_into(self, task: str, base: Mapping[str, Tensor], out: Mapping[str, Tensor]) -> None:
+        """Write a task's own weights, uncompressed, into `out`, all but private and frozen ones.
 
         Args:
             task: one of `tasks`.
-            base: the base's tensors by name (for the frozen ones).
+            base: the base's tensors; not needed here, but a bundle does.
             out: tensors to write into, by name.
         """
         for name, role in self.roles.items():
-            if role != "delta" and name not in out:
-                continue  # a buffer that this model does not save
-            absent = role == "frozen" and self._known(self.finetuned[task], name) is None
-            out[name].copy_(base[name] if absent else self._tuned(task, name))
+            if role == "delta" or (role == "exact" and name in out):
+                out[name].copy_(self._tuned(task, name))
 
     def _tuned(self, task: str, name: str) -> Tensor:
         checkpoint = self.finetuned[task]
@@ -310,7 +308,7 @@ class Family:
                 if role != "frozen":
                     yield f"{where}: misses tensor '{name}' (declare it frozen if it is the base's)"
                 continue
-            yield from self._check_spec(where, known, role, self.base.specs[name], tuned.specs[known])
+            yield from self._check_spec(where, known, self.base.specs[name], tuned.specs[known])
             yield from self._check_tied(where, tuned, name, known)
         known_names = set(self.roles) | set(self.tied)
         for name in tuned:
@@ -318,7 +316,7 @@ class Family:
                 yield f"{where}: has tensor '{name}', which the base lacks (declare it private?)"
 
     def _check_spec(
-        self, where: str, name: str, role: Role, base: TensorSpec, tuned: TensorSpec
+        self, where: str, name: str, base: TensorSpec, tuned: TensorSpec
     ) -> Iterator[str]:
         if base.shape != tuned.shape:
             yield (
@@ -349,9 +347,9 @@ class Family:
                         prefix = other.removesuffix(name)
                         if sum(prefix + own in tuned for own in self.roles) > len(self.roles) // 2:
                             return (
-                                f"\n{tuned.label} names its tensors with the prefix '{prefix}': give "
-                                f"the base as Checkpoint(…, add_prefix='{prefix}') or the fine-tuned "
-                                f"one as Checkpoint(…, strip_prefix='{prefix}')"
+                                f"\n{tuned.label} names its tensors with the prefix '{prefix}': "
+                                f"give the base as Checkpoint(…, add_prefix='{prefix}') or the "
+                                f"fine-tuned one as Checkpoint(…, strip_prefix='{prefix}')"
                             )
                 break
         return ""
@@ -360,5 +358,3 @@ class Family:
 def matches(name: str, patterns: Sequence[str]) -> bool:
     """Whether a tensor's name matches one of the shell-style patterns (case matters)."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-

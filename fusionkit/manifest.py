@@ -7,14 +7,14 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from fusionkit.checkpoint import Checkpoint
 from fusionkit.errors import BundleError, WrongBaseError, listing
 from fusionkit.family import Family, Role
-from fusionkit.partfile import FileRecord
+from fusionkit.partfile import FileRecord, tensor_bytes
 from fusionkit.registry import Config
 
 FILE = "manifest.json"
@@ -83,9 +83,7 @@ class BaseRecord:
     @property
     def parameters(self) -> int:
         """Number of compressible parameters of one task."""
-        return sum(
-            torch.Size(t.shape).numel() for t in self.tensors.values() if t.role == "delta"
-        )
+        return sum(torch.Size(t.shape).numel() for t in self.tensors.values() if t.role == "delta")
 
     def names(self, role: Role) -> list[str]:
         """Names of the tensors with this role."""
@@ -189,7 +187,7 @@ class Manifest:
                 f"{folder}: not a bundle (it has no {FILE}); make one with 'fusionkit compress'"
             ) from error
         except (OSError, ValueError) as error:
-            raise BundleError(f"{path}: not readable as JSON ({error}); copy the bundle again") from error
+            raise BundleError(f"{path}: not readable as JSON ({error}); copy it again") from error
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise BundleError(f"{path}: not a FusionKit bundle's manifest")
         if content.get("format_version") != VERSION:
@@ -199,7 +197,8 @@ class Manifest:
             )
         if content.pop("checksum", None) != _checksum(content):
             raise BundleError(
-                f"{path}: was changed since it was written (checksum differs); copy or compress it again"
+                f"{path}: was changed since it was written (checksum differs); copy or "
+                "compress it again"
             )
         try:
             return cls._from_json(content)
@@ -238,8 +237,8 @@ def reopen_base(record: BaseRecord) -> Checkpoint:
         return Checkpoint(record.source, record.strip_prefix, record.add_prefix)
     except Exception as error:
         raise BundleError(
-            f"the bundle's base ({record.source}) can't be opened from here; a bundle does not hold "
-            "its base: give it as `base`"
+            f"the bundle's base ({record.source}) can't be opened from here; a bundle does not "
+            "hold its base: give it as `base`"
         ) from error
 
 
@@ -252,6 +251,4 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 
 def _sha256(tensor: torch.Tensor) -> str:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    data = cast(memoryview, memoryview(flat.view(torch.uint8).numpy()))
-    return hashlib.sha256(data).hexdigest()[:16]
+    return hashlib.sha256(tensor_bytes(tensor)).hexdigest()[:16]

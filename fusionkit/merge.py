@@ -47,19 +47,31 @@ class Merge(Plugin, ABC):
         return merged.view(vectors.shape)
 
 
+class TensorMerge(Merge):
+    """Base of merges that need no number over the whole model."""
+
+    @abstractmethod
+    def merge(self, vectors: Tensor) -> Tensor:
+        """Merge one tensor: float32 `(T, *shape)` → `(*shape)`."""
+
+    def prepare(self, family: Family) -> MergeTensor:
+        """Nothing to prepare."""
+        return lambda _, vectors: self.merge(vectors)
+
+
 @dataclass(frozen=True)
-class Mean(Merge):
+class Mean(TensorMerge):
     """Average of the task vectors: τ* = (1/T) Σ τ_t, which is weight averaging."""
 
     id: ClassVar[str] = "mean"
 
-    def prepare(self, family: Family) -> MergeTensor:
-        """Nothing to prepare."""
-        return lambda name, vectors: vectors.mean(0)
+    def merge(self, vectors: Tensor) -> Tensor:
+        """(1/T) Σ τ_t."""
+        return vectors.mean(0)
 
 
 @dataclass(frozen=True)
-class TaskArithmetic(Merge):
+class TaskArithmetic(TensorMerge):
     """Scaled sum of the task vectors: τ* = λ Σ τ_t (Ilharco et al., 2212.04089).
 
     Args:
@@ -69,9 +81,9 @@ class TaskArithmetic(Merge):
     id: ClassVar[str] = "task_arithmetic"
     scale: float = 0.3
 
-    def prepare(self, family: Family) -> MergeTensor:
-        """Nothing to prepare."""
-        return lambda name, vectors: vectors.sum(0).mul_(self.scale)
+    def merge(self, vectors: Tensor) -> Tensor:
+        """The sum, scaled."""
+        return vectors.sum(0).mul_(self.scale)
 
 
 @dataclass(frozen=True)
@@ -102,10 +114,12 @@ class TIES(Merge):
     def prepare(self, family: Family) -> MergeTensor:
         """Find each task's trim threshold over its whole vector (two passes)."""
         counts = [round(self.density * family.parameters)] * len(family.tasks)
-        thresholds = Thresholds.over(lambda: ((v[t] for t in range(len(v))) for v in family), counts)
+        thresholds = Thresholds.over(
+            lambda: ((v[t] for t in range(len(v))) for v in family), counts
+        )
         limits = thresholds.magnitudes
 
-        def merge_tensor(name: str, vectors: Tensor) -> Tensor:
+        def merge_tensor(_: str, vectors: Tensor) -> Tensor:
             limit = limits.view(-1, *[1] * (vectors.ndim - 1))
             trimmed = torch.where(vectors.abs() >= limit, vectors, 0.0)
             sign = torch.sign(trimmed.sum(0))
@@ -119,14 +133,14 @@ class TIES(Merge):
 
 
 @dataclass(frozen=True)
-class Elect(Merge):
-    """EMR-Merging's elected vector τ_uni alone (Huang et al., 2405.17461, eq. for "elect")."""
+class Elect(TensorMerge):
+    """EMR-Merging's elected vector τ_uni alone (Huang et al., 2405.17461)."""
 
     id: ClassVar[str] = "elect"
 
-    def prepare(self, family: Family) -> MergeTensor:
-        """Nothing to prepare."""
-        return lambda name, vectors: elect(vectors)[0]
+    def merge(self, vectors: Tensor) -> Tensor:
+        """τ_uni."""
+        return elect(vectors)[0]
 
 
 def elect(vectors: Tensor) -> tuple[Tensor, Tensor]:

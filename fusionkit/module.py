@@ -12,7 +12,7 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from fusionkit.bundle import Bundle
-from fusionkit.checkpoint import Checkpoint
+from fusionkit.checkpoint import Checkpoint, find_checkpoints
 from fusionkit.codec import DeltaCodec
 from fusionkit.compress import Progress, compress
 from fusionkit.errors import BundleError, DataError, FusionKitError
@@ -33,7 +33,7 @@ class TaskSource(Protocol):
         ...
 
     def write_into(self, task: str, base: Mapping[str, Tensor], out: Mapping[str, Tensor]) -> None:
-        """Write a task's weights into `out`, all but private ones."""
+        """Write a task's weights into `out`, all but private and frozen ones."""
         ...
 
     def private_tensors(self, task: str) -> Iterator[tuple[str, Tensor]]:
@@ -57,7 +57,8 @@ class ReuseModule(LightningModule):
         model: the base model; its weights are the base's unless `base` is given.
         bundle: a bundle, or its folder. With a codec given too, the bundle must be made by it.
         codec: how the fine-tuned checkpoints are compressed; none: they are used as they are.
-        finetuned: task name → fine-tuned checkpoint.
+        finetuned: task name → fine-tuned checkpoint; or one path with a `*` that stands for the
+            task's name (`models/*/model.safetensors`).
         private: patterns (`classifier.*`) of the tensors that are each task's own.
         frozen: patterns of the tensors that equal the base's in every task.
         base: where the base's weights are, if not in `model`; they are loaded into it.
@@ -76,7 +77,7 @@ class ReuseModule(LightningModule):
         model: nn.Module,
         bundle: str | Path | Bundle | None = None,
         codec: DeltaCodec | None = None,
-        finetuned: dict[str, str | Checkpoint] | None = None,
+        finetuned: dict[str, str | Checkpoint] | str | None = None,
         private: list[str] | None = None,
         frozen: list[str] | None = None,
         base: str | Checkpoint | None = None,
@@ -87,7 +88,8 @@ class ReuseModule(LightningModule):
         super().__init__()
         self.model = model
         self.codec = codec
-        self.finetuned = dict(finetuned or {})
+        found = find_checkpoints(finetuned) if isinstance(finetuned, str) else finetuned
+        self.finetuned: dict[str, str | Checkpoint] = dict(found or {})
         self.private = list(private or [])
         self.frozen = list(frozen or [])
         self.metric = metric
@@ -117,8 +119,8 @@ class ReuseModule(LightningModule):
         if self._source is None:
             if self.bundle_path is not None:
                 raise BundleError(
-                    f"{self.bundle_path}: no such bundle; make it with 'fusionkit compress', or leave "
-                    "`bundle` out to compress on the fly"
+                    f"{self.bundle_path}: no such bundle; make it with 'fusionkit compress', or "
+                    "leave `bundle` out to compress on the fly"
                 )
             self.reuse(self.compress() if self.codec else self.family())
         return cast(TaskSource, self._source)
@@ -136,8 +138,9 @@ class ReuseModule(LightningModule):
         """
         if isinstance(source, Bundle):
             source.manifest.base.check(self._base, f"the model ({self._base.label})")
+        if self.task is not None:  # what was frozen for one source need not be for the next
+            self.switch(None)
         self._source = source
-        self.task = None
 
     def family(self) -> Family:
         """The base and its fine-tuned checkpoints.
@@ -165,7 +168,9 @@ class ReuseModule(LightningModule):
         """
         codec = codec or self.codec
         if codec is None or not self.finetuned:
-            raise FusionKitError("compressing needs both `codec` and `finetuned`; add what is missing")
+            raise FusionKitError(
+                "compressing needs both `codec` and `finetuned`; add what is missing"
+            )
         base = self._base if self.base_source is None else self.base_source
         return compress(
             base,
@@ -303,7 +308,7 @@ class ReuseModule(LightningModule):
             parent.out_features, parent.in_features = fresh.shape
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ReuseModule":
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         # The base moves with the model but keeps its dtype: rounding it would lose the deltas.
         device = next(self.model.parameters()).device
         if any(self._base[name].device != device for name in list(self._base)[:1]):
@@ -336,7 +341,7 @@ def _load_base(model: nn.Module, base: Checkpoint, private: list[str]) -> None:
             if name in base and not matches(name, private):
                 if base.specs[name].shape != tuple(tensor.shape):
                     raise FusionKitError(
-                        f"{base.label}: '{name}' has shape {list(base.specs[name].shape)}, the model "
-                        f"wants {list(tensor.shape)}"
+                        f"{base.label}: '{name}' has shape {list(base.specs[name].shape)}, the "
+                        f"model wants {list(tensor.shape)}"
                     )
                 tensor.copy_(base[name])

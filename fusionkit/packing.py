@@ -3,11 +3,12 @@
 Bit order is little-endian throughout: entry `i` of a mask is bit `i % 8` of byte `i // 8`.
 
 Sparse positions are Golomb-Rice coded. The gaps between kept positions are split into a quotient
-(unary, terminated by a one) and a remainder of `k` bits; the two go to separate streams, so that
-decoding is a handful of vectorised steps and no loop. For entries kept independently with
-probability d the code stays within 5% of the mask's entropy H(d) (Golomb 1966; Rice 1979).
-Layout of the bytes: `k` (bit 7 set: the complement is coded), the number of coded positions as
-8 bytes little-endian, the unary stream, the remainder stream; each stream padded to whole bytes.
+(unary, terminated by a one) and a remainder of `k` bits; the quotients make one stream, and each
+bit of the remainders another, so that decoding is a handful of vectorised steps. For entries kept
+independently with probability d the code stays within 5% of the mask's entropy H(d) (Golomb
+1966; Rice 1979). Layout of the bytes: `k` (bit 7 set: the complement is coded), the number of
+coded positions as 8 bytes little-endian, the unary stream, and the k streams of the remainders,
+lowest bit first, as one; both padded to whole bytes.
 """
 
 import numpy as np
@@ -77,7 +78,7 @@ def encode_positions(positions: Tensor, total: int) -> Tensor:
     unary = torch.zeros(int(ends[-1]) + 1 if count else 0, dtype=torch.uint8, device=gaps.device)
     unary[ends] = 1
     place = torch.arange(k, device=gaps.device)
-    remainders = ((gaps[:, None] >> place) & 1).to(torch.uint8)
+    remainders = ((gaps >> place[:, None]) & 1).to(torch.uint8)
     header = bytes([k | (_COMPLEMENT if complement else 0)]) + count.to_bytes(8, "little")
     head = torch.frombuffer(bytearray(header), dtype=torch.uint8).to(gaps.device)
     return torch.cat([head, pack_bits(unary), pack_bits(remainders)])
@@ -105,14 +106,14 @@ def decode_positions(coded: Tensor, total: int) -> Tensor:
     if k > 62 or unary_bytes < 0 or count > total:
         raise ValueError("the coded positions are malformed")
     stream = coded[_HEADER : _HEADER + unary_bytes]
-    ends = unpack_bits(stream, unary_bytes * 8).nonzero().reshape(-1)
+    ends = _ones(unpack_bits(stream, unary_bytes * 8))
     if ends.numel() != count:
         raise ValueError(f"expected {count} coded positions, found {ends.numel()}")
     gaps = torch.diff(ends, prepend=ends.new_tensor([-1])) - 1
     gaps <<= k
-    bits = unpack_bits(coded[_HEADER + unary_bytes :], count * k).view(count, k)
+    bits = unpack_bits(coded[_HEADER + unary_bytes :], count * k).view(k, count)
     for place in range(k):
-        gaps |= bits[:, place].to(torch.int64) << place
+        gaps |= bits[place].to(torch.int64) << place
     positions = torch.cumsum(gaps + 1, 0) - 1
     if count and int(positions[-1]) >= total:
         raise ValueError(f"a coded position lies outside the {total} entries")
@@ -130,9 +131,16 @@ def _rice_parameter(gaps: Tensor) -> int:
 
 
 def _others(positions: Tensor, total: int) -> Tensor:
-    left = torch.ones(total, dtype=torch.bool, device=positions.device)
-    left[positions] = False
-    return left.nonzero().reshape(-1)
+    left = torch.ones(total, dtype=torch.uint8, device=positions.device)
+    left[positions] = 0
+    return _ones(left)
+
+
+def _ones(bits: Tensor) -> Tensor:
+    """Where 0/1 bytes are 1: int64, increasing."""
+    if bits.device.type == "cpu":  # NumPy is several times faster on booleans
+        return torch.from_numpy(np.flatnonzero(bits.numpy().view(np.bool_)))
+    return bits.nonzero().reshape(-1)
 
 
 def _shifts(device: torch.device) -> Tensor:

@@ -3,19 +3,18 @@
 Keys are `<tensor>/<part>` (`/<part>` for what belongs to the whole model). The header's metadata
 holds, beside `format: pt`, one string `digests`: the first 8 bytes of each tensor's SHA-256, in
 hex, in the order of the data. The header itself is vouched for by the bundle's manifest, so that
-any tensor can be read and checked alone. The order of the data is by alignment, then by key: the
-same payload gives the same bytes, in whatever order it was written.
+any tensor can be read and checked alone, straight from a memory map. The order of the data is by
+alignment, then by key: the same payload gives the same bytes, in whatever order it was written.
 """
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fusionkit.checkpoint import SAFETENSORS_DTYPES
@@ -68,7 +67,7 @@ class PartWriter:
         """
         if key in self._entries:
             raise BundleError(f"{self._path.name}: part '{key}' is written twice")
-        data = _bytes(tensor)
+        data = tensor_bytes(tensor)
         self._entries[key] = _Entry(
             tensor.dtype,
             list(tensor.shape),
@@ -131,6 +130,7 @@ class PartFile:
         self._record = record
         self._index: dict[str, dict[str, str]] | None = None
         self._digests: dict[str, str] = {}
+        self._places: dict[str, tuple[int, int, torch.dtype, list[int]]] = {}
         try:
             size = path.stat().st_size
         except OSError as error:
@@ -164,21 +164,23 @@ class PartFile:
             header = json.loads(text)
             digests = header.pop("__metadata__")["digests"]
             index: dict[str, dict[str, str]] = {}
-            for place, key in enumerate(header):
+            for place, (key, entry) in enumerate(header.items()):
                 name, _, part = key.rpartition("/")
                 index.setdefault(name, {})[part] = key
+                start, end = (8 + length + offset for offset in entry["data_offsets"])
+                self._places[key] = (start, end, SAFETENSORS_DTYPES[entry["dtype"]], entry["shape"])
                 self._digests[key] = digests[place * _DIGEST : (place + 1) * _DIGEST]
-            self._handle = safe_open(self.path, framework="pt")
+            self._data = torch.from_file(
+                str(self.path), shared=False, size=self._record.bytes, dtype=torch.uint8
+            )
             self._index = index
         return self._index
 
     def _read(self, key: str, device: torch.device | None) -> Tensor:
-        try:
-            tensor: Tensor = self._handle.get_tensor(key)
-        except (SafetensorError, OSError) as error:
-            raise self._damaged(f"part '{key}'") from error
+        start, end, dtype, shape = self._places[key]
+        tensor = self._data[start:end].view(dtype).view(shape)
         expected = self._digests.pop(key, None)
-        if expected is not None and _digest(_bytes(tensor)) != expected:
+        if expected is not None and _digest(tensor_bytes(tensor)) != expected:
             self._digests[key] = expected
             raise self._damaged(f"part '{key}'")
         return tensor if device is None else tensor.to(device)
@@ -190,18 +192,19 @@ class PartFile:
         )
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor's values, in row-major order; its own memory where it can be."""
     # Through uint8, since NumPy knows no bfloat16; clones nothing that is contiguous already.
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data
 
 
 def _digest(data: memoryview) -> str:
     return hashlib.sha256(data).hexdigest()[:_DIGEST]
 
 
-def _copy(source, target, nbytes: int) -> None:  # type: ignore[no-untyped-def]
+def _copy(source: IO[bytes], target: IO[bytes], nbytes: int) -> None:
     while nbytes:
-        chunk = source.read(min(nbytes, shutil.COPY_BUFSIZE))
+        chunk = source.read(min(nbytes, _BUFFERED))
         target.write(chunk)
         nbytes -= len(chunk)

@@ -198,7 +198,12 @@ class CompareCLI(RecipeCLI):
         scores = report.Scores(scores.values, scores.values)
         nbytes = sum(checkpoint.nbytes for checkpoint in family.finetuned.values())
         return report.Comparison(
-            "fine-tuned", "", scores, nbytes, 1.0, family.bits_per_parameter,
+            "fine-tuned",
+            "",
+            scores,
+            nbytes,
+            1.0,
+            family.bits_per_parameter,
             switch_seconds=self._switch_seconds(),
         )
 

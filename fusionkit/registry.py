@@ -58,7 +58,9 @@ def load(group: str, name: str) -> type[Plugin]:
             f"'{name}' of {_distribution(point)} fails to import: {type(error).__name__}: {error}"
         ) from error
     if not (isinstance(found, type) and issubclass(found, Plugin)) or found.group != group:
-        raise PluginError(f"'{name}' of {_distribution(point)} is not a class for {group}: {found!r}")
+        raise PluginError(
+            f"'{name}' of {_distribution(point)} is not a class for {group}: {found!r}"
+        )
     if found.id != name:
         raise PluginError(
             f"{_distribution(point)} registers {found.__name__} as '{name}', but its id is "

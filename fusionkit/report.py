@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -151,7 +152,10 @@ class ComparisonReport:
             axes.axhline(100 * row.scores.mean, linestyle="--", color="grey", linewidth=1)
             label = f"{row.name}: {100 * row.scores.mean:.1f}% at {row.bits_per_parameter:.0f} bits"
             axes.annotate(
-                label, (0.01, 100 * row.scores.mean), xycoords=("axes fraction", "data"), va="bottom"
+                label,
+                (0.01, 100 * row.scores.mean),
+                xycoords=("axes fraction", "data"),
+                va="bottom",
             )
         for place, row in enumerate(packed):
             point = (row.bits_per_parameter, 100 * row.scores.mean)
@@ -160,7 +164,9 @@ class ComparisonReport:
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
         axes.margins(x=0.15, y=0.12)
-        axes.set_xlabel("bits per parameter on disk, shared vector spread over the tasks (log scale)")
+        axes.set_xlabel(
+            "bits per parameter on disk, shared vector spread over the tasks (log scale)"
+        )
         axes.set_ylabel("mean score over the tasks (%)")
         axes.set_title("Score against size: upper left is better")
         axes.grid(alpha=0.3)
@@ -173,14 +179,14 @@ class ComparisonReport:
 def _label_points(axes: Any, rows: Sequence[Comparison]) -> None:
     """Label each point; labels of points that nearly coincide are stacked."""
     placed: list[tuple[float, float]] = []
-    import math
-
     spread = max((r.scores.mean for r in rows), default=1) - min(
         (r.scores.mean for r in rows), default=0
     )
     for row in sorted(rows, key=lambda r: (-r.scores.mean, r.bits_per_parameter)):
         x, y = math.log2(max(row.bits_per_parameter, 1e-6)), row.scores.mean
-        crowd = sum(abs(x - px) < 0.8 and abs(y - py) < 0.035 * max(spread, 1e-3) for px, py in placed)
+        crowd = sum(
+            abs(x - px) < 0.8 and abs(y - py) < 0.035 * max(spread, 1e-3) for px, py in placed
+        )
         placed.append((x, y))
         axes.annotate(
             row.name,
@@ -192,7 +198,7 @@ def _label_points(axes: Any, rows: Sequence[Comparison]) -> None:
 
 
 def bundle_table(bundle: Bundle) -> Table:
-    """What a bundle holds: bytes, bits per parameter and the ratio to full checkpoints, per task."""
+    """What a bundle holds: bytes, bits per parameter, ratio to full checkpoints, per task."""
     manifest = bundle.manifest
     parameters = max(manifest.base.parameters, 1)
     table = Table("task", title=f"{bundle.path}: {bundle.codec!r}")

@@ -34,7 +34,7 @@ class Thresholds:
 
     @classmethod
     def over(cls, stream: Stream, counts: list[int]) -> "Thresholds":
-        """Find the thresholds that keep exactly `counts[t]` entries of vector t (zeros excepted)."""
+        """Find what keeps exactly `counts[t]` entries of vector t (zeros excepted)."""
         upper = torch.zeros(len(counts), _BINS, dtype=torch.int64)
         for tensors in stream():
             for t, values in enumerate(tensors):

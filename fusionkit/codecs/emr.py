@@ -63,7 +63,7 @@ class EMR(DeltaCodec):
     def _tensor(
         self, vectors: TaskVectors, stored: Tensor | None
     ) -> tuple[Tensor, list[Tensor], Tensor]:
-        """One tensor's elected vector (flat), packed masks, and the rescalers' two sums `(2, T)`."""
+        """One tensor's elected vector (flat), packed masks, the rescalers' two sums `(2, T)`."""
         count = vectors.shape.numel()
         elected = torch.empty(count) if stored is None else stored
         masks = torch.empty(len(vectors), count, dtype=torch.bool)

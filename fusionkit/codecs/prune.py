@@ -69,7 +69,10 @@ class MagnitudePrune(DeltaCodec):
         delta = decode_shared(parts, shape, self.dtype).view(-1)
         if "positions" in parts:
             positions = decode_positions(parts["positions"], delta.numel())
-            delta[positions] += unpack_values(parts, positions.numel(), self.dtype)
+            values = unpack_values(parts, positions.numel(), self.dtype)
+            if self.merge is not None:
+                values += delta[positions]
+            delta[positions] = values
         return delta.view(shape)
 
     def _prune(self, residual: Tensor, task: int, thresholds: Thresholds | None) -> Parts:

@@ -55,7 +55,9 @@ class SVD(TensorCodec):
         given = {k: getattr(self, k) for k in ("rank", "energy", "ratio")}
         given = {k: v for k, v in given.items() if v is not None}
         if len(given) != 1:
-            raise CodecError(f"expected exactly one of SVD's rank, energy, ratio; got {given or 'none'}")
+            raise CodecError(
+                f"expected exactly one of SVD's rank, energy, ratio; got {given or 'none'}"
+            )
         if self.rank is not None and self.rank < 1:
             raise CodecError(f"expected SVD's rank to be at least 1, got {self.rank}")
         for name in ("energy", "ratio"):
@@ -127,7 +129,7 @@ def svd_gram(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def svd_randomized(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """Subspace iteration from a fixed seed: U `(m, rank)`, σ `(rank,)`, V `(n, rank)`."""
-    columns = min(rank + max(_OVERSAMPLE, math.ceil(rank / 2)), min(matrix.shape))
+    columns = min(rank + max(_OVERSAMPLE, math.ceil(rank / 2)), *matrix.shape)
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(matrix.shape[1], columns, generator=generator).to(matrix)
     basis = torch.linalg.qr(matrix @ start).Q
