@@ -17,7 +17,6 @@ import tempfile
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from urllib.parse import quote
 
@@ -61,6 +60,7 @@ class Bundle:
             raise BundleError(f"{self.path / FILE}: '{codec.id}' is no codec; compress again")
         self.codec: DeltaCodec = codec
         self._base = None if base is None else Checkpoint.of(base)
+        self._base_checked = False
         self._whole: tuple[tuple[str, torch.device | None], Parts] | None = None
         self._shared = (
             PartFile(self.path / SHARED, self.manifest.shared) if self.manifest.shared else None
@@ -108,7 +108,7 @@ class Bundle:
         parameters = self.manifest.base.parameters * len(self.tasks)
         return 8 * (self.nbytes - private) / max(parameters, 1)
 
-    @cached_property
+    @property
     def base(self) -> Checkpoint:
         """The base model: as given, or opened from where it was; its fingerprint is checked.
 
@@ -116,9 +116,22 @@ class Bundle:
             BundleError: it was not given and can't be found.
             WrongBaseError: it is another model.
         """
-        base = self._base if self._base is not None else reopen_base(self.manifest.base)
+        if self._base is None:
+            self._base = reopen_base(self.manifest.base)
+        # A model in memory may have been trained or switched since it was last looked at.
+        if self._base.live or not self._base_checked:
+            self.manifest.base.check(self._base, self._base.label)
+            self._base_checked = True
+        return self._base
+
+    def attach_base(self, base: Checkpoint) -> None:
+        """Take the base from another place, a copy in memory, say.
+
+        Raises:
+            WrongBaseError: it is another model.
+        """
         self.manifest.base.check(base, base.label)
-        return base
+        self._base, self._base_checked = base, True
 
     def delta(self, task: str, name: str, device: torch.device | None = None) -> Tensor | None:
         """Decode one task's delta of one tensor; nothing else is read.

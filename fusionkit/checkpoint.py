@@ -88,6 +88,7 @@ class Checkpoint(Mapping[str, Tensor]):
         aliases: tied name → name of the tensor that it shares.
         buffers: names known to be buffers (a live module's; empty for files).
         nbytes: bytes on disk of the source's files; of its tensors where it is not a file.
+        live: others can change the tensors while they are read from here: a module or mapping.
 
     Raises:
         CheckpointError: the source can't be read; the message names the file and the mend.
@@ -102,6 +103,7 @@ class Checkpoint(Mapping[str, Tensor]):
         self.strip_prefix = strip_prefix
         self.add_prefix = add_prefix
         self.label = _label(source)
+        self.live = not isinstance(source, str | Path)
         opened = _open(source, self.label)
         renamed = {
             add_prefix + name.removeprefix(strip_prefix): name
@@ -160,7 +162,7 @@ class Checkpoint(Mapping[str, Tensor]):
             tensor = self[name] if target is None else copies[target]
             copies[name] = tensor if target else tensor.to(device or tensor.device, copy=True)
         copied = Checkpoint(copies)
-        copied.label, copied.buffers = self.label, self.buffers
+        copied.label, copied.buffers, copied.live = self.label, self.buffers, False
         return copied
 
     @classmethod

@@ -137,7 +137,7 @@ class ReuseModule(LightningModule):
             WrongBaseError: the model is not the bundle's base.
         """
         if isinstance(source, Bundle):
-            source.manifest.base.check(self._base, f"the model ({self._base.label})")
+            source.attach_base(self._base)  # the model itself is about to change
         if self.task is not None:  # what was frozen for one source need not be for the next
             self.switch(None)
         self._source = source

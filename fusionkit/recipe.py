@@ -1,7 +1,9 @@
 """Recipes through LightningCLI: one schema for `compress`, `test` and `compare`."""
 
+import logging
 import statistics
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,7 +56,11 @@ class RecipeCLI(LightningCLI):
     needs_trainer = True
 
     def __init__(self, args: list[str]) -> None:
-        registry.load_all()  # so that recipes can use bare class names
+        # Imported so that recipes can use bare class names.
+        registry.load_all()
+        import fusionkit.data  # noqa: F401
+
+        _quieten()
         summary = (type(self).__doc__ or "").partition("\n")[0]
         super().__init__(
             model_class=ReuseModule,
@@ -234,6 +240,13 @@ class CompareCLI(RecipeCLI):
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - started)
         return statistics.median(times)
+
+
+def _quieten() -> None:
+    """Leave out what Lightning tells every user of every Trainer."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*")
 
 
 @contextmanager

@@ -13,7 +13,7 @@ TASKS = ("ant", "bee", "cat")
 
 
 class TinyNet(nn.Module):
-    """Embedding tied to the decoder, a convolution, BatchNorm buffers, a linear layer and a head."""
+    """Embedding tied to the decoder, a convolution, BatchNorm, a linear layer and a head."""
 
     def __init__(self, classes: int = 3) -> None:
         super().__init__()

@@ -35,7 +35,7 @@ def fusionkit_emr(out: Path) -> None:
 
 
 def naive_emr(out: Path) -> None:
-    """The paper, read literally: flatten every model, stack all task vectors, apply the equations."""
+    """The paper, read literally: flatten and stack all task vectors, apply the equations."""
     import torch
     from safetensors.torch import load_file, save_file
 
