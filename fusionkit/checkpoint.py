@@ -158,11 +158,12 @@ class Checkpoint(Mapping[str, Tensor]):
         """
         copies: dict[str, Tensor] = {}
         for name in self:
-            target = self.aliases.get(name)
-            tensor = self[name] if target is None else copies[target]
-            copies[name] = tensor if target else tensor.to(device or tensor.device, copy=True)
-        copied = Checkpoint(copies)
+            if name not in self.aliases:
+                tensor = self[name]
+                copies[name] = tensor.to(device or tensor.device, copy=True)
+        copied = Checkpoint({name: copies[self.aliases.get(name, name)] for name in self})
         copied.label, copied.buffers, copied.live = self.label, self.buffers, False
+        copied.strip_prefix, copied.add_prefix = self.strip_prefix, self.add_prefix
         return copied
 
     @classmethod
@@ -290,14 +291,14 @@ class _Mapped:
 
 def _open_shards(index: Path) -> _Opened:
     try:
-        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        weight_map: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
+        paths = {file: index.parent / file for file in sorted(set(weight_map.values()))}
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{index}: not a shard index ('weight_map' expected): {error}"
         ) from error
     shards: dict[str, _Opened] = {}
-    for file in sorted(set(weight_map.values())):
-        path = index.parent / file
+    for file, path in paths.items():
         if Path(file).name != file:
             raise CheckpointError(f"{index}: names a shard outside its own folder: '{file}'")
         if not path.is_file():

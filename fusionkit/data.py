@@ -249,8 +249,8 @@ class TextClassification(TaskData):
             if label not in places:
                 known = ", ".join(list(places)[:8])
                 raise DataError(
-                    f"{path}, line {number}: label '{label}' is not among the {len(places)} of task "
-                    f"'{task}' ({known}…); check `labels`"
+                    f"{path}, line {number}: label '{label}' is not among the {len(places)} of "
+                    f"task '{task}' ({known}…); check `labels`"
                 )
         tokens = self.tokenizer(
             [text for _, text in rows], truncation=True, max_length=self.max_length

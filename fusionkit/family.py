@@ -49,7 +49,7 @@ class TaskVectors:
     tasks: tuple[str, ...]
     _base: Tensor
     _read: Callable[[int], Tensor]
-    _label: Callable[[int], str]
+    _label: Callable[[int | None], str]
 
     def __len__(self) -> int:
         return len(self.tasks)
@@ -99,7 +99,7 @@ class TaskVectors:
         if torch.isfinite(delta.sum()) or torch.isfinite(delta).all():
             return
         bad = int((~torch.isfinite(delta)).sum())
-        at_fault = self._label(task) if torch.isfinite(self._base).all() else "the base model"
+        at_fault = self._label(task if torch.isfinite(self._base).all() else None)
         raise FamilyError(
             f"{at_fault}: tensor '{self.name}' holds {bad} values that are NaN or infinite "
             f"(task '{self.tasks[task]}'); mend or retrain that checkpoint"
@@ -145,7 +145,9 @@ class Family:
         self.frozen_patterns = tuple(frozen)
         self._check_patterns()
         self.tied = {
-            alias: name for alias, name in self.base.aliases.items() if not self._is_private(alias)
+            alias: name
+            for alias, name in self.base.aliases.items()
+            if not self._is_private(alias) and not self._is_private(name)
         }
         self.roles = {
             name: self._role(name, spec)
@@ -203,7 +205,11 @@ class Family:
             tasks=self.tasks,
             _base=base,
             _read=lambda task: self._tuned(self.tasks[task], name),
-            _label=lambda task: self.finetuned[self.tasks[task]].label,
+            _label=lambda task: (
+                f"{self.base.label} (the base)"
+                if task is None
+                else self.finetuned[self.tasks[task]].label
+            ),
         )
 
     def exact(self, task: str) -> Iterator[tuple[str, Tensor]]:

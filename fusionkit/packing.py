@@ -32,8 +32,7 @@ def pack_bits(bits: Tensor) -> Tensor:
     if flat.device.type == "cpu":
         array = flat.to(torch.bool).numpy()
         return torch.from_numpy(np.packbits(array, bitorder="little"))
-    padded = torch.nn.functional.pad(flat.to(torch.uint8), (0, -flat.numel() % 8))
-    return (padded.view(-1, 8) << _shifts(flat.device)).sum(-1, dtype=torch.uint8)
+    return _pack_on_device(flat)
 
 
 def unpack_bits(packed: Tensor, count: int) -> Tensor:
@@ -53,8 +52,7 @@ def unpack_bits(packed: Tensor, count: int) -> Tensor:
         raise ValueError(f"expected at least {count} bits, got {packed.numel() * 8}")
     if packed.device.type == "cpu":
         return torch.from_numpy(np.unpackbits(packed.numpy(), count=count, bitorder="little"))
-    bits = (packed[: (count + 7) // 8, None] >> _shifts(packed.device)) & 1
-    return bits.reshape(-1)[:count]
+    return _unpack_on_device(packed, count)
 
 
 def encode_positions(positions: Tensor, total: int) -> Tensor:
@@ -103,12 +101,14 @@ def decode_positions(coded: Tensor, total: int) -> Tensor:
     k, count = header[0] & ~_COMPLEMENT, int.from_bytes(header[1:], "little")
     tail = (count * k + 7) // 8
     unary_bytes = coded.numel() - _HEADER - tail
-    if k > 62 or unary_bytes < 0 or count > total:
+    if k > total.bit_length() or unary_bytes < 0 or count > total:
         raise ValueError("the coded positions are malformed")
     stream = coded[_HEADER : _HEADER + unary_bytes]
     ends = _ones(unpack_bits(stream, unary_bytes * 8))
     if ends.numel() != count:
         raise ValueError(f"expected {count} coded positions, found {ends.numel()}")
+    if count and (int(ends[-1]) + 1 - count) << k >= total:  # before it can overflow an int64
+        raise ValueError(f"a coded position lies outside the {total} entries")
     gaps = torch.diff(ends, prepend=ends.new_tensor([-1])) - 1
     gaps <<= k
     bits = unpack_bits(coded[_HEADER + unary_bytes :], count * k).view(k, count)
@@ -141,6 +141,16 @@ def _ones(bits: Tensor) -> Tensor:
     if bits.device.type == "cpu":  # NumPy is several times faster on booleans
         return torch.from_numpy(np.flatnonzero(bits.numpy().view(np.bool_)))
     return bits.nonzero().reshape(-1)
+
+
+def _pack_on_device(flat: Tensor) -> Tensor:
+    padded = torch.nn.functional.pad(flat.to(torch.uint8), (0, -flat.numel() % 8))
+    return (padded.view(-1, 8) << _shifts(flat.device)).sum(-1, dtype=torch.uint8)
+
+
+def _unpack_on_device(packed: Tensor, count: int) -> Tensor:
+    bits = (packed[: (count + 7) // 8, None] >> _shifts(packed.device)) & 1
+    return bits.reshape(-1)[:count]
 
 
 def _shifts(device: torch.device) -> Tensor:

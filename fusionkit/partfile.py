@@ -58,15 +58,20 @@ class PartWriter:
         self._entries: dict[str, _Entry] = {}
         self._buffer = bytearray()
         self._spooled = 0
+        self._spool.unlink(missing_ok=True)  # an interrupted run's
 
     def add(self, key: str, tensor: Tensor) -> None:
         """Append one tensor.
 
         Raises:
-            BundleError: the key was added before.
+            BundleError: the key was added before, or safetensors has no such dtype.
         """
         if key in self._entries:
             raise BundleError(f"{self._path.name}: part '{key}' is written twice")
+        if tensor.dtype not in _DTYPE_NAMES:
+            raise BundleError(
+                f"{self._path.name}: part '{key}' is {tensor.dtype}, which safetensors does not know"
+            )
         data = tensor_bytes(tensor)
         self._entries[key] = _Entry(
             tensor.dtype,

@@ -279,6 +279,7 @@ def run_demo(out: Path, cache: Path | None) -> report.ComparisonReport:
     """Train the demo's family (or take it from the cache), and compare codecs on it."""
     from fusionkit import demo
 
+    _quieten()
     folder = cache or Path.home() / ".cache" / "fusionkit" / "demo"
     family = demo.prepare(folder)
     arguments = [

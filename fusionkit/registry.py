@@ -57,14 +57,16 @@ def load(group: str, name: str) -> type[Plugin]:
         raise PluginError(
             f"'{name}' of {_distribution(point)} fails to import: {type(error).__name__}: {error}"
         ) from error
-    if not (isinstance(found, type) and issubclass(found, Plugin)) or found.group != group:
+    if not (isinstance(found, type) and issubclass(found, Plugin)) or (
+        getattr(found, "group", None) != group or not dataclasses.is_dataclass(found)
+    ):
         raise PluginError(
-            f"'{name}' of {_distribution(point)} is not a class for {group}: {found!r}"
+            f"'{name}' of {_distribution(point)} is not a dataclass for {group}: {found!r}"
         )
-    if found.id != name:
+    if getattr(found, "id", None) != name:
         raise PluginError(
             f"{_distribution(point)} registers {found.__name__} as '{name}', but its id is "
-            f"'{found.id}'; the two must agree"
+            f"'{getattr(found, 'id', None)}'; the two must agree"
         )
     return found
 
@@ -176,4 +178,6 @@ def _to_json(value: object) -> object:
 def _from_json(value: object) -> object:
     if isinstance(value, Mapping) and value.get("group") in GROUPS:
         return from_config(value)
+    if isinstance(value, list):
+        return [_from_json(item) for item in value]
     return value

@@ -247,7 +247,7 @@ def test_another_codecs_bundle_is_refused(base: TinyNet, finetuned: States, tmp_
 def test_missing_bundle_and_missing_input(base: TinyNet, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"no such bundle; make it with 'fusionkit compress'"):
         ReuseModule(base, tmp_path / "none").switch("ant")
-    with pytest.raises(FusionKitError, match="needs both `codec` and `finetuned`"):
+    with pytest.raises(FusionKitError, match=r"needs both `codec` and `finetuned`"):
         ReuseModule(base, codec=EMR()).compress()
 
 
@@ -265,7 +265,7 @@ def test_tasks_and_classes_are_checked_before_anything_runs(
 def test_head_without_a_place_is_refused(base: TinyNet, finetuned: States) -> None:
     extra = {t: {**s, "aux.weight": torch.zeros(2)} for t, s in finetuned.items()}
     bundle = fusionkit.compress(base, extra, EMR(), private=[*PRIVATE, "aux.*"])
-    with pytest.raises(BundleError, match="'aux.weight' has no place in TinyNet"):
+    with pytest.raises(BundleError, match=r"'aux.weight' has no place in TinyNet"):
         ReuseModule(base, bundle).switch("ant")
 
 
@@ -283,5 +283,5 @@ def test_a_base_changed_in_memory_is_noticed(base: TinyNet, finetuned: States) -
     bundle.state_dict("ant")
     with torch.no_grad():
         base.conv.bias += 1
-    with pytest.raises(WrongBaseError, match="'conv.bias' has other values"):
+    with pytest.raises(WrongBaseError, match=r"'conv.bias' has other values"):
         bundle.state_dict("ant")

@@ -1,0 +1,241 @@
+"""The embedded demo: a family of small vision models, made on the spot from real images.
+
+The images come with scikit-learn: 1,797 handwritten digits of 8 × 8 pixels, and two photographs,
+cut into patches of that size. A small ViT is pre-trained on the digits, then fine-tuned for each
+task in full. Every fifth digit, and the right third of each photograph, is for testing, and never
+seen in any training, the base's included.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import timm
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
+from safetensors.torch import load_file, save_file
+from sklearn.datasets import load_digits, load_sample_images
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+SETTINGS = {
+    "version": 1,
+    "model": {"embed_dim": 64, "depth": 4, "num_heads": 4},
+    "base": {"steps": 800, "rate": 2e-3},
+    "task": {"steps": 400, "rate": 2e-3},
+    "batch_size": 64,
+}
+"""How the family is trained; part of the cache's key."""
+
+Rows = tuple[Tensor, Tensor]
+"""Images float32 `(N, 1, 8, 8)` in [-1, 1], labels int64 `(N,)`."""
+
+TEST_EVERY = 5
+"""Every fifth digit is for testing."""
+
+_PATCH = 8
+
+
+def base_model() -> nn.Module:
+    """The base: a ViT of 8 × 8 grey images in patches of 2 × 2, with a head of 10 classes."""
+    settings = cast(dict[str, Any], SETTINGS["model"])
+    return timm.create_model(
+        "vit_tiny_patch16_224",
+        img_size=_PATCH,
+        patch_size=2,
+        in_chans=1,
+        num_classes=10,
+        **settings,
+    )
+
+
+class DigitTasks(LightningDataModule):
+    """The demo's tasks, one dataloader each.
+
+    - `digit`: which digit.
+    - `negative`: which digit, light and dark exchanged.
+    - `mirror`: which digit, in mirror writing, turned upside down.
+    - `rotation`: by which multiple of 90° a digit is turned (4 classes).
+    - `parity`: whether a digit, lying on its side, is odd (2 classes).
+    - `photo`: from which of two photographs a patch is (2 classes).
+
+    Batches are `(x, y)`: float32 `(B, 1, 8, 8)` and int64 `(B,)`.
+
+    Args:
+        batch_size: rows per batch.
+
+    Attributes:
+        tasks: the tasks' names, in the order of the dataloaders.
+        num_classes: task name → number of classes.
+    """
+
+    def __init__(self, batch_size: int = 256) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+        self.tasks = list(_TASKS)
+        self.num_classes = {task: classes for task, (classes, _) in _TASKS.items()}
+
+    def rows(self, task: str, test: bool) -> Rows:
+        """All rows of one split of a task."""
+        return _TASKS[task][1](test)
+
+    def train_dataloader(self) -> list[DataLoader[Any]]:
+        """Training rows, shuffled: one dataloader per task."""
+        return [self._loader(task, test=False, shuffle=True) for task in self.tasks]
+
+    def test_dataloader(self) -> list[DataLoader[Any]]:
+        """Test rows: one dataloader per task."""
+        return [self._loader(task, test=True) for task in self.tasks]
+
+    def _loader(self, task: str, test: bool, shuffle: bool = False) -> DataLoader[Any]:
+        dataset = TensorDataset(*self.rows(task, test))
+        return DataLoader(dataset, batch_size=self.batch_size, shuffle=shuffle)
+
+
+@dataclass(frozen=True)
+class DemoFamily:
+    """Paths of the demo's checkpoints.
+
+    Attributes:
+        base: the base's.
+        finetuned: task name → fine-tuned checkpoint.
+    """
+
+    base: Path
+    finetuned: dict[str, Path]
+
+
+def prepare(folder: Path) -> DemoFamily:
+    """Train the family, or find it trained: each checkpoint appears whole or not at all.
+
+    Args:
+        folder: the cache; families of other settings may be in it too.
+
+    Returns:
+        the checkpoints' paths.
+    """
+    key = hashlib.sha256(json.dumps(SETTINGS, sort_keys=True).encode()).hexdigest()[:12]
+    place = folder / key
+    place.mkdir(parents=True, exist_ok=True)
+    data = DigitTasks(cast(int, SETTINGS["batch_size"]))
+    base = place / "base.safetensors"
+    if not base.exists():
+        _train("base", base_model(), _pretraining_rows(), "base", base)
+    finetuned = {task: place / f"{task}.safetensors" for task in data.tasks}
+    for task, path in finetuned.items():
+        if not path.exists():
+            model = base_model()
+            model.load_state_dict(load_file(base))
+            model.head = nn.Linear(cast(int, model.num_features), data.num_classes[task])
+            _train(task, model, data.rows(task, test=False), "task", path)
+    return DemoFamily(base, finetuned)
+
+
+class _Classifier(LightningModule):
+    """Full fine-tuning with AdamW and a one-cycle rate."""
+
+    def __init__(self, model: nn.Module, rate: float) -> None:
+        super().__init__()
+        self.model = model
+        self.rate = rate
+
+    def training_step(self, batch: Rows, batch_idx: int) -> Tensor:
+        images, labels = batch
+        return nn.functional.cross_entropy(self.model(images), labels)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.rate, weight_decay=0.01)
+        steps = self.trainer.max_steps
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.rate, total_steps=steps)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+def _train(name: str, model: nn.Module, rows: Rows, kind: str, out: Path) -> None:
+    from fusionkit import report
+
+    settings = cast(dict[str, Any], SETTINGS[kind])
+    report.show(f"training '{name}': {settings['steps']} steps over {len(rows[1]):,} images")
+    seed_everything(0, verbose=False)
+    trainer = Trainer(
+        max_steps=settings["steps"],
+        max_epochs=-1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+    batch_size = cast(int, SETTINGS["batch_size"])
+    loader = DataLoader(TensorDataset(*rows), batch_size, shuffle=True, drop_last=True)
+    trainer.fit(_Classifier(model, settings["rate"]), loader)
+    temporary = out.with_suffix(".tmp")
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, temporary)
+    os.replace(temporary, out)
+
+
+@cache
+def _digits(test: bool) -> Rows:
+    digits = load_digits()
+    chosen = (np.arange(len(digits.target)) % TEST_EVERY == 0) == test
+    images = torch.from_numpy(digits.images[chosen]).to(torch.float32)[:, None] / 8 - 1
+    return images, torch.from_numpy(digits.target[chosen]).to(torch.int64)
+
+
+def _pretraining_rows() -> Rows:
+    """Training digits as they are and shifted by a pixel, so that the base knows strokes."""
+    images, labels = _digits(test=False)
+    shifts = [(0, 0), (0, 1), (0, -1), (1, 0), (-1, 0)]
+    moved = [torch.roll(images, shift, (2, 3)) for shift in shifts]
+    return torch.cat(moved), labels.repeat(len(shifts))
+
+
+def _digit(test: bool) -> Rows:
+    return _digits(test)
+
+
+def _negative(test: bool) -> Rows:
+    images, labels = _digits(test)
+    return -images, labels
+
+
+def _mirror(test: bool) -> Rows:
+    images, labels = _digits(test)
+    return images.flip(2, 3).flip(3), labels
+
+
+def _rotation(test: bool) -> Rows:
+    images, _ = _digits(test)
+    turned = torch.cat([torch.rot90(images, turns, (2, 3)) for turns in range(4)])
+    return turned, torch.arange(4).repeat_interleave(len(images))
+
+
+def _parity(test: bool) -> Rows:
+    images, labels = _digits(test)
+    return torch.rot90(images, 1, (2, 3)), labels % 2
+
+
+def _photo(test: bool) -> Rows:
+    patches, labels = [], []
+    for label, photo in enumerate(load_sample_images().images):
+        grey = torch.from_numpy(photo.copy()).to(torch.float32).mean(-1) / 127.5 - 1
+        edge = grey.shape[1] * 2 // 3 // _PATCH * _PATCH
+        side = grey[:, edge:] if test else grey[:, :edge]
+        tiles = side.unfold(0, _PATCH, _PATCH).unfold(1, _PATCH, _PATCH).reshape(-1, 1, 8, 8)
+        patches.append(tiles)
+        labels.append(torch.full((len(tiles),), label))
+    return torch.cat(patches), torch.cat(labels)
+
+
+_TASKS: dict[str, tuple[int, Callable[[bool], Rows]]] = {
+    "digit": (10, _digit),
+    "negative": (10, _negative),
+    "mirror": (10, _mirror),
+    "rotation": (4, _rotation),
+    "parity": (2, _parity),
+    "photo": (2, _photo),
+}
