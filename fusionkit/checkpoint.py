@@ -320,15 +320,21 @@ def _open_pickle(path: Path) -> _Opened:
     try:
         loaded = _load_pickle(path)
     except pickle.UnpicklingError as error:
+        with path.open("rb") as file:
+            is_pickle = file.read(1) in {b"P", b"\x80"}  # else a pointer, a page of HTML, …
+        if not is_pickle:
+            raise CheckpointError(
+                f"{path}: not a PyTorch checkpoint by its first bytes; fetch or save it again"
+            ) from error
+        said = [line for line in str(error).splitlines() if line and "documentation" not in line]
         raise CheckpointError(
             f"{path}: holds more than tensors, and is not unpickled since that could run code "
-            f"from the file ({str(error).splitlines()[0]}); save its state dict alone, or as "
-            "safetensors"
+            f"from the file ({said[-1]}); save its state dict alone, or as safetensors"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # a damaged pickle can bring up any
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise CheckpointError(
-            f"{path}: not a whole PyTorch checkpoint ({str(error).splitlines()[0]}); "
-            "fetch or save it again"
+            f"{path}: not a whole PyTorch checkpoint ({reason}); fetch or save it again"
         ) from error
     for wrapper in _WRAPPERS:
         if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):

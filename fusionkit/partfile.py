@@ -70,7 +70,7 @@ class PartWriter:
             raise BundleError(f"{self._path.name}: part '{key}' is written twice")
         if tensor.dtype not in _DTYPE_NAMES:
             raise BundleError(
-                f"{self._path.name}: part '{key}' is {tensor.dtype}, which safetensors does not know"
+                f"{self._path.name}: part '{key}' is {tensor.dtype}, unknown to safetensors"
             )
         data = tensor_bytes(tensor)
         self._entries[key] = _Entry(

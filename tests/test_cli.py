@@ -1,0 +1,197 @@
+"""The command line as a person uses it: the installed program, real recipes, real messages."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import TASKS, Files
+from safetensors.torch import load_file
+
+import fusionkit
+from fusionkit import cli
+
+PROGRAM = Path(sys.executable).with_name("fusionkit")
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, files: Files) -> Path:
+    """A recipe of the tiny family, its modules beside it."""
+    tests = Path(__file__).parent
+    (tmp_path / "tiny.py").write_text(
+        "from conftest import TinyNet\n"
+        "from test_module import Data\n"
+        "import torch\n"
+        "def build() -> torch.nn.Module:\n"
+        "    return TinyNet()\n"
+    )
+    content = {
+        "model": {
+            "model": {"class_path": "tiny.build"},
+            "base": str(files.base),
+            "finetuned": {task: str(path) for task, path in files.finetuned.items()},
+            "private": ["head.*"],
+            "codec": {"class_path": "EMR"},
+            "bundle": str(tmp_path / "bundle"),
+        },
+        "data": {"class_path": "tiny.Data"},
+        "trainer": {"accelerator": "cpu", "enable_progress_bar": False},
+        "out": str(tmp_path / "out"),
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content))
+    os.environ["PYTHONPATH"] = f"{tmp_path}:{tests}"
+    return path
+
+
+def run(*args: object, code: int = 0) -> str:
+    """Run the installed program; its output, both streams."""
+    command = [str(PROGRAM), *(str(arg) for arg in args)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    output = done.stdout + done.stderr
+    assert done.returncode == code, output
+    assert "Traceback" not in output
+    return output
+
+
+def test_compress_inspect_test_export(recipe: Path, files: Files, tmp_path: Path) -> None:
+    """The whole way, as the README tells it."""
+    table = run("compress", "--config", recipe)
+    assert all(task in table for task in TASKS)
+    assert "bits/param" in table
+    bundle = fusionkit.Bundle.load(tmp_path / "bundle")
+    assert bundle.tasks == TASKS
+
+    shown = run("inspect", tmp_path / "bundle")
+    assert bundle.manifest.base.fingerprint in shown
+    assert str(files.base) in shown
+
+    scores = run("test", "--config", recipe)
+    rows = list(csv.DictReader((tmp_path / "out/scores.csv").open()))
+    assert [row["task"] for row in rows] == [*TASKS, "mean"]
+    assert f"{100 * float(rows[0]['score']):.2f}" in scores
+    as_json = json.loads((tmp_path / "out/scores.json").read_text())
+    assert [row["score"] for row in as_json] == [float(row["score"]) for row in rows]
+    resolved = yaml.safe_load((tmp_path / "out/config.yaml").read_text())
+    assert resolved["model"]["codec"]["class_path"] == "fusionkit.EMR"
+
+    out = tmp_path / "bee.safetensors"
+    run("export", tmp_path / "bundle", "--task", "bee", "--out", out)
+    wanted = bundle.state_dict("bee")
+    exported = load_file(out)
+    assert exported.keys() == wanted.keys() - {"decoder.weight"}
+    assert all(torch.equal(exported[name], wanted[name]) for name in exported)
+    assert "exists" in run("export", tmp_path / "bundle", "--task=bee", f"--out={out}", code=1)
+
+
+def test_every_setting_can_be_overridden(recipe: Path, tmp_path: Path) -> None:
+    run(
+        *("compress", "--config", recipe, "--model.codec", "MagnitudePrune"),
+        *("--model.codec.density", 0.25, "--model.bundle", tmp_path / "other"),
+    )
+    codec = fusionkit.Bundle.load(tmp_path / "other").codec
+    assert codec == fusionkit.MagnitudePrune(density=0.25)
+
+
+def test_compare(recipe: Path, tmp_path: Path) -> None:
+    content = yaml.safe_load(recipe.read_text())
+    del content["model"]["bundle"], content["model"]["codec"]
+    content["codecs"] = {
+        "emr": {"class_path": "EMR"},
+        "dense": {"class_path": "Dense", "init_args": {"dtype": "fp32"}},
+        "peru": {
+            "class_path": "MagnitudePrune",
+            "init_args": {"density": 0.1, "merge": {"class_path": "TaskArithmetic"}},
+        },
+    }
+    recipe.write_text(yaml.safe_dump(content))
+    table = run("compare", "--config", recipe)
+    rows = list(csv.DictReader((tmp_path / "out/compare.csv").open()))
+    assert [row["name"] for row in rows] == ["fine-tuned", "emr", "dense", "peru"]
+    assert all(row["name"] in table for row in rows)
+    own, dense = rows[0], rows[2]
+    assert float(own["share"]) == 1
+    assert dense["mean_score"] == own["mean_score"]
+    assert 32 <= float(dense["bits_per_parameter"])
+    assert float(own["bits_per_parameter"]) == 32
+    assert (tmp_path / "out/compare.png").read_bytes().startswith(b"\x89PNG")
+    assert len(json.loads((tmp_path / "out/compare.json").read_text())) == 4
+
+
+def test_compressed_on_the_fly_and_uncompressed(recipe: Path, tmp_path: Path) -> None:
+    content = yaml.safe_load(recipe.read_text())
+    del content["model"]["bundle"]
+    recipe.write_text(yaml.safe_dump(content))
+    assert "EMR(" in run("test", "--config", recipe)
+    assert "fine-tuned, uncompressed" in run("test", "--config", recipe, "--model.codec", "null")
+
+
+def test_codecs_lists_what_is_installed() -> None:
+    listing = run("codecs")
+    for name in ("magnitude_prune", "svd", "emr", "task_arithmetic", "ties", "fusionkit 0."):
+        assert name in listing
+
+
+def test_help_is_short_and_complete(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["--help"])
+    overview = capsys.readouterr().out
+    assert all(f"  {verb} " in overview for verb in cli.VERBS)
+    for verb in ("compress", "test", "compare"):
+        text = run(verb, "--help")
+        assert "--model.codec" in text
+        assert "how the fine-tuned checkpoints are compressed" in text
+    assert "--task TASK" in run("export", "--help")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model.codec", "Emrr"], "Emrr"),
+        (["--model.codec.rescal", "l1"], "rescal"),
+        (["--model.codecc", "EMR"], "codecc"),
+        (["--model.finetuned.ant", "no/such.safetensors", "--overwrite=true"], "no/such.safetensors"),
+        (["--model.private", "[hed.*]"], "'hed.*'"),
+        (["--model.codec", "MagnitudePrune", "--model.codec.density", "7"], "density"),
+    ],
+)
+def test_bad_settings_get_one_clear_message(
+    recipe: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    command = [str(PROGRAM), "compress", "--config", str(recipe), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) < 25
+    assert not (tmp_path / "bundle").exists()
+    assert not list(tmp_path.glob(".*tmp*"))
+
+
+def test_unknown_codec_names_the_installed_ones(recipe: Path) -> None:
+    output = run("compress", "--config", recipe, "--model.codec", "Emrr", code=2)
+    assert "installed" in output
+    assert "MagnitudePrune" in output
+
+
+def test_a_yaml_typo_is_named(recipe: Path) -> None:
+    recipe.write_text(recipe.read_text().replace("private:", "privat:"))
+    assert "privat" in run("compress", "--config", recipe, code=2)
+
+
+def test_existing_bundle_and_missing_bundle(recipe: Path, tmp_path: Path) -> None:
+    assert "no such bundle" in run("test", "--config", recipe, code=1)
+    run("compress", "--config", recipe)
+    assert "--overwrite true" in run("compress", "--config", recipe, code=1)
+    run("compress", "--config", recipe, "--overwrite", "true")
+    assert "has no task 'dog'" in run(
+        "export", tmp_path / "bundle", "--task=dog", f"--out={tmp_path / 'x.pt'}", code=1
+    )
+
+
+def test_unknown_verb() -> None:
+    assert "no verb 'compres'" in run("compres", code=2)
