@@ -256,6 +256,8 @@ def _open_safetensors(path: Path) -> _Opened:
         raise CheckpointError(
             f"{path}: not a whole safetensors file ({error}); fetch or save it again"
         ) from error
+    except RuntimeError as error:  # PyTorch's own mapping of the file
+        raise CheckpointError(f"{path}: can't be mapped into memory: {error}") from error
     specs: dict[str, TensorSpec] = {}
     for name in handle.keys():  # noqa: SIM118 (not a mapping)
         view = handle.get_slice(name)
@@ -327,9 +329,10 @@ def _open_pickle(path: Path) -> _Opened:
                 f"{path}: not a PyTorch checkpoint by its first bytes; fetch or save it again"
             ) from error
         said = [line for line in str(error).splitlines() if line and "documentation" not in line]
+        reason = said[-1].strip().partition(" Please use")[0]
         raise CheckpointError(
             f"{path}: holds more than tensors, and is not unpickled since that could run code "
-            f"from the file ({said[-1]}); save its state dict alone, or as safetensors"
+            f"from the file ({reason}); save its state dict alone, or as safetensors"
         ) from error
     except Exception as error:  # a damaged pickle can bring up any
         reason = str(error).partition("\n")[0] or type(error).__name__

@@ -97,7 +97,11 @@ class RecipeCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build model and data; a Trainer only for the verbs that evaluate."""
-        self.config_init = self.parser.instantiate_classes(self.config)
+        try:
+            self.config_init = self.parser.instantiate_classes(self.config)
+        except ValueError as error:
+            # The parser reports a constructor's own error as a value of the wrong type.
+            raise _cause(error) from error
         self.model: ReuseModule = self.config_init["model"]
         self.datamodule: LightningDataModule | None = self.config_init.get("data")
         if self.needs_trainer:
@@ -240,6 +244,14 @@ class CompareCLI(RecipeCLI):
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - started)
         return statistics.median(times)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """FusionKit's own error among the causes of another, or else that error."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, FusionKitError):
+        cause = cause.__cause__ or cause.__context__
+    return cause or error
 
 
 def _quieten() -> None:
