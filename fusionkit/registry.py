@@ -123,7 +123,7 @@ def from_config(config: Mapping[str, Any]) -> Plugin:
     """The plugin that `to_config` described. Only registered classes are ever imported.
 
     Raises:
-        PluginError: it is not installed, or does not know a setting.
+        PluginError: it is not installed, does not know a setting, or lacks one.
     """
     try:
         group, name, settings = config["group"], config["id"], dict(config["settings"])
@@ -142,7 +142,11 @@ def from_config(config: Mapping[str, Any]) -> Plugin:
             f"'{name}' knows no setting {', '.join(unknown)}; it was written by "
             f"{config.get('distribution')} {config.get('version')}, install that version or later"
         )
-    return found(**{key: _from_json(value) for key, value in settings.items()})
+    arguments = {key: _from_json(value) for key, value in settings.items()}
+    try:
+        return found(**arguments)
+    except TypeError as error:
+        raise PluginError(f"'{name}' can't be made from its settings: {error}") from error
 
 
 def _entry_point(group: str, name: str) -> EntryPoint:
@@ -176,7 +180,7 @@ def _to_json(value: object) -> object:
 
 
 def _from_json(value: object) -> object:
-    if isinstance(value, Mapping) and value.get("group") in GROUPS:
+    if isinstance(value, Mapping) and {"group", "id", "settings"} <= value.keys():
         return from_config(value)
     if isinstance(value, list):
         return [_from_json(item) for item in value]

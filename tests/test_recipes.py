@@ -1,0 +1,100 @@
+"""Every recipe parses; those whose input is here run."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import zoo
+from test_cli import run
+
+import fusionkit
+from fusionkit import demo
+from fusionkit.recipe import CompareCLI, RecipeCLI, TestCLI, recipes_folder
+
+RECIPES = sorted(recipes_folder().rglob("*.yaml"))
+TEXT = recipes_folder() / "text"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: str(p.relative_to(recipes_folder())))
+def test_recipe_parses_and_says_how_to_run_it(path: Path) -> None:
+    text = path.read_text()
+    cli: type[RecipeCLI] = CompareCLI if "codecs" in yaml.safe_load(text) else TestCLI
+
+    class ParseOnly(cli):  # type: ignore[misc, valid-type]
+        def instantiate_classes(self) -> None:
+            pass
+
+    parsed = ParseOnly([f"--config={path}"])
+    assert parsed.config["data"]["class_path"]
+    header = text.split("model:")[0]
+    assert all(line.startswith("#") for line in header.splitlines())
+    assert "fusionkit" in header
+    assert "# Expect: " in header
+
+
+def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole way with short training: trained, compared, plotted; then all from the cache."""
+    short = {
+        **demo.SETTINGS,
+        "base": {"steps": 60, "rate": 2e-3},
+        "task": {"steps": 30, "rate": 1e-3},
+    }
+    monkeypatch.setattr(demo, "SETTINGS", short)
+    cache = tmp_path / "cache"
+    first = run("demo", "--out", tmp_path / "out", "--cache", cache)
+    assert "training 'base'" in first
+    rows = {row["name"]: row for row in csv.DictReader((tmp_path / "out/compare.csv").open())}
+    names = list(yaml.safe_load((recipes_folder() / "demo.yaml").read_text())["codecs"])
+    assert list(rows) == ["fine-tuned", *names]
+    own = float(rows["fine-tuned"]["mean_score"])
+    assert float(rows["dense fp16"]["mean_score"]) == pytest.approx(own, abs=0.01)
+    assert all(float(rows[n]["bits_per_parameter"]) < 17 for n in names)
+    assert (tmp_path / "out/compare.png").stat().st_size > 10_000
+    trained = {path: path.stat().st_mtime_ns for path in cache.rglob("*.safetensors")}
+    assert len(trained) == 7
+    again = run("demo", "--out", tmp_path / "out", "--cache", cache)
+    assert "training" not in again
+    assert {path: path.stat().st_mtime_ns for path in trained} == trained
+
+
+@pytest.fixture
+def at_root(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The text recipes' paths are relative to the repository's root."""
+    folder = zoo()
+    monkeypatch.chdir(Path(__file__).parents[1])
+    return folder
+
+
+def test_uncompressed_models_reproduce_their_scores(at_root: Path, tmp_path: Path) -> None:
+    """All eight, all test rows: to 0.2 points of what was measured when they were trained."""
+    run(
+        *("test", "--config", TEXT / "emr.yaml", "--model.bundle=null", "--model.codec=null"),
+        *("--out", tmp_path, "--trainer.enable_progress_bar=false"),
+    )
+    rows = {row["task"]: row for row in csv.DictReader((tmp_path / "scores.csv").open())}
+    own = {path.parent.name: json.loads(path.read_text()) for path in at_root.glob("*/result.json")}
+    assert rows.keys() - {"mean"} == own.keys()
+    for task, result in own.items():
+        assert float(rows[task]["score"]) == pytest.approx(result["full_acc"], abs=0.002), task
+
+
+def test_emr_of_the_text_zoo_from_disk(at_root: Path, tmp_path: Path) -> None:
+    """Compress to disk, score from disk; a fifth of the rows is enough to see it work."""
+    bundle = ("--model.bundle", tmp_path / "bundle")
+    run("compress", "--config", TEXT / "emr.yaml", *bundle)
+    opened = fusionkit.Bundle.load(tmp_path / "bundle")
+    assert len(opened.tasks) == 8
+    assert opened.bits_per_parameter < 3.05  # one bit, and an eighth of 16
+    run(
+        *("test", "--config", TEXT / "emr.yaml", *bundle, "--out", tmp_path),
+        *("--data.limit=200", "--trainer.enable_progress_bar=false"),
+    )
+    mean = json.loads((tmp_path / "scores.json").read_text())[-1]
+    assert mean["share"] > 0.96
+    exported = tmp_path / "trec.pt"
+    run("export", tmp_path / "bundle", "--task=trec", f"--out={exported}")
+    state = torch.load(exported, weights_only=True)
+    assert state["classifier.weight"].shape == (6, 384)
