@@ -1,5 +1,7 @@
 """FusionKit: many fine-tuned models of one base, as the base and a small delta per task."""
 
+from typing import TYPE_CHECKING, Any
+
 from fusionkit.bundle import Bundle as Bundle
 from fusionkit.checkpoint import Checkpoint as Checkpoint
 from fusionkit.codec import DeltaCodec as DeltaCodec
@@ -18,3 +20,15 @@ from fusionkit.merge import Elect as Elect
 from fusionkit.merge import Mean as Mean
 from fusionkit.merge import Merge as Merge
 from fusionkit.merge import TaskArithmetic as TaskArithmetic
+
+if TYPE_CHECKING:
+    from fusionkit.module import ReuseModule as ReuseModule
+
+
+def __getattr__(name: str) -> Any:
+    """Import `ReuseModule` when it is first asked for: Lightning takes seconds to import."""
+    if name == "ReuseModule":
+        from fusionkit.module import ReuseModule
+
+        return ReuseModule
+    raise AttributeError(f"module 'fusionkit' has no attribute '{name}'")

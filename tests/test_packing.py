@@ -204,6 +204,13 @@ def test_malformed_codes_are_refused(coded: bytes, message: str) -> None:
         decode_positions(code, 100)
 
 
+def test_a_gap_too_long_for_an_int64_is_refused() -> None:
+    # Quotient 4 and k = 62: 2^64, which wraps to 0.
+    coded = torch.frombuffer(bytearray(header(62, 1) + b"\x10" + bytes(8)), dtype=torch.uint8)
+    with pytest.raises(ValueError, match="outside"):
+        decode_positions(coded, 2**62)
+
+
 @quick
 @given(st.sets(st.integers(0, 999), min_size=1))
 def test_positions_outside_a_smaller_tensor_are_refused(drawn: set[int]) -> None:

@@ -1,0 +1,81 @@
+"""What the README shows, run."""
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TinyNet
+from safetensors.torch import save_file
+
+import fusionkit
+from fusionkit import cli
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+BLOCKS = dict.fromkeys(re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+
+
+def block(marker: str) -> str:
+    [found] = [text for text in BLOCKS if marker in text]
+    return found
+
+
+def test_the_python_way(base: TinyNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for place, name in enumerate(("base", "cats", "dogs")):
+        state = {n: t + place for n, t in base.state_dict().items() if n != "decoder.weight"}
+        save_file(state, f"{name}.safetensors")
+    names: dict[str, Any] = {"model": base}
+    heads = base.head.bias.clone()
+    exec(block("fusionkit.compress("), names)
+    assert torch.equal(names["state"]["head.bias"], heads + 1)
+    assert names["module"].task == "dogs"
+    assert torch.equal(base.head.bias, heads + 2)
+
+
+def test_the_codec_of_thirty_lines(
+    base: TinyNet,
+    finetuned: dict[str, dict[str, torch.Tensor]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Written and registered as told, it is used from a bundle on disk."""
+    text = block("class Ternary")
+    assert len(text.splitlines()) <= 30
+    (tmp_path / "my_package.py").write_text(text)
+    line = re.search(r"\[project.entry-points.*?\n(ternary = .*?)\n", README)
+    assert line
+    entry = line.group(1).replace('"', "")  # TOML quotes, the installed file does not
+    info = tmp_path / "my_package-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1\n")
+    (info / "entry_points.txt").write_text(f"[fusionkit.codecs]\n{entry}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    import my_package
+
+    codec = my_package.Ternary(cut=0.5)
+    fusionkit.compress(base, finetuned, codec, tmp_path / "b", private=["head.*"])
+    bundle = fusionkit.Bundle.load(tmp_path / "b", base)
+    assert bundle.codec == codec
+    delta = bundle.delta("ant", "hidden.weight")
+    assert delta is not None
+    assert 2 <= len(delta.unique()) <= 3
+    sys.modules.pop("my_package")
+
+
+def test_every_command_of_the_readme_exists() -> None:
+    verbs = set(re.findall(r"(?:[$`] ?|&& )fusionkit ([a-z]+)", README))
+    assert verbs <= set(cli.VERBS)
+    assert {"demo", "compress", "test", "compare", "export", "codecs"} <= verbs
+
+
+def test_the_readmes_table_is_the_demos() -> None:
+    """Names in the shown table are the demo recipe's."""
+    import yaml
+
+    from fusionkit.recipe import recipes_folder
+
+    names = yaml.safe_load((recipes_folder() / "demo.yaml").read_text())["codecs"]
+    assert all(f"│ {name} " in README for name in names)
