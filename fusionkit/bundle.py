@@ -13,12 +13,13 @@ a bundle that can be opened is whole.
 """
 
 import shutil
-import tempfile
 import weakref
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote
+from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -239,8 +240,9 @@ class Bundle:
             BundleError: the folder exists (and `overwrite` is not set), or the disk is full.
         """
         with new_folder(Path(path), overwrite) as folder:
-            for file in self.path.iterdir():
-                shutil.copyfile(file, folder / file.name)
+            shared = [SHARED] if self.manifest.shared else []
+            for name in (FILE, *shared, *map(task_file, self.tasks)):
+                shutil.copyfile(self.path / name, folder / name)
 
     def remove(self, task: str) -> None:
         """Remove a task; the other tasks' files are not touched.
@@ -286,7 +288,8 @@ def task_file(task: str) -> str:
     return f"task-{quote(task, safe='')}.safetensors"
 
 
-class new_folder:  # noqa: N801 (used as a function)
+@contextmanager
+def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """A context in which a folder is filled under a temporary name; it appears whole or not at all.
 
     Args:
@@ -296,34 +299,36 @@ class new_folder:  # noqa: N801 (used as a function)
     Raises:
         BundleError: it exists and `overwrite` is not set; or the disk is full.
     """
-
-    def __init__(self, path: Path, overwrite: bool = False) -> None:
-        self._path = path
-        self._overwrite = overwrite
-        if path.exists() and not overwrite:
-            raise BundleError(
-                f"{path}: exists; choose another folder, or set overwrite to replace it"
-            )
-
-    def __enter__(self) -> Path:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._folder = Path(
-            tempfile.mkdtemp(prefix=f".{self._path.name}.", suffix=".tmp", dir=self._path.parent)
-        )
-        return self._folder
-
-    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
-        if kind is None:
-            if self._path.exists():
-                old = self._folder.with_suffix(".old")
-                self._path.rename(old)
-                self._folder.rename(self._path)
+    if path.exists() and not overwrite:
+        raise BundleError(f"{path}: exists; choose another folder, or set overwrite to replace it")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = path.with_name(f".{path.name}.{uuid4().hex[:8]}.tmp")
+        folder.mkdir()
+        try:
+            yield folder
+            if path.exists():
+                old = folder.with_suffix(".old")
+                path.rename(old)
+                folder.rename(path)
                 shutil.rmtree(old)
             else:
-                self._folder.rename(self._path)
-            return
-        shutil.rmtree(self._folder, ignore_errors=True)
-        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
-            raise BundleError(
-                f"{self._path}: could not be written ({error.strerror}); nothing was left behind"
-            ) from error
+                folder.rename(path)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """A context that reports what the disk refuses as an error of the bundle.
+
+    Raises:
+        BundleError: the disk is full, or may not be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise BundleError(
+            f"{path}: could not be written ({error.strerror}); nothing was left behind"
+        ) from error

@@ -45,6 +45,9 @@ def main(args: list[str] | None = None) -> None:
     except FusionKitError as error:
         print(f"fusionkit {verb}: {error}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:
+        print(f"fusionkit {verb}: interrupted; no bundle was left half-written", file=sys.stderr)
+        sys.exit(130)
 
 
 def compress(args: list[str]) -> None:

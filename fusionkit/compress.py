@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fusionkit.bundle import SHARED, WHOLE, Bundle, new_folder, task_file
+from fusionkit.bundle import SHARED, WHOLE, Bundle, disk_errors, new_folder, task_file
 from fusionkit.checkpoint import Checkpoint, Source
 from fusionkit.codec import WHOLE_MODEL, DeltaCodec, Encoded, Parts, SharedParts
 from fusionkit.errors import BundleError, CodecError
@@ -63,7 +63,8 @@ def compress(
     if out is None:
         folder = Path(tempfile.mkdtemp(prefix="fusionkit-"))
         try:
-            _write(folder, family, codec, config)
+            with disk_errors(folder):
+                _write(folder, family, codec, config)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -105,13 +106,16 @@ def add_tasks(
             "checkpoints again, or set keep_shared to encode against the vector as it is"
         )
     family = _Tracked(bundle.base, finetuned, manifest.private, manifest.frozen, progress)
-    with tempfile.TemporaryDirectory(prefix=".add.", dir=bundle.path) as temporary:
+    with (
+        disk_errors(bundle.path),
+        tempfile.TemporaryDirectory(prefix=".add.", dir=bundle.path) as temporary,
+    ):
         folder = Path(temporary)
         shared = bundle.shared_parts if manifest.shared else None
         _, records = _write_parts(folder, family, bundle.codec, shared)
         for task in records:
             (folder / task_file(task)).rename(bundle.path / task_file(task))
-    bundle.update(replace(manifest, tasks={**manifest.tasks, **records}))
+        bundle.update(replace(manifest, tasks={**manifest.tasks, **records}))
 
 
 class _Tracked(Family):
