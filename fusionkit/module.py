@@ -1,6 +1,6 @@
 """ReuseModule: one base model that becomes any task's model, and is evaluated by the Trainer."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -97,6 +97,7 @@ class ReuseModule(LightningModule):
         self.finetuned_scores = finetuned_scores
         self.bundle_path = None if bundle is None or isinstance(bundle, Bundle) else Path(bundle)
         self.task: str | None = None
+        self._private: Set[str] = frozenset()
         self.scores: Scores | None = None
         self.metrics = nn.ModuleList()
         self.base_source = None if base is None else Checkpoint.of(base)
@@ -198,14 +199,25 @@ class ReuseModule(LightningModule):
         """
         # Weights made under inference mode could never be trained again.
         with torch.inference_mode(False), torch.no_grad():
-            state = _state(self.model)
-            if task is None:
-                placed: Iterable[tuple[str, Tensor]] = self._base.items()
-            else:
-                self.source.write_into(task, self._base, state)
-                placed = self.source.private_tensors(task)
-            for name, tensor in placed:
-                self._place(state, name, tensor)
+            try:
+                self._become(task)
+            except BaseException:
+                self._become(None)  # never a mixture of two tasks
+                raise
+
+    def _become(self, task: str | None) -> None:
+        state = _state(self.model)
+        private: dict[str, Tensor] = {}
+        self.task = None
+        if task is None:
+            self._place(state, self._base)
+        else:
+            private = dict(self.source.private_tensors(task))
+            self.source.write_into(task, self._base, state)
+            # A head that the last task had and this one lacks goes back to the base's.
+            left = {name: self._base[name] for name in self._private - private.keys()}
+            self._place(state, {**left, **private})
+        self._private = private.keys()
         self.task = task
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -287,8 +299,12 @@ class ReuseModule(LightningModule):
             )
         return bundle
 
-    def _place(self, state: dict[str, Tensor], name: str, value: Tensor) -> None:
-        """Put a private tensor in its place, whatever shape was there."""
+    def _place(self, state: dict[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+        """Put whole tensors in their places, whatever shapes were there."""
+        for name, value in tensors.items():
+            self._place_one(state, name, value)
+
+    def _place_one(self, state: dict[str, Tensor], name: str, value: Tensor) -> None:
         if name not in state:
             raise BundleError(
                 f"the task's private tensor '{name}' has no place in {type(self.model).__name__}; "

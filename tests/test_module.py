@@ -285,3 +285,31 @@ def test_a_base_changed_in_memory_is_noticed(base: TinyNet, finetuned: States) -
         base.conv.bias += 1
     with pytest.raises(WrongBaseError, match=r"'conv.bias' has other values"):
         bundle.state_dict("ant")
+
+
+def test_a_failed_switch_leaves_the_base(base: TinyNet, finetuned: States, tmp_path: Path) -> None:
+    """Never a mixture of two tasks, and never the old task under the new weights' name."""
+    original = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    fusionkit.compress(base, finetuned, Dense(), tmp_path / "b", private=PRIVATE)
+    module = ReuseModule(base, tmp_path / "b")
+    module.switch("ant")
+    path = tmp_path / "b" / "task-bee.safetensors"
+    damaged = bytearray(path.read_bytes())
+    damaged[-1] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(BundleError, match=r"task-bee.safetensors: part '.*' is not what was"):
+        module.switch("bee")
+    assert module.task is None
+    assert same(bits(module), original)
+
+
+def test_a_head_that_only_one_task_has_does_not_stay(base: TinyNet, finetuned: States) -> None:
+    start = {n: t.clone() for n, t in base.state_dict().items()}
+    headless = {n: t for n, t in start.items() if not n.startswith("head")}
+    tuned = {"ant": finetuned["ant"], "bee": {n: finetuned["bee"][n] for n in headless}}
+    module = ReuseModule(base, fusionkit.compress(headless, tuned, EMR(), private=PRIVATE))
+    module.switch("ant")
+    assert torch.equal(base.head.bias, finetuned["ant"]["head.bias"])
+    module.switch("bee")
+    assert torch.equal(base.head.bias, start["head.bias"])
+    assert torch.equal(base.head.weight, start["head.weight"])
