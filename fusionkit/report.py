@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -143,9 +142,10 @@ class ComparisonReport:
         import matplotlib as mpl
 
         mpl.use("Agg")
+        from adjustText import adjust_text
         from matplotlib import pyplot as plt
 
-        figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
+        figure, axes = plt.subplots(figsize=(10, 6.5), layout="constrained")
         whole = [row for row in self.rows if row.encode_seconds is None]
         packed = [row for row in self.rows if row.encode_seconds is not None]
         for row in whole:
@@ -157,11 +157,12 @@ class ComparisonReport:
                 xycoords=("axes fraction", "data"),
                 va="bottom",
             )
+        axes.set_xscale("log", base=2)
+        labels = []
         for place, row in enumerate(packed):
             point = (row.bits_per_parameter, 100 * row.scores.mean)
             axes.scatter(*point, s=45, zorder=3, color=f"C{place % 10}")
-        _label_points(axes, packed)
-        axes.set_xscale("log", base=2)
+            labels.append(axes.text(*point, row.name, fontsize=8, zorder=4))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.margins(x=0.15, y=0.12)
         axes.set_xlabel(
@@ -170,31 +171,13 @@ class ComparisonReport:
         axes.set_ylabel("mean score over the tasks (%)")
         axes.set_title("Score against size: upper left is better")
         axes.grid(alpha=0.3)
+        arrows = {"arrowstyle": "-", "color": "grey", "linewidth": 0.6}
+        figure.draw_without_rendering()  # labels are moved apart on the final layout
+        adjust_text(labels, ax=axes, arrowprops=arrows, expand=(1.15, 1.5), time_lim=5)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=140)
         plt.close(figure)
         replace_file(path, buffer.getvalue())
-
-
-def _label_points(axes: Any, rows: Sequence[Comparison]) -> None:
-    """Label each point; labels of points that nearly coincide are stacked."""
-    placed: list[tuple[float, float]] = []
-    spread = max((r.scores.mean for r in rows), default=1) - min(
-        (r.scores.mean for r in rows), default=0
-    )
-    for row in sorted(rows, key=lambda r: (-r.scores.mean, r.bits_per_parameter)):
-        x, y = math.log2(max(row.bits_per_parameter, 1e-6)), row.scores.mean
-        crowd = sum(
-            abs(x - px) < 0.8 and abs(y - py) < 0.035 * max(spread, 1e-3) for px, py in placed
-        )
-        placed.append((x, y))
-        axes.annotate(
-            row.name,
-            (row.bits_per_parameter, 100 * y),
-            xytext=(7, -3 - 10 * crowd),
-            textcoords="offset points",
-            fontsize=8,
-        )
 
 
 def bundle_table(bundle: Bundle) -> Table:
