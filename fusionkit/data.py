@@ -5,9 +5,10 @@
 
 import gzip
 import json
+import zipfile
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,6 +57,8 @@ class TaskData(LightningDataModule, ABC):
         super().__init__()
         if not 0 <= val_fraction < 1:
             raise DataError(f"expected val_fraction in [0, 1), got {val_fraction}")
+        if limit is not None and limit < 1:
+            raise DataError(f"expected limit to be at least 1 row, got {limit}")
         self.tasks = list(tasks)
         self.paths = {task: Path(path) for task, path in tasks.items()}
         self.batch_size = batch_size
@@ -63,7 +66,7 @@ class TaskData(LightningDataModule, ABC):
         self.limit = limit
         self.num_workers = num_workers
         self.seed = seed
-        self._read = cache(self.read)
+        self._splits: dict[tuple[str, Split], Dataset[Any]] = {}
 
     @abstractmethod
     def read(self, task: str, split: Split) -> Dataset[Any]:
@@ -96,7 +99,9 @@ class TaskData(LightningDataModule, ABC):
     def _loader(
         self, task: str, split: Split, validation: bool = False, shuffle: bool = False
     ) -> DataLoader[Any]:
-        dataset: Any = self._read(task, split)
+        if (task, split) not in self._splits:
+            self._splits[task, split] = self.read(task, split)
+        dataset: Any = self._splits[task, split]
         generator = torch.Generator().manual_seed(self.seed)
         rows = torch.arange(len(dataset))
         if split == "train":
@@ -165,6 +170,10 @@ class ImageArrays(TaskData):
         images = torch.from_numpy(self._array(task, f"x_{split}"))
         images = images[:, None] if images.ndim == 3 else images.movedim(-1, 1)
         labels = torch.from_numpy(self._array(task, f"y_{split}")).to(torch.int64)
+        if len(images) != len(labels):
+            raise DataError(
+                f"{self.paths[task]}: 'x_{split}' has {len(images)} rows, 'y_{split}' {len(labels)}"
+            )
         return TensorDataset(images, labels)
 
     def collate(self, rows: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -174,7 +183,7 @@ class ImageArrays(TaskData):
             images = images.expand(-1, 3, -1, -1)
         elif self.channels == 1 and images.shape[1] == 3:
             images = images.mean(1, keepdim=True)
-        if self.image_size is not None and images.shape[-1] != self.image_size:
+        if self.image_size is not None and images.shape[-2:] != (self.image_size,) * 2:
             images = torch.nn.functional.interpolate(
                 images, (self.image_size, self.image_size), mode="bilinear", antialias=True
             )
@@ -183,18 +192,22 @@ class ImageArrays(TaskData):
     def _array(self, task: str, name: str) -> np.ndarray[Any, Any]:
         path = self.paths[task]
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            # Opened as a zip first: np.load takes other files too, and returns other types.
+            with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as arrays:
                 array: np.ndarray[Any, Any] = arrays[name]
         except FileNotFoundError as error:
             raise DataError(f"{path}: no such file (task '{task}'); check the path") from error
         except KeyError as error:
             raise DataError(f"{path}: has no array '{name}' (task '{task}')") from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise DataError(f"{path}: not a readable .npz archive ({error})") from error
-        if name.startswith("x_") and (array.dtype != np.uint8 or array.ndim not in (3, 4)):
+        image = array.ndim == 3 or (array.ndim == 4 and array.shape[-1] == 3)
+        fits = image if name.startswith("x_") else array.ndim == 1
+        if array.dtype != np.uint8 or not fits or not len(array):
+            expected = "(N, H, W) or (N, H, W, 3)" if name.startswith("x_") else "(N,)"
             raise DataError(
                 f"{path}: '{name}' is {array.dtype} of shape {array.shape}; expected uint8 "
-                "(N, H, W) or (N, H, W, 3)"
+                f"{expected}, N at least 1"
             )
         return array
 
@@ -237,6 +250,8 @@ class TextClassification(TaskData):
         self.max_length = max_length
         self._tokenizer_path = resolve_package_path(tokenizer)
         self._tokenizer: Any = None
+        if unknown := sorted(set(labels or {}) - set(tasks)):
+            raise DataError(f"`labels` names tasks that `tasks` lacks: {', '.join(unknown)}")
         self.labels = {task: self._labels(task, (labels or {}).get(task)) for task in self.tasks}
         self.num_classes = {task: len(names) for task, names in self.labels.items()}
 
@@ -285,7 +300,9 @@ class TextClassification(TaskData):
         if path is None:
             return sorted({label for label, _ in _read_rows(self.paths[task] / "train.tsv.gz")})
         try:
-            names: list[str] = json.loads(Path(path).read_text())["labels"]
+            names = json.loads(Path(path).read_text(encoding="utf-8"))["labels"]
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise TypeError("'labels' is not a list of strings")  # noqa: TRY301
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"{path}: expected JSON with a list 'labels' (task '{task}'): {error}"
@@ -311,7 +328,7 @@ def _read_rows(path: Path) -> list[tuple[str, str]]:
             lines = file.read().removesuffix("\n").split("\n")
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file; check the path") from error
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not a whole gzip file of UTF-8 text ({error})") from error
     rows = []
     for number, line in enumerate(lines, start=1):

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 SETTINGS = {
-    "version": 1,
+    "version": 2,
     "model": {"embed_dim": 64, "depth": 4, "num_heads": 4},
     "base": {"steps": 1200, "rate": 2e-3},
     "task": {"steps": 300, "rate": 5e-4},
@@ -126,10 +126,12 @@ def prepare(folder: Path) -> DemoFamily:
     data = DigitTasks(cast(int, SETTINGS["batch_size"]))
     base = place / "base.safetensors"
     if not base.exists():
+        seed_everything(0, verbose=False)  # before the model is built: it is drawn too
         _train("base", base_model(), _pretraining_rows(), "base", base)
     finetuned = {task: place / f"{task}.safetensors" for task in data.tasks}
     for task, path in finetuned.items():
         if not path.exists():
+            seed_everything(0, verbose=False)
             model = base_model()
             model.load_state_dict(load_file(base))
             model.head = nn.Linear(cast(int, model.num_features), data.num_classes[task])
@@ -161,7 +163,6 @@ def _train(name: str, model: nn.Module, rows: Rows, kind: str, out: Path) -> Non
 
     settings = cast(dict[str, Any], SETTINGS[kind])
     report.show(f"training '{name}': {settings['steps']} steps over {len(rows[1]):,} images")
-    seed_everything(0, verbose=False)
     trainer = Trainer(
         max_steps=settings["steps"],
         max_epochs=-1,

@@ -3,10 +3,13 @@
 timm needs no help from here: `timm.create_model` and its classes are class paths as they are.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 from torch import nn
 
+from fusionkit.errors import CheckpointError, FusionKitError
 from fusionkit.paths import resolve_package_path
 
 
@@ -20,19 +23,45 @@ def sequence_classifier(path: str, num_labels: int = 2, pretrained: bool = True)
 
     Returns:
         the model, in eval mode; it returns an object with `logits` `(B, num_labels)`.
-    """
-    from transformers import AutoConfig, AutoModelForSequenceClassification
-    from transformers.utils import logging
 
+    Raises:
+        FusionKitError: transformers, or the package that `path` names, is not installed.
+        CheckpointError: there is no such model.
+    """
+    try:
+        from transformers import AutoConfig, AutoModelForSequenceClassification
+    except ImportError as error:
+        raise FusionKitError(
+            "sequence_classifier needs transformers; pip install 'fusionkit[text]'"
+        ) from error
     folder = resolve_package_path(path)
     model_class: Any = AutoModelForSequenceClassification
-    if not pretrained:
-        config = AutoConfig.from_pretrained(folder, num_labels=num_labels)
-        return cast(nn.Module, model_class.from_config(config)).eval()
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(40)  # errors only: a head that is newly initialised is meant to be
     try:
-        model = model_class.from_pretrained(folder, num_labels=num_labels)
+        if not pretrained:
+            config = AutoConfig.from_pretrained(folder, num_labels=num_labels)
+            return cast(nn.Module, model_class.from_config(config)).eval()
+        with _quiet():
+            model = model_class.from_pretrained(folder, num_labels=num_labels)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: no Hugging Face model there; expected a folder with config.json and weights, "
+            f"or a hub name ({str(error).splitlines()[0]})"
+        ) from error
+    return cast(nn.Module, model).eval()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Errors only, and no bar: that the head is newly initialised is as it should be."""
+    import transformers
+
+    logging: Any = transformers.utils.logging
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
     finally:
         logging.set_verbosity(verbosity)
-    return cast(nn.Module, model).eval()
+        if bar:
+            logging.enable_progress_bar()

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -110,12 +111,54 @@ class TestImageArrays:
         with pytest.raises(DataError, match=r"a\.npz: not a readable \.npz archive"):
             ImageArrays({"a": str(path)})
 
+    @pytest.mark.parametrize("damage", ["empty", "half", "npy", "flipped"])
+    def test_damaged_archive(self, tmp_path: Path, damage: str) -> None:
+        path = arrays(tmp_path / "a.npz")
+        whole = path.read_bytes()
+        flipped = bytearray(whole)
+        flipped[300] ^= 255
+        np.save(tmp_path / "a.npy", np.zeros((3, 6, 5), np.uint8))
+        path.write_bytes(
+            {
+                "empty": b"",
+                "half": whole[: len(whole) // 2],
+                "npy": (tmp_path / "a.npy").read_bytes(),
+                "flipped": bytes(flipped),
+            }[damage]
+        )
+        with pytest.raises(DataError, match=r"a\.npz: not a readable \.npz archive"):
+            ImageArrays({"a": str(path)}).train_dataloader()
+
+    def test_rows_and_labels_differ_in_number(self, tmp_path: Path) -> None:
+        path = arrays(tmp_path / "a.npz", y_test=np.zeros(5, np.uint8))
+        with pytest.raises(DataError, match="'x_test' has 7 rows, 'y_test' 5"):
+            ImageArrays({"a": str(path)}).test_dataloader()
+
+    @pytest.mark.parametrize(
+        "wrong", [np.zeros((7, 1), np.uint8), np.full(7, 0.5), np.zeros(0, np.uint8)]
+    )
+    def test_wrong_labels(self, tmp_path: Path, wrong: Any) -> None:
+        with pytest.raises(DataError, match=r"'y_test' is .* expected uint8 \(N,\), N at least 1"):
+            ImageArrays({"a": str(arrays(tmp_path / "a.npz", y_test=wrong))})
+
+    def test_oblong_images_become_square(self, tmp_path: Path) -> None:
+        data = ImageArrays({"a": str(arrays(tmp_path / "a.npz", (6, 8)))}, image_size=8)
+        assert next(iter(data.test_dataloader()[0]))[0].shape == (7, 1, 8, 8)
+
+    def test_workers_that_are_spawned(self, tmp_path: Path) -> None:
+        data = ImageArrays({"a": str(arrays(tmp_path / "a.npz"))})
+        loader = data.test_dataloader()[0]
+        assert pickle.loads(pickle.dumps(loader.collate_fn)).__name__ == "collate"
+
     def test_objects_are_not_unpickled(self, tmp_path: Path) -> None:
         path = arrays(tmp_path / "a.npz", y_test=np.array([print] * 7, dtype=object))
         with pytest.raises(DataError, match=r"not a readable \.npz archive"):
             ImageArrays({"a": str(path)})
 
-    @pytest.mark.parametrize("wrong", [np.zeros((7, 6, 5)), np.zeros((7, 30), np.uint8)])
+    @pytest.mark.parametrize(
+        "wrong",
+        [np.zeros((7, 6, 5)), np.zeros((7, 30), np.uint8), np.zeros((7, 3, 6, 5), np.uint8)],
+    )
     def test_wrong_images(self, tmp_path: Path, wrong: Any) -> None:
         data = ImageArrays({"a": str(arrays(tmp_path / "a.npz", x_test=wrong))})
         with pytest.raises(DataError, match=r"'x_test' is .* expected uint8"):
@@ -201,13 +244,27 @@ class TestTextClassification:
         with pytest.raises(DataError, match=r"train\.tsv\.gz: not a whole gzip file"):
             TextClassification({"t": str(folder)}, "unused")
 
-    @pytest.mark.parametrize("content", [None, "not JSON", "[]", '{"names": []}'])
+    @pytest.mark.parametrize(
+        "content", [None, "not JSON", "[]", '{"names": []}', '{"labels": "ab"}']
+    )
     def test_not_a_labels_file(self, tmp_path: Path, content: str | None) -> None:
         names = tmp_path / "labels.json"
         if content is not None:
             names.write_text(content)
         with pytest.raises(DataError, match=r"labels\.json: expected JSON with a list 'labels'"):
             TextClassification({"t": str(texts(tmp_path / "t"))}, "unused", {"t": str(names)})
+
+    def test_damaged_inside(self, tmp_path: Path) -> None:
+        folder = texts(tmp_path / "t")
+        damaged = bytearray(gzip.compress(b"a\thello\n" * 500))
+        damaged[12] ^= 255
+        (folder / "train.tsv.gz").write_bytes(bytes(damaged))
+        with pytest.raises(DataError, match=r"train\.tsv\.gz: not a whole gzip file"):
+            TextClassification({"t": str(folder)}, "unused")
+
+    def test_labels_of_no_task(self, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match="names tasks that `tasks` lacks: typo"):
+            TextClassification({"t": str(texts(tmp_path / "t"))}, "unused", {"typo": "x"})
 
     def test_tokenizer_of_a_package_that_is_not_installed(self, tmp_path: Path) -> None:
         with pytest.raises(FusionKitError, match="pip install not-there"):
@@ -251,6 +308,10 @@ class TestSplits:
     def test_test_rows_are_whole_and_in_order_without_limit(self, tmp_path: Path) -> None:
         data = self.make(tmp_path, batch_size=3)
         assert labels_of(data.test_dataloader()[0]) == [0, 1, 2, 0, 1, 2, 0]
+
+    def test_limit_out_of_range(self, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match="limit to be at least 1 row, got 0"):
+            self.make(tmp_path, limit=0)
 
     @pytest.mark.parametrize("fraction", [-0.1, 1.0])
     def test_val_fraction_out_of_range(self, tmp_path: Path, fraction: float) -> None:

@@ -107,6 +107,23 @@ class TestCache:
         assert demo.prepare(tmp_path) == family
         assert len(trained) == 1 + len(TASKS)
 
+    def test_start_does_not_depend_on_what_was_drawn_before(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        heads: list[Tensor] = []
+
+        def train(name: str, model: Any, *rest: Any) -> None:
+            heads.append(model.head.weight.detach().clone())
+            rest[-1].touch()
+
+        monkeypatch.setattr(demo, "_train", train)
+        monkeypatch.setattr(demo, "load_file", lambda _: base_model().state_dict())
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            demo.prepare(tmp_path / str(seed))
+        for first, again in zip(heads[: 1 + len(TASKS)], heads[1 + len(TASKS) :], strict=True):
+            assert torch.equal(first, again)
+
     def test_goes_on_where_it_was_interrupted(self, tmp_path: Path, trained: list[str]) -> None:
         demo.prepare(tmp_path).finetuned[TASKS[2]].unlink()
         trained.clear()

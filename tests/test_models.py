@@ -1,5 +1,6 @@
 """Base models by config: as functions, and as class paths of a recipe."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from jsonargparse import ArgumentParser
 from torch import nn
 
-from fusionkit.errors import FusionKitError
+from fusionkit.errors import CheckpointError, FusionKitError
 from fusionkit.models import sequence_classifier
 from fusionkit.paths import resolve_package_path
 
@@ -68,6 +69,20 @@ class TestSequenceClassifier:
         model = sequence_classifier(minilm, num_labels=5, pretrained=False)
         assert model.get_parameter("classifier.weight").shape == (5, 384)
 
+    def test_loads_silently(self, minilm: str, capfd: pytest.CaptureFixture[str]) -> None:
+        sequence_classifier(minilm)
+        assert capfd.readouterr() == ("", "")
+
+    @pytest.mark.parametrize("pretrained", [True, False])
+    def test_missing_folder(self, minilm: str, tmp_path: Path, pretrained: bool) -> None:
+        with pytest.raises(CheckpointError, match="gone: no Hugging Face model there"):
+            sequence_classifier(str(tmp_path / "gone"), pretrained=pretrained)
+
+    def test_without_transformers(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "transformers", None)
+        with pytest.raises(FusionKitError, match=r"pip install 'fusionkit\[text\]'"):
+            sequence_classifier("any")
+
     def test_verbosity_is_put_back(self, minilm: str) -> None:
         from transformers.utils import logging
 
@@ -76,6 +91,7 @@ class TestSequenceClassifier:
         try:
             sequence_classifier(minilm)
             assert logging.get_verbosity() == logging.INFO
+            assert logging.is_progress_bar_enabled()
         finally:
             logging.set_verbosity(before)
 
