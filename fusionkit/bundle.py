@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fusionkit.checkpoint import Checkpoint, Source
 from fusionkit.codec import WHOLE_MODEL, DeltaCodec, Parts
-from fusionkit.errors import BundleError
+from fusionkit.errors import BundleError, WrongBaseError, listing
 from fusionkit.manifest import FILE, Manifest, reopen_base
 from fusionkit.partfile import PartFile
 from fusionkit.registry import from_config
@@ -146,12 +146,14 @@ class Bundle:
         record = self.manifest.base.tensors.get(name)
         if record is None or record.role != "delta":
             raise BundleError(f"{self.path}: holds no deltas of a tensor '{name}'")
-        parts = self._task(task).parts(name, device)
-        shared = self.shared_parts(name, device)
-        if not parts and not shared:
-            return None
         shape = torch.Size(record.shape)
-        delta = self.codec.decode({**self._whole_model(task, device), **shared, **parts}, shape)
+        with self._reading(task, name):
+            parts = self._task(task).parts(name, device)
+            shared = self.shared_parts(name, device)
+            if not parts and not shared:
+                return None
+            whole = self._whole_model(task, device)
+            delta = self.codec.decode({**whole, **shared, **parts}, shape)
         if delta.shape != shape:
             raise BundleError(
                 f"{self.path}: '{name}' of task '{task}' decodes to shape {list(delta.shape)}, "
@@ -166,7 +168,9 @@ class Bundle:
     def private_tensors(self, task: str) -> Iterator[tuple[str, Tensor]]:
         """A task's private tensors, whole, in their own dtype."""
         for name in self.manifest.tasks[self._known(task)].private:
-            yield name, self._task(task).parts(name)[WHOLE]
+            with self._reading(task, name):
+                tensor = self._task(task).parts(name)[WHOLE]
+            yield name, tensor
 
     def write_into(self, task: str, base: Mapping[str, Tensor], out: Mapping[str, Tensor]) -> None:
         """Rebuild a task's weights from the base into `out`, all but private and frozen ones.
@@ -185,8 +189,8 @@ class Bundle:
         for name, tensor in self.manifest.base.tensors.items():
             if tensor.role == "frozen":
                 continue
-            whole = self._task(task).parts(name) if tensor.role == "exact" else {}
-            if name not in out and not whole:
+            whole = self._exact(task, name, tensor.shape) if tensor.role == "exact" else None
+            if name not in out and whole is None:
                 continue  # a buffer that this model does not save
             target = out[name]
             if tensor.role == "delta":
@@ -196,9 +200,10 @@ class Bundle:
                 elif target.dtype == base[name].dtype == torch.float32:
                     torch.add(base[name], delta, out=target)
                 else:
-                    target.copy_(delta.add_(base[name].to(torch.float32)))
+                    # Not in place: a codec may have lent the payload's own memory.
+                    target.copy_(torch.add(base[name].to(torch.float32), delta))
             else:
-                target.copy_(whole.get(WHOLE, base[name]))
+                target.copy_(base[name] if whole is None else whole)
 
     def state_dict(self, task: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """A task's whole model: base plus decoded delta, private tensors included.
@@ -209,7 +214,7 @@ class Bundle:
                 tensors as they were stored.
 
         Returns:
-            tensors by name on the CPU; tied names share one tensor.
+            tensors by name on the CPU, the caller's own; tied names share one tensor.
 
         Raises:
             BundleError: the bundle has no such task, its base can't be found, or a file was
@@ -218,17 +223,23 @@ class Bundle:
         """
         self._known(task)
         base = self.base
+        if lacking := [name for name in self.manifest.base.tensors if name not in base]:
+            raise WrongBaseError(
+                f"{base.label} lacks tensors of the base that this bundle was made from "
+                f"({self.manifest.base.source}):{listing(lacking)}"
+            )
         state = {}
         for name, tensor in self.manifest.base.tensors.items():
             stored = base[name].dtype
             target = dtype if dtype and stored.is_floating_point else stored
             if tensor.role == "frozen":
-                state[name] = base[name].to(target)
+                state[name] = base[name].to(target, copy=True)
             else:
                 state[name] = torch.empty(tensor.shape, dtype=target)
         self.write_into(task, base, state)
         for name, value in self.private_tensors(task):
-            state[name] = value.to(dtype) if dtype and value.is_floating_point() else value
+            target = dtype if dtype and value.is_floating_point() else value.dtype
+            state[name] = value.to(target, copy=True)
         for alias, name in self.manifest.base.tied.items():
             state.setdefault(alias, state[name])
         return state
@@ -254,8 +265,9 @@ class Bundle:
         del tasks[self._known(task)]
         if not tasks:
             raise BundleError(f"{self.path}: '{task}' is the last task; delete the folder instead")
-        self.update(replace(self.manifest, tasks=tasks))
-        (self.path / task_file(task)).unlink()
+        with disk_errors(self.path):
+            self.update(replace(self.manifest, tasks=tasks))
+            (self.path / task_file(task)).unlink(missing_ok=True)
 
     def update(self, manifest: Manifest) -> None:
         """Write a new manifest, and see the tasks that it names."""
@@ -272,6 +284,30 @@ class Bundle:
             raise BundleError(f"{self.path}: has no task '{task}'; it has {', '.join(self.tasks)}")
         return task
 
+    def _exact(self, task: str, name: str, shape: list[int]) -> Tensor | None:
+        """A task's own exact tensor; None where it is the base's."""
+        with self._reading(task, name):
+            whole = self._task(task).parts(name).get(WHOLE)
+        if whole is not None and list(whole.shape) != shape:
+            raise BundleError(
+                f"{self.path}: '{name}' of task '{task}' has shape {list(whole.shape)}, expected "
+                f"{shape}; compress again"
+            )
+        return whole
+
+    @contextmanager
+    def _reading(self, task: str, name: str) -> Iterator[None]:
+        """A context that says of which task and tensor the payload can't be made sense of."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+            raise BundleError(
+                f"{self.path}: '{name}' of task '{task}' can't be decoded by {self.codec!r} "
+                f"({type(error).__name__}: {error}); copy or compress it again"
+            ) from error
+
     def _task(self, task: str) -> PartFile:
         return self._files[self._known(task)]
 
@@ -285,7 +321,7 @@ class Bundle:
 
 def task_file(task: str) -> str:
     """The name of a task's file; never a path, whatever the task is called."""
-    return f"task-{quote(task, safe='')}.safetensors"
+    return f"task-{quote(task, safe='', errors='surrogatepass')}.safetensors"
 
 
 @contextmanager
@@ -294,13 +330,19 @@ def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
 
     Args:
         path: the folder to make.
-        overwrite: replace a folder that is there.
+        overwrite: replace a bundle that is there.
 
     Raises:
-        BundleError: it exists and `overwrite` is not set; or the disk is full.
+        BundleError: it exists and `overwrite` is not set, or is no bundle; or the disk is full.
     """
+    path = path if path.name else path.absolute()
     if path.exists() and not overwrite:
         raise BundleError(f"{path}: exists; choose another folder, or set overwrite to replace it")
+    if path.exists() and (path.is_symlink() or not (path / FILE).is_file()):
+        raise BundleError(
+            f"{path}: exists and is not a bundle's own folder, so it is not overwritten; choose "
+            "another folder, or delete it first"
+        )
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         folder = path.with_name(f".{path.name}.{uuid4().hex[:8]}.tmp")
@@ -310,7 +352,11 @@ def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
             if path.exists():
                 old = folder.with_suffix(".old")
                 path.rename(old)
-                folder.rename(path)
+                try:
+                    folder.rename(path)
+                except BaseException:
+                    old.rename(path)
+                    raise
                 shutil.rmtree(old)
             else:
                 folder.rename(path)

@@ -3,6 +3,7 @@
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,11 @@ from fusionkit.family import Family, TaskVectors
 from fusionkit.manifest import BaseRecord, Manifest, TaskRecord
 from fusionkit.partfile import FileRecord, PartWriter
 from fusionkit.registry import to_config
+
+_SHARES = (
+    "its tasks share a vector computed from all of them; compress all checkpoints again, or set "
+    "keep_shared to encode against the vector as it is"
+)
 
 Progress = Callable[[int, int, int], None]
 """Called as tensors are read: pass over the family (from 1), tensors done, tensors in all."""
@@ -101,21 +107,29 @@ def add_tasks(
         raise BundleError(f"{bundle.path}: has task '{present[0]}' already; remove it first")
     manifest = bundle.manifest
     if manifest.shared and not keep_shared:
-        raise BundleError(
-            f"{bundle.path}: its tasks share a vector computed from all of them; compress all "
-            "checkpoints again, or set keep_shared to encode against the vector as it is"
-        )
-    family = _Tracked(bundle.base, finetuned, manifest.private, manifest.frozen, progress)
+        raise BundleError(f"{bundle.path}: {_SHARES}")
+    # Which tensors are buffers is the bundle's to say: a file of the base does not know.
+    base = copy(bundle.base)
+    base.buffers = frozenset(manifest.base.names("exact"))
+    family = _Tracked(base, finetuned, manifest.private, manifest.frozen, progress)
     with (
         disk_errors(bundle.path),
         tempfile.TemporaryDirectory(prefix=".add.", dir=bundle.path) as temporary,
     ):
         folder = Path(temporary)
-        shared = bundle.shared_parts if manifest.shared else None
-        _, records = _write_parts(folder, family, bundle.codec, shared)
-        for task in records:
-            (folder / task_file(task)).rename(bundle.path / task_file(task))
-        bundle.update(replace(manifest, tasks={**manifest.tasks, **records}))
+        shared = bundle.shared_parts if keep_shared else None
+        new_shared, records = _write_parts(folder, family, bundle.codec, shared)
+        if new_shared:
+            raise BundleError(f"{bundle.path}: {_SHARES}")
+        placed = [bundle.path / task_file(task) for task in records]
+        try:
+            for path in placed:
+                (folder / path.name).rename(path)
+            bundle.update(replace(manifest, tasks={**manifest.tasks, **records}))
+        except OSError:
+            for path in placed:
+                path.unlink(missing_ok=True)
+            raise
 
 
 class _Tracked(Family):

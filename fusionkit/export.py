@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from fusionkit.bundle import Bundle
@@ -51,8 +52,8 @@ def export_task(
         else:
             torch.save(state, temporary)
         os.replace(temporary, out)
-    except OSError as error:
-        raise BundleError(f"{out}: could not be written ({error.strerror})") from error
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch's and safetensors' own too
+        raise BundleError(f"{out}: could not be written ({error})") from error
     finally:
         temporary.unlink(missing_ok=True)
     return out

@@ -98,8 +98,8 @@ class BaseRecord:
         findings = []
         for name, expected in self.tensors.items():
             if name not in base:
-                # Only a delta needs its tensor: models differ in which buffers they save.
-                if expected.role == "delta":
+                # Models differ in which buffers they save; a frozen integer is one, too.
+                if expected.role != "exact" and "float" in expected.dtype:
                     findings.append(f"'{name}' is missing")
                 continue
             tensor = base[name]
@@ -169,8 +169,12 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Write into a bundle's folder: to a temporary name, then renamed."""
         temporary = folder / (FILE + ".tmp")
-        temporary.write_text(self.text())
-        os.replace(temporary, folder / FILE)
+        try:
+            temporary.write_text(self.text())
+            os.replace(temporary, folder / FILE)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
@@ -186,7 +190,7 @@ class Manifest:
             raise BundleError(
                 f"{folder}: not a bundle (it has no {FILE}); make one with 'fusionkit compress'"
             ) from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise BundleError(f"{path}: not readable as JSON ({error}); copy it again") from error
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise BundleError(f"{path}: not a FusionKit bundle's manifest")

@@ -1,0 +1,64 @@
+"""Codecs that break the contract, one fault each, and one that tests its edge."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fusionkit.codec import DeltaCodec, Encoded, Parts, SharedParts, TensorCodec
+from fusionkit.family import Family
+
+
+@dataclass(frozen=True)
+class Faulty(DeltaCodec):
+    """Whole deltas, and one fault.
+
+    Args:
+        fault: what is done wrong; `none` keeps to the contract.
+    """
+
+    id: ClassVar[str] = "faulty"
+    fault: str = "none"
+
+    def encode(self, family: Family, shared: SharedParts | None = None) -> Iterator[Encoded]:
+        for place, vectors in enumerate(family):
+            parts: list[dict[str, Tensor]] = [{"values": v} for v in vectors.stack()]
+            name, common = vectors.name, {}
+            if self.fault == "name":
+                name = "nowhere.weight"
+            elif self.fault == "tasks":
+                parts = parts[:1]
+            elif self.fault in {"tensor", "a/b"}:
+                parts = [{self.fault: v["values"]} for v in parts]
+            elif self.fault == "dtype":
+                parts = [{"values": v["values"].to(torch.complex128)} for v in parts]
+            elif self.fault == "shared":
+                common = {"common": torch.zeros(1)}
+            elif self.fault == "raise" and place == 2:
+                raise ZeroDivisionError("in the third tensor")
+            yield Encoded(name, common, parts)
+            if self.fault == "twice":
+                yield Encoded(name, common, parts)
+
+    def decode(self, parts: Parts, shape: torch.Size) -> Tensor:
+        values = parts["values"].clone()
+        if self.fault == "decoded":
+            return values.reshape(1, -1)
+        if self.fault == "decoding":
+            return values[parts["absent"]]
+        return values
+
+
+@dataclass(frozen=True)
+class Lender(TensorCodec):
+    """Decodes to the payload's own memory."""
+
+    id: ClassVar[str] = "lender"
+
+    def encode_tensor(self, delta: Tensor, name: str) -> Parts:
+        return {"values": delta}
+
+    def decode(self, parts: Parts, shape: torch.Size) -> Tensor:
+        return parts["values"].view(shape)
