@@ -178,6 +178,8 @@ def _write_parts(
     common = PartWriter(folder / SHARED)
     has_shared = False
     for encoded in _checked(codec.encode(family, shared), family, codec):
+        if encoded.shared and shared is not None:
+            raise CodecError(f"{codec!r} encoded shared parts of '{encoded.name}' anew")
         has_shared |= bool(encoded.shared)
         _add(common, encoded.name, encoded.shared)
         for writer, parts in zip(own.values(), encoded.tasks, strict=False):

@@ -59,7 +59,9 @@ MERGES: list[tuple[Merge, object]] = [
     (TIES(0.05, 1.3, "sum"), lambda tau: naive_ties(tau, 0.05, 1.3, "sum")),
     (Elect(), naive_elect),
 ]
-every_merge = pytest.mark.parametrize(("merge", "naive"), MERGES, ids=lambda m: repr(m) if isinstance(m, Merge) else "")
+every_merge = pytest.mark.parametrize(
+    ("merge", "naive"), MERGES, ids=lambda m: repr(m) if isinstance(m, Merge) else ""
+)
 
 
 def merged_vectors(merge: Merge, family: Family) -> Tensor:
@@ -133,9 +135,7 @@ def test_elect_counts_a_sum_of_zero_as_negative() -> None:
     assert torch.equal(found, torch.tensor([-1.0, -2.0, 0.0, -3.0]))
 
 
-@given(
-    arrays("float32", (3, 8), elements=st.sampled_from([-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0]))
-)
+@given(arrays("float32", (3, 8), elements=st.sampled_from([-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0])))
 def test_elect_with_ties_and_zeros(values: object) -> None:
     tau = torch.from_numpy(values)
     family = Family({"w": torch.zeros(8)}, {f"t{i}": {"w": row} for i, row in enumerate(tau)})

@@ -49,9 +49,7 @@ def rescalers(
     return np.array(found)
 
 
-def check(
-    bundle: Bundle, files: Path, tau: np.ndarray, sizes: dict[str, int], codec: EMR
-) -> None:
+def check(bundle: Bundle, files: Path, tau: np.ndarray, sizes: dict[str, int], codec: EMR) -> None:
     """Vector, masks and rescalers in the bundle's files equal the equations' to 1e-6."""
     unified, masks = elect(tau)
     shared = load_file(files / "shared.safetensors")
