@@ -146,8 +146,8 @@ class Bundle:
         record = self.manifest.base.tensors.get(name)
         if record is None or record.role != "delta":
             raise BundleError(f"{self.path}: holds no deltas of a tensor '{name}'")
-        shape = torch.Size(record.shape)
         with self._reading(task, name):
+            shape = torch.Size(record.shape)
             parts = self._task(task).parts(name, device)
             shared = self.shared_parts(name, device)
             if not parts and not shared:
@@ -302,7 +302,14 @@ class Bundle:
             yield
         except torch.OutOfMemoryError:
             raise
-        except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
             raise BundleError(
                 f"{self.path}: '{name}' of task '{task}' can't be decoded by {self.codec!r} "
                 f"({type(error).__name__}: {error}); copy or compress it again"

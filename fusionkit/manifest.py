@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -38,6 +38,12 @@ class BaseTensor:
     role: Role
     sha256: str
 
+    def __post_init__(self) -> None:
+        if self.role not in get_args(Role):
+            raise ValueError(f"unknown role '{self.role}'")
+        if not all(isinstance(size, int) and 0 <= size < 1 << 63 for size in self.shape):
+            raise ValueError(f"impossible shape {self.shape}")
+
 
 @dataclass(frozen=True)
 class BaseRecord:
@@ -56,6 +62,10 @@ class BaseRecord:
     add_prefix: str
     tensors: dict[str, BaseTensor]
     tied: dict[str, str]
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.tied.values()) - self.tensors.keys():
+            raise ValueError(f"tied to unknown tensors: {sorted(unknown)}")
 
     @classmethod
     def of(cls, family: Family) -> "BaseRecord":
@@ -206,7 +216,7 @@ class Manifest:
             )
         try:
             return cls._from_json(content)
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BundleError(f"{path}: malformed ({error!r}); compress again") from error
 
     @classmethod

@@ -1,5 +1,6 @@
 """A tiny base and its fine-tuned models, with everything in them that real ones have."""
 
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -77,6 +78,15 @@ def files(tmp_path: Path, base: TinyNet, finetuned: dict[str, dict[str, Tensor]]
         save("base", base.state_dict()),
         {task: save(task, state) for task, state in finetuned.items()},
     )
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that temporary files go to; empty."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
 
 
 class Files:

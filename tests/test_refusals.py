@@ -1,6 +1,5 @@
 """What compressing refuses, and that a failed run leaves nothing behind."""
 
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,24 +51,6 @@ def test_overwriting_fails_without_harm(base: TinyNet, finetuned: States, tmp_pa
         compress(base, finetuned, Dense(), tmp_path / "b", private=PRIVATE, overwrite=True)
     assert contents(tmp_path / "b") == before
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
-
-
-@pytest.fixture
-def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where temporary bundles go."""
-    folder = tmp_path / "temporary"
-    folder.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    return folder
-
-
-def interrupt(run: int, done: int, total: int) -> None:
-    if done == total - 1:
-        raise KeyboardInterrupt
-
-
-def no_progress(run: int, done: int, total: int) -> None:
-    assert 1 <= done <= total
 
 
 @pytest.fixture
