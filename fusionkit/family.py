@@ -329,7 +329,9 @@ class Family:
                 f"{where}: tensor '{name}' has shape {list(tuned.shape)}, the base's has "
                 f"{list(base.shape)} (declare it private to store it whole)"
             )
-        elif base.dtype.is_floating_point != tuned.dtype.is_floating_point:
+        elif base.dtype != tuned.dtype and not (
+            base.dtype.is_floating_point and tuned.dtype.is_floating_point
+        ):
             yield f"{where}: tensor '{name}' is {tuned.dtype}, the base's is {base.dtype}"
 
     def _check_tied(self, where: str, tuned: Checkpoint, name: str, known: str) -> Iterator[str]:

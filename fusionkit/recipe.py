@@ -292,6 +292,9 @@ def run_demo(out: Path, cache: Path | None) -> report.ComparisonReport:
     from fusionkit import demo
 
     _quieten()
+    torch.set_num_threads(
+        1
+    )  # such small matrices gain nothing from more, and a busy machine stalls
     folder = cache or Path.home() / ".cache" / "fusionkit" / "demo"
     family = demo.prepare(folder)
     arguments = [

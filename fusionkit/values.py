@@ -36,7 +36,7 @@ def pack_values(values: Tensor, dtype: ValueDtype, part: str = "values") -> dict
         the payload tensors, by name; int4 has two values a byte along the first axis.
 
     Raises:
-        CodecError: a finite value is too large for fp16.
+        CodecError: a finite value is too large for fp16, or the dtype is unknown.
     """
     if dtype in _FLOATS:
         stored = values.to(_FLOATS[dtype])
@@ -46,6 +46,8 @@ def pack_values(values: Tensor, dtype: ValueDtype, part: str = "values") -> dict
                 "store the values in bf16 or fp32"
             )
         return {part: stored}
+    if dtype not in _LEVELS:
+        raise CodecError(f"unknown dtype '{dtype}'; expected {', '.join([*_FLOATS, *_LEVELS])}")
     levels = _LEVELS[dtype]
     grouped = _grouped(values) if values.ndim == 1 else values
     largest = grouped.abs().amax(0) if grouped.numel() else grouped.new_zeros(grouped.shape[1])

@@ -151,3 +151,8 @@ def test_parts_are_named_after_the_part(dtype: ValueDtype) -> None:
     parts = pack_values(torch.ones(3), dtype, "elected")
     assert sorted(parts) == ["elected", "elected.scale"][: 2 if dtype in INTEGERS else 1]
     assert torch.allclose(unpack_values(parts, 3, dtype, "elected"), torch.ones(3), atol=1e-2)
+
+
+def test_unknown_dtype_is_refused() -> None:
+    with pytest.raises(CodecError, match="unknown dtype 'fp99'; expected fp32, fp16, bf16, int8"):
+        pack_values(torch.ones(3), "fp99")  # type: ignore[arg-type]
