@@ -149,14 +149,11 @@ class ComparisonReport:
         whole = [row for row in self.rows if row.encode_seconds is None]
         packed = [row for row in self.rows if row.encode_seconds is not None]
         for row in whole:
-            axes.axhline(100 * row.scores.mean, linestyle="--", color="grey", linewidth=1)
             label = f"{row.name}: {100 * row.scores.mean:.1f}% at {row.bits_per_parameter:.0f} bits"
-            axes.annotate(
-                label,
-                (0.01, 100 * row.scores.mean),
-                xycoords=("axes fraction", "data"),
-                va="bottom",
+            axes.axhline(
+                100 * row.scores.mean, linestyle="--", color="grey", linewidth=1, label=label
             )
+        axes.legend(loc="lower right")
         axes.set_xscale("log", base=2)
         labels = []
         for place, row in enumerate(packed):
