@@ -34,10 +34,14 @@ class _Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if "codec" in message or "merge" in message:
+            failures = registry.load_all()
             found = {
-                group: [registry.load(group, name).__name__ for name in registry.names(group)]
+                group: [
+                    registry.load(group, name).__name__
+                    for name in registry.names(group)
+                    if f"{group}:{name}" not in failures
+                ]
                 for group in registry.GROUPS
-                if not any(key.startswith(group) for key in registry.load_all())
             }
             kinds = "; ".join(f"{group}: {', '.join(names)}" for group, names in found.items())
             message = f"{message}\ninstalled ({kinds})"
