@@ -327,7 +327,7 @@ class ReuseModule(LightningModule):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         # The base moves with the model but keeps its dtype: rounding it would lose the deltas.
         device = next(self.model.parameters()).device
-        if any(self._base[name].device != device for name in list(self._base)[:1]):
+        if self._base[next(iter(self._base))].device != device:
             self._base = self._base.in_memory(device)
         return self
 
