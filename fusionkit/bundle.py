@@ -7,9 +7,10 @@
 
 All tensor files are plain safetensors (partfile.py). A tensor's parts are keyed `<tensor>/<part>`;
 the part `tensor` is reserved for private and exact tensors, stored whole. Parts of the whole model
-are keyed `/<part>`. The base is not in the bundle: it is known by fingerprint and checked on use.
-Files are written under temporary names and renamed, the manifest last: whatever is interrupted,
-a bundle that can be opened is whole.
+are keyed `/<part>`, the initial tensors of adapters, where no seed makes them again,
+`start:<tensor>/tensor` in the shared file. The base is not in the bundle: it is known by
+fingerprint and checked on use. Files are written under temporary names and renamed, the manifest
+last: whatever is interrupted, a bundle that can be opened is whole.
 """
 
 import shutil
@@ -18,22 +19,19 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from urllib.parse import quote
-from uuid import uuid4
 
 import torch
 from torch import Tensor
 
+from fusionkit.adapter import fold_into
+from fusionkit.bundle_folder import SHARED, START, WHOLE, disk_errors, new_folder, task_file
 from fusionkit.checkpoint import Checkpoint, Source
 from fusionkit.codec import WHOLE_MODEL, DeltaCodec, Parts
 from fusionkit.errors import BundleError, WrongBaseError, listing
 from fusionkit.manifest import FILE, Manifest, reopen_base
+from fusionkit.overlay import WithStart
 from fusionkit.partfile import PartFile
 from fusionkit.registry import from_config
-
-SHARED = "shared.safetensors"
-WHOLE = "tensor"
-"""The reserved part: the tensor itself, as the task has it."""
 
 
 class Bundle:
@@ -60,7 +58,6 @@ class Bundle:
         if not isinstance(codec, DeltaCodec):
             raise BundleError(f"{self.path / FILE}: '{codec.id}' is no codec; compress again")
         self.codec: DeltaCodec = codec
-        self._base = None if base is None else Checkpoint.of(base)
         self._base_checked = False
         self._whole: tuple[tuple[str, torch.device | None], Parts] | None = None
         self._shared = (
@@ -70,6 +67,8 @@ class Bundle:
             task: PartFile(self.path / task_file(task), record.file)
             for task, record in self.manifest.tasks.items()
         }
+        self._initial: dict[str, Tensor] = {}
+        self._base = None if base is None else self._with_start(Checkpoint.of(base))
 
     @classmethod
     def load(cls, path: str | Path, base: Source | Checkpoint | None = None) -> "Bundle":
@@ -118,7 +117,7 @@ class Bundle:
             WrongBaseError: it is another model.
         """
         if self._base is None:
-            self._base = reopen_base(self.manifest.base)
+            self._base = self._with_start(reopen_base(self.manifest.base))
         # A model in memory may have been trained or switched since it was last looked at.
         if self._base.live or not self._base_checked:
             self.manifest.base.check(self._base, self._base.label)
@@ -131,6 +130,7 @@ class Bundle:
         Raises:
             WrongBaseError: it is another model.
         """
+        base = self._with_start(base)
         self.manifest.base.check(base, base.label)
         self._base, self._base_checked = base, True
 
@@ -161,6 +161,12 @@ class Bundle:
             )
         return delta
 
+    @property
+    def tasks_share(self) -> bool:
+        """Whether there are parts that were computed from all tasks together."""
+        names = self._shared.names() if self._shared else iter(())
+        return any(not name.startswith(START) for name in names)
+
     def shared_parts(self, name: str, device: torch.device | None = None) -> Parts:
         """The parts of a tensor that all tasks share."""
         return self._shared.parts(name, device) if self._shared else {}
@@ -186,8 +192,10 @@ class Bundle:
         Raises:
             BundleError: the bundle has no such task, or a file was changed.
         """
+        space = self.manifest.base.space
+        own = set(space.layout.tensors) if space else set()
         for name, tensor in self.manifest.base.tensors.items():
-            if tensor.role == "frozen":
+            if tensor.role == "frozen" or name in own:
                 continue
             whole = self._exact(task, name, tensor.shape) if tensor.role == "exact" else None
             if name not in out and whole is None:
@@ -204,6 +212,37 @@ class Bundle:
                     target.copy_(torch.add(base[name].to(torch.float32), delta))
             else:
                 target.copy_(base[name] if whole is None else whole)
+        if space:
+            fold_into(space.layout, lambda n, d: self._own(task, n, d), self._start_on, base, out)
+
+    def adapter_tensors(self, task: str) -> dict[str, Tensor]:
+        """A task's adapter as it comes back: float32, by name; empty where weights are reused.
+
+        Raises:
+            BundleError: the bundle has no such task, or a file was changed.
+        """
+        self._known(task)
+        space, cpu = self.manifest.base.space, torch.device("cpu")
+        names = space.layout.tensors if space else []
+        return {name: self._own(task, name, cpu) for name in names}
+
+    @property
+    def initial(self) -> dict[str, Tensor]:
+        """The tensors that adapters started from, by name; empty where weights are reused.
+
+        Raises:
+            BundleError: the installed PEFT draws others from the seed on record.
+        """
+        space = self.manifest.base.space
+        if space and not self._initial:
+            names = space.layout.tensors
+            if space.stored:
+                self._initial = {n: self.shared_parts(START + n)[WHOLE] for n in names}
+            else:
+                records = self.manifest.base.tensors
+                shapes = {name: tuple(records[name].shape) for name in names}
+                self._initial = space.initial(shapes, str(self.path))
+        return self._initial
 
     def state_dict(self, task: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """A task's whole model: base plus decoded delta, private tensors included.
@@ -223,6 +262,8 @@ class Bundle:
         """
         self._known(task)
         base = self.base
+        space = self.manifest.base.space
+        own = set(space.layout.tensors) if space else set()
         if lacking := [name for name in self.manifest.base.tensors if name not in base]:
             raise WrongBaseError(
                 f"{base.label} lacks tensors of the base that this bundle was made from "
@@ -230,6 +271,8 @@ class Bundle:
             )
         state = {}
         for name, tensor in self.manifest.base.tensors.items():
+            if name in own:
+                continue
             stored = base[name].dtype
             target = dtype if dtype and stored.is_floating_point else stored
             if tensor.role == "frozen":
@@ -279,6 +322,20 @@ class Bundle:
             for task, record in manifest.tasks.items()
         }
 
+    def _with_start(self, base: Checkpoint) -> Checkpoint:
+        """The base as deltas are taken from: with adapters' initial tensors, if it lacks them."""
+        if not self.manifest.base.space or isinstance(base, WithStart):
+            return base
+        return WithStart(base, self.initial)
+
+    def _start_on(self, name: str, device: torch.device) -> Tensor:
+        return self.initial[name].to(device)
+
+    def _own(self, task: str, name: str, device: torch.device) -> Tensor:
+        """One of a task's adapter tensors."""
+        delta, start = self.delta(task, name, device), self._start_on(name, device)
+        return start if delta is None else start.to(torch.float32) + delta
+
     def _known(self, task: str) -> str:
         if task not in self.manifest.tasks:
             raise BundleError(f"{self.path}: has no task '{task}'; it has {', '.join(self.tasks)}")
@@ -324,64 +381,3 @@ class Bundle:
             own = self._task(task).parts(WHOLE_MODEL, device)
             self._whole = (task, device), {**self.shared_parts(WHOLE_MODEL, device), **own}
         return self._whole[1]
-
-
-def task_file(task: str) -> str:
-    """The name of a task's file; never a path, whatever the task is called."""
-    return f"task-{quote(task, safe='', errors='surrogatepass')}.safetensors"
-
-
-@contextmanager
-def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A context in which a folder is filled under a temporary name; it appears whole or not at all.
-
-    Args:
-        path: the folder to make.
-        overwrite: replace a bundle that is there.
-
-    Raises:
-        BundleError: it exists and `overwrite` is not set, or is no bundle; or the disk is full.
-    """
-    path = path if path.name else path.absolute()
-    if path.exists() and not overwrite:
-        raise BundleError(f"{path}: exists; choose another folder, or set overwrite to replace it")
-    if path.exists() and (path.is_symlink() or not (path / FILE).is_file()):
-        raise BundleError(
-            f"{path}: exists and is not a bundle's own folder, so it is not overwritten; choose "
-            "another folder, or delete it first"
-        )
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        folder = path.with_name(f".{path.name}.{uuid4().hex[:8]}.tmp")
-        folder.mkdir()
-        try:
-            yield folder
-            if path.exists():
-                old = folder.with_suffix(".old")
-                path.rename(old)
-                try:
-                    folder.rename(path)
-                except BaseException:
-                    old.rename(path)
-                    raise
-                shutil.rmtree(old)
-            else:
-                folder.rename(path)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-
-
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """A context that reports what the disk refuses as an error of the bundle.
-
-    Raises:
-        BundleError: the disk is full, or may not be written.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise BundleError(
-            f"{path}: could not be written ({error.strerror}); nothing was left behind"
-        ) from error

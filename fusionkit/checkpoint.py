@@ -54,6 +54,11 @@ class TensorSpec:
     shape: tuple[int, ...]
     dtype: torch.dtype
 
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
 
 @dataclass(frozen=True)
 class _Opened:
@@ -234,7 +239,7 @@ def _file_of_folder(folder: Path) -> Path:
         return found[0]
     hint = "several .safetensors files and no index" if len(found) > 1 else "no checkpoint file"
     if (folder / "adapter_config.json").is_file():
-        hint = "a PEFT adapter, not a full checkpoint (merge it into its base and save that)"
+        hint = "a PEFT adapter, not a full checkpoint (give the folder as a fine-tuned model)"
     raise CheckpointError(f"{folder}: {hint}; expected one of {', '.join(_FOLDER_FILES)}")
 
 

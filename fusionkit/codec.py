@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fusionkit.family import Family
+from fusionkit.lowrank import LowRank
 from fusionkit.registry import Plugin
 
 Parts = Mapping[str, Tensor]
@@ -79,6 +80,20 @@ class DeltaCodec(Plugin, ABC):
         Returns:
             float32 `(*shape)`, on the parts' device.
         """
+
+    def factors(self, parts: Parts, shape: torch.Size) -> LowRank | None:
+        """One task's delta of one matrix as a product, where the codec has it as one.
+
+        Such deltas can be exported as a LoRA. Overriding is optional.
+
+        Args:
+            parts: as for `decode`.
+            shape: the tensor's shape.
+
+        Returns:
+            float32 factors, or None.
+        """
+        return None
 
 
 class TensorCodec(DeltaCodec):

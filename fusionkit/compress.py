@@ -5,16 +5,21 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
+from glob import escape
 from pathlib import Path
 
-from fusionkit.bundle import SHARED, WHOLE, Bundle, disk_errors, new_folder, task_file
+from fusionkit.bundle import Bundle
+from fusionkit.bundle_folder import SHARED, START, WHOLE, disk_errors, new_folder, task_file
 from fusionkit.checkpoint import Checkpoint, Source
 from fusionkit.codec import WHOLE_MODEL, DeltaCodec, Encoded, Parts, SharedParts
 from fusionkit.errors import BundleError, CodecError
-from fusionkit.family import Family, TaskVectors
+from fusionkit.family import Family
 from fusionkit.manifest import BaseRecord, Manifest, TaskRecord
+from fusionkit.overlay import WithStart
 from fusionkit.partfile import FileRecord, PartWriter
 from fusionkit.registry import to_config
+from fusionkit.space import Adapters
+from fusionkit.task_vectors import TaskVectors
 
 _SHARES = (
     "its tasks share a vector computed from all of them; compress all checkpoints again, or set "
@@ -33,6 +38,7 @@ def compress(
     *,
     private: Sequence[str] = (),
     frozen: Sequence[str] = (),
+    adapters: Adapters = "merged",
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
@@ -49,6 +55,8 @@ def compress(
             with the object.
         private: patterns of the tensors that are each task's own (heads): stored whole.
         frozen: patterns of the tensors that equal the base's in every task: not stored.
+        adapters: of PEFT adapters, compress the weights that they are `merged` into, or the
+            adapter `modules` themselves; see `Family`.
         overwrite: replace `out` if it is there.
         progress: called after each tensor of each pass.
 
@@ -65,7 +73,7 @@ def compress(
     if not isinstance(codec, DeltaCodec):
         raise CodecError(f"expected a DeltaCodec, got {codec!r}")
     config = to_config(codec)
-    family = _Tracked(base, finetuned, private, frozen, progress)
+    family = _Tracked(base, finetuned, private, frozen, adapters, progress)
     if out is None:
         folder = Path(tempfile.mkdtemp(prefix="fusionkit-"))
         try:
@@ -106,19 +114,35 @@ def add_tasks(
     if present:
         raise BundleError(f"{bundle.path}: has task '{present[0]}' already; remove it first")
     manifest = bundle.manifest
-    if manifest.shared and not keep_shared:
+    if bundle.tasks_share and not keep_shared:
         raise BundleError(f"{bundle.path}: {_SHARES}")
+    space = manifest.base.space
+    base = copy(bundle.base.below if isinstance(bundle.base, WithStart) else bundle.base)
     # Which tensors are buffers is the bundle's to say: a file of the base does not know.
-    base = copy(bundle.base)
     base.buffers = frozenset(manifest.base.names("exact"))
-    family = _Tracked(base, finetuned, manifest.private, manifest.frozen, progress)
+    frozen = [escape(name) for name in manifest.base.names("frozen")]
+    adapters: Adapters = "modules" if space else "merged"
+    family = _Tracked(base, finetuned, manifest.private, frozen, adapters, progress)
+    if (
+        space
+        and family.space
+        and (space.layout, space.start)
+        != (
+            family.space.layout,
+            family.space.start,
+        )
+    ):
+        raise BundleError(
+            f"{bundle.path}: its adapters have other modules, scaling or start than those of "
+            f"{', '.join(finetuned)}; compress all of them again with adapters: merged"
+        )
     with (
         disk_errors(bundle.path),
         tempfile.TemporaryDirectory(prefix=".add.", dir=bundle.path) as temporary,
     ):
         folder = Path(temporary)
         shared = bundle.shared_parts if keep_shared else None
-        new_shared, records = _write_parts(folder, family, bundle.codec, shared)
+        new_shared, records = _write_parts(folder, family, bundle.codec, shared, adding=True)
         if new_shared:
             raise BundleError(f"{bundle.path}: {_SHARES}")
         placed = [bundle.path / task_file(task) for task in records]
@@ -141,9 +165,10 @@ class _Tracked(Family):
         finetuned: Mapping[str, Source | Checkpoint],
         private: Sequence[str],
         frozen: Sequence[str],
+        adapters: Adapters,
         progress: Progress | None,
     ) -> None:
-        super().__init__(base, finetuned, private, frozen)
+        super().__init__(base, finetuned, private, frozen, adapters)
         self._progress = progress
         self._passes = 0
 
@@ -169,14 +194,21 @@ def _write(folder: Path, family: Family, codec: DeltaCodec, config: dict[str, ob
 
 
 def _write_parts(
-    folder: Path, family: Family, codec: DeltaCodec, shared: SharedParts | None
+    folder: Path,
+    family: Family,
+    codec: DeltaCodec,
+    shared: SharedParts | None,
+    adding: bool = False,
 ) -> tuple[FileRecord | None, dict[str, TaskRecord]]:
     """Encode into the folder's files; whole tensors first, as they are the cheapest to check."""
     family.check_frozen()
     own = {task: PartWriter(folder / task_file(task)) for task in family.tasks}
     private_bytes = {task: _write_whole(writer, family, task) for task, writer in own.items()}
     common = PartWriter(folder / SHARED)
-    has_shared = False
+    has_shared = family.space is not None and family.space.stored and not adding
+    if has_shared and family.space:
+        for name in family.space.layout.tensors:
+            common.add(f"{START}{name}/{WHOLE}", family.base[name])
     for encoded in _checked(codec.encode(family, shared), family, codec):
         if encoded.shared and shared is not None:
             raise CodecError(f"{codec!r} encoded shared parts of '{encoded.name}' anew")

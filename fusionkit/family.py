@@ -12,98 +12,25 @@ Tensors declared *private* (a task's own head) belong to their task alone: store
 compressed or merged, and free to differ in shape or to be absent from the base.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from fusionkit.adapter import fold_into
 from fusionkit.checkpoint import Checkpoint, Source, TensorSpec
 from fusionkit.errors import CheckpointError, FamilyError, listing
+from fusionkit.overlay import MergedAdapter
+from fusionkit.peft_folder import is_adapter
+from fusionkit.space import Adapters, AdapterSpace, open_space
+from fusionkit.task_vectors import TaskVectors
 
 Role = Literal["delta", "exact", "frozen"]
 
-BLOCK = 1 << 17
-"""Entries per block of `TaskVectors.blocks`: small enough for eight tasks to stay in cache."""
-
 _BUFFERS = ("*running_mean", "*running_var", "*num_batches_tracked")
-
-
-@dataclass(frozen=True, eq=False)
-class TaskVectors:
-    """The task vectors of one tensor, one per task: θ_t − θ₀ in float32, formed on demand.
-
-    Nothing but the tensors asked for is read or kept: `vectors[t]` forms one task's,
-    `stack()` all of them, `blocks()` all of them a block at a time.
-
-    Attributes:
-        name: the tensor's name.
-        shape: its shape.
-        tasks: the tasks' names, in the order of the indices.
-    """
-
-    name: str
-    shape: torch.Size
-    tasks: tuple[str, ...]
-    _base: Tensor
-    _read: Callable[[int], Tensor]
-    _label: Callable[[int | None], str]
-
-    def __len__(self) -> int:
-        return len(self.tasks)
-
-    def __getitem__(self, task: int) -> Tensor:
-        """One task's vector: float32 `(*shape)`.
-
-        Raises:
-            FamilyError: it holds a NaN or an infinity.
-        """
-        delta = torch.sub(self._read(task).to(torch.float32), self._base)
-        self._check_finite(delta, task)
-        return delta
-
-    def stack(self) -> Tensor:
-        """All tasks' vectors: float32 `(T, *shape)`."""
-        stacked = torch.empty((len(self), *self.shape))
-        for task in range(len(self)):
-            stacked[task] = self[task]
-        return stacked
-
-    def blocks(self, size: int = BLOCK) -> Iterator[tuple[slice, Tensor]]:
-        """All tasks' vectors, flattened, a block of at most `size` entries at a time.
-
-        Yields:
-            the block's place in the flattened tensor, and float32 `(T, n)`; the memory is used
-            again for the next block.
-
-        Raises:
-            FamilyError: a block holds a NaN or an infinity.
-        """
-        base = self._base.reshape(-1)
-        tuned = [self._read(task).reshape(-1) for task in range(len(self))]
-        buffer = torch.empty((len(self), min(size, base.numel())))
-        for start in range(0, base.numel(), size):
-            place = slice(start, min(start + size, base.numel()))
-            block = buffer[:, : place.stop - start]
-            for task, values in enumerate(tuned):
-                torch.sub(values[place].to(torch.float32), base[place], out=block[task])
-            if not torch.isfinite(block.sum()):
-                for task in range(len(self)):
-                    self._check_finite(block[task], task)
-            yield place, block
-
-    def _check_finite(self, delta: Tensor, task: int) -> None:
-        # The sum is one cheap pass; only a suspicious one is looked at entry by entry.
-        if torch.isfinite(delta.sum()) or torch.isfinite(delta).all():
-            return
-        bad = int((~torch.isfinite(delta)).sum())
-        at_fault = self._label(task if torch.isfinite(self._base).all() else None)
-        raise FamilyError(
-            f"{at_fault}: tensor '{self.name}' holds {bad} values that are NaN or infinite "
-            f"(task '{self.tasks[task]}'); mend or retrain that checkpoint"
-        )
 
 
 class Family:
@@ -113,7 +40,12 @@ class Family:
         base: the base model: anything that `Checkpoint` reads.
         finetuned: task name → fine-tuned checkpoint: anything that `Checkpoint` reads.
         private: patterns (`classifier.*`) of the tensors that are each task's own.
-        frozen: patterns of the tensors that equal the base's in every task.
+        frozen: patterns of the tensors that equal the base's in every task; those that no
+            adapter touches are so without being named.
+        adapters: what is taken of PEFT adapters: `merged`, the deltas of the weights that they
+            are merged into; or `modules`, their own tensors, with task vectors from where they
+            started. Then all fine-tuned models are adapters of one kind and shape, and `base`
+            has the initial tensors beside its own.
 
     Attributes:
         base: the base's checkpoint.
@@ -122,6 +54,7 @@ class Family:
         roles: base tensor's name → role; private tensors and tied names are not in it.
         private: task name → names of its private tensors.
         tied: name → name of the tensor of the base that it shares.
+        space: how adapters' own tensors make the base's weights; None where they are merged.
         parameters: number of compressible parameters of one task (those with role delta).
 
     Raises:
@@ -135,11 +68,16 @@ class Family:
         finetuned: Mapping[str, Source | Checkpoint],
         private: Sequence[str] = (),
         frozen: Sequence[str] = (),
+        adapters: Adapters = "merged",
     ) -> None:
         if not finetuned:
             raise FamilyError("expected at least one fine-tuned checkpoint, got none")
         self.base = Checkpoint.of(base)
-        self.finetuned = {task: Checkpoint.of(source) for task, source in finetuned.items()}
+        self.space: AdapterSpace | None = None
+        if adapters == "modules":
+            self.base, self.finetuned, self.space = open_space(self.base, finetuned)
+        else:
+            self.finetuned = {task: self._open(source) for task, source in finetuned.items()}
         self.tasks = tuple(self.finetuned)
         self.private_patterns = tuple(private)
         self.frozen_patterns = tuple(frozen)
@@ -173,14 +111,15 @@ class Family:
     @property
     def bits_per_parameter(self) -> float:
         """Bits per compressible parameter in the fine-tuned checkpoints, over all tasks."""
-        bits = sum(
-            8
-            * torch.Size(self.base.specs[name].shape).numel()
-            * checkpoint.specs[known].dtype.itemsize
-            for checkpoint in self.finetuned.values()
-            for name in self.names("delta")
-            if (known := self._known(checkpoint, name))
-        )
+        bits = 0
+        for checkpoint in self.finetuned.values():
+            own = checkpoint
+            if isinstance(checkpoint, MergedAdapter):
+                own = checkpoint.folder.tensors
+                names = [name for name in own if not self._is_private(name)]
+            else:
+                names = [known for n in self.names("delta") if (known := self._known(own, n))]
+            bits += sum(8 * own.specs[name].nbytes for name in names)
         return bits / max(self.parameters * len(self.tasks), 1)
 
     def names(self, role: Role) -> list[str]:
@@ -210,6 +149,11 @@ class Family:
                 if task is None
                 else self.finetuned[self.tasks[task]].label
             ),
+            _adapter=lambda task: (
+                checkpoint
+                if isinstance(checkpoint := self.finetuned[self.tasks[task]], MergedAdapter)
+                else None
+            ),
         )
 
     def exact(self, task: str) -> Iterator[tuple[str, Tensor]]:
@@ -235,7 +179,7 @@ class Family:
         for task in self.tasks:
             for name in self.names("frozen"):
                 known = self._known(self.finetuned[task], name)
-                if known is None:
+                if known is None or not self._touches(self.finetuned[task], name):
                     continue
                 tuned = self.finetuned[task][known]
                 if not torch.equal(self.base[name].to(tuned.dtype), tuned):
@@ -251,12 +195,26 @@ class Family:
 
         Args:
             task: one of `tasks`.
-            base: the base's tensors; not needed here, but a bundle does.
+            base: the base's tensors by name.
             out: tensors to write into, by name.
         """
+        own = set(self.space.layout.tensors) if self.space else set()
         for name, role in self.roles.items():
-            if role == "delta" or (role == "exact" and name in out):
+            if name not in own and (role == "delta" or (role == "exact" and name in out)):
                 out[name].copy_(self._tuned(task, name))
+        if self.space:
+            fold_into(
+                self.space.layout,
+                lambda name, device: self._tuned(task, name).to(device),
+                lambda name, device: self.base[name].to(device),
+                base,
+                out,
+            )
+
+    def _open(self, source: Source | Checkpoint) -> Checkpoint:
+        if isinstance(source, str | Path) and is_adapter(source):
+            return MergedAdapter(self.base, source)
+        return Checkpoint.of(source)
 
     def _tuned(self, task: str, name: str) -> Tensor:
         checkpoint = self.finetuned[task]
@@ -272,8 +230,15 @@ class Family:
     def _is_private(self, name: str) -> bool:
         return matches(name, self.private_patterns)
 
+    def _touches(self, checkpoint: Checkpoint, name: str) -> bool:
+        """Whether a checkpoint has a tensor of its own, rather than the base's seen through it."""
+        if isinstance(checkpoint, MergedAdapter):
+            return name in checkpoint.touched
+        return self.space is None or name in checkpoint
+
     def _role(self, name: str, spec: TensorSpec) -> Role:
-        if matches(name, self.frozen_patterns):
+        touched = any(self._touches(checkpoint, name) for checkpoint in self.finetuned.values())
+        if matches(name, self.frozen_patterns) or not touched:
             return "frozen"
         is_buffer = name in self.base.buffers or matches(name, _BUFFERS)
         return "delta" if spec.dtype.is_floating_point and not is_buffer else "exact"

@@ -16,10 +16,12 @@ from fusionkit.errors import BundleError, WrongBaseError, listing
 from fusionkit.family import Family, Role
 from fusionkit.partfile import FileRecord, tensor_bytes
 from fusionkit.registry import Config
+from fusionkit.space import AdapterSpace
 
 FILE = "manifest.json"
 FORMAT = "fusionkit-bundle"
-VERSION = 1
+VERSIONS = (1, 2)
+"""What can be read; 2 is written where adapters are what is compressed, 1 otherwise."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class BaseRecord:
         add_prefix: as given to `Checkpoint`.
         tensors: its tensors by name, private ones left out.
         tied: tied name → name of the tensor that it shares.
+        space: where adapters are what is compressed, how they make the base's weights; their
+            initial tensors are among `tensors`.
     """
 
     source: str
@@ -62,6 +66,7 @@ class BaseRecord:
     add_prefix: str
     tensors: dict[str, BaseTensor]
     tied: dict[str, str]
+    space: AdapterSpace | None = None
 
     def __post_init__(self) -> None:
         if unknown := set(self.tied.values()) - self.tensors.keys():
@@ -80,7 +85,9 @@ class BaseRecord:
             )
             for name, role in family.roles.items()
         }
-        return cls(base.label, base.strip_prefix, base.add_prefix, tensors, family.tied)
+        return cls(
+            base.label, base.strip_prefix, base.add_prefix, tensors, family.tied, family.space
+        )
 
     @property
     def fingerprint(self) -> str:
@@ -168,12 +175,15 @@ class Manifest:
 
     def text(self) -> str:
         """The manifest as JSON, its own checksum included."""
-        content = {
+        content: dict[str, Any] = {
             "format": FORMAT,
-            "format_version": VERSION,
+            "format_version": VERSIONS[self.base.space is not None],
             "base_fingerprint": self.base.fingerprint,
             **dataclasses.asdict(self),
         }
+        content["base"].pop("space")
+        if self.base.space:
+            content["base"]["space"] = self.base.space.to_json()
         return json.dumps({**content, "checksum": _checksum(content)}, indent=1) + "\n"
 
     def write(self, folder: Path) -> None:
@@ -204,10 +214,10 @@ class Manifest:
             raise BundleError(f"{path}: not readable as JSON ({error}); copy it again") from error
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise BundleError(f"{path}: not a FusionKit bundle's manifest")
-        if content.get("format_version") != VERSION:
+        if content.get("format_version") not in VERSIONS:
             raise BundleError(
                 f"{path}: has format version {content.get('format_version')}, this FusionKit reads "
-                f"version {VERSION}; install the FusionKit that wrote it"
+                f"versions up to {VERSIONS[-1]}; install the FusionKit that wrote it"
             )
         if content.pop("checksum", None) != _checksum(content):
             raise BundleError(
@@ -230,6 +240,7 @@ class Manifest:
                 add_prefix=base["add_prefix"],
                 tensors={name: BaseTensor(**tensor) for name, tensor in base["tensors"].items()},
                 tied=base["tied"],
+                space=AdapterSpace.from_json(base["space"]) if base.get("space") else None,
             ),
             private=content["private"],
             frozen=content["frozen"],

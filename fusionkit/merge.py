@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from fusionkit.errors import CodecError
-from fusionkit.family import Family, TaskVectors
+from fusionkit.family import Family
 from fusionkit.registry import Plugin
+from fusionkit.task_vectors import TaskVectors
 from fusionkit.topk import Thresholds
 
 MergeTensor = Callable[[str, Tensor], Tensor]

@@ -19,6 +19,7 @@ from fusionkit.errors import BundleError, DataError, FusionKitError
 from fusionkit.family import Family, matches
 from fusionkit.registry import to_config
 from fusionkit.report import Scores
+from fusionkit.space import Adapters
 
 MetricOfClasses = Callable[[int], Metric]
 """Number of classes → a fresh metric."""
@@ -61,6 +62,8 @@ class ReuseModule(LightningModule):
             task's name (`models/*/model.safetensors`).
         private: patterns (`classifier.*`) of the tensors that are each task's own.
         frozen: patterns of the tensors that equal the base's in every task.
+        adapters: of PEFT adapters among `finetuned`, reuse the weights that they are `merged`
+            into, or the adapter `modules` themselves; see `Family`.
         base: where the base's weights are, if not in `model`; they are loaded into it.
         metric: makes a task's metric from its number of classes; accuracy by default.
         num_classes: classes per task; by default the datamodule's `num_classes`.
@@ -80,6 +83,7 @@ class ReuseModule(LightningModule):
         finetuned: dict[str, str | Checkpoint] | str | None = None,
         private: list[str] | None = None,
         frozen: list[str] | None = None,
+        adapters: Adapters = "merged",
         base: str | Checkpoint | None = None,
         metric: MetricOfClasses = accuracy,
         num_classes: dict[str, int] | None = None,
@@ -92,6 +96,7 @@ class ReuseModule(LightningModule):
         self.finetuned: dict[str, str | Checkpoint] = dict(found or {})
         self.private = list(private or [])
         self.frozen = list(frozen or [])
+        self.adapters: Adapters = adapters
         self.metric = metric
         self.num_classes = num_classes
         self.finetuned_scores = finetuned_scores
@@ -150,7 +155,7 @@ class ReuseModule(LightningModule):
             FamilyError: there are none, or they don't fit the base.
         """
         base = self._base if self.base_source is None else self.base_source
-        return Family(base, self.finetuned, self.private, self.frozen)
+        return Family(base, self.finetuned, self.private, self.frozen, self.adapters)
 
     def compress(
         self,
@@ -180,6 +185,7 @@ class ReuseModule(LightningModule):
             out,
             private=self.private,
             frozen=self.frozen,
+            adapters=self.adapters,
             overwrite=overwrite,
             progress=progress,
         )

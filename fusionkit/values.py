@@ -84,6 +84,16 @@ def unpack_values(
     return codes * scale
 
 
+def stored_bytes(shape: tuple[int, ...], dtype: ValueDtype) -> int:
+    """Bytes that `pack_values` makes of values of this shape, scales included."""
+    rows, columns = shape[0], 1 if len(shape) == 1 else shape[1]
+    if dtype in _FLOATS:
+        return rows * columns * _FLOATS[dtype].itemsize
+    scales = -(-rows // GROUP) if len(shape) == 1 else columns
+    codes = -(-rows // 2) if dtype == "int4" else rows
+    return codes * columns + 2 * scales
+
+
 def _grouped(values: Tensor) -> Tensor:
     """`(count,)` → `(GROUP, groups)`, zero-padded: groups become columns."""
     padded = torch.nn.functional.pad(values, (0, -values.numel() % GROUP))

@@ -141,8 +141,8 @@ def rename_task(name: str) -> Callable[[Json], None]:
 TENSOR = ("base", "tensors", "w")
 MANIFESTS: dict[str, tuple[Callable[[Json], object], str]] = {
     "newer version": (
-        set_at("format_version", value=2),
-        "has format version 2, this FusionKit reads version 1; install the FusionKit that wrote",
+        set_at("format_version", value=3),
+        "has format version 3, this FusionKit reads versions up to 2; install the FusionKit that",
     ),
     "other format": (set_at("format", value="zip"), "not a FusionKit bundle's manifest"),
     "no codec": (lambda m: m.pop("codec"), r"malformed \(KeyError\('codec'\)\)"),

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from fusionkit.codec import WHOLE_MODEL, DeltaCodec, Encoded, Parts, SharedParts
-from fusionkit.family import Family, TaskVectors
+from fusionkit.family import Family
 from fusionkit.merge import elect
 from fusionkit.packing import pack_bits, unpack_bits
+from fusionkit.task_vectors import TaskVectors
 from fusionkit.values import ValueDtype, pack_values, unpack_values
 
 

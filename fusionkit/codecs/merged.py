@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from fusionkit.codec import DeltaCodec, Encoded, Parts, SharedParts
-from fusionkit.family import Family, TaskVectors
+from fusionkit.family import Family
 from fusionkit.merge import Mean, Merge
+from fusionkit.task_vectors import TaskVectors
 from fusionkit.values import ValueDtype, pack_values, unpack_values
 
 _PART = "merged"

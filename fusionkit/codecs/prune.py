@@ -10,9 +10,10 @@ from torch import Tensor
 from fusionkit.codec import DeltaCodec, Encoded, Parts, SharedParts
 from fusionkit.codecs.merged import SharedVector, decode_shared
 from fusionkit.errors import CodecError
-from fusionkit.family import Family, TaskVectors
+from fusionkit.family import Family
 from fusionkit.merge import Merge
 from fusionkit.packing import decode_positions, encode_positions
+from fusionkit.task_vectors import TaskVectors
 from fusionkit.topk import Thresholds, top_k
 from fusionkit.values import ValueDtype, pack_values, unpack_values
 

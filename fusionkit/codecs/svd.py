@@ -1,142 +1,262 @@
-"""Truncated SVD of each matrix delta (PERU-LoRA's cut, 2310.01886; TSV-Compress' truncation)."""
+"""Truncated SVD of each matrix delta: PERU-LoRA (2310.01886) where the delta is an adapter's."""
 
-import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from fusionkit.codec import Parts, TensorCodec
+from fusionkit.codec import Encoded, Parts, SharedParts, TensorCodec
 from fusionkit.errors import CodecError
-from fusionkit.values import ValueDtype, pack_values, unpack_values
+from fusionkit.family import Family
+from fusionkit.lowrank import LowRank, Spectral, svd_exact, svd_gram, svd_randomized
+from fusionkit.task_vectors import TaskVectors
+from fusionkit.values import ValueDtype, pack_values, stored_bytes, unpack_values
 
 _GRAM_LIMIT = 2048
-_OVERSAMPLE = 32
-_ITERATIONS = 4
+
+Ranks = dict[str, int]
+"""A tensor's name → how many singular directions it keeps."""
 
 
 @dataclass(frozen=True)
 class SVD(TensorCodec):
-    """Keep the leading singular directions of each matrix: δ ≈ U_r Σ_r V_rᵀ.
+    """Keep the leading singular directions of each matrix: δ ≈ U_q Σ_q V_qᵀ.
 
-    A tensor of more than two axes counts as the matrix (first axis) × (all others). Vectors, and
-    matrices whose factors would be larger than they are, are kept whole. The factors U √Σ and
-    V √Σ are stored, alike in scale, so that both sit well in fp16 or in columns of integers.
+    Of a LoRA, whose delta is a product already, the product is cut without being formed (QR of
+    the factors, SVD of their small core): PERU-LoRA. A tensor of more than two axes counts as the
+    matrix (first axis) × (all others). Vectors, and matrices whose factors would be larger than
+    they are, are kept whole. The factors U √Σ and V √Σ are stored, alike in scale, so that both
+    sit well in fp16 or in columns of integers.
 
-    Exactly one of rank, energy and ratio is given.
+    Exactly one of rank, energy, ratio and budget is given.
 
     Args:
-        rank: number of singular directions.
+        rank: number of singular directions; or a number per tensor, as pattern
+            (`*.query.weight`) → number, of which the first that matches counts.
         energy: the fewest directions that hold this share of ‖δ‖², in (0, 1].
         ratio: share of the full rank, in (0, 1]; at least one direction.
+        budget: bytes per task for all factors and vectors together (heads and the file's header
+            are not counted); the directions that hold most per byte are kept.
+        scope: whether `energy` is held by each `tensor`, or by the whole `model`'s delta, so that
+            directions go where they matter.
         method: `exact`: LAPACK's SVD. `gram`: eigenvectors of the smaller Gram matrix in float64;
             the error is the optimal one to within 1e-5 of ‖δ‖. `randomized`: subspace iteration
             (Halko et al., 0909.4061) from a fixed seed; the error is at most 1% above the
             optimal one on deltas of real fine-tunes, whose spectra decay slowly. `auto`: gram up
-            to 2048 rows or columns, or where an energy needs the whole spectrum; else
-            randomized.
+            to 2048 rows or columns, or where the whole spectrum is needed; else randomized.
         vectors: keep tensors of one axis `whole`, or `drop` their deltas.
         dtype: how the factors' and vectors' values are stored (integers: a scale per column).
 
     Raises:
-        CodecError: not exactly one of rank, energy and ratio is given, or it is out of range.
+        CodecError: not exactly one of rank, energy, ratio and budget is given, or it is out of
+            range.
     """
 
     id: ClassVar[str] = "svd"
-    rank: int | None = None
+    rank: int | dict[str, int] | None = None
     energy: float | None = None
     ratio: float | None = None
     method: Literal["auto", "exact", "gram", "randomized"] = "auto"
     vectors: Literal["whole", "drop"] = "whole"
     dtype: ValueDtype = "fp16"
+    budget: int | None = None
+    scope: Literal["tensor", "model"] = "tensor"
 
     def __post_init__(self) -> None:
-        given = {k: getattr(self, k) for k in ("rank", "energy", "ratio")}
+        given = {k: getattr(self, k) for k in ("rank", "energy", "ratio", "budget")}
         given = {k: v for k, v in given.items() if v is not None}
         if len(given) != 1:
             raise CodecError(
-                f"expected exactly one of SVD's rank, energy, ratio; got {given or 'none'}"
+                f"expected exactly one of SVD's rank, energy, ratio, budget; got {given or 'none'}"
             )
-        if self.rank is not None and self.rank < 1:
-            raise CodecError(f"expected SVD's rank to be at least 1, got {self.rank}")
+        ranks = self.rank.values() if isinstance(self.rank, dict) else [self.rank]
+        for least in (*ranks, self.budget):
+            if least is not None and least < 1:
+                raise CodecError(
+                    f"expected SVD's {next(iter(given))} to be at least 1, got {least}"
+                )
         for name in ("energy", "ratio"):
             if name in given and not 0 < given[name] <= 1:
                 raise CodecError(f"expected SVD's {name} in (0, 1], got {given[name]}")
-        if self.energy is not None and self.method == "randomized":
-            raise CodecError("SVD's energy needs the whole spectrum: use method gram or exact")
+        if self.scope == "model" and self.energy is None:
+            raise CodecError("SVD's scope: model is for an energy; a budget is the model's anyway")
+        if self._whole_spectrum and self.method == "randomized":
+            raise CodecError(
+                f"SVD's {next(iter(given))} needs the whole spectrum: use method gram or exact"
+            )
+
+    def encode(self, family: Family, shared: SharedParts | None = None) -> Iterator[Encoded]:
+        """Tensor by tensor; a pass before that where the whole model's spectrum decides."""
+        tasks = range(len(family.tasks))
+        ranks: list[Ranks] | None = None
+        if self.budget is not None or self.scope == "model":
+            ranks = self._shared_out(family)
+        for vectors in family:
+            name, shape = vectors.name, vectors.shape
+            given = [None if ranks is None else ranks[t][name] for t in tasks]
+            yield Encoded(
+                name,
+                tasks=[self._encode(_delta(vectors, t), name, shape, given[t]) for t in tasks],
+            )
 
     def encode_tensor(self, delta: Tensor, name: str) -> Parts:
         """Factors of a matrix, or the values of a vector; none where the delta is zero."""
-        if not delta.any() or (delta.ndim < 2 and self.vectors == "drop"):
-            return {}
-        rows = delta.shape[0] if delta.ndim else 1
-        columns = delta.numel() // rows
-        if delta.ndim >= 2 and min(rows, columns) > 1:
-            left, right = self._factors(delta.reshape(rows, columns))
-            if left.numel() + right.numel() < delta.numel():
-                return {
-                    **pack_values(left, self.dtype, "left"),
-                    **pack_values(right, self.dtype, "right"),
-                }
-        return pack_values(delta.reshape(-1), self.dtype)
+        return self._encode(delta, name, delta.shape)
 
     def decode(self, parts: Parts, shape: torch.Size) -> Tensor:
-        """U_r Σ_r V_rᵀ in the tensor's shape."""
+        """U_q Σ_q V_qᵀ in the tensor's shape."""
+        factors = self.factors(parts, shape)
+        if factors is not None:
+            return factors.dense(shape)
+        return unpack_values(parts, shape.numel(), self.dtype).view(shape)
+
+    def factors(self, parts: Parts, shape: torch.Size) -> LowRank | None:
+        """The factors as stored; None of a tensor that was kept whole."""
         if "values" in parts:
-            return unpack_values(parts, shape.numel(), self.dtype).view(shape)
+            return None
         left = unpack_values(parts, shape[0], self.dtype, "left")
         right = unpack_values(parts, shape.numel() // shape[0], self.dtype, "right")
-        return (left @ right.T).view(shape)
+        return LowRank(left, right)
 
-    def _factors(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
-        full = min(matrix.shape)
-        rank = self.rank if self.rank is not None else round((self.ratio or 1.0) * full)
-        rank = min(max(rank, 1), full)
+    @property
+    def _whole_spectrum(self) -> bool:
+        return self.energy is not None or self.budget is not None
+
+    def _encode(
+        self, delta: Tensor | LowRank, name: str, shape: torch.Size, rank: int | None = None
+    ) -> Parts:
+        if rank == 0 or not _is_nonzero(delta) or (len(shape) < 2 and self.vectors == "drop"):
+            return {}
+        rows, columns = _matrix(shape)
+        if min(rows, columns) > 1:
+            factors = self._cut(delta, name, rows, columns, rank)
+            if factors.left.numel() + factors.right.numel() < shape.numel():
+                return {
+                    **pack_values(factors.left, self.dtype, "left"),
+                    **pack_values(factors.right, self.dtype, "right"),
+                }
+        return pack_values(_dense(delta, shape).reshape(-1), self.dtype)
+
+    def _cut(
+        self, delta: Tensor | LowRank, name: str, rows: int, columns: int, rank: int | None
+    ) -> LowRank:
+        full = min(rows, columns)
+        if rank is None and self.energy is None:
+            asked = self._asked(name) if self.rank is not None else round((self.ratio or 0) * full)
+            rank = min(max(asked, 1), full)
+        spectral = self._spectral(delta, rows, columns, full if rank is None else rank)
+        if rank is None:
+            held = torch.cumsum(spectral.s.to(torch.float64).square(), 0)
+            assert self.energy is not None
+            rank = int(torch.searchsorted(held, self.energy * held[-1] * (1 - 1e-12))) + 1
+        return spectral.cut(rank)
+
+    def _asked(self, name: str) -> int:
+        if not isinstance(self.rank, dict):
+            return self.rank or 0
+        found = [rank for pattern, rank in self.rank.items() if fnmatchcase(name, pattern)]
+        if not found:
+            raise CodecError(
+                f"none of SVD's rank patterns ({', '.join(self.rank)}) matches '{name}'; add one, "
+                "'*' for all others"
+            )
+        return found[0]
+
+    def _spectral(self, delta: Tensor | LowRank, rows: int, columns: int, rank: int) -> Spectral:
+        if isinstance(delta, LowRank):
+            return delta.svd()
+        full = min(rows, columns)
         method = self.method
         if method == "auto":
-            small = full <= _GRAM_LIMIT or self.energy is not None or 4 * rank > full
+            small = full <= _GRAM_LIMIT or self._whole_spectrum or 4 * rank > full
             method = "gram" if small else "randomized"
-        u, s, v = _METHODS[method](matrix, rank)
-        if self.energy is not None:
-            held = torch.cumsum(s.to(torch.float64).square(), 0)
-            rank = int(torch.searchsorted(held, self.energy * held[-1] * (1 - 1e-12))) + 1
-        root = s[:rank].sqrt()
-        return u[:, :rank] * root, v[:, :rank] * root
+        return _METHODS[method](delta.reshape(rows, columns), rank)
+
+    def _shared_out(self, family: Family) -> list[Ranks]:
+        """Each task's ranks, from the spectra of its whole delta: most held per byte first."""
+        spectra: list[dict[str, Tensor]] = [{} for _ in family.tasks]
+        fixed = [0] * len(family.tasks)
+        ranks: list[Ranks] = [{} for _ in family.tasks]
+        cost: dict[str, int] = {}
+        for vectors in family:
+            rows, columns = _matrix(vectors.shape)
+            gain = (rows * columns - 1) // (rows + columns)  # the last rank that saves space
+            cost[vectors.name] = stored_bytes((rows, 1), self.dtype) + stored_bytes(
+                (columns, 1), self.dtype
+            )
+            for task in range(len(family.tasks)):
+                delta = _delta(vectors, task)
+                if not _is_nonzero(delta):
+                    ranks[task][vectors.name] = 0
+                elif min(rows, columns) == 1 or (self.budget is not None and not gain):
+                    ranks[task][vectors.name] = 1  # kept whole, or dropped
+                    if self.vectors == "whole" or len(vectors.shape) > 1:
+                        fixed[task] += stored_bytes((vectors.shape.numel(),), self.dtype)
+                else:
+                    s = self._spectral(delta, rows, columns, min(rows, columns)).s
+                    s = s if self.budget is None else s[:gain]
+                    spectra[task][vectors.name] = s.to(torch.float64).square()
+        for task, squares in enumerate(spectra):
+            if (
+                self.budget is not None
+                and fixed[task] + min(cost.values(), default=0) > self.budget
+            ):
+                raise CodecError(
+                    f"task '{family.tasks[task]}': a budget of {self.budget} bytes is less than "
+                    f"its vectors ({fixed[task]} bytes) and one direction; raise it, or drop the "
+                    "vectors"
+                )
+            left = None if self.budget is None else self.budget - fixed[task]
+            ranks[task].update(_allot(squares, cost, left, self.energy))
+        return ranks
 
 
-def svd_exact(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """LAPACK's SVD: float32 `(m, n)` → U `(m, full)`, σ `(full,)`, V `(n, full)`."""
-    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-    return u, s, vh.mT
+def _allot(
+    squares: dict[str, Tensor], cost: dict[str, int], budget: int | None, energy: float | None
+) -> Ranks:
+    """How many directions each matrix keeps, given all squared singular values."""
+    names = list(squares)
+    if not names:
+        return {}
+    values = torch.cat([squares[name] for name in names])
+    owner = torch.repeat_interleave(
+        torch.arange(len(names)), torch.tensor([len(squares[name]) for name in names])
+    )
+    costs = torch.tensor([cost[name] for name in names], dtype=torch.float64)[owner]
+    worth = values if budget is None else values / costs
+    order = torch.argsort(worth, descending=True, stable=True)
+    if budget is None:
+        assert energy is not None
+        held = torch.cumsum(values[order], 0)
+        count = int(torch.searchsorted(held, energy * held[-1] * (1 - 1e-12))) + 1
+    else:
+        spent = torch.cumsum(costs[order], 0)
+        count = int(torch.searchsorted(spent, float(budget), right=True))
+    kept = torch.bincount(owner[order[:count]], minlength=len(names))
+    return dict(zip(names, kept.tolist(), strict=True))
 
 
-def svd_gram(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """SVD through the smaller Gram matrix in float64: shapes as `svd_exact`.
-
-    The squaring costs digits of singular values below 1e-8 of the largest only.
-    """
-    if matrix.shape[0] > matrix.shape[1]:
-        v, s, u = svd_gram(matrix.mT, rank)
-        return u, s, v
-    double = matrix.to(torch.float64)
-    squares, vectors = torch.linalg.eigh(double @ double.mT)
-    u = vectors.flip(1)
-    s = squares.flip(0).clamp_(min=0).sqrt()
-    v = (double.mT @ u) / torch.where(s > 0, s, 1.0)
-    return u.to(matrix.dtype), s.to(matrix.dtype), v.to(matrix.dtype)
+def _delta(vectors: TaskVectors, task: int) -> Tensor | LowRank:
+    factors = vectors.low_rank(task)
+    return vectors[task] if factors is None else factors
 
 
-def svd_randomized(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Subspace iteration from a fixed seed: U `(m, rank)`, σ `(rank,)`, V `(n, rank)`."""
-    columns = min(rank + max(_OVERSAMPLE, math.ceil(rank / 2)), *matrix.shape)
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(matrix.shape[1], columns, generator=generator).to(matrix)
-    basis = torch.linalg.qr(matrix @ start).Q
-    for _ in range(_ITERATIONS):
-        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.mT @ basis).Q).Q
-    u, s, vh = torch.linalg.svd(basis.mT @ matrix, full_matrices=False)
-    return (basis @ u)[:, :rank], s[:rank], vh.mT[:, :rank]
+def _is_nonzero(delta: Tensor | LowRank) -> bool:
+    return all(bool(part.any()) for part in (delta if isinstance(delta, LowRank) else (delta,)))
+
+
+def _dense(delta: Tensor | LowRank, shape: torch.Size) -> Tensor:
+    return delta.dense(shape) if isinstance(delta, LowRank) else delta
+
+
+def _matrix(shape: torch.Size) -> tuple[int, int]:
+    """Rows and columns of the matrix that a tensor counts as."""
+    if len(shape) < 2 or shape.numel() == 0:
+        return 1, shape.numel()
+    return shape[0], shape.numel() // shape[0]
 
 
 _METHODS = {"exact": svd_exact, "gram": svd_gram, "randomized": svd_randomized}

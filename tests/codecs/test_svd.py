@@ -230,8 +230,11 @@ def test_randomized_leaves_the_global_generator_alone() -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({}, "exactly one of SVD's rank, energy, ratio; got none"),
-        ({"rank": 2, "ratio": 0.5}, "exactly one of SVD's rank, energy, ratio; got .*rank.*ratio"),
+        ({}, "exactly one of SVD's rank, energy, ratio, budget; got none"),
+        (
+            {"rank": 2, "ratio": 0.5},
+            "exactly one of SVD's rank, energy, ratio, budget; got .*rank.*ratio",
+        ),
         ({"rank": 0}, "rank to be at least 1, got 0"),
         ({"energy": 0.0}, r"energy in \(0, 1\], got 0.0"),
         ({"energy": 1.1}, r"energy in \(0, 1\], got 1.1"),

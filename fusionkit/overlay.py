@@ -1,0 +1,129 @@
+"""Checkpoints made of a base and an adapter: the base with what it does to it, read lazily."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fusionkit.adapter import LoraModule, Module
+from fusionkit.checkpoint import Checkpoint, TensorSpec
+from fusionkit.errors import FamilyError
+from fusionkit.lowrank import LowRank
+from fusionkit.peft_folder import PeftFolder
+from fusionkit.start import start_of
+
+
+class Overlay(Checkpoint):
+    """A base with some tensors added or replaced; read one at a time like any checkpoint.
+
+    Args:
+        base: what lies below.
+        specs: name → shape and dtype of the tensors on top.
+    """
+
+    def __init__(self, base: Checkpoint, specs: Mapping[str, TensorSpec]) -> None:
+        super().__init__(base)
+        self.below = base
+        self.label, self.live = base.label, base.live
+        self.strip_prefix, self.add_prefix = base.strip_prefix, base.add_prefix
+        self.specs = {**self.specs, **specs}
+        self.aliases = {name: to for name, to in self.aliases.items() if name not in specs}
+
+    def top(self, name: str) -> Tensor | None:
+        """The tensor that lies on top, or None where the base's is to be read."""
+        raise NotImplementedError
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Read one tensor."""
+        top = self.top(name)
+        return self.below[name] if top is None else top
+
+
+class WithStart(Overlay):
+    """A base, and beside its tensors those that an adapter starts from.
+
+    Args:
+        base: the base.
+        start: the initial tensors by name.
+    """
+
+    def __init__(self, base: Checkpoint, start: Mapping[str, Tensor]) -> None:
+        specs = {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in start.items()}
+        super().__init__(base, specs)
+        self._start = start
+
+    def top(self, name: str) -> Tensor | None:
+        """An initial tensor."""
+        return self._start.get(name)
+
+
+class MergedAdapter(Overlay):
+    """A base with an adapter merged into it, tensor by tensor as they are asked for.
+
+    Equal to PEFT's `merge_and_unload()` to float32 rounding.
+
+    Args:
+        base: the base model.
+        path: the adapter's folder.
+
+    Attributes:
+        layout: what the adapter does to the base.
+        touched: names of the base's tensors that it changes or replaces.
+
+    Raises:
+        CheckpointError: the folder can't be read, or is of a kind that is not known.
+        FamilyError: it is an adapter of another base.
+    """
+
+    def __init__(self, base: Checkpoint, path: str | Path) -> None:
+        self.folder = PeftFolder(path)
+        self.layout = self.folder.layout(base)
+        tensors = self.folder.tensors
+        self._whole = frozenset(self.folder.whole)
+        super().__init__(base, {name: tensors.specs[name] for name in self._whole})
+        self.label, self.nbytes, self.live = self.folder.label, tensors.nbytes, False
+        self._start: dict[str, Tensor] | None = None
+        self._modules = {name: (module, name) for name, module in self.layout.by_target.items()}
+        tied = {*self.aliases, *self.aliases.values()} & self._modules.keys()
+        if tied:
+            raise FamilyError(
+                f"{self.label}: adapts '{min(tied)}', which shares its tensor with another name in "
+                "the base; merged, the adapter would change both (untie them in the base)"
+            )
+        self.touched = {*self._modules, *self._whole}
+
+    def top(self, name: str) -> Tensor | None:
+        """A tensor that the adapter changes or replaces, in the dtype of what it replaces."""
+        if name not in self.touched:
+            return None
+        base = (self.folder.tensors if name in self._whole else self.below)[name]
+        if name not in self._modules:
+            return base
+        module, target = self._modules[name]
+        delta = module.delta(target, base, *self._tensors(module))
+        return torch.add(base.to(torch.float32), delta).to(base.dtype)
+
+    def delta(self, name: str, base: Tensor) -> Tensor | None:
+        """The change of a tensor, float32 `(*shape)`; None where the base's was replaced first."""
+        if name not in self.touched:
+            return torch.zeros(base.shape)
+        if name not in self._modules or name in self._whole:
+            return None
+        module, target = self._modules[name]
+        return module.delta(target, base, *self._tensors(module))
+
+    def low_rank(self, name: str) -> LowRank | None:
+        """The change of a weight as a product; None where it is not one."""
+        module, target = self._modules.get(name, (None, ""))
+        if not isinstance(module, LoraModule) or target != module.targets[0]:
+            return None
+        return None if name in self._whole else module.low_rank(*self._tensors(module))
+
+    def _tensors(self, module: Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        own = {name: self.folder.tensors[name] for name in module.tensors}
+        if not self.layout.linearized:
+            return own, {}
+        if self._start is None:
+            self._start = start_of(self.folder, self.layout)[1]
+        return own, self._start

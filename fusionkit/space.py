@@ -1,0 +1,137 @@
+"""Adapters themselves as what is reused: their own tensors beside the base's.
+
+The base gets the adapters' initial tensors, fine-tuned models are the adapters' files, and task
+vectors, merges and codecs are what they always are. Only where weights are rebuilt do the
+adapter's tensors fold into the base's, by the layout that is kept here.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from fusionkit.adapter import AdapterLayout
+from fusionkit.checkpoint import Checkpoint, Source
+from fusionkit.errors import BundleError, FamilyError, listing
+from fusionkit.overlay import WithStart
+from fusionkit.peft_folder import PeftFolder, is_adapter
+from fusionkit.start import Seeded, Shapes, constant, start_of
+
+Adapters = Literal["merged", "modules"]
+"""What is taken of PEFT adapters; see `Family`."""
+
+_MEND = "use adapters: merged, which allows it"
+
+
+@dataclass(frozen=True)
+class AdapterSpace:
+    """How adapters' own tensors make the base's weights.
+
+    Attributes:
+        layout: what they do to the base.
+        start: how their initial tensors are known; see `fusionkit.start.start_of`.
+        config: PEFT's config, of which an export is made.
+    """
+
+    layout: AdapterLayout
+    start: dict[str, Any]
+    config: dict[str, Any]
+
+    @property
+    def stored(self) -> bool:
+        """Whether the initial tensors have to be kept, as nothing makes them again."""
+        return "stored" in self.start
+
+    def initial(self, shapes: Shapes, label: str) -> dict[str, Tensor]:
+        """Make the initial tensors again, unless they are stored.
+
+        Raises:
+            BundleError: the installed PEFT draws others.
+        """
+        if "constant" in self.start:
+            return constant(self.layout, shapes)[1]
+        drawn = Seeded(**self.start).replay(self.layout, shapes)
+        if drawn is None:
+            raise BundleError(
+                f"{label}: the installed PEFT draws other initial adapters from seed "
+                f"{self.start['seed']} than those that it was made with; install PEFT "
+                f"{self.config.get('peft_version', 'of that time')}"
+            )
+        return drawn
+
+    def to_json(self) -> dict[str, Any]:
+        """The space as JSON."""
+        return {"layout": self.layout.to_json(), "start": self.start, "config": self.config}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "AdapterSpace":
+        """Read what `to_json` wrote."""
+        layout = AdapterLayout.from_json(content["layout"])
+        return cls(layout, dict(content["start"]), dict(content["config"]))
+
+
+def open_space(
+    base: Checkpoint, finetuned: Mapping[str, Source | Checkpoint]
+) -> tuple[Checkpoint, dict[str, Checkpoint], AdapterSpace]:
+    """Open a base and adapters as a space of the adapters' own tensors.
+
+    Returns:
+        the base with the initial tensors, the adapters' tensors by task, and the space.
+
+    Raises:
+        FamilyError: a fine-tuned model is no adapter, or they differ in kind, modules, ranks,
+            scaling or start.
+    """
+    folders: dict[str, PeftFolder] = {}
+    for task, source in finetuned.items():
+        if not isinstance(source, str | Path) or not is_adapter(source):
+            raise FamilyError(
+                f"{source} (task '{task}'): no PEFT adapter, and adapters: modules is for adapters "
+                "alone"
+            )
+        folders[task] = PeftFolder(source)
+    first_task, first = next(iter(folders.items()))
+    layout = first.layout(base)
+    record, start = start_of(first, layout)
+    for task, folder in folders.items():
+        where = f"{folder.label} (task '{task}')"
+        if findings := _differences(layout, first, folder.layout(base), folder):
+            raise FamilyError(
+                f"{where}: differs from the adapter of '{first_task}':{listing(findings)}\n{_MEND}"
+            )
+        other_record, other = start_of(folder, layout)
+        if other_record != record or any(not other[n].equal(t) for n, t in start.items()):
+            raise FamilyError(
+                f"{where}: started from another point than the adapter of '{first_task}', so that "
+                f"their tensors have no common base; train both from one seed, or {_MEND}"
+            )
+    space = AdapterSpace(layout, record, first.config)
+    tensors: dict[str, Checkpoint] = {task: folder.tensors for task, folder in folders.items()}
+    return WithStart(base, start), tensors, space
+
+
+def _differences(
+    layout: AdapterLayout, first: PeftFolder, other_layout: AdapterLayout, other: PeftFolder
+) -> list[str]:
+    if layout.kind != other_layout.kind:
+        return [f"is of kind {other_layout.kind}, not {layout.kind}"]
+    mine = {module.name: module for module in layout.modules}
+    others = {module.name: module for module in other_layout.modules}
+    findings = [f"adapts '{name}' too" for name in others if name not in mine]
+    for name, module in mine.items():
+        if name not in others:
+            findings.append(f"does not adapt '{name}'")
+            continue
+        shapes = [
+            (list(other.tensors.specs[t].shape), list(first.tensors.specs[t].shape))
+            for t in module.tensors
+            if t in other.tensors
+        ]
+        uneven = next(((theirs, ours) for theirs, ours in shapes if theirs != ours), None)
+        if uneven:
+            findings.append(f"'{name}' has a factor of shape {uneven[0]}, not {uneven[1]}")
+        elif others[name] != module:
+            findings.append(f"'{name}' is {others[name]}, not {module}")
+    return findings

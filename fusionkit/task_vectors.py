@@ -1,0 +1,117 @@
+"""The task vectors of one tensor: what merges and codecs see of a family."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fusionkit.errors import FamilyError
+from fusionkit.lowrank import LowRank
+from fusionkit.overlay import MergedAdapter
+
+BLOCK = 1 << 17
+"""Entries per block of `TaskVectors.blocks`: small enough for eight tasks to stay in cache."""
+
+
+@dataclass(frozen=True, eq=False)
+class TaskVectors:
+    """The task vectors of one tensor, one per task: θ_t − θ₀ in float32, formed on demand.
+
+    Nothing but the tensors asked for is read or kept: `vectors[t]` forms one task's,
+    `stack()` all of them, `blocks()` all of them a block at a time.
+
+    Attributes:
+        name: the tensor's name.
+        shape: its shape.
+        tasks: the tasks' names, in the order of the indices.
+    """
+
+    name: str
+    shape: torch.Size
+    tasks: tuple[str, ...]
+    _base: Tensor
+    _read: Callable[[int], Tensor]
+    _label: Callable[[int | None], str]
+    _adapter: Callable[[int], MergedAdapter | None]
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def __getitem__(self, task: int) -> Tensor:
+        """One task's vector: float32 `(*shape)`.
+
+        Raises:
+            FamilyError: it holds a NaN or an infinity.
+        """
+        delta = self._of_adapter(task)
+        if delta is None:
+            delta = torch.sub(self._read(task).to(torch.float32), self._base)
+        self._check_finite(delta, task)
+        return delta
+
+    def low_rank(self, task: int) -> LowRank | None:
+        """One task's vector as a product of two factors, where an adapter has it as one.
+
+        Raises:
+            FamilyError: it holds a NaN or an infinity.
+        """
+        adapter = self._adapter(task)
+        factors = adapter.low_rank(self.name) if adapter else None
+        if factors:
+            self._check_finite(factors.left, task)
+            self._check_finite(factors.right, task)
+        return factors
+
+    def stack(self) -> Tensor:
+        """All tasks' vectors: float32 `(T, *shape)`."""
+        stacked = torch.empty((len(self), *self.shape))
+        for task in range(len(self)):
+            stacked[task] = self[task]
+        return stacked
+
+    def blocks(self, size: int = BLOCK) -> Iterator[tuple[slice, Tensor]]:
+        """All tasks' vectors, flattened, a block of at most `size` entries at a time.
+
+        Yields:
+            the block's place in the flattened tensor, and float32 `(T, n)`; the memory is used
+            again for the next block.
+
+        Raises:
+            FamilyError: a block holds a NaN or an infinity.
+        """
+        base = self._base.reshape(-1)
+        deltas = [self._of_adapter(task) for task in range(len(self))]
+        tuned = [
+            self._read(task).reshape(-1) if delta is None else delta.reshape(-1)
+            for task, delta in enumerate(deltas)
+        ]
+        buffer = torch.empty((len(self), min(size, base.numel())))
+        for start in range(0, base.numel(), size):
+            place = slice(start, min(start + size, base.numel()))
+            block = buffer[:, : place.stop - start]
+            for task, values in enumerate(tuned):
+                if deltas[task] is None:
+                    torch.sub(values[place].to(torch.float32), base[place], out=block[task])
+                else:
+                    block[task] = values[place]
+            if not torch.isfinite(block.sum()):
+                for task in range(len(self)):
+                    self._check_finite(block[task], task)
+            yield place, block
+
+    def _of_adapter(self, task: int) -> Tensor | None:
+        """What an adapter does to the tensor, as it is: no rounding against the base."""
+        adapter = self._adapter(task)
+        return adapter.delta(self.name, self._base) if adapter else None
+
+    def _check_finite(self, delta: Tensor, task: int) -> None:
+        # The sum is one cheap pass; only a suspicious one is looked at entry by entry.
+        if torch.isfinite(delta.sum()) or torch.isfinite(delta).all():
+            return
+        bad = int((~torch.isfinite(delta)).sum())
+        at_fault = self._label(task if torch.isfinite(self._base).all() else None)
+        raise FamilyError(
+            f"{at_fault}: tensor '{self.name}' holds {bad} values that are NaN or infinite "
+            f"(task '{self.tasks[task]}'); mend or retrain that checkpoint"
+        )
