@@ -15,10 +15,11 @@ last: whatever is interrupted, a bundle that can be opened is whole.
 
 import shutil
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -28,10 +29,13 @@ from fusionkit.bundle_folder import SHARED, START, WHOLE, disk_errors, new_folde
 from fusionkit.checkpoint import Checkpoint, Source
 from fusionkit.codec import WHOLE_MODEL, DeltaCodec, Parts
 from fusionkit.errors import BundleError, WrongBaseError, listing
+from fusionkit.lowrank import LowRank
 from fusionkit.manifest import FILE, Manifest, reopen_base
 from fusionkit.overlay import WithStart
 from fusionkit.partfile import PartFile
 from fusionkit.registry import from_config
+
+Decoded = TypeVar("Decoded")
 
 
 class Bundle:
@@ -72,7 +76,7 @@ class Bundle:
 
     @classmethod
     def load(cls, path: str | Path, base: Source | Checkpoint | None = None) -> "Bundle":
-        """Open the bundle in a folder; the same as `Bundle(path, base)`."""
+        """The same as `Bundle(path, base)`."""
         return cls(path, base)
 
     @classmethod
@@ -143,23 +147,22 @@ class Bundle:
         Raises:
             BundleError: the bundle has no such task or tensor, or a file was changed.
         """
-        record = self.manifest.base.tensors.get(name)
-        if record is None or record.role != "delta":
-            raise BundleError(f"{self.path}: holds no deltas of a tensor '{name}'")
-        with self._reading(task, name):
-            shape = torch.Size(record.shape)
-            parts = self._task(task).parts(name, device)
-            shared = self.shared_parts(name, device)
-            if not parts and not shared:
-                return None
-            whole = self._whole_model(task, device)
-            delta = self.codec.decode({**whole, **shared, **parts}, shape)
-        if delta.shape != shape:
+        delta = self._decoded(task, name, self.codec.decode, device)
+        expected = self.manifest.base.tensors[name].shape
+        if delta is not None and list(delta.shape) != expected:
             raise BundleError(
                 f"{self.path}: '{name}' of task '{task}' decodes to shape {list(delta.shape)}, "
-                f"expected {record.shape}; the codec {self.codec!r} is at fault"
+                f"expected {expected}; the codec {self.codec!r} is at fault"
             )
         return delta
+
+    def factors(self, task: str, name: str) -> LowRank | None:
+        """One task's delta of one matrix as a product; None where the codec has none.
+
+        Raises:
+            BundleError: as for `delta`.
+        """
+        return self._decoded(task, name, self.codec.factors)
 
     @property
     def tasks_share(self) -> bool:
@@ -197,7 +200,7 @@ class Bundle:
         for name, tensor in self.manifest.base.tensors.items():
             if tensor.role == "frozen" or name in own:
                 continue
-            whole = self._exact(task, name, tensor.shape) if tensor.role == "exact" else None
+            whole = self.exact(task, name) if tensor.role == "exact" else None
             if name not in out and whole is None:
                 continue  # a buffer that this model does not save
             target = out[name]
@@ -216,15 +219,11 @@ class Bundle:
             fold_into(space.layout, lambda n, d: self._own(task, n, d), self._start_on, base, out)
 
     def adapter_tensors(self, task: str) -> dict[str, Tensor]:
-        """A task's adapter as it comes back: float32, by name; empty where weights are reused.
-
-        Raises:
-            BundleError: the bundle has no such task, or a file was changed.
-        """
+        """A task's adapter as it comes back: float32, by name; empty where weights are reused."""
         self._known(task)
-        space, cpu = self.manifest.base.space, torch.device("cpu")
+        space = self.manifest.base.space
         names = space.layout.tensors if space else []
-        return {name: self._own(task, name, cpu) for name in names}
+        return {name: self._own(task, name, torch.device("cpu")) for name in names}
 
     @property
     def initial(self) -> dict[str, Tensor]:
@@ -235,11 +234,10 @@ class Bundle:
         """
         space = self.manifest.base.space
         if space and not self._initial:
-            names = space.layout.tensors
+            names, records = space.layout.tensors, self.manifest.base.tensors
             if space.stored:
                 self._initial = {n: self.shared_parts(START + n)[WHOLE] for n in names}
             else:
-                records = self.manifest.base.tensors
                 shapes = {name: tuple(records[name].shape) for name in names}
                 self._initial = space.initial(shapes, str(self.path))
         return self._initial
@@ -341,8 +339,9 @@ class Bundle:
             raise BundleError(f"{self.path}: has no task '{task}'; it has {', '.join(self.tasks)}")
         return task
 
-    def _exact(self, task: str, name: str, shape: list[int]) -> Tensor | None:
+    def exact(self, task: str, name: str) -> Tensor | None:
         """A task's own exact tensor; None where it is the base's."""
+        shape = self.manifest.base.tensors[name].shape
         with self._reading(task, name):
             whole = self._task(task).parts(name).get(WHOLE)
         if whole is not None and list(whole.shape) != shape:
@@ -371,6 +370,25 @@ class Bundle:
                 f"{self.path}: '{name}' of task '{task}' can't be decoded by {self.codec!r} "
                 f"({type(error).__name__}: {error}); copy or compress it again"
             ) from error
+
+    def _decoded(
+        self,
+        task: str,
+        name: str,
+        decode: Callable[[Parts, torch.Size], Decoded],
+        device: torch.device | None = None,
+    ) -> Decoded | None:
+        """What the codec makes of a tensor's parts; None where there are none."""
+        record = self.manifest.base.tensors.get(name)
+        if record is None or record.role != "delta":
+            raise BundleError(f"{self.path}: holds no deltas of a tensor '{name}'")
+        with self._reading(task, name):
+            parts = self._task(task).parts(name, device)
+            shared = self.shared_parts(name, device)
+            if not parts and not shared:
+                return None
+            whole = self._whole_model(task, device)
+            return decode({**whole, **shared, **parts}, torch.Size(record.shape))
 
     def _task(self, task: str) -> PartFile:
         return self._files[self._known(task)]

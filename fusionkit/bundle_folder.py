@@ -23,23 +23,26 @@ def task_file(task: str) -> str:
 
 
 @contextmanager
-def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
+def new_folder(path: Path, overwrite: bool = False, known_by: str = FILE) -> Iterator[Path]:
     """A context in which a folder is filled under a temporary name; it appears whole or not at all.
 
     Args:
         path: the folder to make.
-        overwrite: replace a bundle that is there.
+        overwrite: replace a folder of this kind that is there.
+        known_by: the file that tells the kind; a bundle's manifest.
 
     Raises:
-        BundleError: it exists and `overwrite` is not set, or is no bundle; or the disk is full.
+        BundleError: it exists and `overwrite` is not set, or is of another kind, or the disk is
+            full.
     """
     path = path if path.name else path.absolute()
     if path.exists() and not overwrite:
         raise BundleError(f"{path}: exists; choose another folder, or set overwrite to replace it")
-    if path.exists() and (path.is_symlink() or not (path / FILE).is_file()):
+    if path.exists() and (path.is_symlink() or not (path / known_by).is_file()):
+        kind = "a bundle's own folder" if known_by == FILE else f"a folder with {known_by}"
         raise BundleError(
-            f"{path}: exists and is not a bundle's own folder, so it is not overwritten; choose "
-            "another folder, or delete it first"
+            f"{path}: exists and is not {kind}, so it is not overwritten; choose another folder, "
+            "or delete it first"
         )
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)

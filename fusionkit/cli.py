@@ -7,9 +7,10 @@ LightningDataModule, `trainer` the Lightning Trainer. The same recipe serves eve
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 from fusionkit import registry
-from fusionkit.errors import FusionKitError
+from fusionkit.errors import FusionKitError, listing
 
 Verb = Callable[[list[str]], None]
 
@@ -22,7 +23,7 @@ with a recipe (--config R.yaml; every setting can be overridden on the command l
 
 on a bundle:
   inspect    show what a bundle holds
-  export     write one task's whole model to a file
+  export     write one task's whole model to a file, or its delta as a PEFT adapter
 
 without input:
   demo       the whole way on a small family of vision models, made on the spot
@@ -104,27 +105,52 @@ def export(
     base: str | None = None,
     strip_prefix: str = "",
     add_prefix: str = "",
+    format: Literal["model", "peft"] = "model",  # noqa: A002
+    rank: int | None = None,
+    lora_only: bool = False,
     dtype: str | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write one task's whole model to a file.
+    """Write one task's whole model to a file, or its delta as a PEFT adapter.
 
     Args:
         bundle: the bundle's folder.
         task: the task.
-        out: the file: .safetensors (tied tensors once, as Hugging Face does), .pt or .bin.
+        out: the file: .safetensors (tied tensors once, as Hugging Face does), .pt or .bin; or
+            the adapter's folder.
         base: the base model, if it is not where it was when the bundle was made.
         strip_prefix: taken off the base's tensor names.
         add_prefix: put in front of the base's tensor names.
-        dtype: of all floating-point tensors: fp32, fp16 or bf16; by default the base's.
-        overwrite: replace the file if it is there.
+        format: `model`, or `peft`: a LoRA that `PeftModel.from_pretrained` loads.
+        rank: of an adapter, where the codec has no factors: cut deltas to this rank.
+        lora_only: of an adapter, leave out heads, norms and biases.
+        dtype: fp32, fp16 or bf16; of all floating-point tensors of a model (by default the
+            base's), of the factors of an adapter (by default fp16).
+        overwrite: replace what is there.
     """
     from fusionkit import report
     from fusionkit.bundle import Bundle
     from fusionkit.checkpoint import Checkpoint
     from fusionkit.export import export_task
+    from fusionkit.export_peft import export_adapter
 
     source = None if base is None else Checkpoint(base, strip_prefix, add_prefix)
+    if format == "peft":
+        folder = Path(out)
+        left_out = export_adapter(
+            Bundle.load(bundle, source),
+            task,
+            folder,
+            rank=rank,
+            lora_only=lora_only,
+            dtype=dtype or "fp16",
+            overwrite=overwrite,
+        )
+        if left_out:
+            report.show(f"left out, as no LoRA can hold them:{listing(left_out)}")
+        nbytes = sum(file.stat().st_size for file in folder.iterdir())
+        report.show(f"written: {folder} ({report.size(nbytes)})")
+        return
     path = export_task(Bundle.load(bundle, source), task, Path(out), dtype, overwrite)
     report.show(f"written: {path} ({report.size(path.stat().st_size)})")
 

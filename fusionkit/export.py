@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from fusionkit.bundle import Bundle
 from fusionkit.errors import BundleError
 
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _PICKLES = {".pt", ".pth", ".bin"}
 
 
@@ -37,11 +37,11 @@ def export_task(
     """
     if out.suffix not in {".safetensors", *_PICKLES}:
         raise BundleError(f"{out}: expected a name that ends in .safetensors, .pt, .pth or .bin")
-    if dtype is not None and dtype not in _DTYPES:
-        raise BundleError(f"unknown dtype '{dtype}'; expected {', '.join(_DTYPES)}")
+    if dtype is not None and dtype not in DTYPES:
+        raise BundleError(f"unknown dtype '{dtype}'; expected {', '.join(DTYPES)}")
     if out.exists() and not overwrite:
         raise BundleError(f"{out}: exists; choose another name, or set overwrite")
-    state = bundle.state_dict(task, _DTYPES[dtype] if dtype else None)
+    state = bundle.state_dict(task, DTYPES[dtype] if dtype else None)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.tmp")
     try:

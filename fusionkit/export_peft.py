@@ -1,0 +1,267 @@
+"""Write one task as a PEFT adapter: a LoRA extracted from its bundle, whatever it was before."""
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fusionkit.adapter import LoraModule
+from fusionkit.bundle import Bundle
+from fusionkit.bundle_folder import new_folder
+from fusionkit.errors import BundleError, listing
+from fusionkit.export import DTYPES
+from fusionkit.lowrank import LowRank, svd_gram
+from fusionkit.peft_folder import CONFIG, LINEARIZED, PREFIX, TENSORS
+
+_EMBEDDINGS = re.compile(r"embed|(^|[._])w[tp]e$", re.IGNORECASE)
+
+
+@dataclasses.dataclass
+class _Adapter:
+    """What goes into the folder; names as the base has them."""
+
+    tensors: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    ranks: dict[str, int] = dataclasses.field(default_factory=dict)
+    whole: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    has_bias: bool = False
+
+
+def export_adapter(
+    bundle: Bundle,
+    task: str,
+    out: Path,
+    *,
+    rank: int | None = None,
+    lora_only: bool = False,
+    dtype: str = "fp16",
+    overwrite: bool = False,
+) -> list[str]:
+    """Write a task as a folder that `PeftModel.from_pretrained` loads, with the same outputs.
+
+    Matrices become LoRA factors with alpha = rank, the scale split evenly over both factors;
+    biases of adapted modules go along as they are, and what no LoRA can hold (heads, norms) as
+    `modules_to_save`. A linearized adapter is folded into a plain LoRA, which is exact. Whether a
+    matrix is an embedding is told by its name (`embed`, `wte`, `wpe`), and whether the model lays
+    matrices out as (in, out), as GPT-2 does, by the lengths of its biases.
+
+    Args:
+        bundle: the bundle, its base at hand.
+        task: one of its tasks.
+        out: the folder to write; it appears whole or not at all.
+        rank: cut the deltas of codecs that have no factors (anything but SVD or adapters) to
+            this rank by SVD, which changes outputs.
+        lora_only: leave out whatever is not a LoRA; some servers read nothing else.
+        dtype: of the factors: fp32, fp16 or bf16; what is stored whole keeps its own.
+        overwrite: replace an adapter that is there.
+
+    Returns:
+        the names of the tensors that were left out, where `lora_only` is set.
+
+    Raises:
+        BundleError: the codec has no factors and no rank is given, a tensor fits neither a LoRA
+            nor a module (and `lora_only` is not set), a factor is too large for fp16, or the
+            folder exists.
+        WrongBaseError: the base at hand is another model.
+    """
+    if dtype not in DTYPES:
+        raise BundleError(f"unknown dtype '{dtype}'; expected {', '.join(DTYPES)}")
+    space = bundle.manifest.base.space
+    made = _of_space(bundle, task) if space else _of_weights(bundle, task, rank)
+    if space and space.layout.kind == "ia3":
+        config = dict(space.config)
+    else:
+        config = _lora_config(bundle, made)
+    left_out = sorted(made.whole) if lora_only else []
+    if lora_only:
+        made.whole, made.has_bias = {}, False
+        config["modules_to_save"] = None
+    else:
+        homeless = [f"'{name}'" for name in made.whole if "." not in name or _crowded(name, bundle)]
+        if homeless:
+            raise BundleError(
+                f"a PEFT adapter has no place for tensors outside a module of their own:"
+                f"{listing(homeless)}\nset lora_only to leave out all that is not a LoRA"
+            )
+        adapted = set(made.ranks)
+        saved = {m for name in made.whole if (m := _module(name)) not in adapted}
+        config["modules_to_save"] = sorted(saved) or None
+    if made.has_bias:
+        config["bias"] = "all"
+    tensors = {PREFIX + name: _rounded(t, name, dtype) for name, t in made.tensors.items()}
+    for name, tensor in made.whole.items():
+        module, _, leaf = name.rpartition(".")
+        own = f"{module}.base_layer.{leaf}" if module in made.ranks else name
+        tensors[PREFIX + own] = tensor.contiguous()
+    with new_folder(out, overwrite, known_by=CONFIG) as folder:
+        save_file(tensors, folder / TENSORS[0], metadata={"format": "pt"})
+        _write_config(folder, config)
+    return left_out
+
+
+def _of_space(bundle: Bundle, task: str) -> _Adapter:
+    """The adapter itself, as the bundle gives it back."""
+    space = bundle.manifest.base.space
+    assert space is not None
+    tensors, made = bundle.adapter_tensors(task), _Adapter()
+    if space.layout.kind == "ia3":
+        made.tensors = tensors
+    for module in space.layout.modules:
+        if isinstance(module, LoraModule):
+            _put(made, module, module.low_rank(tensors, bundle.initial), bundle)
+            if module.bias:
+                base = bundle.base[module.targets[1]]
+                made.whole[module.targets[1]] = base + module.delta(
+                    module.targets[1], base, tensors, bundle.initial
+                )
+                made.has_bias = True
+    made.whole.update(_changed_whole(bundle, task, set(space.layout.tensors)))
+    return made
+
+
+def _of_weights(bundle: Bundle, task: str, rank: int | None) -> _Adapter:
+    """Factors of every matrix, and the rest whole."""
+    made = _Adapter()
+    specs = bundle.manifest.base.tensors
+    transposed = _is_transposed({name: record.shape for name, record in specs.items()})
+    lacking = []
+    for name in bundle.manifest.base.names("delta"):
+        shape = torch.Size(specs[name].shape)
+        module, _, leaf = name.rpartition(".")
+        if len(shape) < 2 or leaf != "weight" or not module:
+            continue
+        factors = bundle.factors(task, name)
+        if factors is None:
+            delta = bundle.delta(task, name)
+            if delta is None or not delta.any():
+                continue
+            if rank is None:
+                lacking.append(f"'{name}'")
+                continue
+            matrix = delta.reshape(shape[0], -1)
+            factors = svd_gram(matrix, rank).cut(min(rank, *matrix.shape))
+        form: Any = "transposed" if transposed and len(shape) == 2 else "linear"
+        if len(shape) > 2:
+            form = "conv"
+        elif _EMBEDDINGS.search(module.rpartition(".")[2]):
+            form = "embedding"
+        _put(made, LoraModule(module, form, 1.0), factors, bundle)
+    if lacking:
+        raise BundleError(
+            f"{bundle.codec!r} has no low-rank factors of:{listing(lacking)}\n"
+            "give a rank to cut them to, or compress with SVD"
+        )
+    adapted = {f"{module}.weight" for module in made.ranks}
+    made.whole = _changed_whole(bundle, task, adapted)
+    made.has_bias = any(_module(name) in made.ranks for name in made.whole)
+    return made
+
+
+def _put(made: _Adapter, module: LoraModule, factors: LowRank, bundle: Bundle) -> None:
+    left, right = _balanced(factors)
+    if module.form in {"transposed", "embedding"}:
+        left, right = right, left
+    a, b = right.mT, left
+    if module.form == "conv":
+        shape = bundle.manifest.base.tensors[module.targets[0]].shape
+        a, b = a.reshape(-1, *shape[1:]), b.reshape(*b.shape, *[1] * (len(shape) - 2))
+    names = dataclasses.replace(module, bias=False).tensors
+    made.tensors.update(zip(names, (a, b), strict=True))
+    made.ranks[module.name] = a.shape[0]
+
+
+def _balanced(factors: LowRank) -> LowRank:
+    """The same product, each direction's scale split evenly over both factors (for fp16)."""
+    left, right = (part.norm(dim=0) for part in factors)
+    root = torch.where((left > 0) & (right > 0), (right / left).sqrt(), 1.0)
+    return LowRank(factors.left * root, factors.right / root)
+
+
+def _changed_whole(bundle: Bundle, task: str, adapted: set[str]) -> dict[str, Tensor]:
+    """Tensors that are the task's own or differ from the base's, with all of their modules."""
+    base = bundle.base
+    whole = dict(bundle.private_tensors(task))
+    for name in bundle.manifest.base.names("delta"):
+        if name not in adapted and (delta := bundle.delta(task, name)) is not None:
+            whole[name] = torch.add(base[name].to(torch.float32), delta).to(base[name].dtype)
+    for name in bundle.manifest.base.names("exact"):
+        if (own := bundle.exact(task, name)) is not None:
+            whole[name] = own
+    modules = {_module(name) for name in whole} - {_module(name) for name in adapted}
+    for name in bundle.manifest.base.tensors:
+        if _module(name) in modules:
+            whole.setdefault(name, base[name])
+    return whole
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _crowded(name: str, bundle: Bundle) -> bool:
+    """Whether a tensor's module holds modules too, which PEFT would have to save with it."""
+    prefix = _module(name) + "."
+    return any(n.startswith(prefix) and _module(n) != _module(name) for n in bundle.base)
+
+
+def _is_transposed(shapes: Mapping[str, list[int]]) -> bool:
+    """Whether the model's matrices are (in, out), by the biases beside those that aren't square."""
+    votes = Counter(
+        shapes[bias][0] == shape[1]
+        for name, shape in shapes.items()
+        if len(shape) == 2 and shape[0] != shape[1] and name.endswith(".weight")
+        if (bias := name.removesuffix("weight") + "bias") in shapes
+    )
+    return votes[True] > votes[False]
+
+
+def _lora_config(bundle: Bundle, made: _Adapter) -> dict[str, Any]:
+    """A LoraConfig: alpha = rank everywhere, so that the scaling is 1."""
+    space = bundle.manifest.base.space
+    names = sorted(made.ranks)
+    most = Counter(made.ranks.values()).most_common(1)
+    rank = most[0][0] if most else 1
+    others = {_pattern(n, names): made.ranks[n] for n in names if made.ranks[n] != rank}
+    all_modules = {_module(name) for name in bundle.manifest.base.tensors}
+    ambiguous = any(m.endswith("." + name) for name in names for m in all_modules - set(names))
+    kept = ("task_type", "base_model_name_or_path", "revision")
+    return {
+        **({key: space.config.get(key) for key in kept} if space else {}),
+        "peft_type": "LORA",
+        "target_modules": "|".join(map(re.escape, names)) if ambiguous else names,
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "bias": "none",
+    }
+
+
+def _pattern(name: str, names: list[str]) -> str:
+    """A name as PEFT's patterns match it; from the start where others end like it."""
+    escaped = re.escape(name).replace(r"\_", "_")
+    return f"^{escaped}" if any(n.endswith("." + name) for n in names) else escaped
+
+
+def _rounded(tensor: Tensor, name: str, dtype: str) -> Tensor:
+    rounded = tensor.to(DTYPES[dtype]).contiguous()
+    if not torch.isfinite(rounded).all():
+        raise BundleError(f"'{name}' does not fit into {dtype}; export it in bf16 or fp32")
+    return rounded
+
+
+def _write_config(folder: Path, config: dict[str, Any]) -> None:
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    kind = config["peft_type"]
+    kinds: Any = PEFT_TYPE_TO_CONFIG_MAPPING
+    make = kinds["LORA" if kind == LINEARIZED else kind]
+    known = {field.name for field in dataclasses.fields(make)}
+    settings = {key: value for key, value in config.items() if key in known}
+    made = make(**{**settings, "inference_mode": True})
+    made.save_pretrained(str(folder))
