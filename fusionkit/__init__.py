@@ -9,6 +9,7 @@ from fusionkit.codec import Encoded as Encoded
 from fusionkit.codec import TensorCodec as TensorCodec
 from fusionkit.codecs.dense import Dense as Dense
 from fusionkit.codecs.emr import EMR as EMR
+from fusionkit.codecs.linearized import LinearizedLoRA as LinearizedLoRA
 from fusionkit.codecs.merged import Merged as Merged
 from fusionkit.codecs.prune import MagnitudePrune as MagnitudePrune
 from fusionkit.codecs.svd import SVD as SVD
@@ -20,6 +21,7 @@ from fusionkit.merge import Elect as Elect
 from fusionkit.merge import Mean as Mean
 from fusionkit.merge import Merge as Merge
 from fusionkit.merge import TaskArithmetic as TaskArithmetic
+from fusionkit.merge import Weighted as Weighted
 
 if TYPE_CHECKING:
     from fusionkit.module import ReuseModule as ReuseModule

@@ -20,6 +20,8 @@ with a recipe (--config R.yaml; every setting can be overridden on the command l
   compress   compress fine-tuned checkpoints into a bundle
   test       score every task, from a bundle or compressed on the fly
   compare    score several codecs over the same checkpoints: table, CSV, plot
+  fuse       train families of adapters, fuse every set of tasks: table, CSV, plot
+  fit        fine-tune one task: in full, a LoRA, a linearized LoRA, or (IA)³
 
 on a bundle:
   inspect    show what a bundle holds
@@ -75,6 +77,20 @@ def compare(args: list[str]) -> None:
     from fusionkit import recipe
 
     recipe.CompareCLI(args).compare()
+
+
+def fit(args: list[str]) -> None:
+    """Fine-tune one task of a recipe: in full, or by an adapter."""
+    from fusionkit.fit import FitCLI
+
+    FitCLI(args).fit()
+
+
+def fuse(args: list[str]) -> None:
+    """Train families of adapters, fuse every set of their tasks, and score the fusions."""
+    from fusionkit.fuse import FuseCLI
+
+    FuseCLI(args).fuse()
 
 
 def inspect(bundle: str) -> None:
@@ -209,6 +225,8 @@ VERBS: dict[str, Verb] = {
     "compress": compress,
     "test": test,
     "compare": compare,
+    "fit": fit,
+    "fuse": fuse,
     "inspect": _function(inspect, "bundle"),
     "export": _function(export, "bundle"),
     "codecs": _function(codecs),

@@ -7,7 +7,7 @@ the family.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
@@ -85,6 +85,28 @@ class TaskArithmetic(TensorMerge):
     def merge(self, vectors: Tensor) -> Tensor:
         """The sum, scaled."""
         return vectors.sum(0).mul_(self.scale)
+
+
+@dataclass(frozen=True)
+class Weighted(Merge):
+    """Weighted sum of the task vectors: τ* = Σ w_t τ_t; LoraHub's (2307.13269), once searched.
+
+    Args:
+        weights: task → its weight; `fusionkit.search.LoraHub` finds them.
+
+    Raises:
+        CodecError: a task of the family has no weight.
+    """
+
+    id: ClassVar[str] = "weighted"
+    weights: dict[str, float] = field(default_factory=dict)
+
+    def prepare(self, family: Family) -> MergeTensor:
+        """Bring the weights into the order of the family's tasks."""
+        if missing := [task for task in family.tasks if task not in self.weights]:
+            raise CodecError(f"Weighted has no weight of task '{missing[0]}'; add it to `weights`")
+        weights = torch.tensor([self.weights[task] for task in family.tasks])
+        return lambda _, vectors: torch.tensordot(weights, vectors, 1)
 
 
 @dataclass(frozen=True)

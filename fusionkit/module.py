@@ -9,20 +9,17 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from torchmetrics import Metric
-from torchmetrics.classification import MulticlassAccuracy
 
 from fusionkit.bundle import Bundle
 from fusionkit.checkpoint import Checkpoint, find_checkpoints
 from fusionkit.codec import DeltaCodec
 from fusionkit.compress import Progress, compress
 from fusionkit.errors import BundleError, DataError, FusionKitError
-from fusionkit.family import Family, matches
+from fusionkit.family import Family
+from fusionkit.models import MetricOfClasses, accuracy, load_base, predict
 from fusionkit.registry import to_config
 from fusionkit.report import Scores
 from fusionkit.space import Adapters
-
-MetricOfClasses = Callable[[int], Metric]
-"""Number of classes → a fresh metric."""
 
 
 class TaskSource(Protocol):
@@ -40,11 +37,6 @@ class TaskSource(Protocol):
     def private_tensors(self, task: str) -> Iterator[tuple[str, Tensor]]:
         """A task's private tensors."""
         ...
-
-
-def accuracy(num_classes: int) -> Metric:
-    """Share of the rows whose most likely class is right."""
-    return MulticlassAccuracy(num_classes=num_classes, average="micro")
 
 
 class ReuseModule(LightningModule):
@@ -107,7 +99,7 @@ class ReuseModule(LightningModule):
         self.metrics = nn.ModuleList()
         self.base_source = None if base is None else Checkpoint.of(base)
         if self.base_source is not None:
-            _load_base(model, self.base_source, self.private)
+            load_base(model, self.base_source, self.private)
         self._base = Checkpoint(model).in_memory()
         self._source: TaskSource | None = None
         if isinstance(bundle, Bundle):
@@ -268,13 +260,7 @@ class ReuseModule(LightningModule):
         task = self._evaluated()[dataloader_idx]
         if task != self.task:
             self.switch(task)
-        if isinstance(batch, Mapping):
-            labels = batch["labels"]
-            output = self(**{key: value for key, value in batch.items() if key != "labels"})
-        else:
-            inputs, labels = batch
-            output = self(inputs)
-        logits: Tensor = output if isinstance(output, Tensor) else output.logits
+        logits, labels = predict(self, batch)
         metric = cast(Metric, self.metrics[dataloader_idx])
         metric.update(logits, labels)
 
@@ -341,29 +327,3 @@ class ReuseModule(LightningModule):
 def _state(model: nn.Module) -> dict[str, Tensor]:
     """The model's own tensors, by every name, detached but not copied."""
     return dict(model.state_dict())
-
-
-def _load_base(model: nn.Module, base: Checkpoint, private: list[str]) -> None:
-    """Load a base's weights into a model; what the base lacks must be private."""
-    state = _state(model)
-    tied = Checkpoint(model).aliases
-    missing = [
-        name
-        for name in state
-        if name not in base and tied.get(name) not in base and not matches(name, private)
-    ]
-    if missing:
-        raise FusionKitError(
-            f"{base.label} lacks '{missing[0]}' ({len(missing)} such tensors) of the model "
-            f"{type(model).__name__}; its names begin like '{min(base)}': give strip_prefix or "
-            "add_prefix, or declare it private"
-        )
-    with torch.no_grad():
-        for name, tensor in state.items():
-            if name in base and not matches(name, private):
-                if base.specs[name].shape != tuple(tensor.shape):
-                    raise FusionKitError(
-                        f"{base.label}: '{name}' has shape {list(base.specs[name].shape)}, the "
-                        f"model wants {list(tensor.shape)}"
-                    )
-                tensor.copy_(base[name])

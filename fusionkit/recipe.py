@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -21,12 +21,6 @@ from fusionkit.compress import Progress as ProgressCallback
 from fusionkit.errors import BundleError, DataError, FusionKitError
 from fusionkit.family import Family
 from fusionkit.module import ReuseModule
-
-_TRAINER_DEFAULTS = {
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_model_summary": False,
-}
 
 
 class _Parser(LightningArgumentParser):
@@ -58,6 +52,11 @@ class RecipeCLI(LightningCLI):
 
     verb = ""
     needs_trainer = True
+    trainer_settings: ClassVar[dict[str, Any]] = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+    }
 
     def __init__(self, args: list[str]) -> None:
         # Imported so that recipes can use bare class names.
@@ -71,7 +70,7 @@ class RecipeCLI(LightningCLI):
             datamodule_class=LightningDataModule,
             subclass_mode_data=True,
             save_config_callback=None,
-            trainer_defaults=_TRAINER_DEFAULTS,
+            trainer_defaults=self.trainer_settings,
             seed_everything_default=0,
             parser_class=_Parser,
             parser_kwargs={
@@ -90,14 +89,19 @@ class RecipeCLI(LightningCLI):
         self.config = parser.parse_args(args)
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The Trainer's, ReuseModule's and a datamodule's arguments."""
+        """The Trainer's, the module's and a datamodule's arguments."""
         parser.add_lightning_class_args(self.trainer_class, "trainer")
-        parser.set_defaults({f"trainer.{key}": value for key, value in _TRAINER_DEFAULTS.items()})
-        parser.add_lightning_class_args(ReuseModule, "model")
+        settings = self.trainer_settings.items()
+        parser.set_defaults({f"trainer.{key}": value for key, value in settings})
+        self.add_model_arguments(parser)
         parser.add_lightning_class_args(
             LightningDataModule, "data", subclass_mode=True, required=False
         )
         parser.add_argument("--out", type=str, default="out", help="folder for scores and plots")
+
+    def add_model_arguments(self, parser: LightningArgumentParser) -> None:
+        """ReuseModule's."""
+        parser.add_lightning_class_args(ReuseModule, "model")
 
     def instantiate_classes(self) -> None:
         """Build model and data; a Trainer only for the verbs that evaluate."""
@@ -106,7 +110,7 @@ class RecipeCLI(LightningCLI):
         except ValueError as error:
             # The parser reports a constructor's own error as a value of the wrong type.
             raise _cause(error) from error
-        self.model: ReuseModule = self.config_init["model"]
+        self.model: Any = self.config_init["model"]
         self.datamodule: LightningDataModule | None = self.config_init.get("data")
         if self.needs_trainer:
             if self.datamodule is None:
@@ -127,8 +131,8 @@ class RecipeCLI(LightningCLI):
     def evaluate(self) -> report.Scores:
         """Score every task through the Trainer."""
         self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
-        assert self.model.scores is not None
-        return self.model.scores
+        scores: report.Scores = self.model.scores
+        return scores
 
 
 class CompressCLI(RecipeCLI):
@@ -153,7 +157,8 @@ class CompressCLI(RecipeCLI):
     def compress(self) -> Bundle:
         """Compress, with a progress bar."""
         with progress_bar("compressing") as callback:
-            return self.model.compress(self._bundle, self.config["overwrite"], callback)
+            bundle: Bundle = self.model.compress(self._bundle, self.config["overwrite"], callback)
+        return bundle
 
 
 class TestCLI(RecipeCLI):

@@ -1,0 +1,294 @@
+"""Fine-tuning one task: in full, or by a LoRA, a linearized LoRA (L-LoRA) or an (IA)³ adapter."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from copy import copy
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from fusionkit.bundle_folder import new_folder
+from fusionkit.checkpoint import Checkpoint
+from fusionkit.errors import DataError, FusionKitError
+from fusionkit.family import matches
+from fusionkit.linearize import linearize
+from fusionkit.models import MetricOfClasses, accuracy, load_base, predict
+from fusionkit.peft_folder import CONFIG, LINEARIZED, START, TENSORS, PeftFolder
+from fusionkit.start import Seeded, digest
+
+Method = Literal["full", "lora", "linearized_lora", "ia3"]
+WEIGHTS = "model.safetensors"
+_START_TENSORS = "initial.safetensors"
+
+
+class Finetune(LightningModule):
+    """One task's fine-tuning: cross-entropy, AdamW, a linear warm-up and decay of the rate.
+
+    Everything else of training is the Trainer's: epochs, devices, precision, early stopping
+    (`val/loss` and `val/score` are logged), checkpoints and loggers. A checkpoint holds what is
+    trained and nothing else.
+
+    Args:
+        model: the base model; its head is fitted to the task's number of classes.
+        task: one of the datamodule's tasks; may be left out if that has only one.
+        method: what is trained: every weight (`full`), a LoRA (2106.09685), a LoRA linearized
+            around its start (`linearized_lora`: L-LoRA, 2310.04742), or (IA)³ vectors (2205.05638).
+            The head is trained too, always.
+        base: where the base's weights are, if not in `model`.
+        private: patterns (`classifier.*`) of the head's tensors.
+        frozen: patterns of the tensors that full fine-tuning leaves as they are.
+        target_modules: names, or ends of names, of the modules to adapt; by default PEFT's own
+            for an architecture that it knows.
+        feedforward_modules: those of them whose inputs (IA)³ scales, rather than their outputs.
+        rank: the LoRA's rank.
+        alpha: its scaling is alpha over the rank.
+        dropout: on the adapter's input.
+        seed: draws the adapter's start, and the head's; adapters that are to be fused need one
+            and the same.
+        learning_rate: at its highest.
+        weight_decay: AdamW's.
+        warmup: share of the steps over which the rate rises.
+        metric: makes the validation metric from the number of classes; accuracy by default.
+
+    Raises:
+        FusionKitError: PEFT finds no modules to adapt, or the base does not fit the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: str | None = None,
+        method: Method = "lora",
+        base: str | Checkpoint | None = None,
+        private: list[str] | None = None,
+        frozen: list[str] | None = None,
+        target_modules: list[str] | None = None,
+        feedforward_modules: list[str] | None = None,
+        rank: int = 16,
+        alpha: int = 32,
+        dropout: float = 0.1,
+        seed: int = 0,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.01,
+        warmup: float = 0.06,
+        metric: MetricOfClasses = accuracy,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.task = task
+        self.method = method
+        self.private = list(private or [])
+        self.frozen = list(frozen or [])
+        self.target_modules = target_modules
+        self.feedforward_modules = feedforward_modules
+        self.rank = rank
+        self.alpha = alpha
+        self.dropout = dropout
+        self.seed = seed
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.warmup = warmup
+        self.make_metric = metric
+        self.metric: Metric | None = None
+        self.strict_loading = False  # checkpoints hold what is trained only
+        self._start: dict[str, Tensor] = {}
+        if base is not None:
+            load_base(model, Checkpoint.of(base), self.private)
+
+    def configure_model(self) -> None:
+        """Fit the head to the task, and put the adapters in; once."""
+        if self.metric is not None:
+            return
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        tasks = list(getattr(datamodule, "tasks", []))
+        if self.task is None and len(tasks) == 1:
+            self.task = tasks[0]
+        if self.task not in tasks:
+            raise DataError(f"there is no data for task '{self.task}'; there is {', '.join(tasks)}")
+        datamodule.tasks = [self.task]
+        classes: int = datamodule.num_classes[self.task]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            self._fit_head(classes)
+        if self.method == "full":
+            for name, parameter in self.model.named_parameters():
+                parameter.requires_grad_(not matches(name, self.frozen))
+        else:
+            self._adapt()
+        self.model.train()
+        self.metric = self.make_metric(classes)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Cross-entropy of one batch of the task's only dataloader."""
+        logits, labels = predict(self.model, batch[0])
+        loss = nn.functional.cross_entropy(logits, labels)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> STEP_OUTPUT:
+        """Loss and score of one batch."""
+        logits, labels = predict(self.model, batch)
+        loss = nn.functional.cross_entropy(logits, labels)
+        self.log("val/loss", loss, batch_size=len(labels), prog_bar=True, sync_dist=True)
+        assert self.metric is not None
+        self.metric.update(logits, labels)
+        self.log("val/score", self.metric, prog_bar=True)
+        return None
+
+    def configure_optimizers(self) -> Any:
+        """AdamW on what is trained; the rate rises, then falls to 0, linearly."""
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(
+            trained, lr=self.learning_rate, weight_decay=self.weight_decay
+        )
+        steps = int(self.trainer.estimated_stepping_batches)
+        rise = max(round(self.warmup * steps), 1)
+
+        def rate(step: int) -> float:
+            return min((step + 1) / rise, max(steps - step, 0) / max(steps - rise, 1))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave out what the base has anyway."""
+        frozen = {name for name, p in self.named_parameters() if not p.requires_grad}
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {n: t for n, t in state.items() if n not in frozen}
+
+    def save(self, folder: str | Path, overwrite: bool = False) -> Path:
+        """Write the fine-tuned model as other tools read it; it appears whole or not at all.
+
+        Args:
+            folder: a PEFT adapter's folder; or the file's, `model.safetensors`, of a full
+                fine-tune (without frozen tensors).
+            overwrite: replace one that is there.
+
+        Returns:
+            the path to give as a fine-tuned checkpoint.
+
+        Raises:
+            BundleError: it exists, or can't be written.
+        """
+        from peft import get_peft_model_state_dict
+
+        folder = Path(folder)
+        if self.method == "full":
+            with new_folder(folder, overwrite, known_by=WEIGHTS) as new:
+                tied = Checkpoint(self.model).aliases
+                state = {
+                    name: tensor.cpu().contiguous()
+                    for name, tensor in self.model.state_dict().items()
+                    if name not in tied and not matches(name, self.frozen)
+                }
+                save_file(state, new / WEIGHTS, metadata={"format": "pt"})
+            return folder / WEIGHTS
+        with new_folder(folder, overwrite, known_by=CONFIG) as new:
+            adapted = cast(Any, self.model)
+            state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+            state = {
+                name: tensor.cpu().contiguous()
+                for name, tensor in state.items()
+                if ".initial_" not in name  # the start, which is on record by itself
+            }
+            save_file(state, new / TENSORS[0], metadata={"format": "pt"})
+            settings = copy(adapted.peft_config["default"])
+            settings.inference_mode = True
+            settings.save_pretrained(str(new))
+            if self.method == "linearized_lora":
+                config = json.loads((new / CONFIG).read_text())
+                (new / CONFIG).write_text(json.dumps({**config, "peft_type": LINEARIZED}, indent=1))
+            if self.method != "ia3":
+                self._record_start(new)
+        return folder
+
+    def _fit_head(self, classes: int) -> None:
+        heads = [
+            (name, module)
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Linear) and matches(f"{name}.weight", self.private)
+        ]
+        # A head of several layers ends in the one that has the classes.
+        for name, head in heads[-1:]:
+            if head.out_features != classes:
+                fresh = nn.Linear(head.in_features, classes, head.bias is not None)
+                self.model.set_submodule(name, fresh)
+
+    def _adapt(self) -> None:
+        from peft import get_peft_model
+
+        heads = [
+            name
+            for name, module in self.model.named_modules()
+            if name and any(matches(f"{name}.{own}", self.private) for own in module._parameters)
+        ]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            try:
+                adapted = get_peft_model(cast(Any, self.model), self._config(heads))
+            except ValueError as error:
+                raise FusionKitError(
+                    f"PEFT can't adapt {type(self.model).__name__}: {error}; give target_modules "
+                    "(and feedforward_modules for (IA)³) by name"
+                ) from error
+        self._start = {
+            _plain(name): parameter.detach().clone()
+            for name, parameter in adapted.named_parameters()
+            if ".lora_" in name
+        }
+        if self.method == "linearized_lora":
+            linearize(adapted)
+        self.model = adapted
+
+    def _config(self, heads: list[str]) -> Any:
+        from peft import IA3Config, LoraConfig
+
+        if self.method == "ia3":
+            return IA3Config(
+                target_modules=self.target_modules,
+                feedforward_modules=self.feedforward_modules,
+                modules_to_save=heads or None,
+            )
+        return LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=self.target_modules,
+            modules_to_save=heads or None,
+        )
+
+    def _record_start(self, folder: Path) -> None:
+        """Write where the adapter started: the seed if it replays exactly, else the tensors."""
+        order = list(dict.fromkeys(name.rpartition(".lora_")[0] for name in self._start))
+        start = {name: tensor.cpu() for name, tensor in self._start.items()}
+        seeded = Seeded(self.seed, init=True, order=order, sha256=digest(start))
+        base = Checkpoint(_below(self.model))
+        layout = PeftFolder(folder).layout(base)
+        shapes = {name: tuple(tensor.shape) for name, tensor in start.items()}
+        record: Mapping[str, Any] = dataclasses.asdict(seeded)
+        if seeded.replay(layout, shapes) is None:
+            save_file(start, folder / _START_TENSORS)
+            record = {"file": _START_TENSORS}
+        (folder / START).write_text(json.dumps({"start": record}, indent=1))
+
+
+def _plain(name: str) -> str:
+    """A parameter's name in PEFT's model → in an adapter's file, as the base would name it."""
+    return name.removeprefix("base_model.model.").replace(".default", "")
+
+
+def _below(model: nn.Module) -> dict[str, Tensor]:
+    """The base's weights inside a PEFT model, by the base's own names."""
+    state = model.state_dict()
+    return {
+        _plain(name).replace(".base_layer.", "."): tensor
+        for name, tensor in state.items()
+        if ".lora_" not in name and ".modules_to_save." not in name
+    }

@@ -1,0 +1,99 @@
+"""`fusionkit fit`: a LightningModule trained by the Trainer, its flags and its checkpoints."""
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser
+
+from fusionkit import report
+from fusionkit.errors import BundleError, FusionKitError
+from fusionkit.finetune import Finetune
+from fusionkit.recipe import RecipeCLI
+
+FINETUNED = "finetuned"
+"""The folder, inside `--out`, of what was fine-tuned."""
+
+
+class FitCLI(RecipeCLI):
+    """Fine-tune one task of the recipe: `--model.task`; written to `--out`/finetuned."""
+
+    verb = "fit"
+    trainer_settings: ClassVar[dict[str, Any]] = {"logger": False, "enable_model_summary": False}
+
+    def add_model_arguments(self, parser: LightningArgumentParser) -> None:
+        """Any LightningModule's that trains; `Finetune`'s as a rule."""
+        parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """`--ckpt_path`, `--overwrite`, and Lightning's checkpointing as `--checkpoint`."""
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults(
+            {"checkpoint.save_last": True, "checkpoint.enable_version_counter": False}
+        )
+        parser.add_argument(
+            "--ckpt_path", type=str | None, default=None, help="resume: a checkpoint, or 'last'"
+        )
+        parser.add_argument("--overwrite", type=bool, default=False, help="replace the fine-tune")
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse what would be lost, and keep Lightning's files beside the results."""
+        out = Path(self.config["out"]) / FINETUNED
+        if out.exists() and not self.config["overwrite"]:
+            raise BundleError(f"{out}: exists; replace it with --overwrite true")
+        trainer = self.config["trainer"]
+        trainer["default_root_dir"] = trainer["default_root_dir"] or self.config["out"]
+        self.config["checkpoint"]["dirpath"] = self.config["checkpoint"]["dirpath"] or str(
+            Path(self.config["out"]) / "checkpoints"
+        )
+
+    def fit(self) -> Path | None:
+        """Train, then write what was trained.
+
+        Returns:
+            the path to give as a fine-tuned checkpoint; None of a module that saves nothing.
+
+        Raises:
+            FusionKitError: there is no checkpoint to resume from.
+        """
+        self.save_config()
+        return train(
+            self.trainer,
+            self.model,
+            self.datamodule,
+            self.out / FINETUNED,
+            ckpt_path=self.config["ckpt_path"],
+            overwrite=self.config["overwrite"],
+        )
+
+
+def train(
+    trainer: Any,
+    module: LightningModule,
+    datamodule: Any,
+    out: Path,
+    ckpt_path: str | None = None,
+    overwrite: bool = False,
+) -> Path | None:
+    """Fit a module through the Trainer, and save it where it can be saved.
+
+    Args:
+        trainer: the Lightning Trainer.
+        module: what to train.
+        datamodule: its data.
+        out: the folder for what `Finetune.save` writes.
+        ckpt_path: resume from this checkpoint; `last`: from the newest.
+        overwrite: replace what is there.
+    """
+    try:
+        trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
+    except FileNotFoundError as error:
+        raise FusionKitError(f"{ckpt_path}: no such checkpoint to resume from") from error
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    if not isinstance(module, Finetune) or not trainer.is_global_zero:
+        return None
+    path = module.save(out, overwrite)
+    report.show(f"written: {path}")
+    return path

@@ -1,0 +1,201 @@
+"""`fusionkit fuse`: train families of adapters, fuse every set of tasks, and score the fusions."""
+
+import json
+from collections.abc import Iterator
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.cli import LightningArgumentParser
+
+from fusionkit import report
+from fusionkit.errors import FusionKitError
+from fusionkit.family import Family
+from fusionkit.fit import FINETUNED, FitCLI, train
+from fusionkit.fused import Batches, Fused, LoraHub, search_scale
+from fusionkit.fusion_report import Fusion, FusionReport
+from fusionkit.merge import Merge
+from fusionkit.module import ReuseModule
+
+_SINGLE = "single"
+
+
+class FuseCLI(FitCLI):
+    """Train families of adapters, fuse every set of their tasks, score: one table and plot.
+
+    Whatever is in `--out` already is kept: training resumes from its last checkpoint, and what
+    was scored is not scored again.
+    """
+
+    verb = "fuse"
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """What to train, and how to fuse it."""
+        super().add_arguments_to_parser(parser)
+        parser.add_argument(
+            "--families",
+            type=dict[str, dict[str, Any]],
+            required=True,
+            help="what to train: a name for the table → settings of the model that differ",
+        )
+        parser.add_argument(
+            "--merges", type=dict[str, Merge], required=True, help="a name for the table → a merge"
+        )
+        parser.add_argument(
+            "--scales", type=list[float], default=[], help="tried for merges that have a scale"
+        )
+        parser.add_argument(
+            "--lorahub", type=LoraHub | None, default=None, help="search weights by LoraHub, too"
+        )
+        parser.add_argument(
+            "--search_batches",
+            type=int,
+            default=4,
+            help="validation batches per task to search scales and weights on",
+        )
+
+    def before_instantiate_classes(self) -> None:
+        """Keep the recipe as it was: each fit takes its own settings from it."""
+        self._recipe = self.config.clone()
+        known = self.config["model"]["init_args"]
+        for family, settings in self.config["families"].items():
+            if unknown := [key for key in settings if key not in known]:
+                raise FusionKitError(f"families: {family}: the model has no setting '{unknown[0]}'")
+        self.config["out"] = str(Path(self.config["out"]) / ".recipe")
+        super().before_instantiate_classes()
+        self.config = self._recipe.clone()
+
+    def fuse(self) -> FusionReport:
+        """Train what is missing, fuse, score; show and write as rows come in.
+
+        Raises:
+            FusionKitError: `--out` holds the results of another recipe.
+        """
+        out = self.out
+        results = self._earlier(out)
+        merges: dict[str, Merge] = self.config_init["merges"]
+        lorahub: LoraHub | None = self.config_init["lorahub"]
+        data: Any = self.datamodule
+        tasks: list[str] = list(data.tasks)
+        for name, settings in self._recipe["families"].items():
+            paths = {task: self._finetuned(name, settings, task, out) for task in tasks}
+            module, family_args = self._reuse(settings, paths)
+            batches = self._batches(tasks)
+            done = {row.key: row for row in results.rows}
+            own: dict[str, float] = {}
+            for task in tasks:
+                key = (name, _SINGLE, task)
+                if key not in done:
+                    scores = self._score(module, module.family(), [task])
+                    results.rows.append(Fusion(*key, 1, scores[task], 1.0))
+                    report.write_rows(results.flat(), out, "fuse")
+                    done[key] = results.rows[-1]
+                own[task] = done[key].score
+            for chosen in _sets(tasks):
+                family = Family(module.family().base, {t: paths[t] for t in chosen}, **family_args)
+                searched = {task: batches[task] for task in chosen}
+                for method in [*merges, *(["LoraHub"] if lorahub else [])]:
+                    if (name, method, "+".join(chosen)) in done:
+                        continue
+                    if method in merges:
+                        scales = self._recipe["scales"]
+                        merge = search_scale(module, family, merges[method], scales, searched)
+                    else:
+                        assert lorahub is not None
+                        merge = lorahub.search(module, family, searched)
+                    scores = self._score(module, Fused(family, merge), list(chosen))
+                    results.rows.append(
+                        Fusion(
+                            name,
+                            method,
+                            "+".join(chosen),
+                            len(chosen),
+                            sum(scores.values()) / len(scores),
+                            sum(scores[t] / own[t] for t in chosen) / len(chosen),
+                            repr(merge),
+                        )
+                    )
+                    report.write_rows(results.flat(), out, "fuse")
+                report.show(f"{name}: {', '.join(chosen)}: done")
+        report.show(results.table())
+        results.plot(out / "fuse.png")
+        report.show(f"written: {out / 'fuse.csv'}, {out / 'fuse.json'}\nplot: {out / 'fuse.png'}")
+        return results
+
+    def _earlier(self, out: Path) -> FusionReport:
+        """What an earlier run of the same recipe has scored already."""
+        rows, config = out / "fuse.json", out / "config.yaml"
+        text = self.parser.dump(self._recipe, skip_none=False)
+        if not rows.exists():
+            out.mkdir(parents=True, exist_ok=True)
+            report.replace_file(config, text.encode())
+            return FusionReport()
+        if not config.exists() or config.read_text() != text:
+            raise FusionKitError(
+                f"{out}: holds the results of another recipe ({config}); give another --out"
+            )
+        return FusionReport([Fusion(**row) for row in json.loads(rows.read_text())])
+
+    def _finetuned(self, family: str, settings: dict[str, Any], task: str, out: Path) -> str:
+        """The path of one fine-tuned adapter; trained, or trained further, if it is not there."""
+        folder = out / family / task
+        if (folder / FINETUNED).exists():
+            return str(folder / FINETUNED)
+        report.show(f"{family}: training '{task}'")
+        self._instantiate(folder, {**settings, "task": task})
+        last = folder / "checkpoints" / "last.ckpt"
+        resume = str(last) if last.exists() else None
+        train(self.trainer, self.model, self.datamodule, folder / FINETUNED, resume)
+        return str(folder / FINETUNED)
+
+    def _reuse(
+        self, settings: dict[str, Any], paths: dict[str, str]
+    ) -> tuple[ReuseModule, dict[str, Any]]:
+        """A module on a fresh base model, and what a family of its adapters is made with."""
+        self._instantiate(self.out / ".recipe", settings)
+        full = self.model.method == "full"
+        arguments: dict[str, Any] = {
+            "private": self.model.private,
+            "frozen": self.model.frozen if full else [],
+            "adapters": "merged" if full else "modules",
+        }
+        finetuned: dict[str, Any] = dict(paths)
+        return ReuseModule(self.model.model, finetuned=finetuned, **arguments), arguments
+
+    def _instantiate(self, out: Path, settings: dict[str, Any]) -> None:
+        """Make model, data and Trainer anew, with some of the model's settings changed."""
+        self.config = self._recipe.clone()
+        self.config["out"] = str(out)
+        for key, value in settings.items():
+            self.config["model"]["init_args"][key] = value
+        super().before_instantiate_classes()
+        self.instantiate_classes()
+        self.config["out"] = self._recipe["out"]
+
+    def _batches(self, tasks: list[str]) -> Batches:
+        """A few validation batches of each task, spread over all of them."""
+        data: Any = self.datamodule
+        loaders = dict(zip(tasks, data.val_dataloader(), strict=True))
+        count: int = self._recipe["search_batches"]
+        picked = {}
+        for task, loader in loaders.items():
+            batches = list(loader)
+            picked[task] = batches[:: max(len(batches) // count, 1)][:count]
+        return picked
+
+    def _score(self, module: ReuseModule, source: Any, tasks: list[str]) -> dict[str, float]:
+        data: Any = self.datamodule
+        every, data.tasks = data.tasks, tasks
+        module.reuse(source)
+        try:
+            self.trainer.test(module, datamodule=data, verbose=False)
+        finally:
+            data.tasks = every
+        assert module.scores is not None
+        return module.scores.values
+
+
+def _sets(tasks: list[str]) -> Iterator[tuple[str, ...]]:
+    """All sets of two tasks and more."""
+    for count in range(2, len(tasks) + 1):
+        yield from combinations(tasks, count)

@@ -1,0 +1,174 @@
+"""Several tasks fused into one model, in memory; and the search for the weights to fuse them by."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fusionkit.adapter import fold_into
+from fusionkit.errors import FusionKitError
+from fusionkit.family import Family
+from fusionkit.merge import Merge, Weighted
+from fusionkit.models import predict
+from fusionkit.module import ReuseModule
+
+Batches = Mapping[str, Sequence[Any]]
+"""Task → a few labelled batches of it."""
+
+
+class Fused:
+    """A family merged into one model: every task is that model, with the task's own head.
+
+    Args:
+        family: the tasks.
+        merge: how their vectors become one.
+
+    Attributes:
+        tasks: the tasks' names.
+        vectors: tensor's name → the merged vector, float32 `(*shape)`.
+    """
+
+    def __init__(self, family: Family, merge: Merge) -> None:
+        self.family = family
+        self.tasks = family.tasks
+        merge_tensor = merge.prepare(family)
+        self.vectors = {each.name: merge.vector(merge_tensor, each) for each in family}
+        self.scale = 1.0
+
+    def write_into(self, task: str, base: Mapping[str, Tensor], out: Mapping[str, Tensor]) -> None:
+        """Write the fused weights into `out`, all but private and frozen ones."""
+        space = self.family.space
+        own = set(space.layout.tensors) if space else set()
+        for name in self.vectors.keys() - own:
+            out[name].copy_(torch.add(base[name].to(torch.float32), self._vector(name, base[name])))
+        for name, tensor in self.family.exact(task):
+            if name in out:
+                out[name].copy_(tensor)
+        if space:
+            start = self.family.base
+            fold_into(
+                space.layout,
+                lambda name, device: (start[name] + self._vector(name, start[name])).to(device),
+                lambda name, device: start[name].to(device),
+                base,
+                out,
+            )
+
+    def private_tensors(self, task: str) -> Iterator[tuple[str, Tensor]]:
+        """The task's private tensors."""
+        return self.family.private_tensors(task)
+
+    def _vector(self, name: str, like: Tensor) -> Tensor:
+        return self.vectors[name].to(like.device) * self.scale
+
+
+def evaluate(module: ReuseModule, fused: Fused, batches: Batches) -> tuple[float, float]:
+    """Mean cross-entropy and mean accuracy over the tasks' batches."""
+    losses, scores = [], []
+    module.reuse(fused)
+    training = module.training
+    module.eval()
+    with torch.no_grad():
+        for task, its_batches in batches.items():
+            module.switch(task)
+            outputs = [predict(module, batch) for batch in its_batches]
+            logits = torch.cat([logits for logits, _ in outputs])
+            labels = torch.cat([labels for _, labels in outputs])
+            losses.append(float(nn.functional.cross_entropy(logits, labels)))
+            scores.append(float((logits.argmax(-1) == labels).float().mean()))
+    module.train(training)
+    return sum(losses) / len(losses), sum(scores) / len(scores)
+
+
+def search_scale(
+    module: ReuseModule, family: Family, merge: Merge, scales: Sequence[float], batches: Batches
+) -> Merge:
+    """The merge with the scale that scores best on a few labelled batches.
+
+    Args:
+        module: evaluates.
+        family: the tasks.
+        merge: one with a `scale`; others come back as they are.
+        scales: those to try; of equals the one with the lower loss.
+        batches: of each task.
+    """
+    settings: Any = merge
+    if not scales or "scale" not in {field.name for field in dataclasses.fields(settings)}:
+        return merge
+    fused = Fused(family, dataclasses.replace(settings, scale=1.0))
+    found = []
+    for scale in scales:
+        fused.scale = scale
+        loss, score = evaluate(module, fused, batches)
+        found.append((-score, loss, scale))
+    chosen: Merge = dataclasses.replace(settings, scale=min(found)[2])
+    return chosen
+
+
+@dataclass(frozen=True)
+class LoraHub:
+    """Gradient-free search of one weight per task on a few labelled batches (2307.13269).
+
+    Minimises cross-entropy + penalty · mean |w| by CMA-ES, from the mean merge, w = 1/T. The
+    authors use another evolutionary optimiser, from w = 0.
+
+    Args:
+        evaluations: how often the fused model is evaluated.
+        bound: weights stay within ± this.
+        penalty: of the weights' mean magnitude.
+        seed: of the search.
+    """
+
+    evaluations: int = 40
+    bound: float = 1.5
+    penalty: float = 0.05
+    seed: int = 0
+
+    def search(self, module: ReuseModule, family: Family, batches: Batches) -> Weighted:
+        """Search the weights.
+
+        Args:
+            module: evaluates.
+            family: the tasks.
+            batches: of each task.
+
+        Raises:
+            FusionKitError: there are fewer than two tasks, or evaluations.
+        """
+        import cma
+
+        count = len(family.tasks)
+        if count < 2 or self.evaluations < 2:
+            raise FusionKitError(
+                f"LoraHub needs two tasks and evaluations at least, got {count} tasks and "
+                f"{self.evaluations} evaluations"
+            )
+
+        def loss(weights: Sequence[float]) -> float:
+            merge = Weighted({t: float(w) for t, w in zip(family.tasks, weights, strict=True)})
+            magnitude = sum(abs(weight) for weight in weights) / count
+            return evaluate(module, Fused(family, merge), batches)[0] + self.penalty * magnitude
+
+        start = [1 / count] * count
+        options = {
+            "bounds": [-self.bound, self.bound],
+            "maxfevals": self.evaluations - 1,
+            "seed": self.seed + 1,  # to this optimiser, 0 is "by the clock"
+            "verbose": -9,
+        }
+        strategy = cma.CMAEvolutionStrategy(start, self.bound / 3, options)
+        best, lowest = start, loss(start)
+        left = self.evaluations - 1
+        while left > 0:
+            candidates = strategy.ask(min(strategy.popsize, left) if left >= 2 else None)[:left]
+            values = [loss(candidate) for candidate in candidates]
+            left -= len(candidates)
+            for candidate, value in zip(candidates, values, strict=True):
+                if value < lowest:
+                    best, lowest = list(candidate), value
+            if len(candidates) >= strategy.sp.weights.mu:
+                strategy.tell(candidates, values)
+        return Weighted({t: float(w) for t, w in zip(family.tasks, best, strict=True)})
