@@ -2,33 +2,42 @@
 
 The images come with scikit-learn: 1,797 handwritten digits of 8 × 8 pixels, and two photographs,
 cut into patches of that size. A small ViT is pre-trained on the digits, then fine-tuned for each
-task in full. Every fifth digit, and the right third of each photograph, is for testing, and never
-seen in any training, the base's included.
+task, once in full and once by a LoRA. Every fifth digit, and the right third of each photograph,
+is for testing, and never seen in any training, the base's included.
 """
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import timm
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
-from safetensors.torch import load_file, save_file
+from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from sklearn.datasets import load_digits, load_sample_images
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-SETTINGS = {
-    "version": 2,
+from fusionkit import report
+from fusionkit.finetune import WEIGHTS, Finetune
+
+SETTINGS: dict[str, Any] = {
+    "version": 3,
     "model": {"embed_dim": 64, "depth": 4, "num_heads": 4},
-    "base": {"steps": 1200, "rate": 2e-3},
-    "task": {"steps": 300, "rate": 5e-4},
+    "base": {"steps": 1200, "method": "full", "learning_rate": 2e-3},
+    "full": {"steps": 300, "method": "full", "learning_rate": 3e-4},
+    "lora": {
+        "steps": 200,
+        "method": "lora",
+        "learning_rate": 5e-3,
+        "rank": 8,
+        "alpha": 16,
+        "target_modules": ["qkv", "proj", "fc1", "fc2"],
+    },
     "batch_size": 64,
 }
 """How the family is trained; part of the cache's key."""
@@ -44,14 +53,13 @@ _PATCH = 8
 
 def base_model() -> nn.Module:
     """The base: a ViT of 8 × 8 grey images in patches of 2 × 2, with a head of 10 classes."""
-    settings = cast(dict[str, Any], SETTINGS["model"])
     return timm.create_model(
         "vit_tiny_patch16_224",
         img_size=_PATCH,
         patch_size=2,
         in_chans=1,
         num_classes=10,
-        **settings,
+        **SETTINGS["model"],
     )
 
 
@@ -104,11 +112,13 @@ class DemoFamily:
 
     Attributes:
         base: the base's.
-        finetuned: task name → fine-tuned checkpoint.
+        full: task name → full fine-tune.
+        lora: task name → LoRA adapter.
     """
 
     base: Path
-    finetuned: dict[str, Path]
+    full: dict[str, Path]
+    lora: dict[str, Path]
 
 
 def prepare(folder: Path) -> DemoFamily:
@@ -122,61 +132,55 @@ def prepare(folder: Path) -> DemoFamily:
     """
     key = hashlib.sha256(json.dumps(SETTINGS, sort_keys=True).encode()).hexdigest()[:12]
     place = folder / key
-    place.mkdir(parents=True, exist_ok=True)
-    data = DigitTasks(cast(int, SETTINGS["batch_size"]))
-    base = place / "base.safetensors"
-    if not base.exists():
-        seed_everything(0, verbose=False)  # before the model is built: it is drawn too
-        _train("base", base_model(), _pretraining_rows(), "base", base)
-    finetuned = {task: place / f"{task}.safetensors" for task in data.tasks}
-    for task, path in finetuned.items():
-        if not path.exists():
-            seed_everything(0, verbose=False)
-            model = base_model()
-            model.load_state_dict(load_file(base))
-            model.head = nn.Linear(cast(int, model.num_features), data.num_classes[task])
-            _train(task, model, data.rows(task, test=False), "task", path)
-    return DemoFamily(base, finetuned)
+    data = DigitTasks(SETTINGS["batch_size"])
+    base = _trained("base", "base", _pretraining_rows(), 10, place)
+    families = {
+        kind: {
+            task: _trained(task, kind, data.rows(task, test=False), classes, place, base)
+            for task, classes in data.num_classes.items()
+        }
+        for kind in ("full", "lora")
+    }
+    return DemoFamily(base, **families)
 
 
-class _Classifier(LightningModule):
-    """Full fine-tuning with AdamW and a one-cycle rate."""
+class _OneTask(LightningDataModule):
+    """The training rows of one task."""
 
-    def __init__(self, model: nn.Module, rate: float) -> None:
+    def __init__(self, task: str, rows: Rows, classes: int) -> None:
         super().__init__()
-        self.model = model
-        self.rate = rate
+        self.tasks, self.num_classes, self._rows = [task], {task: classes}, rows
 
-    def training_step(self, batch: Rows, batch_idx: int) -> Tensor:
-        images, labels = batch
-        return nn.functional.cross_entropy(self.model(images), labels)
-
-    def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.parameters(), lr=self.rate, weight_decay=0.01)
-        steps = self.trainer.max_steps
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.rate, total_steps=steps)
-        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+    def train_dataloader(self) -> list[DataLoader[Any]]:
+        dataset = TensorDataset(*self._rows)
+        return [DataLoader(dataset, SETTINGS["batch_size"], shuffle=True, drop_last=True)]
 
 
-def _train(name: str, model: nn.Module, rows: Rows, kind: str, out: Path) -> None:
-    from fusionkit import report
-
-    settings = cast(dict[str, Any], SETTINGS[kind])
-    report.show(f"training '{name}': {settings['steps']} steps over {len(rows[1]):,} images")
+def _trained(
+    name: str, kind: str, rows: Rows, classes: int, place: Path, base: Path | None = None
+) -> Path:
+    """A fine-tuned checkpoint's path; trained first, if it is not there."""
+    settings = dict(SETTINGS[kind])
+    folder = place / kind / name
+    path = folder / WEIGHTS if settings["method"] == "full" else folder
+    if path.exists():
+        return path
+    steps = settings.pop("steps")
+    report.show(f"training '{name}' ({kind}): {steps} steps over {len(rows[1]):,} images")
+    seed_everything(0, verbose=False)  # before the model is built: it is drawn too
+    module = Finetune(
+        base_model(), base=str(base) if base else None, private=["head.*"], dropout=0.0, **settings
+    )
     trainer = Trainer(
-        max_steps=settings["steps"],
+        max_steps=steps,
         max_epochs=-1,
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
     )
-    batch_size = cast(int, SETTINGS["batch_size"])
-    loader = DataLoader(TensorDataset(*rows), batch_size, shuffle=True, drop_last=True)
-    trainer.fit(_Classifier(model, settings["rate"]), loader)
-    temporary = out.with_suffix(".tmp")
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, temporary)
-    os.replace(temporary, out)
+    trainer.fit(module, datamodule=_OneTask(name, rows, classes))
+    return module.save(folder)
 
 
 @cache

@@ -296,8 +296,8 @@ def recipes_folder() -> Path:
     return installed if installed.is_dir() else Path(__file__).parent.parent / "recipes"
 
 
-def run_demo(out: Path, cache: Path | None) -> report.ComparisonReport:
-    """Train the demo's family (or take it from the cache), and compare codecs on it."""
+def run_demo(out: Path, cache: Path | None) -> list[report.ComparisonReport]:
+    """Train the demo's families (or take them from the cache), and compare codecs on each."""
     from fusionkit import demo
 
     _quieten()
@@ -306,10 +306,16 @@ def run_demo(out: Path, cache: Path | None) -> report.ComparisonReport:
     )  # such small matrices gain nothing from more, and a busy machine stalls
     folder = cache or Path.home() / ".cache" / "fusionkit" / "demo"
     family = demo.prepare(folder)
-    arguments = [
-        f"--config={recipes_folder() / 'demo.yaml'}",
-        f"--model.base={family.base}",
-        *(f"--model.finetuned.{task}={path}" for task, path in family.finetuned.items()),
-        f"--out={out}",
-    ]
-    return CompareCLI(arguments).compare()
+    reports = []
+    for name, finetuned, place in (
+        ("demo", family.full, out),
+        ("demo_lora", family.lora, out / "lora"),
+    ):
+        arguments = [
+            f"--config={recipes_folder() / name}.yaml",
+            f"--model.base={family.base}",
+            *(f"--model.finetuned.{task}={path}" for task, path in finetuned.items()),
+            f"--out={place}",
+        ]
+        reports.append(CompareCLI(arguments).compare())
+    return reports
