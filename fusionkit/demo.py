@@ -29,7 +29,7 @@ SETTINGS: dict[str, Any] = {
     "version": 3,
     "model": {"embed_dim": 64, "depth": 4, "num_heads": 4},
     "base": {"steps": 1200, "method": "full", "learning_rate": 2e-3},
-    "full": {"steps": 300, "method": "full", "learning_rate": 3e-4},
+    "full": {"steps": 300, "method": "full", "learning_rate": 4e-4},
     "lora": {
         "steps": 200,
         "method": "lora",
@@ -169,7 +169,12 @@ def _trained(
     report.show(f"training '{name}' ({kind}): {steps} steps over {len(rows[1]):,} images")
     seed_everything(0, verbose=False)  # before the model is built: it is drawn too
     module = Finetune(
-        base_model(), base=str(base) if base else None, private=["head.*"], dropout=0.0, **settings
+        base_model(),
+        base=str(base) if base else None,
+        private=["head.*"],
+        dropout=0.0,
+        warmup=0.3,
+        **settings,
     )
     trainer = Trainer(
         max_steps=steps,

@@ -1,13 +1,13 @@
 """The embedded demo's data and checkpoints; the whole way is run elsewhere."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
-from fusionkit import demo
+from fusionkit import Family, demo
 from fusionkit.demo import DigitTasks, base_model
 
 TASKS = DigitTasks().tasks
@@ -84,56 +84,48 @@ def test_base_model_is_small_and_has_a_head_of_its_own() -> None:
 
 
 class TestCache:
-    """Where `prepare` looks for checkpoints, with the training left out."""
+    """Where `prepare` looks for checkpoints; every model trained for one step, for two tasks."""
 
-    @pytest.fixture
-    def trained(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-        """The models trained so far."""
-        names: list[str] = []
+    @pytest.fixture(autouse=True)
+    def _short(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for kind in ("base", "full", "lora"):
+            monkeypatch.setitem(demo.SETTINGS, kind, {**demo.SETTINGS[kind], "steps": 1})
+        monkeypatch.setattr(demo, "_TASKS", {task: demo._TASKS[task] for task in TASKS[:2]})
 
-        def train(name: str, *rest: Any) -> None:
-            names.append(name)
-            rest[-1].touch()
-
-        monkeypatch.setattr(demo, "_train", train)
-        monkeypatch.setattr(demo, "load_file", lambda _: base_model().state_dict())
-        return names
-
-    def test_trains_once(self, tmp_path: Path, trained: list[str]) -> None:
+    def test_trains_once(self, tmp_path: Path) -> None:
         family = demo.prepare(tmp_path)
-        assert trained == ["base", *TASKS]
-        assert list(family.finetuned) == TASKS
-        assert all(path.is_file() for path in (family.base, *family.finetuned.values()))
+        paths = [family.base, *family.full.values()]
+        paths += [folder / "adapter_model.safetensors" for folder in family.lora.values()]
+        assert list(family.full) == list(family.lora) == TASKS[:2]
+        times = [path.stat().st_mtime_ns for path in paths]
         assert demo.prepare(tmp_path) == family
-        assert len(trained) == 1 + len(TASKS)
+        assert [path.stat().st_mtime_ns for path in paths] == times
 
-    def test_start_does_not_depend_on_what_was_drawn_before(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        heads: list[Tensor] = []
-
-        def train(name: str, model: Any, *rest: Any) -> None:
-            heads.append(model.head.weight.detach().clone())
-            rest[-1].touch()
-
-        monkeypatch.setattr(demo, "_train", train)
-        monkeypatch.setattr(demo, "load_file", lambda _: base_model().state_dict())
+    def test_does_not_depend_on_what_was_drawn_before(self, tmp_path: Path) -> None:
+        states = []
         for seed in (1, 2):
             torch.manual_seed(seed)
-            demo.prepare(tmp_path / str(seed))
-        for first, again in zip(heads[: 1 + len(TASKS)], heads[1 + len(TASKS) :], strict=True):
-            assert torch.equal(first, again)
+            states.append(load_file(demo.prepare(tmp_path / str(seed)).full[TASKS[1]]))
+        for name, tensor in states[0].items():
+            torch.testing.assert_close(states[1][name], tensor)
 
-    def test_goes_on_where_it_was_interrupted(self, tmp_path: Path, trained: list[str]) -> None:
-        demo.prepare(tmp_path).finetuned[TASKS[2]].unlink()
-        trained.clear()
+    def test_goes_on_where_it_was_interrupted(self, tmp_path: Path) -> None:
+        family = demo.prepare(tmp_path)
+        base = family.base.stat().st_mtime_ns
+        family.full[TASKS[1]].unlink()
+        family.full[TASKS[1]].parent.rmdir()
         demo.prepare(tmp_path)
-        assert trained == [TASKS[2]]
+        assert family.full[TASKS[1]].is_file()
+        assert family.base.stat().st_mtime_ns == base
 
     def test_other_settings_are_another_family(
-        self, tmp_path: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         before = demo.prepare(tmp_path)
         monkeypatch.setitem(demo.SETTINGS, "version", -1)
         assert demo.prepare(tmp_path).base != before.base
-        assert len(trained) == 2 * (1 + len(TASKS))
+
+    def test_adapters_are_of_the_base(self, tmp_path: Path) -> None:
+        made = demo.prepare(tmp_path)
+        family = Family(made.base, made.lora, private=["head.*"])
+        assert len(family.names("delta")) == 17

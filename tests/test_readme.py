@@ -77,5 +77,6 @@ def test_the_readmes_table_is_the_demos() -> None:
 
     from fusionkit.recipe import recipes_folder
 
-    names = yaml.safe_load((recipes_folder() / "demo.yaml").read_text())["codecs"]
-    assert all(f"│ {name} " in README for name in names)
+    for recipe in ("demo.yaml", "demo_lora.yaml"):
+        names = yaml.safe_load((recipes_folder() / recipe).read_text())["codecs"]
+        assert all(f"│ {name} " in README for name in names)

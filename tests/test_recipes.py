@@ -40,15 +40,11 @@ def test_recipe_parses_and_says_how_to_run_it(path: Path) -> None:
 
 def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole way with short training: trained, compared, plotted; then all from the cache."""
-    short = {
-        **demo.SETTINGS,
-        "base": {"steps": 60, "rate": 2e-3},
-        "task": {"steps": 30, "rate": 1e-3},
-    }
-    monkeypatch.setattr(demo, "SETTINGS", short)
+    for kind, steps in {"base": 60, "full": 30, "lora": 30}.items():
+        monkeypatch.setitem(demo.SETTINGS, kind, {**demo.SETTINGS[kind], "steps": steps})
     cache = tmp_path / "cache"
     first = run("demo", "--out", tmp_path / "out", "--cache", cache)
-    assert "training 'base'" in first
+    assert "training 'base' (base)" in first
     rows = {row["name"]: row for row in csv.DictReader((tmp_path / "out/compare.csv").open())}
     names = list(yaml.safe_load((recipes_folder() / "demo.yaml").read_text())["codecs"])
     assert list(rows) == ["fine-tuned", *names]
@@ -56,8 +52,13 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert float(rows["dense fp16"]["mean_score"]) == pytest.approx(own, abs=0.01)
     assert all(float(rows[n]["bits_per_parameter"]) < 17 for n in names)
     assert (tmp_path / "out/compare.png").stat().st_size > 10_000
+    lora = {r["name"]: r for r in csv.DictReader((tmp_path / "out/lora/compare.csv").open())}
+    names = list(yaml.safe_load((recipes_folder() / "demo_lora.yaml").read_text())["codecs"])
+    assert list(lora) == ["fine-tuned", *names]
+    sizes = [int(lora[f"PERU-LoRA {q}"]["nbytes"]) for q in (1, 2, 4)]
+    assert sizes == sorted(sizes)
     trained = {path: path.stat().st_mtime_ns for path in cache.rglob("*.safetensors")}
-    assert len(trained) == 7
+    assert len(trained) == 13
     again = run("demo", "--out", tmp_path / "out", "--cache", cache)
     assert "training" not in again
     assert {path: path.stat().st_mtime_ns for path in trained} == trained
