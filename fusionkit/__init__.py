@@ -1,5 +1,6 @@
 """FusionKit: many fine-tuned models of one base, as the base and a small delta per task."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from fusionkit.bundle import Bundle as Bundle
@@ -15,6 +16,7 @@ from fusionkit.codecs.prune import MagnitudePrune as MagnitudePrune
 from fusionkit.codecs.svd import SVD as SVD
 from fusionkit.compress import add_tasks as add_tasks
 from fusionkit.compress import compress as compress
+from fusionkit.export_peft import export_adapter as export_adapter
 from fusionkit.family import Family as Family
 from fusionkit.merge import TIES as TIES
 from fusionkit.merge import Elect as Elect
@@ -24,13 +26,14 @@ from fusionkit.merge import TaskArithmetic as TaskArithmetic
 from fusionkit.merge import Weighted as Weighted
 
 if TYPE_CHECKING:
+    from fusionkit.finetune import Finetune as Finetune
     from fusionkit.module import ReuseModule as ReuseModule
+
+_LIGHTNING = {"Finetune": "fusionkit.finetune", "ReuseModule": "fusionkit.module"}
 
 
 def __getattr__(name: str) -> Any:
-    """Import `ReuseModule` when it is first asked for: Lightning takes seconds to import."""
-    if name == "ReuseModule":
-        from fusionkit.module import ReuseModule
-
-        return ReuseModule
+    """Import what needs Lightning when it is first asked for: that takes seconds."""
+    if name in _LIGHTNING:
+        return getattr(import_module(_LIGHTNING[name]), name)
     raise AttributeError(f"module 'fusionkit' has no attribute '{name}'")

@@ -110,7 +110,8 @@ def inspect(bundle: str) -> None:
         f"compressed parameters per task: {base.parameters:,} "
         f"in {len(base.names('delta'))} tensors; "
         f"exact: {len(base.names('exact'))}; frozen: {len(base.names('frozen'))}\n"
-        f"private: {', '.join(opened.manifest.private) or 'none'}",
+        f"private: {', '.join(opened.manifest.private) or 'none'}"
+        + (f"\nadapters themselves: {base.space.summary}" if base.space else ""),
     )
 
 

@@ -40,6 +40,13 @@ class AdapterSpace:
     config: dict[str, Any]
 
     @property
+    def summary(self) -> str:
+        """The space in a few words."""
+        kind = ("linearized " if self.layout.linearized else "") + self.layout.kind
+        start = ", ".join(f"{k} {v}" for k, v in self.start.items() if k in {"constant", "seed"})
+        return f"{kind} on {len(self.layout.modules)} modules, start: {start or 'stored'}"
+
+    @property
     def stored(self) -> bool:
         """Whether the initial tensors have to be kept, as nothing makes them again."""
         return "stored" in self.start
