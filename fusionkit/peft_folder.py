@@ -130,7 +130,27 @@ class PeftFolder:
         ordered = sorted(names, key=lambda name: place[f"{name}.weight"])
         make = self._ia3 if self.config["peft_type"] == "IA3" else self._lora
         kind: Any = _KINDS[self.config["peft_type"]]
-        return AdapterLayout(kind, tuple(make(name, base) for name in ordered))
+        layout = AdapterLayout(kind, tuple(make(name, base) for name in ordered))
+        self._refuse_ambiguous(layout, base)
+        return layout
+
+    def _refuse_ambiguous(self, layout: AdapterLayout, base: Checkpoint) -> None:
+        """A square matrix's layout is told by one flag for all: which must hold for the others."""
+        flag = "transposed" if self.config.get("fan_in_fan_out") else "linear"
+        square, against = [], []
+        for module in layout.modules:
+            shape = base.specs[f"{module.name}.weight"].shape
+            if isinstance(module, LoraModule) and module.form in {"linear", "transposed"}:
+                if shape[0] == shape[1]:
+                    square.append(f"'{module.name}'")
+                elif module.form != flag:
+                    against.append(f"'{module.name}'")
+        if square and against:
+            raise CheckpointError(
+                f"{self.label}: fan_in_fan_out in {CONFIG} is wrong for {against[0]}, so that it "
+                f"can't be told how these square matrices lie:{listing(square)}\nadapt layers of "
+                "one kind only, or merge the adapter into its base with PEFT"
+            )
 
     def _lora(self, name: str, base: Checkpoint) -> Module:
         embedding = f"{name}.lora_embedding_A" in self.tensors
@@ -192,14 +212,17 @@ class PeftFolder:
         vector = self.tensors.specs[f"{name}.ia3_l"].shape
         shape = base.specs[f"{name}.weight"].shape
         inputs = _is_feedforward(self.config.get("feedforward_modules"), name)
-        transposed = len(shape) == 2 and bool(self.config.get("fan_in_fan_out"))
-        axis = int(inputs) ^ int(transposed)
         length = math.prod(vector)
-        if len(shape) < 2 or shape[axis] != length:
+        axes = [axis for axis in range(min(len(shape), 2)) if shape[axis] == length]
+        if not axes:
             raise FamilyError(
-                f"{self.label}: the vector of '{name}' has {length} entries, axis {axis} of the "
-                f"base's weight {list(shape)} has another length; an adapter of another base?"
+                f"{self.label}: the vector of '{name}' has {length} entries, which is neither axis "
+                f"of the base's weight {list(shape)}; an adapter of another base?"
             )
+        if len(axes) > 1:  # square: the config must say
+            transposed = len(shape) == 2 and bool(self.config.get("fan_in_fan_out"))
+            axes = [int(inputs) ^ int(transposed)]
+        axis = axes[0]
         return Ia3Module(name, axis, bias=not inputs and f"{name}.bias" in base)
 
     def _refuse_unknown(self) -> None:
