@@ -200,10 +200,8 @@ class SVD(TensorCodec):
                     s = s if self.budget is None else s[:gain]
                     spectra[task][vectors.name] = s.to(torch.float64).square()
         for task, squares in enumerate(spectra):
-            if (
-                self.budget is not None
-                and fixed[task] + min(cost.values(), default=0) > self.budget
-            ):
+            least = fixed[task] + min((cost[name] for name in squares), default=0)
+            if self.budget is not None and least > self.budget:
                 raise CodecError(
                     f"task '{family.tasks[task]}': a budget of {self.budget} bytes is less than "
                     f"its vectors ({fixed[task]} bytes) and one direction; raise it, or drop the "
