@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from copy import copy
 from pathlib import Path
@@ -25,7 +26,10 @@ from fusionkit.start import Seeded, digest
 
 Method = Literal["full", "lora", "linearized_lora", "ia3"]
 WEIGHTS = "model.safetensors"
+KINDS = (WEIGHTS, CONFIG)
+"""A fine-tune's folder has one of these files."""
 _START_TENSORS = "initial.safetensors"
+_START_BUFFER = ".initial_lora_"
 
 
 class Finetune(LightningModule):
@@ -58,7 +62,7 @@ class Finetune(LightningModule):
         metric: makes the validation metric from the number of classes; accuracy by default.
 
     Raises:
-        FusionKitError: PEFT finds no modules to adapt, or the base does not fit the model.
+        FusionKitError: the base does not fit the model.
     """
 
     def __init__(
@@ -103,16 +107,29 @@ class Finetune(LightningModule):
             load_base(model, Checkpoint.of(base), self.private)
 
     def configure_model(self) -> None:
-        """Fit the head to the task, and put the adapters in; once."""
-        if self.metric is not None:
-            return
-        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        """The Trainer's call of `prepare`."""
+        self.prepare(getattr(self.trainer, "datamodule", None))
+
+    def prepare(self, datamodule: Any) -> None:
+        """Take the task's data alone; the first time, fit the head and put the adapters in.
+
+        Raises:
+            DataError: there is no such task.
+            FusionKitError: what is to be adapted or frozen, or the head, is not in the model.
+        """
         tasks = list(getattr(datamodule, "tasks", []))
+        if not tasks:
+            raise DataError("expected a datamodule with the names of its `tasks`")
         if self.task is None and len(tasks) == 1:
             self.task = tasks[0]
+        if self.task is None:
+            raise DataError(f"which task? give `task`, one of {', '.join(tasks)}")
         if self.task not in tasks:
             raise DataError(f"there is no data for task '{self.task}'; there is {', '.join(tasks)}")
         datamodule.tasks = [self.task]
+        if self.metric is not None:
+            return
+        self._check_names()
         classes: int = datamodule.num_classes[self.task]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
@@ -122,8 +139,16 @@ class Finetune(LightningModule):
                 parameter.requires_grad_(not matches(name, self.frozen))
         else:
             self._adapt()
-        self.model.train()
+        self.train()
         self.metric = self.make_metric(classes)
+
+    def train(self, mode: bool = True) -> "Finetune":
+        """Set the mode; but running statistics that are not trained stay as they are."""
+        super().train(mode)
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.modules.batchnorm._NormBase):
+                module.train(mode and self._keeps(f"{name}.running_mean"))
+        return self
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Cross-entropy of one batch of the task's only dataloader."""
@@ -148,6 +173,8 @@ class Finetune(LightningModule):
         optimizer = torch.optim.AdamW(
             trained, lr=self.learning_rate, weight_decay=self.weight_decay
         )
+        if self.trainer.estimated_stepping_batches == math.inf:
+            raise FusionKitError("for how long? give the Trainer max_epochs or max_steps")
         steps = int(self.trainer.estimated_stepping_batches)
         rise = max(round(self.warmup * steps), 1)
 
@@ -159,9 +186,25 @@ class Finetune(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave out what the base has anyway."""
-        frozen = {name for name, p in self.named_parameters() if not p.requires_grad}
+        kept = {n for n, p in self.named_parameters(remove_duplicate=False) if p.requires_grad}
+        kept |= {n for n, _ in self.named_buffers() if self._keeps(n.removeprefix("model."))}
         state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {n: t for n, t in state.items() if n not in frozen}
+        checkpoint["state_dict"] = {n: t for n, t in state.items() if n in kept}
+        checkpoint["finetune"] = self._identity()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """See that it is this fine-tuning's: its weights mean nothing to another.
+
+        Raises:
+            FusionKitError: it is of another task, method or start.
+        """
+        saved = checkpoint.get("finetune", {})
+        for key, value in self._identity().items():
+            if saved.get(key) != value:
+                raise FusionKitError(
+                    f"the checkpoint is of another fine-tuning, of {key} {saved.get(key)}, where "
+                    f"this one has {value}; give the settings that it began with"
+                )
 
     def save(self, folder: str | Path, overwrite: bool = False) -> Path:
         """Write the fine-tuned model as other tools read it; it appears whole or not at all.
@@ -180,8 +223,9 @@ class Finetune(LightningModule):
         from peft import get_peft_model_state_dict
 
         folder = Path(folder)
+        kind = next((file for file in KINDS if (folder / file).is_file()), WEIGHTS)
         if self.method == "full":
-            with new_folder(folder, overwrite, known_by=WEIGHTS) as new:
+            with new_folder(folder, overwrite, known_by=kind) as new:
                 tied = Checkpoint(self.model).aliases
                 state = {
                     name: tensor.cpu().contiguous()
@@ -190,13 +234,13 @@ class Finetune(LightningModule):
                 }
                 save_file(state, new / WEIGHTS, metadata={"format": "pt"})
             return folder / WEIGHTS
-        with new_folder(folder, overwrite, known_by=CONFIG) as new:
+        with new_folder(folder, overwrite, known_by=kind) as new:
             adapted = cast(Any, self.model)
             state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
             state = {
                 name: tensor.cpu().contiguous()
                 for name, tensor in state.items()
-                if ".initial_" not in name  # the start, which is on record by itself
+                if _START_BUFFER not in name  # the start, which is on record by itself
             }
             save_file(state, new / TENSORS[0], metadata={"format": "pt"})
             settings = copy(adapted.peft_config["default"])
@@ -208,6 +252,38 @@ class Finetune(LightningModule):
             if self.method != "ia3":
                 self._record_start(new)
         return folder
+
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree in, to be gone on from."""
+        start = {name: tensor.cpu() for name, tensor in self._start.items()}
+        return {"task": self.task, "method": self.method, "start": digest(start)}
+
+    def _keeps(self, buffer: str) -> bool:
+        """Whether a buffer of the model is the fine-tuned model's own."""
+        if self.method == "full":
+            return not matches(buffer, self.frozen)
+        return ".modules_to_save." in buffer or _START_BUFFER in buffer
+
+    def _check_names(self) -> None:
+        """Refuse patterns and modules that the model does not have."""
+        kind, names = type(self.model).__name__, list(self.model.state_dict())
+        for pattern in (*self.private, *self.frozen):
+            if not any(matches(name, [pattern]) for name in names):
+                raise FusionKitError(
+                    f"'{pattern}' matches no tensor of {kind}; the names end like '{names[-1]}'"
+                )
+        modules = [f".{name}" for name, _ in self.model.named_modules()]
+        for target in [] if self.method == "full" else self.target_modules or []:
+            if not any(name.endswith(f".{target}") for name in modules):
+                linear = {
+                    name.rpartition(".")[2]
+                    for name, module in self.model.named_modules()
+                    if isinstance(module, nn.Linear)
+                }
+                raise FusionKitError(
+                    f"{kind} has no module '{target}' to adapt; its linear ones are called "
+                    f"{', '.join(sorted(linear))}"
+                )
 
     def _fit_head(self, classes: int) -> None:
         heads = [
@@ -223,6 +299,7 @@ class Finetune(LightningModule):
 
     def _adapt(self) -> None:
         from peft import get_peft_model
+        from peft.utils import ModulesToSaveWrapper
 
         heads = [
             name
@@ -235,9 +312,12 @@ class Finetune(LightningModule):
                 adapted = get_peft_model(cast(Any, self.model), self._config(heads))
             except ValueError as error:
                 raise FusionKitError(
-                    f"PEFT can't adapt {type(self.model).__name__}: {error}; give target_modules "
-                    "(and feedforward_modules for (IA)³) by name"
+                    f"PEFT can't adapt {type(self.model).__name__}: {error}"
                 ) from error
+        for name, module in list(adapted.named_modules()):
+            # PEFT goes by the ends of names: a head `classifier` is `pre_classifier`, too.
+            if isinstance(module, ModulesToSaveWrapper) and _plain(name) not in heads:
+                adapted.set_submodule(name, module.original_module)
         self._start = {
             _plain(name): parameter.detach().clone()
             for name, parameter in adapted.named_parameters()

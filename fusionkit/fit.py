@@ -8,8 +8,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser
 
 from fusionkit import report
+from fusionkit.checkpoint import Checkpoint
 from fusionkit.errors import BundleError, FusionKitError
-from fusionkit.finetune import Finetune
+from fusionkit.finetune import KINDS, Finetune
 from fusionkit.recipe import RecipeCLI
 
 FINETUNED = "finetuned"
@@ -42,11 +43,16 @@ class FitCLI(RecipeCLI):
         out = Path(self.config["out"]) / FINETUNED
         if out.exists() and not self.config["overwrite"]:
             raise BundleError(f"{out}: exists; replace it with --overwrite true")
+        if out.exists() and not any((out / file).is_file() for file in KINDS):
+            raise BundleError(f"{out}: exists and is no fine-tune; give another --out")
         trainer = self.config["trainer"]
         trainer["default_root_dir"] = trainer["default_root_dir"] or self.config["out"]
         self.config["checkpoint"]["dirpath"] = self.config["checkpoint"]["dirpath"] or str(
             Path(self.config["out"]) / "checkpoints"
         )
+        if trainer["enable_checkpointing"] is False:  # Lightning refuses to be given one, then
+            keys = self.parser.callback_keys
+            self.parser.callback_keys = [key for key in keys if key != "checkpoint"]
 
     def fit(self) -> Path | None:
         """Train, then write what was trained.
@@ -57,7 +63,8 @@ class FitCLI(RecipeCLI):
         Raises:
             FusionKitError: there is no checkpoint to resume from.
         """
-        self.save_config()
+        if self.trainer.is_global_zero:
+            self.save_config()
         return train(
             self.trainer,
             self.model,
@@ -85,11 +92,25 @@ def train(
         out: the folder for what `Finetune.save` writes.
         ckpt_path: resume from this checkpoint; `last`: from the newest.
         overwrite: replace what is there.
+
+    Raises:
+        FusionKitError: there is no checkpoint to resume from, or it is of another fine-tuning.
+        KeyboardInterrupt: training was interrupted; nothing is saved but checkpoints.
     """
+    if ckpt_path and Path(ckpt_path).is_file():
+        Checkpoint(ckpt_path)  # says what is wrong with a damaged one
+    if isinstance(module, Finetune):
+        module.prepare(datamodule)  # here: the main process saves what other processes train
     try:
         trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
     except FileNotFoundError as error:
+        if ckpt_path is None or Path(ckpt_path).exists():
+            raise
         raise FusionKitError(f"{ckpt_path}: no such checkpoint to resume from") from error
+    except SystemExit as stopped:  # Lightning's answer to Ctrl-C
+        if trainer.interrupted:
+            raise KeyboardInterrupt from stopped
+        raise
     if trainer.interrupted:
         raise KeyboardInterrupt
     if not isinstance(module, Finetune) or not trainer.is_global_zero:

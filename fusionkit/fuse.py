@@ -1,15 +1,17 @@
 """`fusionkit fuse`: train families of adapters, fuse every set of tasks, and score the fusions."""
 
 import json
+import math
 from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from fusionkit import report
-from fusionkit.errors import FusionKitError
+from fusionkit.errors import DataError, FusionKitError
 from fusionkit.family import Family
 from fusionkit.fit import FINETUNED, FitCLI, train
 from fusionkit.fused import Batches, Fused, LoraHub, search_scale
@@ -61,6 +63,7 @@ class FuseCLI(FitCLI):
         for family, settings in self.config["families"].items():
             if unknown := [key for key in settings if key not in known]:
                 raise FusionKitError(f"families: {family}: the model has no setting '{unknown[0]}'")
+            self._with(settings)
         self.config["out"] = str(Path(self.config["out"]) / ".recipe")
         super().before_instantiate_classes()
         self.config = self._recipe.clone()
@@ -80,7 +83,7 @@ class FuseCLI(FitCLI):
         for name, settings in self._recipe["families"].items():
             paths = {task: self._finetuned(name, settings, task, out) for task in tasks}
             module, family_args = self._reuse(settings, paths)
-            batches = self._batches(tasks)
+            batches = self._batches(tasks) if lorahub or self._recipe["scales"] else {}
             done = {row.key: row for row in results.rows}
             own: dict[str, float] = {}
             for task in tasks:
@@ -93,7 +96,7 @@ class FuseCLI(FitCLI):
                 own[task] = done[key].score
             for chosen in _sets(tasks):
                 family = Family(module.family().base, {t: paths[t] for t in chosen}, **family_args)
-                searched = {task: batches[task] for task in chosen}
+                searched = {task: batches[task] for task in chosen if task in batches}
                 for method in [*merges, *(["LoraHub"] if lorahub else [])]:
                     if (name, method, "+".join(chosen)) in done:
                         continue
@@ -111,7 +114,7 @@ class FuseCLI(FitCLI):
                             "+".join(chosen),
                             len(chosen),
                             sum(scores.values()) / len(scores),
-                            sum(scores[t] / own[t] for t in chosen) / len(chosen),
+                            sum(_share(scores[t], own[t]) for t in chosen) / len(chosen),
                             repr(merge),
                         )
                     )
@@ -126,15 +129,17 @@ class FuseCLI(FitCLI):
         """What an earlier run of the same recipe has scored already."""
         rows, config = out / "fuse.json", out / "config.yaml"
         text = self.parser.dump(self._recipe, skip_none=False)
-        if not rows.exists():
+        begun = rows.exists() or any(out.glob(f"*/*/{FINETUNED}"))
+        if begun or any(out.glob("*/*/checkpoints/last.ckpt")):
+            if not config.exists() or config.read_text() != text:
+                raise FusionKitError(
+                    f"{out}: holds the results of another recipe ({config}); give another --out"
+                )
+        else:
             out.mkdir(parents=True, exist_ok=True)
             report.replace_file(config, text.encode())
-            return FusionReport()
-        if not config.exists() or config.read_text() != text:
-            raise FusionKitError(
-                f"{out}: holds the results of another recipe ({config}); give another --out"
-            )
-        return FusionReport([Fusion(**row) for row in json.loads(rows.read_text())])
+        earlier = json.loads(rows.read_text()) if rows.exists() else []
+        return FusionReport([Fusion(**row) for row in earlier])
 
     def _finetuned(self, family: str, settings: dict[str, Any], task: str, out: Path) -> str:
         """The path of one fine-tuned adapter; trained, or trained further, if it is not there."""
@@ -164,22 +169,36 @@ class FuseCLI(FitCLI):
 
     def _instantiate(self, out: Path, settings: dict[str, Any]) -> None:
         """Make model, data and Trainer anew, with some of the model's settings changed."""
-        self.config = self._recipe.clone()
+        self.config = self._with(settings)
         self.config["out"] = str(out)
-        for key, value in settings.items():
-            self.config["model"]["init_args"][key] = value
         super().before_instantiate_classes()
+        # From one seed each, whatever ran before: one base for all, and a run that goes on where
+        # another stopped comes to the same.
+        self._set_seed()
         self.instantiate_classes()
         self.config["out"] = self._recipe["out"]
+
+    def _with(self, settings: dict[str, Any]) -> Any:
+        """The recipe with some of the model's settings changed; parsed, to check them."""
+        content = self._recipe.as_dict()
+        content["model"]["init_args"].update(settings)
+        return self.parser.parse_object(content)
 
     def _batches(self, tasks: list[str]) -> Batches:
         """A few validation batches of each task, spread over all of them."""
         data: Any = self.datamodule
+        if not is_overridden("val_dataloader", data):
+            raise DataError(
+                f"{type(data).__name__} has no validation rows to search on; leave `scales` and "
+                "`lorahub` out"
+            )
         loaders = dict(zip(tasks, data.val_dataloader(), strict=True))
         count: int = self._recipe["search_batches"]
         picked = {}
         for task, loader in loaders.items():
             batches = list(loader)
+            if not batches:
+                raise DataError(f"no validation rows of '{task}' to search on; raise val_fraction")
             picked[task] = batches[:: max(len(batches) // count, 1)][:count]
         return picked
 
@@ -193,6 +212,10 @@ class FuseCLI(FitCLI):
             data.tasks = every
         assert module.scores is not None
         return module.scores.values
+
+
+def _share(score: float, own: float) -> float:
+    return score / own if own else math.nan
 
 
 def _sets(tasks: list[str]) -> Iterator[tuple[str, ...]]:

@@ -44,9 +44,10 @@ class Fused:
         own = set(space.layout.tensors) if space else set()
         for name in self.vectors.keys() - own:
             out[name].copy_(torch.add(base[name].to(torch.float32), self._vector(name, base[name])))
-        for name, tensor in self.family.exact(task):
-            if name in out:
-                out[name].copy_(tensor)
+        moved = dict(self.family.exact(task))
+        for name in self.family.names("exact"):
+            if name in out:  # unless it is a buffer that this model does not save
+                out[name].copy_(moved.get(name, base[name]))
         if space:
             start = self.family.base
             fold_into(
@@ -136,15 +137,22 @@ class LoraHub:
             batches: of each task.
 
         Raises:
-            FusionKitError: there are fewer than two tasks, or evaluations.
+            FusionKitError: there are fewer than two tasks, or evaluations, or the mean merge is
+                out of bounds.
         """
         import cma
+        import numpy as np
 
         count = len(family.tasks)
         if count < 2 or self.evaluations < 2:
             raise FusionKitError(
                 f"LoraHub needs two tasks and evaluations at least, got {count} tasks and "
                 f"{self.evaluations} evaluations"
+            )
+        if self.bound < 1 / count:
+            raise FusionKitError(
+                f"LoraHub starts from the mean merge, so that its bound, {self.bound:g}, must be "
+                f"{1 / count:g} at least"
             )
 
         def loss(weights: Sequence[float]) -> float:
@@ -156,7 +164,8 @@ class LoraHub:
         options = {
             "bounds": [-self.bound, self.bound],
             "maxfevals": self.evaluations - 1,
-            "seed": self.seed + 1,  # to this optimiser, 0 is "by the clock"
+            "seed": np.nan,  # would be set for all of NumPy
+            "randn": np.random.RandomState(self.seed + 1).randn,
             "verbose": -9,
         }
         strategy = cma.CMAEvolutionStrategy(start, self.bound / 3, options)
