@@ -331,7 +331,8 @@ class Bundle:
 
     def _own(self, task: str, name: str, device: torch.device) -> Tensor:
         """One of a task's adapter tensors."""
-        delta, start = self.delta(task, name, device), self._start_on(name, device)
+        start, still = self._start_on(name, device), self.manifest.base.tensors[name]
+        delta = None if still.role == "frozen" else self.delta(task, name, device)
         return start if delta is None else start.to(torch.float32) + delta
 
     def _known(self, task: str) -> str:

@@ -49,7 +49,7 @@ def main(args: list[str] | None = None) -> None:
         print(f"fusionkit {verb}: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print(f"fusionkit {verb}: interrupted; no bundle was left half-written", file=sys.stderr)
+        print(f"fusionkit {verb}: interrupted; nothing was left half-written", file=sys.stderr)
         sys.exit(130)
 
 

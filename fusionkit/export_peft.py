@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fusionkit.adapter import LoraModule
+from fusionkit.adapter import Form, LoraModule
 from fusionkit.bundle import Bundle
 from fusionkit.bundle_folder import new_folder
+from fusionkit.codec import DeltaCodec
 from fusionkit.errors import BundleError, listing
 from fusionkit.export import DTYPES
 from fusionkit.lowrank import LowRank, svd_gram
@@ -30,6 +31,7 @@ class _Adapter:
     ranks: dict[str, int] = dataclasses.field(default_factory=dict)
     whole: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     has_bias: bool = False
+    transposed: bool = False
 
 
 def export_adapter(
@@ -45,10 +47,11 @@ def export_adapter(
     """Write a task as a folder that `PeftModel.from_pretrained` loads, with the same outputs.
 
     Matrices become LoRA factors with alpha = rank, the scale split evenly over both factors;
-    biases of adapted modules go along as they are, and what no LoRA can hold (heads, norms) as
-    `modules_to_save`. A linearized adapter is folded into a plain LoRA, which is exact. Whether a
-    matrix is an embedding is told by its name (`embed`, `wte`, `wpe`), and whether the model lays
-    matrices out as (in, out), as GPT-2 does, by the lengths of its biases.
+    biases of adapted modules go along as they are, and what is no LoRA (heads, norms, matrices
+    that the codec kept whole) as `modules_to_save`. A linearized adapter is folded into a plain
+    LoRA, which is exact. Whether a matrix is an embedding is told by its name (`embed`, `wte`,
+    `wpe`), and whether the model lays matrices out as (in, out), as GPT-2 does, by the lengths of
+    its biases.
 
     Args:
         bundle: the bundle, its base at hand.
@@ -65,8 +68,8 @@ def export_adapter(
 
     Raises:
         BundleError: the codec has no factors and no rank is given, a tensor fits neither a LoRA
-            nor a module (and `lora_only` is not set), a factor is too large for fp16, or the
-            folder exists.
+            nor a module (and `lora_only` is not set), a square matrix's layout can't be told, a
+            factor is too large for fp16, or the folder exists.
         WrongBaseError: the base at hand is another model.
     """
     if dtype not in DTYPES:
@@ -82,7 +85,11 @@ def export_adapter(
         made.whole, made.has_bias = {}, False
         config["modules_to_save"] = None
     else:
-        homeless = [f"'{name}'" for name in made.whole if "." not in name or _crowded(name, bundle)]
+        homeless = [
+            f"'{name}'"
+            for name in made.whole
+            if _module(name) not in made.ranks and ("." not in name or _crowded(name, bundle))
+        ]
         if homeless:
             raise BundleError(
                 f"a PEFT adapter has no place for tensors outside a module of their own:"
@@ -128,7 +135,8 @@ def _of_weights(bundle: Bundle, task: str, rank: int | None) -> _Adapter:
     """Factors of every matrix, and the rest whole."""
     made = _Adapter()
     specs = bundle.manifest.base.tensors
-    transposed = _is_transposed({name: record.shape for name, record in specs.items()})
+    layouts = _Layouts({name: record.shape for name, record in specs.items()})
+    keeps_whole = type(bundle.codec).factors is not DeltaCodec.factors
     lacking = []
     for name in bundle.manifest.base.names("delta"):
         shape = torch.Size(specs[name].shape)
@@ -140,21 +148,27 @@ def _of_weights(bundle: Bundle, task: str, rank: int | None) -> _Adapter:
             delta = bundle.delta(task, name)
             if delta is None or not delta.any():
                 continue
+            if rank is None and keeps_whole:
+                continue
             if rank is None:
                 lacking.append(f"'{name}'")
                 continue
             matrix = delta.reshape(shape[0], -1)
             factors = svd_gram(matrix, rank).cut(min(rank, *matrix.shape))
-        form: Any = "transposed" if transposed and len(shape) == 2 else "linear"
-        if len(shape) > 2:
-            form = "conv"
-        elif _EMBEDDINGS.search(module.rpartition(".")[2]):
-            form = "embedding"
+        form: Form = "conv"
+        if len(shape) == 2:
+            embeds = _EMBEDDINGS.search(module.rpartition(".")[2])
+            form = "embedding" if embeds else layouts.of(name)
         _put(made, LoraModule(module, form, 1.0), factors, bundle)
     if lacking:
         raise BundleError(
             f"{bundle.codec!r} has no low-rank factors of:{listing(lacking)}\n"
             "give a rank to cut them to, or compress with SVD"
+        )
+    if not made.ranks:
+        raise BundleError(
+            f"{bundle.codec!r} has kept every matrix whole, so that there is no LoRA to write; give "
+            "a rank to cut them to"
         )
     adapted = {f"{module}.weight" for module in made.ranks}
     made.whole = _changed_whole(bundle, task, adapted)
@@ -172,6 +186,7 @@ def _put(made: _Adapter, module: LoraModule, factors: LowRank, bundle: Bundle) -
         a, b = a.reshape(-1, *shape[1:]), b.reshape(*b.shape, *[1] * (len(shape) - 2))
     names = dataclasses.replace(module, bias=False).tensors
     made.tensors.update(zip(names, (a, b), strict=True))
+    made.transposed |= module.form == "transposed"
     made.ranks[module.name] = a.shape[0]
 
 
@@ -206,18 +221,33 @@ def _module(name: str) -> str:
 def _crowded(name: str, bundle: Bundle) -> bool:
     """Whether a tensor's module holds modules too, which PEFT would have to save with it."""
     prefix = _module(name) + "."
-    return any(n.startswith(prefix) and _module(n) != _module(name) for n in bundle.base)
+    space = bundle.manifest.base.space
+    names = bundle.manifest.base.tensors.keys() - set(space.layout.tensors if space else [])
+    return any(n.startswith(prefix) and _module(n) != _module(name) for n in names)
 
 
-def _is_transposed(shapes: Mapping[str, list[int]]) -> bool:
-    """Whether the model's matrices are (in, out), by the biases beside those that aren't square."""
-    votes = Counter(
-        shapes[bias][0] == shape[1]
-        for name, shape in shapes.items()
-        if len(shape) == 2 and shape[0] != shape[1] and name.endswith(".weight")
-        if (bias := name.removesuffix("weight") + "bias") in shapes
-    )
-    return votes[True] > votes[False]
+class _Layouts:
+    """Whether matrices lie as (out, in) or (in, out): by the biases beside those not square."""
+
+    def __init__(self, shapes: Mapping[str, list[int]]) -> None:
+        self._known: dict[str, Form] = {
+            name: "transposed" if shapes[bias][0] == shape[1] else "linear"
+            for name, shape in shapes.items()
+            if len(shape) == 2 and shape[0] != shape[1] and name.endswith(".weight")
+            if (bias := name.removesuffix("weight") + "bias") in shapes
+        }
+
+    def of(self, name: str) -> Form:
+        """One matrix's; a square one, or one without bias, is as all others are."""
+        if name in self._known:
+            return self._known[name]
+        found = set(self._known.values()) or {"linear"}
+        if len(found) > 1:
+            raise BundleError(
+                f"the model has matrices of both layouts, and '{name}' does not show which it has; "
+                "declare it private to have it stored whole"
+            )
+        return next(iter(found))
 
 
 def _lora_config(bundle: Bundle, made: _Adapter) -> dict[str, Any]:
@@ -239,6 +269,7 @@ def _lora_config(bundle: Bundle, made: _Adapter) -> dict[str, Any]:
         "rank_pattern": others,
         "alpha_pattern": others,
         "bias": "none",
+        "fan_in_fan_out": made.transposed,
     }
 
 

@@ -238,6 +238,8 @@ class Family:
 
     def _role(self, name: str, spec: TensorSpec) -> Role:
         touched = any(self._touches(checkpoint, name) for checkpoint in self.finetuned.values())
+        if self.space and name in self.space.still:
+            return "frozen"
         if matches(name, self.frozen_patterns) or not touched:
             return "frozen"
         is_buffer = name in self.base.buffers or matches(name, _BUFFERS)
@@ -271,7 +273,7 @@ class Family:
         where = f"{tuned.label} (task '{task}')"
         self.private[task] = sorted(name for name in tuned if self._is_private(name))
         for name in self.base:
-            if self._is_private(name) and name not in tuned:
+            if self._is_private(name) and name not in tuned and self.space is None:
                 yield f"{where}: misses the private tensor '{name}'"
         for name, role in self.roles.items():
             known = self._known(tuned, name)

@@ -52,6 +52,15 @@ class _Linearized(nn.Module):
             if parameter.any():
                 self.register_buffer(_buffer(name), parameter.detach().clone())
 
+    def freeze_idle(self) -> None:
+        """Freeze a factor whose partner starts at 0: it has no influence on a linearized LoRA."""
+        parameters = self.adapter_parameters()
+        for name, parameter in parameters.items():
+            for one, other in (("_A.", "_B."), ("_B.", "_A.")):
+                partner = name.replace(one, other)
+                if one in name and partner in parameters and self.initial(partner) is None:
+                    parameter.requires_grad_(False)
+
     def _expanded(self, function: nn.Module, *inputs: Any) -> Tensor:
         """The expansion of `function(layer)`, at the layer's initial point."""
         now = {f"layer.{name}": p for name, p in self.adapter_parameters().items()}
@@ -206,10 +215,8 @@ def linearize(model: nn.Module, method: Literal["closed_form", "jvp"] = "closed_
     for _, layer in layers:
         layer.__class__ = classes[type(layer)]
         layer.start_here()
-        if isinstance(layer, LinearizedLinear):
-            for adapter in layer.lora_A:
-                if layer.initial(f"lora_B.{adapter}.weight") is None:
-                    layer.lora_A[adapter].weight.requires_grad_(False)  # has no influence
+        if method == "closed_form":
+            layer.freeze_idle()
     return [name for name, _ in layers]
 
 

@@ -33,11 +33,13 @@ class AdapterSpace:
         layout: what they do to the base.
         start: how their initial tensors are known; see `fusionkit.start.start_of`.
         config: PEFT's config, of which an export is made.
+        still: names of the tensors that never move: A, where a linearized LoRA starts at B = 0.
     """
 
     layout: AdapterLayout
     start: dict[str, Any]
     config: dict[str, Any]
+    still: frozenset[str] = frozenset()
 
     @property
     def summary(self) -> str:
@@ -70,13 +72,19 @@ class AdapterSpace:
 
     def to_json(self) -> dict[str, Any]:
         """The space as JSON."""
-        return {"layout": self.layout.to_json(), "start": self.start, "config": self.config}
+        return {
+            "layout": self.layout.to_json(),
+            "start": self.start,
+            "config": self.config,
+            "still": sorted(self.still),
+        }
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "AdapterSpace":
         """Read what `to_json` wrote."""
         layout = AdapterLayout.from_json(content["layout"])
-        return cls(layout, dict(content["start"]), dict(content["config"]))
+        still = frozenset(content["still"])
+        return cls(layout, dict(content["start"]), dict(content["config"]), still)
 
 
 def open_space(
@@ -114,7 +122,12 @@ def open_space(
                 f"{where}: started from another point than the adapter of '{first_task}', so that "
                 f"their tensors have no common base; train both from one seed, or {_MEND}"
             )
-    space = AdapterSpace(layout, record, first.config)
+    still = {
+        module.tensors[0]
+        for module in layout.modules
+        if layout.linearized and not start[module.tensors[1]].any()
+    }
+    space = AdapterSpace(layout, record, first.config, frozenset(still))
     tensors: dict[str, Checkpoint] = {task: folder.tensors for task, folder in folders.items()}
     return WithStart(base, start), tensors, space
 
