@@ -167,8 +167,8 @@ def _of_weights(bundle: Bundle, task: str, rank: int | None) -> _Adapter:
         )
     if not made.ranks:
         raise BundleError(
-            f"{bundle.codec!r} has kept every matrix whole, so that there is no LoRA to write; give "
-            "a rank to cut them to"
+            f"{bundle.codec!r} has kept every matrix whole, so that there is no LoRA to write; "
+            "give a rank to cut them to"
         )
     adapted = {f"{module}.weight" for module in made.ranks}
     made.whole = _changed_whole(bundle, task, adapted)

@@ -11,6 +11,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from fusionkit import report
+from fusionkit.checkpoint import find_checkpoints
 from fusionkit.errors import DataError, FusionKitError
 from fusionkit.family import Family
 from fusionkit.fit import FINETUNED, FitCLI, train
@@ -20,6 +21,7 @@ from fusionkit.merge import Merge
 from fusionkit.module import ReuseModule
 
 _SINGLE = "single"
+_THERE = "finetuned"
 
 
 class FuseCLI(FitCLI):
@@ -38,7 +40,8 @@ class FuseCLI(FitCLI):
             "--families",
             type=dict[str, dict[str, Any]],
             required=True,
-            help="what to train: a name for the table → settings of the model that differ",
+            help="what to train: a name for the table → settings of the model that differ; "
+            "or `finetuned`, a path with a * for the task, of adapters that are there",
         )
         parser.add_argument(
             "--merges", type=dict[str, Merge], required=True, help="a name for the table → a merge"
@@ -61,7 +64,7 @@ class FuseCLI(FitCLI):
         self._recipe = self.config.clone()
         known = self.config["model"]["init_args"]
         for family, settings in self.config["families"].items():
-            if unknown := [key for key in settings if key not in known]:
+            if unknown := [key for key in settings if key not in known and key != _THERE]:
                 raise FusionKitError(f"families: {family}: the model has no setting '{unknown[0]}'")
             self._with(settings)
         self.config["out"] = str(Path(self.config["out"]) / ".recipe")
@@ -81,7 +84,7 @@ class FuseCLI(FitCLI):
         data: Any = self.datamodule
         tasks: list[str] = list(data.tasks)
         for name, settings in self._recipe["families"].items():
-            paths = {task: self._finetuned(name, settings, task, out) for task in tasks}
+            paths = self._paths(name, settings, tasks, out)
             module, family_args = self._reuse(settings, paths)
             batches = self._batches(tasks) if lorahub or self._recipe["scales"] else {}
             done = {row.key: row for row in results.rows}
@@ -141,6 +144,20 @@ class FuseCLI(FitCLI):
         earlier = json.loads(rows.read_text()) if rows.exists() else []
         return FusionReport([Fusion(**row) for row in earlier])
 
+    def _paths(
+        self, family: str, settings: dict[str, Any], tasks: list[str], out: Path
+    ) -> dict[str, str]:
+        """The fine-tuned adapters: those that are there already, or else trained."""
+        if _THERE not in settings:
+            return {task: self._finetuned(family, settings, task, out) for task in tasks}
+        found = find_checkpoints(settings[_THERE])
+        if missing := [task for task in tasks if task not in found]:
+            raise FusionKitError(
+                f"families: {family}: {settings[_THERE]} has no '{missing[0]}'; it has "
+                f"{', '.join(found)}"
+            )
+        return {task: found[task] for task in tasks}
+
     def _finetuned(self, family: str, settings: dict[str, Any], task: str, out: Path) -> str:
         """The path of one fine-tuned adapter; trained, or trained further, if it is not there."""
         folder = out / family / task
@@ -181,7 +198,8 @@ class FuseCLI(FitCLI):
     def _with(self, settings: dict[str, Any]) -> Any:
         """The recipe with some of the model's settings changed; parsed, to check them."""
         content = self._recipe.as_dict()
-        content["model"]["init_args"].update(settings)
+        own = {key: value for key, value in settings.items() if key != _THERE}
+        content["model"]["init_args"].update(own)
         return self.parser.parse_object(content)
 
     def _batches(self, tasks: list[str]) -> Batches:

@@ -52,7 +52,7 @@ class Fused:
             start = self.family.base
             fold_into(
                 space.layout,
-                lambda name, device: (start[name] + self._vector(name, start[name])).to(device),
+                lambda name, device: self._moved(name, start[name]).to(device),
                 lambda name, device: start[name].to(device),
                 base,
                 out,
@@ -61,6 +61,10 @@ class Fused:
     def private_tensors(self, task: str) -> Iterator[tuple[str, Tensor]]:
         """The task's private tensors."""
         return self.family.private_tensors(task)
+
+    def _moved(self, name: str, start: Tensor) -> Tensor:
+        """An adapter's tensor; what never moves has no vector."""
+        return start + self._vector(name, start) if name in self.vectors else start
 
     def _vector(self, name: str, like: Tensor) -> Tensor:
         return self.vectors[name].to(like.device) * self.scale

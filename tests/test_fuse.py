@@ -305,6 +305,17 @@ class TestRefusals:
         assert message in output
         assert not (tmp_path / "out").exists()
 
+    def test_adapters_that_are_there_already(
+        self, finished: tuple[Path, str], tmp_path: Path
+    ) -> None:
+        there = {"finetuned": f"{finished[0]}/out/LoRA/*/finetuned"}
+        run("fuse", "--config", write(tmp_path, families={"LoRA": there}))
+        assert not list((tmp_path / "out").rglob("*.safetensors"))
+        assert rows(tmp_path) == [row for row in rows(finished[0]) if row["family"] == "LoRA"]
+        recipe = write(tmp_path, families={"LoRA": there}, out=str(tmp_path / "other"))
+        output = run("fuse", "--config", recipe, "--data.tasks=[digit,parity]", code=1)
+        assert "has no 'parity'; it has digit, photo, rotation" in output
+
     def test_validation_rows_to_search_on(self, tmp_path: Path) -> None:
         data = {"class_path": "test_fuse.NoValidation"}
         recipe = write(tmp_path, data=data, families={"LoRA": {}})

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from test_cli import run
 
 import fusionkit
 from fusionkit import demo
+from fusionkit.fit import FitCLI
+from fusionkit.fuse import FuseCLI
 from fusionkit.paths import resolve_package_path
 from fusionkit.recipe import CompareCLI, RecipeCLI, TestCLI, recipes_folder
 
@@ -24,7 +27,10 @@ TEXT = recipes_folder() / "text"
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: str(p.relative_to(recipes_folder())))
 def test_recipe_parses_and_says_how_to_run_it(path: Path) -> None:
     text = path.read_text()
-    cli: type[RecipeCLI] = CompareCLI if "codecs" in yaml.safe_load(text) else TestCLI
+    content = yaml.safe_load(text)
+    cli: type[RecipeCLI] = CompareCLI if "codecs" in content else TestCLI
+    if "class_path" in content["model"]:
+        cli = FuseCLI if "families" in content else FitCLI
 
     class ParseOnly(cli):  # type: ignore[misc, valid-type]
         def instantiate_classes(self) -> None:
@@ -32,7 +38,7 @@ def test_recipe_parses_and_says_how_to_run_it(path: Path) -> None:
 
     parsed = ParseOnly([f"--config={path}"])
     assert parsed.config["data"]["class_path"]
-    header = text.split("model:")[0]
+    header = re.split(r"^\w+:", text, maxsplit=1, flags=re.MULTILINE)[0]
     assert all(line.startswith("#") for line in header.splitlines())
     assert "fusionkit" in header
     assert "# Expect: " in header
