@@ -262,7 +262,7 @@ def test_folders_without_one_checkpoint_say_what_is_expected(tmp_path: Path, sta
 def test_a_peft_adapter_is_told_from_a_model(tmp_path: Path, state: States) -> None:
     save_file(state, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text("{}")
-    refused(tmp_path, str(tmp_path), "a PEFT adapter", "merge it into its base")
+    refused(tmp_path, str(tmp_path), "a PEFT adapter", "give the folder as a fine-tuned model")
 
 
 # --- Lightning --------------------------------------------------------------------------------
