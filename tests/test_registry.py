@@ -24,10 +24,12 @@ from fusionkit import (
     Dense,
     Elect,
     Family,
+    LinearizedLoRA,
     MagnitudePrune,
     Mean,
     Merged,
     TaskArithmetic,
+    Weighted,
 )
 from fusionkit.errors import PluginError
 from fusionkit.registry import GROUPS, Plugin, from_config, load, load_all, names, origin, to_config
@@ -45,6 +47,11 @@ BUILT_IN: list[Plugin] = [
     Merged(TaskArithmetic(0.4), dtype="fp32"),
     SVD(rank=4),
     SVD(energy=0.9, method="exact", vectors="drop"),
+    SVD(rank={"a.*": 2, "*": 3}),
+    SVD(budget=1000),
+    LinearizedLoRA(),
+    LinearizedLoRA(Weighted({"ant": 0.5, "bee": -1.5}), "bf16"),
+    Weighted({"ant": 1.0}),
     Elect(),
     Mean(),
     TaskArithmetic(0.25),
