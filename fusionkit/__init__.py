@@ -8,6 +8,7 @@ from fusionkit.checkpoint import Checkpoint as Checkpoint
 from fusionkit.codec import DeltaCodec as DeltaCodec
 from fusionkit.codec import Encoded as Encoded
 from fusionkit.codec import TensorCodec as TensorCodec
+from fusionkit.codecs.dbms import DBMS as DBMS
 from fusionkit.codecs.dense import Dense as Dense
 from fusionkit.codecs.emr import EMR as EMR
 from fusionkit.codecs.linearized import LinearizedLoRA as LinearizedLoRA
@@ -22,14 +23,22 @@ from fusionkit.merge import TIES as TIES
 from fusionkit.merge import Elect as Elect
 from fusionkit.merge import Mean as Mean
 from fusionkit.merge import Merge as Merge
+from fusionkit.merge import Normalized as Normalized
 from fusionkit.merge import TaskArithmetic as TaskArithmetic
 from fusionkit.merge import Weighted as Weighted
 
 if TYPE_CHECKING:
+    from fusionkit.calibrating import calibrate as calibrate
+    from fusionkit.calibration import Calibration as Calibration
     from fusionkit.finetune import Finetune as Finetune
     from fusionkit.module import ReuseModule as ReuseModule
 
-_LIGHTNING = {"Finetune": "fusionkit.finetune", "ReuseModule": "fusionkit.module"}
+_LIGHTNING = {
+    "calibrate": "fusionkit.calibrating",
+    "Calibration": "fusionkit.calibration",
+    "Finetune": "fusionkit.finetune",
+    "ReuseModule": "fusionkit.module",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -21,7 +21,8 @@ with a recipe (--config R.yaml; every setting can be overridden on the command l
   test       score every task, from a bundle or compressed on the fly
   compare    score several codecs over the same checkpoints: table, CSV, plot
   fuse       train families of adapters, fuse every set of tasks: table, CSV, plot
-  fit        fine-tune one task: in full, a LoRA, a linearized LoRA, or (IA)³
+  fit        fine-tune one task: in full, a LoRA, a linearized LoRA, or (IA)³;
+             or, where the codec is DBMS, calibrate and compress all tasks
 
 on a bundle:
   inspect    show what a bundle holds
@@ -80,10 +81,10 @@ def compare(args: list[str]) -> None:
 
 
 def fit(args: list[str]) -> None:
-    """Fine-tune one task of a recipe: in full, or by an adapter."""
-    from fusionkit.fit import FitCLI
+    """Fine-tune one task of a recipe, in full or by an adapter; or calibrate all tasks' DBMS."""
+    from fusionkit.fit import fit_cli
 
-    FitCLI(args).fit()
+    fit_cli(args)(args).fit()
 
 
 def fuse(args: list[str]) -> None:
@@ -104,6 +105,8 @@ def inspect(bundle: str) -> None:
 
     opened = Bundle.load(bundle)
     base = opened.manifest.base
+    if any(record.calibration for record in opened.manifest.tasks.values()):
+        report.show(report.calibration_table(opened))
     report.show(
         report.bundle_table(opened),
         f"base: {base.source}\nfingerprint: {base.fingerprint}\n"

@@ -55,6 +55,8 @@ class DeltaCodec(Plugin, ABC):
     """Base class of codecs; a subclass is a frozen dataclass that sets `id`."""
 
     group: ClassVar[str] = "fusionkit.codecs"
+    unscalable: ClassVar[str | None] = None
+    """Why decoded deltas may not be scaled or added to others', where they may not."""
 
     @abstractmethod
     def encode(self, family: Family, shared: SharedParts | None = None) -> Iterator[Encoded]:

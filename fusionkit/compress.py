@@ -2,7 +2,7 @@
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from glob import escape
@@ -11,12 +11,13 @@ from pathlib import Path
 from fusionkit.bundle import Bundle
 from fusionkit.bundle_folder import SHARED, START, WHOLE, disk_errors, new_folder, task_file
 from fusionkit.checkpoint import Checkpoint, Source
-from fusionkit.codec import WHOLE_MODEL, DeltaCodec, Encoded, Parts, SharedParts
+from fusionkit.codec import DeltaCodec, SharedParts
 from fusionkit.errors import BundleError, CodecError
 from fusionkit.family import Family
 from fusionkit.manifest import BaseRecord, Manifest, TaskRecord
 from fusionkit.overlay import WithStart
 from fusionkit.partfile import FileRecord, PartWriter
+from fusionkit.payload import add_parts, checked
 from fusionkit.registry import to_config
 from fusionkit.space import Adapters
 from fusionkit.task_vectors import TaskVectors
@@ -209,13 +210,13 @@ def _write_parts(
     if has_shared and family.space:
         for name in family.space.layout.tensors:
             common.add(f"{START}{name}/{WHOLE}", family.base[name])
-    for encoded in _checked(codec.encode(family, shared), family, codec):
+    for encoded in checked(codec.encode(family, shared), family, codec):
         if encoded.shared and shared is not None:
             raise CodecError(f"{codec!r} encoded shared parts of '{encoded.name}' anew")
         has_shared |= bool(encoded.shared)
-        _add(common, encoded.name, encoded.shared)
+        add_parts(common, encoded.name, encoded.shared)
         for writer, parts in zip(own.values(), encoded.tasks, strict=False):
-            _add(writer, encoded.name, parts)
+            add_parts(writer, encoded.name, parts)
     records = {
         task: TaskRecord(
             writer.finish(),
@@ -235,24 +236,3 @@ def _write_whole(writer: PartWriter, family: Family, task: str) -> int:
             writer.add(f"{name}/{WHOLE}", tensor)
             total += tensor.nbytes
     return total
-
-
-def _checked(stream: Iterable[Encoded], family: Family, codec: DeltaCodec) -> Iterator[Encoded]:
-    """Hold a codec to its contract, so that a faulty one fails here and not on decoding."""
-    known = {*family.names("delta"), WHOLE_MODEL}
-    for encoded in stream:
-        if encoded.name not in known:
-            raise CodecError(f"{codec!r} encoded '{encoded.name}', which is no tensor to compress")
-        if len(encoded.tasks) not in (0, len(family.tasks)):
-            raise CodecError(
-                f"{codec!r} encoded {len(encoded.tasks)} tasks of '{encoded.name}', expected "
-                f"{len(family.tasks)}"
-            )
-        yield encoded
-
-
-def _add(writer: PartWriter, name: str, parts: Parts) -> None:
-    for part, tensor in parts.items():
-        if "/" in part or part == WHOLE:
-            raise CodecError(f"a part can't be called '{part}': '/' and '{WHOLE}' are reserved")
-        writer.add(f"{name}/{part}", tensor)

@@ -96,8 +96,34 @@ class TaskData(LightningDataModule, ABC):
         """Test rows: one dataloader per task."""
         return [self._loader(task, "test") for task in self.tasks]
 
+    def calibration_dataloaders(self, rows: int, seed: int) -> dict[str, DataLoader[Any]]:
+        """A few training rows of each task, in one fixed order, whatever `limit` is.
+
+        Args:
+            rows: rows per task; of a task with fewer, all.
+            seed: draws them.
+        """
+        loaders = {}
+        for task in self.tasks:
+            training: Any = self._loader(task, "train", limited=False).dataset
+            generator = torch.Generator().manual_seed(seed)
+            drawn = torch.randperm(len(training), generator=generator)[:rows]
+            chosen = [training.indices[place] for place in drawn.tolist()]
+            loaders[task] = DataLoader(
+                Subset(training.dataset, self.order(training.dataset, chosen)),
+                batch_size=self.batch_size,
+                collate_fn=self.collate,
+                num_workers=self.num_workers,
+            )
+        return loaders
+
     def _loader(
-        self, task: str, split: Split, validation: bool = False, shuffle: bool = False
+        self,
+        task: str,
+        split: Split,
+        validation: bool = False,
+        shuffle: bool = False,
+        limited: bool = True,
     ) -> DataLoader[Any]:
         if (task, split) not in self._splits:
             self._splits[task, split] = self.read(task, split)
@@ -108,7 +134,7 @@ class TaskData(LightningDataModule, ABC):
             rows = torch.randperm(len(dataset), generator=generator)
             kept = round(self.val_fraction * len(dataset))
             rows = rows[:kept] if validation else rows[kept:]
-        if self.limit is not None and len(rows) > self.limit:
+        if limited and self.limit is not None and len(rows) > self.limit:
             rows = rows[torch.randperm(len(rows), generator=generator)[: self.limit]]
         chosen = rows.tolist() if shuffle else self.order(dataset, sorted(rows.tolist()))
         return DataLoader(

@@ -12,10 +12,11 @@ Tensors declared *private* (a task's own head) belong to their task alone: store
 compressed or merged, and free to differ in shape or to be absent from the base.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from fusionkit.errors import CheckpointError, FamilyError, listing
 from fusionkit.overlay import MergedAdapter
 from fusionkit.peft_folder import is_adapter
 from fusionkit.space import Adapters, AdapterSpace, open_space
-from fusionkit.task_vectors import TaskVectors
+from fusionkit.task_vectors import Change, ChangedVectors, TaskVectors
 
 Role = Literal["delta", "exact", "frozen"]
 
@@ -104,6 +105,7 @@ class Family:
                 f"the fine-tuned checkpoints don't fit the base {self.base.label}:"
                 f"{listing(findings)}{self._hint()}"
             )
+        self._changes: tuple[Callable[[TaskVectors], Sequence[Change | None]], ...] = ()
         self.parameters = sum(
             torch.Size(self.base.specs[name].shape).numel() for name in self.names("delta")
         )
@@ -135,8 +137,25 @@ class Family:
         for name in self.names("delta"):
             yield self.vectors(name)
 
+    def changed(self, changes: Callable[[TaskVectors], Sequence[Change | None]]) -> Self:
+        """The same family with its task vectors changed as they are streamed.
+
+        Args:
+            changes: called with each tensor's vectors; per task what is done to its vector, in
+                place, or None.
+        """
+        other = copy(self)
+        other._changes = (*self._changes, changes)
+        return other
+
     def vectors(self, name: str) -> TaskVectors:
         """The task vectors of one tensor."""
+        vectors = self._vectors(name)
+        for changes in self._changes:
+            vectors = ChangedVectors.of(vectors, changes(vectors))
+        return vectors
+
+    def _vectors(self, name: str) -> TaskVectors:
         base = self.base[name].to(torch.float32)
         return TaskVectors(
             name=name,
@@ -196,11 +215,11 @@ class Family:
         Args:
             task: one of `tasks`.
             base: the base's tensors by name.
-            out: tensors to write into, by name.
+            out: tensors to write into, by name; those that it lacks are left out.
         """
         own = set(self.space.layout.tensors) if self.space else set()
         for name, role in self.roles.items():
-            if name not in own and (role == "delta" or (role == "exact" and name in out)):
+            if name not in own and name in out and role != "frozen":
                 out[name].copy_(self._tuned(task, name))
         if self.space:
             fold_into(

@@ -1,16 +1,19 @@
 """`fusionkit fit`: a LightningModule trained by the Trainer, its flags and its checkpoints."""
 
+import argparse
 from pathlib import Path
 from typing import Any, ClassVar
 
+import yaml
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser
 
 from fusionkit import report
-from fusionkit.checkpoint import Checkpoint
-from fusionkit.errors import BundleError, FusionKitError
+from fusionkit.calibrating import EPOCHS, calibrate
+from fusionkit.errors import BundleError
 from fusionkit.finetune import KINDS, Finetune
+from fusionkit.fitting import fit
 from fusionkit.recipe import RecipeCLI
 
 FINETUNED = "finetuned"
@@ -40,11 +43,7 @@ class FitCLI(RecipeCLI):
 
     def before_instantiate_classes(self) -> None:
         """Refuse what would be lost, and keep Lightning's files beside the results."""
-        out = Path(self.config["out"]) / FINETUNED
-        if out.exists() and not self.config["overwrite"]:
-            raise BundleError(f"{out}: exists; replace it with --overwrite true")
-        if out.exists() and not any((out / file).is_file() for file in KINDS):
-            raise BundleError(f"{out}: exists and is no fine-tune; give another --out")
+        self.check_out()
         trainer = self.config["trainer"]
         trainer["default_root_dir"] = trainer["default_root_dir"] or self.config["out"]
         self.config["checkpoint"]["dirpath"] = self.config["checkpoint"]["dirpath"] or str(
@@ -53,6 +52,18 @@ class FitCLI(RecipeCLI):
         if trainer["enable_checkpointing"] is False:  # Lightning refuses to be given one, then
             keys = self.parser.callback_keys
             self.parser.callback_keys = [key for key in keys if key != "checkpoint"]
+
+    def check_out(self) -> None:
+        """Refuse to write over what is there.
+
+        Raises:
+            BundleError: it is there.
+        """
+        out = Path(self.config["out"]) / FINETUNED
+        if out.exists() and not self.config["overwrite"]:
+            raise BundleError(f"{out}: exists; replace it with --overwrite true")
+        if out.exists() and not any((out / file).is_file() for file in KINDS):
+            raise BundleError(f"{out}: exists and is no fine-tune; give another --out")
 
     def fit(self) -> Path | None:
         """Train, then write what was trained.
@@ -73,6 +84,68 @@ class FitCLI(RecipeCLI):
             ckpt_path=self.config["ckpt_path"],
             overwrite=self.config["overwrite"],
         )
+
+
+class CalibrateCLI(FitCLI):
+    """Compress the recipe's fine-tuned checkpoints by DBMS, calibrated, into `--model.bundle`."""
+
+    def add_model_arguments(self, parser: LightningArgumentParser) -> None:
+        """ReuseModule's."""
+        RecipeCLI.add_model_arguments(self, parser)
+
+    def check_out(self) -> None:
+        """Take the bundle's folder as the place to write; it must not be there.
+
+        Raises:
+            BundleError: it is there, or none was given.
+        """
+        self._bundle = self.config["model"]["bundle"]
+        self.config["model"]["bundle"] = None
+        if self._bundle is None:
+            raise BundleError("where to? give the bundle's folder: --model.bundle FOLDER")
+        if Path(self._bundle).exists() and not self.config["overwrite"]:
+            raise BundleError(f"{self._bundle}: exists; replace it with --overwrite true")
+        trainer = self.config["trainer"]
+        if trainer["max_epochs"] is None and trainer["max_steps"] == -1:
+            trainer["max_epochs"] = EPOCHS
+
+    def fit(self) -> Path | None:
+        """Calibrate, and show what was learned.
+
+        Returns:
+            the bundle's folder.
+        """
+        if self.trainer.is_global_zero:
+            self.save_config()
+        bundle = calibrate(
+            self.model,
+            self.datamodule,
+            self._bundle,
+            trainer=self.trainer,
+            ckpt_path=self.config["ckpt_path"],
+            overwrite=self.config["overwrite"],
+        )
+        if self.trainer.is_global_zero:
+            report.show(report.calibration_table(bundle), f"written: {self._bundle}")
+        return Path(self._bundle)
+
+
+def fit_cli(args: list[str]) -> type[FitCLI]:
+    """What a command line of `fit` is about: a recipe whose model names no class is ReuseModule's.
+
+    Args:
+        args: the command line after the verb.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", action="append", default=[])
+    for path in parser.parse_known_args(args)[0].config:
+        try:
+            model = yaml.safe_load(Path(path).read_text())["model"]
+        except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+            continue  # the parser itself says what is wrong
+        if isinstance(model, dict) and "class_path" not in model and model:
+            return CalibrateCLI
+    return FitCLI
 
 
 def train(
@@ -97,22 +170,9 @@ def train(
         FusionKitError: there is no checkpoint to resume from, or it is of another fine-tuning.
         KeyboardInterrupt: training was interrupted; nothing is saved but checkpoints.
     """
-    if ckpt_path and Path(ckpt_path).is_file():
-        Checkpoint(ckpt_path)  # says what is wrong with a damaged one
     if isinstance(module, Finetune):
         module.prepare(datamodule)  # here: the main process saves what other processes train
-    try:
-        trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
-    except FileNotFoundError as error:
-        if ckpt_path is None or Path(ckpt_path).exists():
-            raise
-        raise FusionKitError(f"{ckpt_path}: no such checkpoint to resume from") from error
-    except SystemExit as stopped:  # Lightning's answer to Ctrl-C
-        if trainer.interrupted:
-            raise KeyboardInterrupt from stopped
-        raise
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+    fit(trainer, module, datamodule, ckpt_path)
     if not isinstance(module, Finetune) or not trainer.is_global_zero:
         return None
     path = module.save(out, overwrite)

@@ -20,8 +20,9 @@ from fusionkit.space import AdapterSpace
 
 FILE = "manifest.json"
 FORMAT = "fusionkit-bundle"
-VERSIONS = (1, 2)
-"""What can be read; 2 is written where adapters are what is compressed, 1 otherwise."""
+VERSIONS = (1, 2, 3)
+"""What can be read; 3 is written where tasks were calibrated, 2 where adapters are what is
+compressed, 1 otherwise."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,33 @@ class BaseRecord:
 
 
 @dataclass(frozen=True)
+class CalibrationRecord:
+    """What calibration made of one task's two scalars (DBMS).
+
+    Attributes:
+        shift: α.
+        scale: β.
+        objective: as in `fusionkit.calibration.Calibration`.
+        method: as in `fusionkit.calibration.Calibration`.
+        rows: calibration rows that were used.
+        seed: that drew them.
+        epochs: steps, or evaluations, taken.
+        loss_before: the objective of the wrapped codec alone (α = 0, β = 1).
+        loss_after: that of what is in the bundle.
+    """
+
+    shift: float
+    scale: float
+    objective: str
+    method: str
+    rows: int
+    seed: int
+    epochs: int
+    loss_before: float
+    loss_after: float
+
+
+@dataclass(frozen=True)
 class TaskRecord:
     """What the manifest keeps of one task.
 
@@ -145,12 +173,14 @@ class TaskRecord:
         private: names of its private tensors.
         private_bytes: bytes of its private and exact tensors, stored whole.
         checkpoint_bytes: bytes on disk of the full fine-tuned checkpoint.
+        calibration: what was learned for it; None where nothing was.
     """
 
     file: FileRecord
     private: list[str]
     private_bytes: int
     checkpoint_bytes: int
+    calibration: CalibrationRecord | None = None
 
 
 @dataclass(frozen=True)
@@ -173,14 +203,24 @@ class Manifest:
     shared: FileRecord | None
     tasks: dict[str, TaskRecord]
 
+    @property
+    def _version(self) -> int:
+        """The oldest that can say what is in it."""
+        if any(record.calibration for record in self.tasks.values()):
+            return 3
+        return 2 if self.base.space else 1
+
     def text(self) -> str:
         """The manifest as JSON, its own checksum included."""
         content: dict[str, Any] = {
             "format": FORMAT,
-            "format_version": VERSIONS[self.base.space is not None],
+            "format_version": self._version,
             "base_fingerprint": self.base.fingerprint,
             **dataclasses.asdict(self),
         }
+        for record in content["tasks"].values():
+            if record["calibration"] is None:
+                record.pop("calibration")
         content["base"].pop("space")
         if self.base.space:
             content["base"]["space"] = self.base.space.to_json()
@@ -245,10 +285,7 @@ class Manifest:
             private=content["private"],
             frozen=content["frozen"],
             shared=FileRecord(**content["shared"]) if content["shared"] else None,
-            tasks={
-                task: TaskRecord(**{**record, "file": FileRecord(**record["file"])})
-                for task, record in content["tasks"].items()
-            },
+            tasks={task: _task_record(record) for task, record in content["tasks"].items()},
         )
 
 
@@ -265,6 +302,14 @@ def reopen_base(record: BaseRecord) -> Checkpoint:
             f"the bundle's base ({record.source}) can't be opened from here; a bundle does not "
             "hold its base: give it as `base`"
         ) from error
+
+
+def _task_record(record: dict[str, Any]) -> TaskRecord:
+    learned = record.get("calibration")
+    calibration = CalibrationRecord(**learned) if learned else None
+    return TaskRecord(
+        **{**record, "file": FileRecord(**record["file"]), "calibration": calibration}
+    )
 
 
 def _checksum(content: dict[str, Any]) -> str:

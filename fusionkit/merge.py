@@ -16,7 +16,7 @@ from torch import Tensor
 from fusionkit.errors import CodecError
 from fusionkit.family import Family
 from fusionkit.registry import Plugin
-from fusionkit.task_vectors import TaskVectors
+from fusionkit.task_vectors import Change, TaskVectors
 from fusionkit.topk import Thresholds
 
 MergeTensor = Callable[[str, Tensor], Tensor]
@@ -107,6 +107,49 @@ class Weighted(Merge):
             raise CodecError(f"Weighted has no weight of task '{missing[0]}'; add it to `weights`")
         weights = torch.tensor([self.weights[task] for task in family.tasks])
         return lambda _, vectors: torch.tensordot(weights, vectors, 1)
+
+
+@dataclass(frozen=True)
+class Normalized(Merge):
+    """Another merge, of task vectors that are first brought to one length.
+
+    A task that was trained harder, or for longer, moves further from the base and would dominate
+    a sum. Over the whole model, each vector becomes τ_t · n / ‖τ_t‖, where n is the mean of their
+    lengths.
+
+    Args:
+        merge: what then merges them.
+    """
+
+    id: ClassVar[str] = "normalized"
+    merge: Merge = field(default_factory=Mean)
+
+    def prepare(self, family: Family) -> MergeTensor:
+        """One pass for the lengths, then those of the merge."""
+        squares = torch.zeros(len(family.tasks), dtype=torch.float64)
+        for vectors in family:
+            for _, block in vectors.blocks():
+                squares += block.square().sum(1)
+        lengths = squares.sqrt()
+        scales = torch.where(lengths > 0, lengths.mean() / lengths, 1.0).to(torch.float32)
+        scaled = family.changed(lambda _: [_scaled(float(scale)) for scale in scales])
+        merge_tensor = self.merge.prepare(scaled)
+
+        def merge(name: str, vectors: Tensor) -> Tensor:
+            return merge_tensor(name, vectors * scales.view(-1, *[1] * (vectors.ndim - 1)))
+
+        return merge
+
+    def vector(self, merge_tensor: MergeTensor, vectors: TaskVectors) -> Tensor:
+        """As the merge takes a tensor: in blocks, or whole."""
+        return self.merge.vector(merge_tensor, vectors)
+
+
+def _scaled(scale: float) -> Change:
+    def change(values: Tensor, place: slice) -> None:
+        values.mul_(scale)
+
+    return change
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ def accuracy(num_classes: int) -> Metric:
     return MulticlassAccuracy(num_classes=num_classes, average="micro")
 
 
-def predict(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+def predict(model: Callable[..., Any], batch: Any) -> tuple[Tensor, Tensor]:
     """Call a classifier on a batch.
 
     Args:

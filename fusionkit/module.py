@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from fusionkit.bundle import Bundle
+from fusionkit.calibration import Calibration
+from fusionkit.calibrator import Calibrator
 from fusionkit.checkpoint import Checkpoint, find_checkpoints
 from fusionkit.codec import DeltaCodec
 from fusionkit.compress import Progress, compress
@@ -20,6 +22,10 @@ from fusionkit.models import MetricOfClasses, accuracy, load_base, predict
 from fusionkit.registry import to_config
 from fusionkit.report import Scores
 from fusionkit.space import Adapters
+
+_CALIBRATION = Calibration()
+_STEPS = (1e-3, 2.0)
+"""The least and the greatest step of a scalar."""
 
 
 class TaskSource(Protocol):
@@ -60,6 +66,7 @@ class ReuseModule(LightningModule):
         metric: makes a task's metric from its number of classes; accuracy by default.
         num_classes: classes per task; by default the datamodule's `num_classes`.
         finetuned_scores: task name → the fine-tuned model's own score, to which scores are related.
+        calibration: how `Trainer.fit` learns DBMS's scalars; see `fusionkit.calibrate`.
 
     Raises:
         WrongBaseError: the model is not the base that the bundle was made from.
@@ -80,6 +87,7 @@ class ReuseModule(LightningModule):
         metric: MetricOfClasses = accuracy,
         num_classes: dict[str, int] | None = None,
         finetuned_scores: dict[str, float] | None = None,
+        calibration: Calibration = _CALIBRATION,
     ) -> None:
         super().__init__()
         self.model = model
@@ -92,6 +100,10 @@ class ReuseModule(LightningModule):
         self.metric = metric
         self.num_classes = num_classes
         self.finetuned_scores = finetuned_scores
+        self.calibration = calibration
+        self.calibrator: Calibrator | None = None
+        self.scalars: nn.Parameter | None = None
+        self.strict_loading = False  # a calibration's checkpoints hold its scalars only
         self.bundle_path = None if bundle is None or isinstance(bundle, Bundle) else Path(bundle)
         self.task: str | None = None
         self._private: Set[str] = frozenset()
@@ -203,27 +215,54 @@ class ReuseModule(LightningModule):
                 self._become(None)  # never a mixture of two tasks
                 raise
 
-    def _become(self, task: str | None) -> None:
+    @property
+    def base_weights(self) -> Mapping[str, Tensor]:
+        """The base's weights, on the module's device, in their own dtype."""
+        return self._base
+
+    def place(self, task: str, family: Family, deltas: bool = False) -> None:
+        """Give the model a fine-tuned model's own tensors, as a calibration needs them.
+
+        Args:
+            task: one of the family's.
+            family: where the tensors are.
+            deltas: the weights that codecs compress, too; or its head and its buffers alone.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            left_out = set() if deltas else set(family.names("delta"))
+            self._become(task, family, left_out)
+
+    def _become(
+        self, task: str | None, source: TaskSource | None = None, left_out: Set[str] = frozenset()
+    ) -> None:
         state = _state(self.model)
         private: dict[str, Tensor] = {}
         self.task = None
         if task is None:
             self._place(state, self._base)
         else:
-            private = dict(self.source.private_tensors(task))
-            self.source.write_into(task, self._base, state)
+            source = source or self.source
+            private = dict(source.private_tensors(task))
+            out = {name: tensor for name, tensor in state.items() if name not in left_out}
+            source.write_into(task, self._base, out)
             # A head that the last task had and this one lacks goes back to the base's.
             left = {name: self._base[name] for name in self._private - private.keys()}
             self._place(state, {**left, **private})
         self._private = private.keys()
-        self.task = task
+        self.task = None if left_out else task
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The active task's model, called as it is."""
         return self.model(*args, **kwargs)
 
     def setup(self, stage: str) -> None:
-        """Check tasks and classes, before anything runs, and make the metrics."""
+        """Check tasks and classes, before anything runs, and make the metrics.
+
+        To fit is to calibrate: everything but the scalars is put beyond the reach of gradients.
+        """
+        if stage == "fit":
+            self._start_calibration()
+            return
         tasks = self._evaluated()
         if missing := [task for task in tasks if task not in self.tasks]:
             raise BundleError(
@@ -255,6 +294,86 @@ class ReuseModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """As `on_test_epoch_end`."""
         self._finish("val")
+
+    def configure_optimizers(self) -> Any:
+        """Rprop on the scalars: exact gradients, two numbers; nothing, where they are searched."""
+        if self.calibration.method == "search":
+            return None
+        step = self.calibration.learning_rate
+        return torch.optim.Rprop([cast(nn.Parameter, self.scalars)], lr=step, step_sizes=_STEPS)
+
+    def on_train_epoch_start(self) -> None:
+        """Encode at the shifts that were reached."""
+        self.eval()  # a calibrated model is one that is used, without dropout
+        self._calibrating.start_epoch()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+        """The calibration loss of one batch of every task, `{task: batch}`."""
+        loss = self._calibrating.step(batch, batch_idx)
+        self.log("calibration/batch", loss.detach(), prog_bar=True, batch_size=1)
+        return loss if self.automatic_optimization else None
+
+    def on_train_epoch_end(self) -> None:
+        """Keep the best scalars; stop when no task has anything left to learn."""
+        calibrator = self._calibrating
+        calibrator.end_epoch(self.current_epoch)
+        losses = {
+            f"calibration/{task}": float(loss)
+            for task, loss in zip(calibrator.tasks, calibrator.losses, strict=True)
+        }
+        self.log_dict(losses)
+        self.log("calibration/loss", float(calibrator.losses.mean()), prog_bar=True)
+        if calibrator.done:
+            self.trainer.should_stop = True
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the scalars and how far the calibration is; the weights are on disk already."""
+        if self.calibrator is not None:
+            checkpoint["state_dict"] = {"scalars": checkpoint["state_dict"]["scalars"]}
+            checkpoint["calibration"] = self.calibrator.state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on from there.
+
+        Raises:
+            FusionKitError: it is no calibration's, or another one's.
+        """
+        if "calibration" not in checkpoint:
+            raise FusionKitError("the checkpoint is of no calibration; give that of one")
+        self._calibrating.load_state(checkpoint["calibration"])
+
+    def sum_over_devices(self, values: Tensor) -> Tensor:
+        """The sum of every device's values."""
+        if self._trainer is None:
+            return values
+        summed: Tensor = self.trainer.strategy.reduce(values.to(self.device), reduce_op="sum")
+        return summed.to(values.device)
+
+    def end_calibration(self) -> None:
+        """Leave calibration: the model is the base again, and has no scalars."""
+        if self.calibrator is not None:
+            self.calibrator.close()
+        self.calibrator = self.scalars = None
+        self.automatic_optimization = True
+        self.switch(None)
+
+    @property
+    def _calibrating(self) -> Calibrator:
+        assert self.calibrator is not None
+        return self.calibrator
+
+    def _start_calibration(self) -> None:
+        datamodule = getattr(self.trainer, "datamodule", None)
+        present = list(getattr(datamodule, "tasks", []))
+        if lacking := [task for task in self.finetuned if task not in present]:
+            raise DataError(
+                f"there are no calibration data for task '{lacking[0]}'; the datamodule has "
+                f"{', '.join(present) or 'none'}"
+            )
+        self.calibrator = Calibrator(self, self.calibration)
+        self.scalars = self.calibrator.scalars
+        self.model.requires_grad_(False)
+        self.automatic_optimization = self.calibration.method == "gradient"
 
     def _step(self, batch: Any, dataloader_idx: int) -> None:
         task = self._evaluated()[dataloader_idx]
@@ -321,6 +440,8 @@ class ReuseModule(LightningModule):
         device = next(self.model.parameters()).device
         if self._base[next(iter(self._base))].device != device:
             self._base = self._base.in_memory(device)
+        if self.scalars is not None:  # nor can two scalars be learned in half precision
+            self.scalars.data = self.scalars.data.to(torch.float32)
         return self
 
 

@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
@@ -16,7 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fusionkit import registry, report
 from fusionkit.bundle import Bundle
+from fusionkit.calibrating import EPOCHS, calibrate
 from fusionkit.codec import DeltaCodec
+from fusionkit.codecs.dbms import DBMS
 from fusionkit.compress import Progress as ProgressCallback
 from fusionkit.errors import BundleError, DataError, FusionKitError
 from fusionkit.family import Family
@@ -191,6 +194,18 @@ class CompareCLI(RecipeCLI):
             required=True,
             help="what to compare: a name for the table → a codec",
         )
+        parser.add_argument(
+            "--dbms", type=bool, default=False, help="each codec within a calibrated DBMS, too"
+        )
+        parser.add_argument(
+            "--shift", type=DeltaCodec | None, default=None, help="that DBMS's shift"
+        )
+        parser.add_argument(
+            "--seeds",
+            type=list[int],
+            default=[],
+            help="calibrate with each of these seeds, and report mean and spread",
+        )
 
     def compare(self) -> report.ComparisonReport:
         """Evaluate the fine-tuned models, then each codec; show and write as rows come in."""
@@ -199,8 +214,10 @@ class CompareCLI(RecipeCLI):
         family = module.family()
         results = report.ComparisonReport([self._finetuned(family)])
         module.finetuned_scores = results.rows[0].scores.values
-        for name, codec in self.config_init["codecs"].items():
-            results.rows.append(self._measure(name, codec))
+        for name, codec in self._codecs():
+            calibrates = isinstance(codec, DBMS)
+            measure = self._measure_calibrated if calibrates else self._measure
+            results.rows.append(measure(name, codec))
             report.write_rows(results.flat(), self.out, "compare")
         report.show(results.table())
         plot = self.out / "compare.png"
@@ -232,9 +249,12 @@ class CompareCLI(RecipeCLI):
             bundle = self.model.compress(codec=codec, progress=callback)
         seconds = time.perf_counter() - started
         self.model.reuse(bundle)
+        return self._row(name, bundle, seconds)
+
+    def _row(self, name: str, bundle: Bundle, seconds: float) -> report.Comparison:
         return report.Comparison(
             name,
-            repr(codec),
+            repr(bundle.codec),
             self.evaluate(),
             bundle.nbytes,
             report.checkpoint_bytes(bundle) / bundle.nbytes,
@@ -242,6 +262,33 @@ class CompareCLI(RecipeCLI):
             seconds,
             self._switch_seconds(),
         )
+
+    def _codecs(self) -> Iterator[tuple[str, DeltaCodec]]:
+        """The recipe's, each with its DBMS after it where that was asked for."""
+        shift = self.config_init["shift"]
+        for name, codec in self.config_init["codecs"].items():
+            yield name, codec
+            if self.config["dbms"] and not isinstance(codec, DBMS):
+                yield f"DBMS {name}", DBMS(codec, shift) if shift else DBMS(codec)
+
+    def _measure_calibrated(self, name: str, codec: DeltaCodec) -> report.Comparison:
+        """Calibrated with each seed: the mean of the scores, and how far the means scatter."""
+        module = self.model
+        settings, own = module.calibration, module.codec
+        found = []
+        for seed in self.config["seeds"] or [settings.seed]:
+            report.show(f"{name}, seed {seed}")
+            module.calibration, module.codec = replace(settings, seed=seed), codec
+            trainer = self.config["trainer"]
+            told = trainer["max_epochs"] is not None or trainer["max_steps"] != -1
+            limit = {} if told else {"max_epochs": EPOCHS}
+            started = time.perf_counter()
+            bundle = calibrate(module, self.datamodule, trainer=self.instantiate_trainer(**limit))
+            seconds = time.perf_counter() - started
+            report.show(report.calibration_table(bundle))
+            found.append(self._row(name, bundle, seconds))
+        module.calibration, module.codec = settings, own
+        return report.averaged(found)
 
     def _switch_seconds(self) -> float:
         """Median over the tasks, files in cache."""
@@ -267,6 +314,8 @@ def _quieten() -> None:
     """Leave out what Lightning tells every user of every Trainer."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*no `val_dataloader`.*")  # calibration needs none
+    warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")
     warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*")  # PEFT asks transformers
 

@@ -4,8 +4,9 @@ import csv
 import io
 import json
 import os
+import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,9 @@ class Comparison:
         nbytes: bytes on disk, all tasks.
         ratio: T full checkpoints' bytes over `nbytes`.
         bits_per_parameter: stored bits per compressed parameter; see `Bundle`.
-        encode_seconds: time to compress all tasks.
+        encode_seconds: time to compress all tasks, calibration included.
         switch_seconds: median time of `ReuseModule.switch`.
+        spread: standard deviation of the mean score over several calibrations, where there were.
     """
 
     name: str
@@ -98,6 +100,25 @@ class Comparison:
     bits_per_parameter: float
     encode_seconds: float | None = None
     switch_seconds: float | None = None
+    spread: float | None = None
+
+
+def averaged(rows: Sequence[Comparison]) -> Comparison:
+    """One row for several that differ in a seed: the mean of each task's scores, and of the times.
+
+    Args:
+        rows: at least one; sizes are the last one's.
+    """
+    tasks = list(rows[0].scores.values)
+    values = {task: statistics.fmean(row.scores.values[task] for row in rows) for task in tasks}
+    spread = statistics.stdev(row.scores.mean for row in rows) if len(rows) > 1 else None
+    return replace(
+        rows[-1],
+        scores=Scores(values, rows[-1].scores.finetuned),
+        encode_seconds=statistics.fmean(row.encode_seconds or 0.0 for row in rows),
+        switch_seconds=statistics.fmean(row.switch_seconds or 0.0 for row in rows),
+        spread=spread,
+    )
 
 
 @dataclass
@@ -115,7 +136,8 @@ class ComparisonReport:
         for row in self.rows:
             table.add_row(
                 row.name,
-                percent(row.scores.mean),
+                percent(row.scores.mean)
+                + ("" if row.spread is None else f" ± {percent(row.spread)}"),
                 percent(row.scores.share),
                 size(row.nbytes),
                 f"{row.ratio:.1f}",
@@ -206,6 +228,30 @@ def bundle_table(bundle: Bundle) -> Table:
         size(full),
         f"{full / bundle.nbytes:.1f}",
     )
+    return table
+
+
+def calibration_table(bundle: Bundle) -> Table:
+    """What calibration learned, and how much closer it brought each task."""
+    table = Table("task", title=f"{bundle.path}: {bundle.codec!r}, calibrated")
+    columns = ("shift α", "scale β", "rows", "seed", "epochs", "objective", "before", "after")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for task, record in bundle.manifest.tasks.items():
+        if (learned := record.calibration) is None:
+            table.add_row(task)
+            continue
+        table.add_row(
+            task,
+            f"{learned.shift:.3f}",
+            f"{learned.scale:.3f}",
+            str(learned.rows),
+            str(learned.seed),
+            str(learned.epochs),
+            learned.objective,
+            f"{learned.loss_before:.4f}",
+            f"{learned.loss_after:.4f}",
+        )
     return table
 
 

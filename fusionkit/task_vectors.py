@@ -1,7 +1,7 @@
 """The task vectors of one tensor: what merges and codecs see of a family."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from fusionkit.overlay import MergedAdapter
 
 BLOCK = 1 << 17
 """Entries per block of `TaskVectors.blocks`: small enough for eight tasks to stay in cache."""
+
+Change = Callable[[Tensor, slice], None]
+"""Changes one task's vector in place: some of its flattened entries, and their place in it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,3 +118,56 @@ class TaskVectors:
             f"{at_fault}: tensor '{self.name}' holds {bad} values that are NaN or infinite "
             f"(task '{self.tasks[task]}'); mend or retrain that checkpoint"
         )
+
+
+@dataclass(frozen=True, eq=False)
+class ChangedVectors(TaskVectors):
+    """Task vectors that are changed as they are formed: shifted, say, or scaled.
+
+    Attributes:
+        changes: per task what is done to its vector; None: it stays as it is, to the bit.
+    """
+
+    changes: Sequence[Change | None]
+
+    @classmethod
+    def of(cls, vectors: TaskVectors, changes: Sequence[Change | None]) -> "ChangedVectors":
+        """The same vectors, changed; changes made before come first."""
+        if isinstance(vectors, ChangedVectors):
+            changes = [
+                _both(first, then) for first, then in zip(vectors.changes, changes, strict=True)
+            ]
+        own = {field.name: getattr(vectors, field.name) for field in fields(TaskVectors)}
+        return cls(**own, changes=changes)
+
+    def __getitem__(self, task: int) -> Tensor:
+        """One task's changed vector: float32 `(*shape)`."""
+        delta = super().__getitem__(task)
+        change = self.changes[task]
+        if change is not None:
+            delta = delta.contiguous()
+            change(delta.view(-1), slice(0, delta.numel()))
+        return delta
+
+    def low_rank(self, task: int) -> LowRank | None:
+        """As of the vectors themselves; None of one that is changed."""
+        return None if self.changes[task] else super().low_rank(task)
+
+    def blocks(self, size: int = BLOCK) -> Iterator[tuple[slice, Tensor]]:
+        """As of the vectors themselves, then changed."""
+        for place, block in super().blocks(size):
+            for change, values in zip(self.changes, block, strict=True):
+                if change is not None:
+                    change(values, place)
+            yield place, block
+
+
+def _both(first: Change | None, then: Change | None) -> Change | None:
+    if first is None or then is None:
+        return first or then
+
+    def change(values: Tensor, place: slice) -> None:
+        first(values, place)
+        then(values, place)
+
+    return change

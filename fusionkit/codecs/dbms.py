@@ -1,0 +1,274 @@
+"""DBMS: shift the base towards the task, compress the delta from there, scale it (2505.11344)."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from copy import copy
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fusionkit.codec import WHOLE_MODEL, DeltaCodec, Encoded, Parts, SharedParts
+from fusionkit.codecs.merged import Merged
+from fusionkit.errors import CodecError
+from fusionkit.family import Family
+from fusionkit.lowrank import LowRank
+from fusionkit.merge import Normalized
+from fusionkit.payload import Payload
+from fusionkit.task_vectors import Change, TaskVectors
+
+Scalars = tuple[float, float]
+"""One task's α, the magnitude of its base's shift, and β, the scale of its delta."""
+
+PLAIN: Scalars = (0.0, 1.0)
+"""No shift, no scale: the wrapped codec, as it is."""
+
+_SCALARS = "scalars"
+_OF_TENSOR, _OF_MODEL = ".", ":"
+"""After `shift` or `delta` in a part's name: whether it is of the tensor or of the whole model."""
+
+
+@dataclass(frozen=True)
+class DBMS(DeltaCodec):
+    """Compress against a shifted base: θ̂_t = θ₀ + α_t u_t + β_t C(τ_t − α_t u_t).
+
+    u_t, the shift's direction, is itself a decoded delta, so that it costs what it says: of a
+    codec whose tasks share everything (`Merged`), one vector for all of them, the *shared shift*;
+    of any other, the task's own compressed delta, the *own shift*. Two scalars a task are kept
+    beside the payloads of C and u.
+
+    Compressing alone takes for them what is best in weight error: of a few shifts, given as
+    multiples of the projection ⟨τ_t, u_t⟩ / ‖u_t‖², with β = ⟨δ, C(δ)⟩ / ‖C(δ)‖², that which leaves
+    the least ‖δ − β C(δ)‖. With 0 among them, and where C takes each task by itself, that is
+    never worse than C at its best scale. `fusionkit fit` calibrates them on data instead.
+
+    What is known of the paper is its idea; the formulas are one reading of it. PERU-FFT is the
+    shared shift by task arithmetic with α = β = 1 and magnitude pruning.
+
+    Args:
+        codec: C, any codec.
+        shift: the codec whose decoded deltas are the directions u_t.
+        grid: the shifts that are tried; none: no shift and no scale.
+
+    Raises:
+        CodecError: the codec's or the shift's decoded deltas can't be scaled.
+    """
+
+    id: ClassVar[str] = "dbms"
+    codec: DeltaCodec
+    shift: DeltaCodec = field(default_factory=lambda: Merged(Normalized()))
+    grid: tuple[float, ...] = (0.0, 1.0, 2.0)
+
+    _scalars: ClassVar[Mapping[str, Scalars] | None] = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "grid", tuple(self.grid))
+        for part, codec in (("codec", self.codec), ("shift", self.shift)):
+            if codec.unscalable:
+                raise CodecError(
+                    f"DBMS can't have {type(codec).__name__} as its {part}: {codec.unscalable}"
+                )
+
+    def at(self, scalars: Mapping[str, Scalars]) -> "DBMS":
+        """The same codec, encoding at scalars that are known; they are no setting of it.
+
+        Args:
+            scalars: task → (α, β); tasks that are not in it are searched for.
+        """
+        fixed = copy(self)
+        object.__setattr__(fixed, "_scalars", dict(scalars))
+        return fixed
+
+    def encode(self, family: Family, shared: SharedParts | None = None) -> Iterator[Encoded]:
+        """Encode the shift; search the scalars, once per try; then encode the residuals."""
+        with ExitStack() as kept:
+            of_shift = _view(shared, "shift")
+            of_codec = _view(shared, "delta")
+            shift = kept.enter_context(Payload(self.shift, family, of_shift))
+            scalars = self._known(family)
+            if len(scalars) < len(family.tasks):
+                scalars = {**self._search(family, shift, of_codec), **scalars}
+            each = [scalars[task] for task in family.tasks]
+            left = dict.fromkeys(shift.names)
+            whole = Encoded(WHOLE_MODEL, tasks=[{}] * len(each))
+            for encoded in self.codec.encode(shifted(family, shift, each), of_codec):
+                if encoded.name == WHOLE_MODEL:
+                    whole = encoded
+                    continue
+                left.pop(encoded.name, None)
+                yield _together(shift.encoded(encoded.name), encoded, _OF_TENSOR)
+            for name in left:
+                yield _together(shift.encoded(name), Encoded(name), _OF_TENSOR)
+            both = _together(shift.encoded(WHOLE_MODEL), whole, _OF_MODEL)
+            pairs = [torch.tensor(pair, dtype=torch.float32) for pair in each]
+            tasks = [
+                {**parts, _SCALARS: pair} for parts, pair in zip(both.tasks, pairs, strict=True)
+            ]
+            yield Encoded(WHOLE_MODEL, both.shared, tasks)
+
+    def decode(self, parts: Parts, shape: torch.Size) -> Tensor:
+        """α u + β C(τ − α u)."""
+        shift, scale = parts[_SCALARS].tolist()
+        delta = combine(*self.directions(parts, shape), shift, scale)
+        # −0, not 0: added to any weight, it leaves the weight's very bits.
+        return torch.full(shape, -0.0, device=parts[_SCALARS].device) if delta is None else delta
+
+    def directions(self, parts: Parts, shape: torch.Size) -> tuple[Tensor | None, Tensor | None]:
+        """The directions u and C(τ − α u) of one tensor, not to be changed; None where one is zero.
+
+        Args:
+            parts: as for `decode`.
+            shape: the tensor's shape.
+        """
+        found = []
+        for kind, codec in (("shift", self.shift), ("delta", self.codec)):
+            own = _under(parts, kind + _OF_TENSOR)
+            whole = _under(parts, kind + _OF_MODEL)
+            found.append(codec.decode({**whole, **own}, shape) if own else None)
+        return found[0], found[1]
+
+    def factors(self, parts: Parts, shape: torch.Size) -> LowRank | None:
+        """The wrapped codec's factors, scaled, where the base is not shifted.
+
+        A shift by another product only adds its factors.
+        """
+        shift, scale = parts[_SCALARS].tolist()
+        lefts, rights = [], []
+        for kind, codec, factor in (("shift", self.shift, shift), ("delta", self.codec, scale)):
+            own = _under(parts, kind + _OF_TENSOR)
+            if not own or factor == 0:
+                continue
+            product = codec.factors({**_under(parts, kind + _OF_MODEL), **own}, shape)
+            if product is None:
+                return None
+            lefts.append(product.left * factor)
+            rights.append(product.right)
+        return LowRank(torch.cat(lefts, 1), torch.cat(rights, 1)) if lefts else None
+
+    def _known(self, family: Family) -> dict[str, Scalars]:
+        """The scalars that need no search."""
+        known = self._scalars or {}
+        if not self.grid:
+            return {task: known.get(task, PLAIN) for task in family.tasks}
+        return {task: known[task] for task in family.tasks if task in known}
+
+    def _search(
+        self, family: Family, shift: Payload, shared: SharedParts | None
+    ) -> dict[str, Scalars]:
+        """Per task the shift and scale of the least weight error."""
+        count = len(family.tasks)
+        projected = torch.zeros(2, count, dtype=torch.float64)
+        for vectors in family:
+            for task in range(count):
+                u = shift.delta(task, vectors.name, vectors.shape)
+                if u is not None:
+                    projected[:, task] += _dots(vectors[task], u)
+        unit = torch.where(projected[1] > 0, projected[0] / projected[1], 0.0)
+        found: list[tuple[float, Scalars]] = [(torch.inf, PLAIN)] * count
+        for multiple in self.grid:
+            shifts = (multiple * unit).tolist()
+            each = [(alpha, 1.0) for alpha in shifts]
+            for task, (error, scale) in enumerate(self._errors(family, shift, each, shared)):
+                if error < found[task][0]:
+                    found[task] = error, (shifts[task], scale)
+        return {task: best for task, (_, best) in zip(family.tasks, found, strict=True)}
+
+    def _errors(
+        self,
+        family: Family,
+        shift: Payload,
+        scalars: Sequence[Scalars],
+        shared: SharedParts | None,
+    ) -> list[tuple[float, float]]:
+        """Per task ‖δ − β C(δ)‖² at the best β, and that β."""
+        residuals = shifted(family, shift, scalars)
+        sums = torch.zeros(3, len(scalars), dtype=torch.float64)
+        with Payload(self.codec, residuals, shared) as deltas:
+            for vectors in residuals:
+                for task in range(len(scalars)):
+                    delta = vectors[task]
+                    sums[2, task] += delta.square().sum(dtype=torch.float64)
+                    coded = deltas.delta(task, vectors.name, vectors.shape)
+                    if coded is not None:
+                        sums[:2, task] += _dots(delta, coded)
+        dot, square, whole = sums
+        scale = torch.where(square > 0, dot / square, 1.0)
+        return list(zip((whole - scale * dot).tolist(), scale.tolist(), strict=True))
+
+
+def combine(
+    direction: Tensor | None, delta: Tensor | None, shift: float, scale: float
+) -> Tensor | None:
+    """α u + β D: float32, None where both are zero; D itself if there is no shift or scale."""
+    if delta is not None and scale != 1:
+        delta = delta * scale
+    if direction is None or shift == 0:
+        return delta
+    return direction * shift if delta is None else torch.add(delta, direction, alpha=shift)
+
+
+def shifted(family: Family, shift: Payload, scalars: Sequence[Scalars]) -> Family:
+    """The family's task vectors from the shifted bases: τ_t − α_t u_t."""
+
+    def changes(vectors: TaskVectors) -> list[Change | None]:
+        return [
+            _Shift(shift, vectors, task, alpha) if alpha else None
+            for task, (alpha, _) in enumerate(scalars)
+        ]
+
+    return family.changed(changes)
+
+
+class _Shift:
+    """Takes α u off one task's vector of one tensor; u is decoded when first needed."""
+
+    def __init__(self, shift: Payload, vectors: TaskVectors, task: int, alpha: float) -> None:
+        self._shift, self._vectors, self._task, self._alpha = shift, vectors, task, alpha
+        self._decoded: list[Tensor | None] = []
+
+    def __call__(self, values: Tensor, place: slice) -> None:
+        if not self._decoded:
+            name, shape = self._vectors.name, self._vectors.shape
+            self._decoded.append(self._shift.delta(self._task, name, shape))
+        direction = self._decoded[0]
+        if direction is not None:
+            values.sub_(direction.reshape(-1)[place], alpha=self._alpha)
+
+
+def _dots(one: Tensor, other: Tensor) -> Tensor:
+    """⟨x, y⟩ and ⟨y, y⟩: float64 `(2,)`."""
+    one, other = one.reshape(-1), other.reshape(-1)
+    return torch.stack([torch.dot(one, other), torch.dot(other, other)]).to(torch.float64)
+
+
+def _together(shift: Encoded, delta: Encoded, level: str) -> Encoded:
+    """Both payloads under one name."""
+    count = max(len(shift.tasks), len(delta.tasks))
+    own = [
+        {**_over(of_shift, "shift" + level), **_over(of_delta, "delta" + level)}
+        for of_shift, of_delta in zip(
+            shift.tasks or [{}] * count, delta.tasks or [{}] * count, strict=True
+        )
+    ]
+    shared = {**_over(shift.shared, "shift" + level), **_over(delta.shared, "delta" + level)}
+    return Encoded(delta.name, shared, own)
+
+
+def _view(shared: SharedParts | None, kind: str) -> SharedParts | None:
+    """The shared parts of one of the two payloads."""
+    if shared is None:
+        return None
+    return lambda name: _under(shared(name), kind + (_OF_TENSOR if name else _OF_MODEL))
+
+
+def _over(parts: Parts, prefix: str) -> dict[str, Tensor]:
+    return {prefix + name: tensor for name, tensor in parts.items()}
+
+
+def _under(parts: Parts, prefix: str) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in parts.items()
+        if name.startswith(prefix)
+    }

@@ -1,0 +1,39 @@
+"""`Trainer.fit`, with errors and interruptions as the rest of FusionKit has them."""
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule
+
+from fusionkit.checkpoint import Checkpoint
+from fusionkit.errors import FusionKitError
+
+
+def fit(trainer: Any, module: LightningModule, datamodule: Any, ckpt_path: str | None) -> None:
+    """Fit a module through the Trainer.
+
+    Args:
+        trainer: the Lightning Trainer.
+        module: what to fit.
+        datamodule: its data.
+        ckpt_path: resume from this checkpoint; `last`: from the newest.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged.
+        FusionKitError: there is no checkpoint to resume from.
+        KeyboardInterrupt: it was interrupted.
+    """
+    if ckpt_path and Path(ckpt_path).is_file():
+        Checkpoint(ckpt_path)  # says what is wrong with a damaged one
+    try:
+        trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
+    except FileNotFoundError as error:
+        if ckpt_path is None or Path(ckpt_path).exists():
+            raise
+        raise FusionKitError(f"{ckpt_path}: no such checkpoint to resume from") from error
+    except SystemExit as stopped:  # Lightning's answer to Ctrl-C
+        if trainer.interrupted:
+            raise KeyboardInterrupt from stopped
+        raise
+    if trainer.interrupted:
+        raise KeyboardInterrupt
