@@ -34,6 +34,7 @@ from fusionkit.manifest import FILE, Manifest, reopen_base
 from fusionkit.overlay import WithStart
 from fusionkit.partfile import PartFile
 from fusionkit.registry import from_config
+from fusionkit.values import full_precision
 
 Decoded = TypeVar("Decoded")
 
@@ -383,7 +384,7 @@ class Bundle:
         record = self.manifest.base.tensors.get(name)
         if record is None or record.role != "delta":
             raise BundleError(f"{self.path}: holds no deltas of a tensor '{name}'")
-        with self._reading(task, name):
+        with self._reading(task, name), full_precision():
             parts = self._task(task).parts(name, device)
             shared = self.shared_parts(name, device)
             if not parts and not shared:

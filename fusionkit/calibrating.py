@@ -12,7 +12,7 @@ from fusionkit.errors import BundleError, DataError
 from fusionkit.fitting import fit
 from fusionkit.module import ReuseModule
 
-EPOCHS = 20
+EPOCHS = 16
 """Epochs, where the Trainer was not told how many."""
 
 
@@ -61,7 +61,7 @@ class CalibrationData(LightningDataModule):
         return {task: self._few(loader) for task, loader in zip(self.tasks, loaders, strict=False)}
 
     def _few(self, loader: Any) -> Any:
-        dataset = getattr(loader, "dataset", None)
+        dataset: Any = getattr(loader, "dataset", None)
         if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
             return loader  # a stream is taken as it comes
         generator = torch.Generator().manual_seed(self.seed)

@@ -24,9 +24,10 @@ class Calibration:
 
     Args:
         objective: match the fine-tuned model's `outputs` (its class probabilities: the KL
-            divergence) or `features` (what its head gets: squared error over their squares),
+            divergence) or `features` (what its head gets: a row's squared error over its square),
             neither of which needs labels; or the task's own loss on `labels`.
-        method: `gradient`: Rprop, since the gradients have no noise; or `search`: CMA-ES, which needs forward passes only.
+        method: `gradient`: Rprop, since the gradients have no noise; or `search`: CMA-ES, which
+            needs forward passes only.
         rows: calibration rows per task, of the training rows.
         seed: draws the rows, and the search.
         learning_rate: the first step, or the search's first spread; in units of the scale, and of
@@ -152,7 +153,8 @@ def loss(objective: str, found: Tensor, target: Tensor) -> Tensor:
         return nn.functional.cross_entropy(found, target)
     target = target.to(torch.float32)
     if objective == "features":
-        return (found - target).square().sum() / target.square().sum().clamp(min=1e-30)
+        found, target = found.flatten(1), target.flatten(1)
+        return ((found - target).square().sum(1) / target.square().sum(1).clamp(min=1e-30)).mean()
     return nn.functional.kl_div(
         found.log_softmax(-1), target.log_softmax(-1), log_target=True, reduction="batchmean"
     )

@@ -23,13 +23,15 @@ from fusionkit.codecs.dbms import DBMS, PLAIN, Scalars, shifted
 from fusionkit.errors import DataError, FusionKitError
 from fusionkit.manifest import CalibrationRecord
 from fusionkit.payload import Payload
-from fusionkit.search import PairSearch
+from fusionkit.search import PROBES, PairSearch
 
 if TYPE_CHECKING:
     from fusionkit.module import ReuseModule
 
 _LEAST_MOVE = 1e-2
 """Shifts that differ by less, in units of the task vector's length, say nothing of ∂D/∂α."""
+_KEPT = 3
+"""Encodings of which the newest that differs enough gives ∂D/∂α, as a secant."""
 
 
 class Calibrator:
@@ -67,7 +69,7 @@ class Calibrator:
             )
         self.tasks = self.family.tasks
         count = len(self.tasks)
-        self.scalars = torch.nn.Parameter(torch.tensor([PLAIN] * count))
+        self.scalars = torch.nn.Parameter(torch.tensor([PLAIN] * count, dtype=torch.float32))
         self.losses = torch.zeros(count, dtype=torch.float64)
         self._sums = torch.zeros(2, count, dtype=torch.float64)
         self._first: list[float] = []
@@ -78,9 +80,11 @@ class Calibrator:
         self._searches = [
             PairSearch(settings.seed + place, settings.learning_rate) for place in range(count)
         ]
+        self._counts = torch.zeros(count)
         self._at = self._pairs()
         self._shift = Payload(self.codec.shift, self.family)
         self._deltas: list[Payload] = []
+        self._past: list[list[Scalars]] = []
         self._shifts: list[list[float]] = []
         self._units = self._lengths()
 
@@ -101,26 +105,29 @@ class Calibrator:
         self._sums.zero_()
         self._encode(self._at)
 
-    def step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The tasks' mean loss on a batch of each, differentiable in the scalars alone.
+    def step(self, batch: Any, batch_idx: int, epoch: int) -> Tensor:
+        """The tasks' mean loss, a batch's part of it, differentiable in the scalars alone.
 
         One task's graph is gone before the next one's is made.
         """
+        stepping = self._stepping(epoch)
         total = self.scalars.new_zeros(())
         for place, task in enumerate(self.tasks):
             if self._done[place]:
                 continue
             scalars = self.scalars[place]
-            leaf = scalars.detach().to(torch.float32).requires_grad_()
+            leaf = scalars.detach().to(torch.float32).requires_grad_(stepping)
             value = self._loss(place, leaf, batch[task], batch_idx)
             gradient = torch.zeros_like(leaf)
-            if self.settings.method == "gradient":
+            if stepping:
                 (gradient,) = torch.autograd.grad(value, leaf)
-            self._sums[0, place] += float(value)
-            self._sums[1, place] += 1
+            count = _count(batch[task])
+            self._sums[0, place] += float(value.detach()) * count
+            self._sums[1, place] += count
             # Worth the loss, and with its gradient, but without its graph.
-            total = total + value.detach() + (scalars - scalars.detach()) @ gradient.nan_to_num()
-        return total / len(self.tasks)
+            change = (scalars - scalars.detach()) @ gradient.nan_to_num()
+            total = total + (value.detach() + change) * count
+        return total / (self.settings.rows * len(self.tasks))
 
     def end_epoch(self, epoch: int) -> None:
         """Take stock: keep the best scalars, and see which tasks are done.
@@ -138,6 +145,7 @@ class Calibrator:
                         f"the calibration loss of task '{task}' is {first} before anything was "
                         "learned; look at its rows, and at the fine-tuned model's outputs on them"
                     )
+        probing = epoch + 1 < len(PROBES)
         for place, (value, pair) in enumerate(zip(self.losses.tolist(), self._at, strict=True)):
             if self._done[place]:
                 continue
@@ -145,14 +153,20 @@ class Calibrator:
             self._searches[place].tell(pair, value)
             if value < self._best[place][0]:
                 self._best[place] = value, pair, epoch
-            waited = epoch - self._best[place][2]
-            self._done[place] = self.settings.method == "gradient" and (
+            waited = epoch - max(self._best[place][2], len(PROBES))
+            self._done[place] = self._stepping(epoch) and (
                 waited >= self.settings.patience or not math.isfinite(value)
             )
-        if self.settings.method == "search":
-            with torch.no_grad():
-                for place, search in enumerate(self._searches):
-                    self.scalars[place] = torch.tensor(search.ask())
+        with torch.no_grad():
+            for place, search in enumerate(self._searches):
+                if probing or self.settings.method == "search":
+                    self.scalars[place] = _pair(search.ask())
+                elif epoch + 1 == len(PROBES):
+                    self.scalars[place] = _pair(search.best)
+
+    def _stepping(self, epoch: int) -> bool:
+        """Whether an epoch ends in a step of the optimiser, rather than trying a pair."""
+        return self.settings.method == "gradient" and epoch >= len(PROBES)
 
     def finish(self, out: str | Path | None, overwrite: bool = False) -> Bundle:
         """Encode at the best scalars, and record in the manifest what calibration did.
@@ -177,7 +191,7 @@ class Calibrator:
                     *scalars[task],
                     objective=self.settings.objective,
                     method=self.settings.method,
-                    rows=self._rows(place),
+                    rows=int(self._counts[place]),
                     seed=self.settings.seed,
                     epochs=self._epochs[place],
                     loss_before=self._first[place],
@@ -202,7 +216,7 @@ class Calibrator:
             "best": self._best,
             "epochs": self._epochs,
             "done": self._done,
-            "before": self._at,
+            "past": self._past,
             "searches": [search.told for search in self._searches],
         }
 
@@ -222,8 +236,8 @@ class Calibrator:
         self._best = [(value, tuple(pair), epoch) for value, pair, epoch in state["best"]]
         for search, told in zip(self._searches, state["searches"], strict=True):
             search.replay([(tuple(pair), value) for pair, value in told])
-        # The codes before, which ∂D/∂α is taken against.
-        self._encode([tuple(pair) for pair in state["before"]])
+        for pairs in state["past"]:
+            self._encode([tuple(pair) for pair in pairs])
 
     def _pairs(self) -> list[Scalars]:
         """Where each task is; one that is done stays at its best."""
@@ -255,26 +269,30 @@ class Calibrator:
         """Encode the residuals; the codes before are kept for ∂D/∂α."""
         scalars = self._scalars(pairs)
         payload = Payload(self.codec.codec, shifted(self.family, self._shift, scalars))
-        for old in self._deltas[:-1]:
+        for old in self._deltas[: 1 - _KEPT]:
             old.close()
-        self._deltas = [*self._deltas[-1:], payload]
-        self._shifts = [*self._shifts[-1:], [shift for shift, _ in scalars]]
+        self._deltas = [*self._deltas[1 - _KEPT :], payload]
+        self._shifts = [*self._shifts[1 - _KEPT :], [shift for shift, _ in scalars]]
+        self._past = [*self._past[1 - _KEPT :], pairs]
 
     def _directions(self, place: int, device: torch.device) -> Directions:
         def read(payload: Payload, name: str) -> Tensor | None:
             delta = payload.delta(place, name, torch.Size(self.family.base.specs[name].shape))
             return None if delta is None else delta.to(device)
 
+        *past, now = (shifts[place] for shifts in self._shifts)
+        least = _LEAST_MOVE * float(self._units[place])
+        far = [each for each, shift in enumerate(past) if abs(now - shift) >= least]
+
         def moved(name: str) -> Tensor | None:
-            if len(self._deltas) < 2:
+            if not far:
                 return None
-            past, now = (shifts[place] for shifts in self._shifts)
-            if abs(now - past) < _LEAST_MOVE * float(self._units[place]):
-                return None
-            old, new = (read(payload, name) for payload in self._deltas)
-            if old is None or new is None:
-                return None
-            return (new - old).div_(now - past)
+            old, new = (read(self._deltas[each], name) for each in (far[-1], -1))
+            if new is None:
+                found = None if old is None else -old
+            else:
+                found = new if old is None else new - old
+            return None if found is None else found / (now - past[far[-1]])
 
         return Directions(partial(read, self._shift), partial(read, self._deltas[-1]), moved)
 
@@ -288,7 +306,7 @@ class Calibrator:
         weights = formed(
             leaf * unit, module.base_weights, like, self._directions(place, leaf.device)
         )
-        with torch.set_grad_enabled(self.settings.method == "gradient"):
+        with torch.set_grad_enabled(leaf.requires_grad):
             found, _ = outputs(module.model, weights, batch, self._head(place))
             return loss(self.settings.objective, found, target.to(found.device))
 
@@ -319,16 +337,18 @@ class Calibrator:
         sums = torch.zeros(2, len(self.tasks), dtype=torch.float64)
         with torch.no_grad():
             for place, targets in enumerate(self._targets):
-                leaf = torch.tensor(pairs[place], device=self.module.device)
+                leaf = _pair(pairs[place]).to(self.module.device)
                 for batch_idx, (batch, _) in targets.items():
-                    sums[0, place] += float(self._loss(place, leaf, batch, batch_idx))
-                    sums[1, place] += 1
+                    count = _count(batch)
+                    sums[0, place] += count * float(self._loss(place, leaf, batch, batch_idx))
+                    sums[1, place] += count
         sums = self.module.sum_over_devices(sums)
+        self._counts = sums[1]
         return (sums[0] / sums[1].clamp(min=1)).tolist()
 
-    def _rows(self, place: int) -> int:
-        """How many rows of a task were calibrated on, on this device."""
-        return sum(_count(batch) for batch, _ in self._targets[place].values())
+
+def _pair(pair: Scalars) -> Tensor:
+    return torch.tensor(pair, dtype=torch.float32)
 
 
 def _tensors(batch: Any) -> list[Tensor]:

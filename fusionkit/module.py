@@ -1,5 +1,6 @@
 """ReuseModule: one base model that becomes any task's model, and is evaluated by the Trainer."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -305,12 +306,14 @@ class ReuseModule(LightningModule):
     def on_train_epoch_start(self) -> None:
         """Encode at the shifts that were reached."""
         self.eval()  # a calibrated model is one that is used, without dropout
+        batches = self.trainer.num_training_batches
+        if self.automatic_optimization and math.isfinite(batches):
+            self.trainer.accumulate_grad_batches = int(batches)  # one step, on all rows
         self._calibrating.start_epoch()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         """The calibration loss of one batch of every task, `{task: batch}`."""
-        loss = self._calibrating.step(batch, batch_idx)
-        self.log("calibration/batch", loss.detach(), prog_bar=True, batch_size=1)
+        loss = self._calibrating.step(batch, batch_idx, self.current_epoch)
         return loss if self.automatic_optimization else None
 
     def on_train_epoch_end(self) -> None:

@@ -13,6 +13,7 @@ from fusionkit.codec import WHOLE_MODEL, DeltaCodec, Encoded, Parts, SharedParts
 from fusionkit.errors import CodecError
 from fusionkit.family import Family
 from fusionkit.partfile import PartFile, PartWriter
+from fusionkit.values import full_precision
 
 
 def checked(stream: Iterable[Encoded], family: Family, codec: DeltaCodec) -> Iterator[Encoded]:
@@ -114,7 +115,8 @@ class Payload:
         parts = self._parts(task, name)
         if not parts:
             return None
-        delta = self.codec.decode({**self._whole[task], **parts}, shape)
+        with full_precision():
+            delta = self.codec.decode({**self._whole[task], **parts}, shape)
         if for_all:  # one vector for every task, decoded once
             self._kept = name, delta
         return delta

@@ -1,15 +1,27 @@
-"""A gradient-free search over one task's shift and scale, by CMA-ES, one evaluation at a time."""
+"""A gradient-free search over one task's shift and scale, one evaluation at a time."""
 
 from collections.abc import Sequence
+from typing import Any
 
-from fusionkit.codecs.dbms import Scalars
+from fusionkit.codecs.dbms import PLAIN, Scalars
+
+PROBES: tuple[Scalars, ...] = (
+    PLAIN,
+    (0.5, 1.0),
+    (1.0, 1.0),
+    (2.0, 1.0),
+    (0.25, 2.0),
+    (1.0, 2.0),
+    (2.0, 2.0),
+)
+"""Evaluated first, by any method: the loss has several valleys, and the best one is seldom the
+nearest. The first is the wrapped codec alone."""
 
 _POPULATION = 4
-_START: Scalars = (0.5, 1.5)
 
 
 class PairSearch:
-    """Asks for pairs of scalars to evaluate; the first evaluation, α = 0 and β = 1, comes unasked.
+    """Asks for pairs of scalars to evaluate: the probes, then CMA-ES's around the best of them.
 
     Args:
         seed: of the draws.
@@ -20,22 +32,22 @@ class PairSearch:
     """
 
     def __init__(self, seed: int, spread: float) -> None:
-        import cma
-        import numpy as np
-
         self.told: list[tuple[Scalars, float]] = []
-        options = {
-            "popsize": _POPULATION,
-            "seed": np.nan,  # would be set for all of NumPy
-            "randn": np.random.RandomState(seed + 1).randn,
-            "verbose": -9,
-        }
-        self._strategy = cma.CMAEvolutionStrategy(list(_START), spread, options)
+        self._seed, self._spread = seed, spread
         self._asked: list[Sequence[float]] = []
         self._values: list[float] = []
 
+    @property
+    def best(self) -> Scalars:
+        """The pair with the least loss so far."""
+        return min(self.told, key=lambda told: _finite(told[1]))[0]
+
     def ask(self) -> Scalars:
         """The next pair to evaluate."""
+        if len(self.told) < len(PROBES):
+            return PROBES[len(self.told)]
+        if len(self.told) == len(PROBES):
+            self._strategy = self._start()
         if not self._asked:
             self._asked = list(self._strategy.ask())
         shift, scale = self._asked[len(self._values)]
@@ -44,16 +56,31 @@ class PairSearch:
     def tell(self, pair: Scalars, value: float) -> None:
         """The loss at the pair asked for; one that is not finite is only very bad."""
         self.told.append((pair, value))
-        if not self._asked:
+        if len(self.told) <= len(PROBES):
             return
-        self._values.append(value if abs(value) < 1e30 else 1e30)
+        self._values.append(_finite(value))
         if len(self._values) == len(self._asked):
             self._strategy.tell(self._asked, self._values)
             self._asked, self._values = [], []
 
     def replay(self, told: Sequence[tuple[Scalars, float]]) -> None:
         """Come to where a search was that was told the same."""
-        for place, (pair, value) in enumerate(told):
-            if place > 0:
-                self.ask()
+        for pair, value in told:
+            self.ask()
             self.tell(pair, value)
+
+    def _start(self) -> Any:
+        import cma
+        import numpy as np
+
+        options = {
+            "popsize": _POPULATION,
+            "seed": np.nan,  # would be set for all of NumPy
+            "randn": np.random.RandomState(self._seed + 1).randn,
+            "verbose": -9,
+        }
+        return cma.CMAEvolutionStrategy(list(self.best), self._spread, options)
+
+
+def _finite(value: float) -> float:
+    return value if abs(value) < 1e30 else 1e30

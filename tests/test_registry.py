@@ -17,6 +17,7 @@ from conftest import TASKS, Files, TinyNet
 
 import fusionkit
 from fusionkit import (
+    DBMS,
     EMR,
     SVD,
     TIES,
@@ -28,6 +29,7 @@ from fusionkit import (
     MagnitudePrune,
     Mean,
     Merged,
+    Normalized,
     TaskArithmetic,
     Weighted,
 )
@@ -51,6 +53,9 @@ BUILT_IN: list[Plugin] = [
     SVD(budget=1000),
     LinearizedLoRA(),
     LinearizedLoRA(Weighted({"ant": 0.5, "bee": -1.5}), "bf16"),
+    DBMS(SVD(rank=1)),
+    DBMS(EMR(), MagnitudePrune(0.1), grid=(0.0, 0.5)),
+    Normalized(TIES()),
     Weighted({"ant": 1.0}),
     Elect(),
     Mean(),
