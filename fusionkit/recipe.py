@@ -315,6 +315,7 @@ def _quieten() -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*no `val_dataloader`.*")  # calibration needs none
+    warnings.filterwarnings("ignore", ".*this fit will run with no optimizer.*")  # but a search
     warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")
     warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*")  # PEFT asks transformers
