@@ -1,9 +1,9 @@
 """ReuseModule: one base model that becomes any task's model, and is evaluated by the Trainer."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -23,27 +23,11 @@ from fusionkit.models import MetricOfClasses, accuracy, load_base, predict
 from fusionkit.registry import to_config
 from fusionkit.report import Scores
 from fusionkit.space import Adapters
+from fusionkit.switcher import Switcher, TaskSource
 
 _CALIBRATION = Calibration()
 _STEPS = (1e-3, 2.0)
 """The least and the greatest step of a scalar."""
-
-
-class TaskSource(Protocol):
-    """Where tasks' weights come from: a `Bundle`, or a `Family` as it is, uncompressed."""
-
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        """The tasks' names."""
-        ...
-
-    def write_into(self, task: str, base: Mapping[str, Tensor], out: Mapping[str, Tensor]) -> None:
-        """Write a task's weights into `out`, all but private and frozen ones."""
-        ...
-
-    def private_tensors(self, task: str) -> Iterator[tuple[str, Tensor]]:
-        """A task's private tensors."""
-        ...
 
 
 class ReuseModule(LightningModule):
@@ -107,13 +91,12 @@ class ReuseModule(LightningModule):
         self.strict_loading = False  # a calibration's checkpoints hold its scalars only
         self.bundle_path = None if bundle is None or isinstance(bundle, Bundle) else Path(bundle)
         self.task: str | None = None
-        self._private: Set[str] = frozenset()
         self.scores: Scores | None = None
         self.metrics = nn.ModuleList()
         self.base_source = None if base is None else Checkpoint.of(base)
         if self.base_source is not None:
             load_base(model, self.base_source, self.private)
-        self._base = Checkpoint(model).in_memory()
+        self._switcher = Switcher(model)
         self._source: TaskSource | None = None
         if isinstance(bundle, Bundle):
             self.reuse(bundle)
@@ -148,7 +131,7 @@ class ReuseModule(LightningModule):
             WrongBaseError: the model is not the bundle's base.
         """
         if isinstance(source, Bundle):
-            source.attach_base(self._base)  # the model itself is about to change
+            source.attach_base(self._switcher.base)  # the model itself is about to change
         if self.task is not None:  # what was frozen for one source need not be for the next
             self.switch(None)
         self._source = source
@@ -159,7 +142,7 @@ class ReuseModule(LightningModule):
         Raises:
             FamilyError: there are none, or they don't fit the base.
         """
-        base = self._base if self.base_source is None else self.base_source
+        base = self._switcher.base if self.base_source is None else self.base_source
         return Family(base, self.finetuned, self.private, self.frozen, self.adapters)
 
     def compress(
@@ -182,7 +165,7 @@ class ReuseModule(LightningModule):
             raise FusionKitError(
                 "compressing needs both `codec` and `finetuned`; add what is missing"
             )
-        base = self._base if self.base_source is None else self.base_source
+        base = self._switcher.base if self.base_source is None else self.base_source
         return compress(
             base,
             self.finetuned,
@@ -208,18 +191,14 @@ class ReuseModule(LightningModule):
             BundleError: the bundle has no such task, a file of it was changed, or a private
                 tensor has no place in the model.
         """
-        # Weights made under inference mode could never be trained again.
-        with torch.inference_mode(False), torch.no_grad():
-            try:
-                self._become(task)
-            except BaseException:
-                self._become(None)  # never a mixture of two tasks
-                raise
+        self.task = None
+        self._switcher.become(task, None if task is None else self.source)
+        self.task = task
 
     @property
     def base_weights(self) -> Mapping[str, Tensor]:
         """The base's weights, on the module's device, in their own dtype."""
-        return self._base
+        return self._switcher.base
 
     def place(self, task: str, family: Family, deltas: bool = False) -> None:
         """Give the model a fine-tuned model's own tensors, as a calibration needs them.
@@ -229,28 +208,8 @@ class ReuseModule(LightningModule):
             family: where the tensors are.
             deltas: the weights that codecs compress, too; or its head and its buffers alone.
         """
-        with torch.inference_mode(False), torch.no_grad():
-            left_out = set() if deltas else set(family.names("delta"))
-            self._become(task, family, left_out)
-
-    def _become(
-        self, task: str | None, source: TaskSource | None = None, left_out: Set[str] = frozenset()
-    ) -> None:
-        state = _state(self.model)
-        private: dict[str, Tensor] = {}
         self.task = None
-        if task is None:
-            self._place(state, self._base)
-        else:
-            source = source or self.source
-            private = dict(source.private_tensors(task))
-            out = {name: tensor for name, tensor in state.items() if name not in left_out}
-            source.write_into(task, self._base, out)
-            # A head that the last task had and this one lacks goes back to the base's.
-            left = {name: self._base[name] for name in self._private - private.keys()}
-            self._place(state, {**left, **private})
-        self._private = private.keys()
-        self.task = None if left_out else task
+        self._switcher.become(task, family, set() if deltas else set(family.names("delta")))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The active task's model, called as it is."""
@@ -413,41 +372,11 @@ class ReuseModule(LightningModule):
             )
         return bundle
 
-    def _place(self, state: dict[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-        """Put whole tensors in their places, whatever shapes were there."""
-        for name, value in tensors.items():
-            self._place_one(state, name, value)
-
-    def _place_one(self, state: dict[str, Tensor], name: str, value: Tensor) -> None:
-        if name not in state:
-            raise BundleError(
-                f"the task's private tensor '{name}' has no place in {type(self.model).__name__}; "
-                "build the model with a head of that name"
-            )
-        old = state[name]
-        if old.shape == value.shape:
-            old.copy_(value)
-            return
-        path, _, leaf = name.rpartition(".")
-        parent = self.model.get_submodule(path)
-        fresh = value.to(device=old.device, dtype=old.dtype, copy=True)
-        if leaf in parent._parameters:
-            fresh = nn.Parameter(fresh, requires_grad=parent._parameters[leaf].requires_grad)  # type: ignore[union-attr]
-        setattr(parent, leaf, fresh)
-        if isinstance(parent, nn.Linear) and leaf == "weight":
-            parent.out_features, parent.in_features = fresh.shape
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ReuseModule":
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         # The base moves with the model but keeps its dtype: rounding it would lose the deltas.
         device = next(self.model.parameters()).device
-        if self._base[next(iter(self._base))].device != device:
-            self._base = self._base.in_memory(device)
+        self._switcher.to(device)
         if self.scalars is not None:  # nor can two scalars be learned in half precision
             self.scalars.data = self.scalars.data.to(torch.float32)
         return self
-
-
-def _state(model: nn.Module) -> dict[str, Tensor]:
-    """The model's own tensors, by every name, detached but not copied."""
-    return dict(model.state_dict())

@@ -16,6 +16,8 @@ from test_calibration import EPOCHS
 from test_cli import PROGRAM, recipe, run
 
 from fusionkit import Bundle
+from fusionkit.fit import CalibrateCLI, FitCLI, fit_cli
+from fusionkit.recipe import recipes_folder
 from fusionkit.search import PROBES
 
 __all__ = ["recipe"]  # the fixture
@@ -160,3 +162,11 @@ def test_a_task_without_data_is_named_first(dbms: Path, files: Files, tmp_path: 
     shown = run("fit", "--config", dbms, finetuned, code=1)
     assert "no calibration data for task 'dog'" in shown
     assert not (tmp_path / "bundle").exists()
+
+
+def test_which_recipes_are_calibrations(dbms: Path) -> None:
+    text = recipes_folder() / "text"
+    assert fit_cli([f"--config={text / 'calibrate.yaml'}"]) is CalibrateCLI
+    assert fit_cli(["--config", str(dbms), "--model.bundle=b"]) is CalibrateCLI
+    assert fit_cli(["--config", str(text / "fit.yaml")]) is FitCLI
+    assert fit_cli(["--config", "no/such.yaml"]) is FitCLI

@@ -1,0 +1,113 @@
+"""One live model that becomes any task's, in place."""
+
+from collections.abc import Iterator, Mapping, Set
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fusionkit.checkpoint import Checkpoint
+from fusionkit.errors import BundleError
+
+
+class TaskSource(Protocol):
+    """Where tasks' weights come from: a `Bundle`, or a `Family` as it is, uncompressed."""
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks' names."""
+        ...
+
+    def write_into(self, task: str, base: Mapping[str, Tensor], out: Mapping[str, Tensor]) -> None:
+        """Write a task's weights into `out`, all but private and frozen ones."""
+        ...
+
+    def private_tensors(self, task: str) -> Iterator[tuple[str, Tensor]]:
+        """A task's private tensors."""
+        ...
+
+
+class Switcher:
+    """Rewrites a model's weights; the base's are kept beside it, so that every switch starts there.
+
+    Args:
+        model: the model, with the base's weights.
+
+    Attributes:
+        base: the base's weights, on the model's device, in their own dtype.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.base = Checkpoint(model).in_memory()
+        self._private: Set[str] = frozenset()
+
+    def become(
+        self, task: str | None, source: TaskSource | None = None, left_out: Set[str] = frozenset()
+    ) -> None:
+        """Make the model a task's.
+
+        Args:
+            task: one of the source's; None makes it the base.
+            source: where its tensors come from.
+            left_out: tensors to leave as they are.
+
+        Raises:
+            BundleError: the source has no such task, a file of it was changed, or a private
+                tensor has no place in the model, which is then the base.
+        """
+        # Weights made under inference mode could never be trained again.
+        with torch.inference_mode(False), torch.no_grad():
+            try:
+                self._become(task, source, left_out)
+            except BaseException:
+                self._become(None, None, frozenset())  # never a mixture of two tasks
+                raise
+
+    def to(self, device: torch.device) -> None:
+        """Follow the model to another device."""
+        if self.base[next(iter(self.base))].device != device:
+            self.base = self.base.in_memory(device)
+
+    def _become(self, task: str | None, source: TaskSource | None, left_out: Set[str]) -> None:
+        state = _state(self.model)
+        private: dict[str, Tensor] = {}
+        if task is None or source is None:
+            self._place(state, self.base)
+        else:
+            private = dict(source.private_tensors(task))
+            out = {name: tensor for name, tensor in state.items() if name not in left_out}
+            source.write_into(task, self.base, out)
+            # A head that the last task had and this one lacks goes back to the base's.
+            left = {name: self.base[name] for name in self._private - private.keys()}
+            self._place(state, {**left, **private})
+        self._private = private.keys()
+
+    def _place(self, state: dict[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+        """Put whole tensors in their places, whatever shapes were there."""
+        for name, value in tensors.items():
+            self._place_one(state, name, value)
+
+    def _place_one(self, state: dict[str, Tensor], name: str, value: Tensor) -> None:
+        if name not in state:
+            raise BundleError(
+                f"the task's private tensor '{name}' has no place in {type(self.model).__name__}; "
+                "build the model with a head of that name"
+            )
+        old = state[name]
+        if old.shape == value.shape:
+            old.copy_(value)
+            return
+        path, _, leaf = name.rpartition(".")
+        parent = self.model.get_submodule(path)
+        fresh = value.to(device=old.device, dtype=old.dtype, copy=True)
+        if leaf in parent._parameters:
+            fresh = nn.Parameter(fresh, requires_grad=parent._parameters[leaf].requires_grad)  # type: ignore[union-attr]
+        setattr(parent, leaf, fresh)
+        if isinstance(parent, nn.Linear) and leaf == "weight":
+            parent.out_features, parent.in_features = fresh.shape
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """The model's own tensors, by every name, detached but not copied."""
+    return dict(model.state_dict())
