@@ -111,18 +111,20 @@ class Weighted(Merge):
 
 @dataclass(frozen=True)
 class Normalized(Merge):
-    """Another merge, of task vectors that are first brought to one length.
+    """Another merge, of task vectors that are first brought towards one length.
 
     A task that was trained harder, or for longer, moves further from the base and would dominate
-    a sum. Over the whole model, each vector becomes τ_t · n / ‖τ_t‖, where n is the mean of their
-    lengths.
+    a sum. Over the whole model, each vector becomes τ_t · (n / ‖τ_t‖)^p, where n is the mean of
+    their lengths.
 
     Args:
         merge: what then merges them.
+        power: p; 1 makes all of one length, 0 changes nothing.
     """
 
     id: ClassVar[str] = "normalized"
     merge: Merge = field(default_factory=Mean)
+    power: float = 1.0
 
     def prepare(self, family: Family) -> MergeTensor:
         """One pass for the lengths, then those of the merge."""
@@ -131,7 +133,8 @@ class Normalized(Merge):
             for _, block in vectors.blocks():
                 squares += block.square().sum(1)
         lengths = squares.sqrt()
-        scales = torch.where(lengths > 0, lengths.mean() / lengths, 1.0).to(torch.float32)
+        ratios = torch.where(lengths > 0, lengths.mean() / lengths, 1.0)
+        scales = ratios.pow(self.power).to(torch.float32)
         scaled = family.changed(lambda _: [_scaled(float(scale)) for scale in scales])
         merge_tensor = self.merge.prepare(scaled)
 

@@ -12,7 +12,7 @@ from stacked import decoded, keep_largest, random_family, stack
 from torch import Tensor
 
 import fusionkit
-from fusionkit import TIES, Elect, Family, Mean, Merge, Merged, TaskArithmetic
+from fusionkit import TIES, Elect, Family, Mean, Merge, Merged, Normalized, TaskArithmetic
 from fusionkit.errors import CodecError
 from fusionkit.task_vectors import BLOCK
 
@@ -49,6 +49,12 @@ def naive_elect(tau: Tensor) -> Tensor:
     return torch.tensor(merged)
 
 
+def levelled(tau: Tensor, power: float) -> Tensor:
+    """Every row times (mean length / its length)^p."""
+    lengths = tau.norm(dim=1, keepdim=True)
+    return tau * (lengths.mean() / lengths) ** power
+
+
 MERGES: list[tuple[Merge, object]] = [
     (Mean(), naive_mean),
     (TaskArithmetic(), lambda tau: 0.3 * len(tau) * naive_mean(tau)),
@@ -58,6 +64,9 @@ MERGES: list[tuple[Merge, object]] = [
     (TIES(1.0, aggregate="sum"), lambda tau: naive_ties(tau, 1.0, 1.0, "sum")),
     (TIES(0.05, 1.3, "sum"), lambda tau: naive_ties(tau, 0.05, 1.3, "sum")),
     (Elect(), naive_elect),
+    (Normalized(), lambda tau: naive_mean(levelled(tau, 1.0))),
+    (Normalized(TIES(0.3), 0.5), lambda tau: naive_ties(levelled(tau, 0.5), 0.3, 1.0, "mean")),
+    (Normalized(Elect(), 0.0), naive_elect),
 ]
 every_merge = pytest.mark.parametrize(
     ("merge", "naive"), MERGES, ids=lambda m: repr(m) if isinstance(m, Merge) else ""
@@ -153,3 +162,16 @@ def test_a_merge_of_one_is_the_task() -> None:
 def test_ties_refuses_a_density(density: float) -> None:
     with pytest.raises(CodecError, match=rf"TIES' density in \(0, 1\], got {density}"):
         TIES(density=density)
+
+
+def test_normalized_leaves_out_nothing_but_length() -> None:
+    """A task that moved ten times as far weighs no more; one that never moved does no harm."""
+    base, finetuned = random_family({"a": (30, 20)}, tasks=4)
+    for task, factor in (("task0", 10.0), ("task1", 0.0)):
+        finetuned[task]["a"] = base["a"] + factor * (finetuned[task]["a"] - base["a"])
+    bundle = fusionkit.compress(base, finetuned, Merged(Normalized(), dtype="fp32"))
+    merged = decoded(bundle, "task0", ["a"])
+    tau = stack(base, finetuned, ["a"])
+    towards = [float(merged @ tau[t] / (merged.norm() * tau[t].norm())) for t in (0, 2, 3)]
+    assert max(towards) - min(towards) < 0.1
+    assert torch.isfinite(merged).all()

@@ -48,7 +48,8 @@ class DBMS(DeltaCodec):
 
     Args:
         codec: C, any codec.
-        shift: the codec whose decoded deltas are the directions u_t.
+        shift: the codec whose decoded deltas are the directions u_t; by default one vector for
+            all tasks, their mean, in which those that moved far weigh more, but do not rule.
         grid: the shifts that are tried; none: no shift and no scale.
 
     Raises:
@@ -57,7 +58,7 @@ class DBMS(DeltaCodec):
 
     id: ClassVar[str] = "dbms"
     codec: DeltaCodec
-    shift: DeltaCodec = field(default_factory=lambda: Merged(Normalized()))
+    shift: DeltaCodec = field(default_factory=lambda: Merged(Normalized(power=0.5)))
     grid: tuple[float, ...] = (0.0, 1.0, 2.0)
 
     _scalars: ClassVar[Mapping[str, Scalars] | None] = None
