@@ -277,8 +277,8 @@ class Calibrator:
 
     def _directions(self, place: int, device: torch.device) -> Directions:
         def read(payload: Payload, name: str) -> Tensor | None:
-            delta = payload.delta(place, name, torch.Size(self.family.base.specs[name].shape))
-            return None if delta is None else delta.to(device)
+            shape = torch.Size(self.family.base.specs[name].shape)
+            return payload.delta(place, name, shape, device)
 
         *past, now = (shifts[place] for shifts in self._shifts)
         least = _LEAST_MOVE * float(self._units[place])

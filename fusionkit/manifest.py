@@ -163,6 +163,11 @@ class CalibrationRecord:
     loss_before: float
     loss_after: float
 
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not isinstance(value, str if name in ("objective", "method") else int | float):
+                raise ValueError(f"{name} is {value!r}")  # noqa: TRY004
+
 
 @dataclass(frozen=True)
 class TaskRecord:

@@ -88,6 +88,7 @@ class ReuseModule(LightningModule):
         self.calibration = calibration
         self.calibrator: Calibrator | None = None
         self.scalars: nn.Parameter | None = None
+        self._trained: frozenset[str] = frozenset()
         self.strict_loading = False  # a calibration's checkpoints hold its scalars only
         self.bundle_path = None if bundle is None or isinstance(bundle, Bundle) else Path(bundle)
         self.task: str | None = None
@@ -313,11 +314,15 @@ class ReuseModule(LightningModule):
 
     def end_calibration(self) -> None:
         """Leave calibration: the model is the base again, and has no scalars."""
-        if self.calibrator is not None:
-            self.calibrator.close()
+        if self.calibrator is None:
+            return
+        self.calibrator.close()
         self.calibrator = self.scalars = None
         self.automatic_optimization = True
         self.switch(None)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in self._trained)
+        self._trained = frozenset()
 
     @property
     def _calibrating(self) -> Calibrator:
@@ -334,6 +339,8 @@ class ReuseModule(LightningModule):
             )
         self.calibrator = Calibrator(self, self.calibration)
         self.scalars = self.calibrator.scalars
+        parameters = self.model.named_parameters()
+        self._trained = frozenset(name for name, each in parameters if each.requires_grad)
         self.model.requires_grad_(False)
         self.automatic_optimization = self.calibration.method == "gradient"
 

@@ -84,7 +84,7 @@ class Payload:
         self._whole = [self._parts(task, WHOLE_MODEL) for task in range(len(self.tasks))]
         own = [set(file.names()) for file in self._files[1:]]
         self._own = set().union(*own)
-        self._kept: tuple[str, Tensor] | None = None
+        self._kept: tuple[tuple[str, torch.device | None], Tensor] | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -101,24 +101,30 @@ class Payload:
         shared = self._files[0].parts(name)
         return Encoded(name, shared, [file.parts(name) for file in self._files[1:]])
 
-    def delta(self, task: int, name: str, shape: torch.Size) -> Tensor | None:
+    def delta(
+        self, task: int, name: str, shape: torch.Size, device: torch.device | None = None
+    ) -> Tensor | None:
         """One task's decoded delta of one tensor, not to be changed; None where it is zero.
 
         Args:
             task: its place in the family.
             name: the tensor's name.
             shape: its shape.
+            device: where to decode; the CPU by default.
         """
         for_all = name not in self._own and WHOLE_MODEL not in self._own
-        if for_all and self._kept and self._kept[0] == name:
+        if for_all and self._kept and self._kept[0] == (name, device):
             return self._kept[1]
-        parts = self._parts(task, name)
-        if not parts:
+        own = self._parts(task, name)
+        if not own:
             return None
+        parts = {**self._whole[task], **own}
+        if device is not None:
+            parts = {part: tensor.to(device) for part, tensor in parts.items()}
         with full_precision():
-            delta = self.codec.decode({**self._whole[task], **parts}, shape)
+            delta = self.codec.decode(parts, shape)
         if for_all:  # one vector for every task, decoded once
-            self._kept = name, delta
+            self._kept = (name, device), delta
         return delta
 
     def _parts(self, task: int, name: str) -> Parts:

@@ -139,10 +139,21 @@ def rename_task(name: str) -> Callable[[Json], None]:
 
 
 TENSOR = ("base", "tensors", "w")
+LEARNED = {
+    "shift": 0.5,
+    "scale": 1.5,
+    "objective": "outputs",
+    "method": "gradient",
+    "rows": 64,
+    "seed": 0,
+    "epochs": 16,
+    "loss_before": 0.5,
+    "loss_after": 0.1,
+}
 MANIFESTS: dict[str, tuple[Callable[[Json], object], str]] = {
     "newer version": (
-        set_at("format_version", value=3),
-        "has format version 3, this FusionKit reads versions up to 2; install the FusionKit that",
+        set_at("format_version", value=4),
+        "has format version 4, this FusionKit reads versions up to 3; install the FusionKit that",
     ),
     "other format": (set_at("format", value="zip"), "not a FusionKit bundle's manifest"),
     "no codec": (lambda m: m.pop("codec"), r"malformed \(KeyError\('codec'\)\)"),
@@ -164,6 +175,14 @@ MANIFESTS: dict[str, tuple[Callable[[Json], object], str]] = {
     "huge shape": (set_at(*TENSOR, "shape", value=[10**30]), "malformed"),
     "shape of text": (set_at(*TENSOR, "shape", value=["8", "5"]), "malformed"),
     "unknown role": (set_at(*TENSOR, "role", value="root"), "malformed"),
+    "calibration of text": (
+        set_at("tasks", "x", "calibration", value={**LEARNED, "shift": "far"}),
+        "malformed",
+    ),
+    "unknown calibration": (
+        set_at("tasks", "x", "calibration", value={**LEARNED, "warmth": 1}),
+        "malformed",
+    ),
     "tied to nothing": (set_at("base", "tied", value={"v": "nowhere"}), "malformed"),
     "size is text": (set_at("tasks", "x", "file", "bytes", value="9"), "the manifest says 9"),
     "task outside": (rename_task("../../x"), r"task-\.\.%2F\.\.%2Fx\.safetensors: missing"),

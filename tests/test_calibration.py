@@ -180,6 +180,7 @@ class TestGradient:
         calibrate(reuse, Rows(), trainer=trainer(callbacks=[Look()]))
         assert seen == {"optimised": [(3, 2)], "graded": {"scalars"}}
         assert reuse.scalars is None
+        assert all(parameter.requires_grad for parameter in base.parameters())  # as it was
         reuse.switch(None)
         check_same(base.state_dict(), before)
 
