@@ -82,7 +82,7 @@ class Calibrator:
         ]
         self._counts = torch.zeros(count)
         self._at = self._pairs()
-        self._shift = Payload(self.codec.shift, self.family)
+        self._shift = Payload(self.codec.direction, self.family)
         self._deltas: list[Payload] = []
         self._past: list[list[Scalars]] = []
         self._shifts: list[list[float]] = []

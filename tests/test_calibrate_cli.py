@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from test_calibration import EPOCHS
 from test_cli import PROGRAM, recipe, run
 
-from fusionkit import Bundle
+from fusionkit import DBMS, Bundle, MagnitudePrune
 from fusionkit.fit import CalibrateCLI, FitCLI, fit_cli
 from fusionkit.recipe import recipes_folder
 from fusionkit.search import PROBES
@@ -90,6 +90,10 @@ def test_every_setting_on_the_command_line(dbms: Path, tmp_path: Path) -> None:
     bundle = Bundle(tmp_path / "bundle")
     assert repr(bundle.codec).startswith("DBMS(codec=SVD(rank=1")
     assert "shift=EMR(" in repr(bundle.codec)
+    prune = ["--model.codec.init_args.shift", "MagnitudePrune", "--model.bundle", tmp_path / "own"]
+    run("compress", "--config", dbms, *prune)
+    own = Bundle(tmp_path / "own").codec
+    assert own == DBMS(MagnitudePrune(0.1), MagnitudePrune())  # with nothing of the default's
     learned = bundle.manifest.tasks["cat"].calibration
     assert learned
     assert (learned.objective, learned.method) == ("features", "search")

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -48,8 +48,8 @@ class DBMS(DeltaCodec):
 
     Args:
         codec: C, any codec.
-        shift: the codec whose decoded deltas are the directions u_t; by default one vector for
-            all tasks, their mean, in which those that moved far weigh more, but do not rule.
+        shift: the codec whose decoded deltas are the directions u_t; none: one vector for all
+            tasks, their mean, in which those that moved far weigh more, but do not rule.
         grid: the shifts that are tried; none: no shift and no scale.
 
     Raises:
@@ -58,18 +58,26 @@ class DBMS(DeltaCodec):
 
     id: ClassVar[str] = "dbms"
     codec: DeltaCodec
-    shift: DeltaCodec = field(default_factory=lambda: Merged(Normalized(power=0.5)))
+    shift: DeltaCodec | None = None
     grid: tuple[float, ...] = (0.0, 1.0, 2.0)
 
     _scalars: ClassVar[Mapping[str, Scalars] | None] = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "grid", tuple(self.grid))
-        for part, codec in (("codec", self.codec), ("shift", self.shift)):
+        # Not the field's default, whose settings a recipe's parser would mix into another shift's.
+        object.__setattr__(self, "shift", self.shift or Merged(Normalized(power=0.5)))
+        for part, codec in (("codec", self.codec), ("shift", self.direction)):
             if codec.unscalable:
                 raise CodecError(
                     f"DBMS can't have {type(codec).__name__} as its {part}: {codec.unscalable}"
                 )
+
+    @property
+    def direction(self) -> DeltaCodec:
+        """The codec of the directions u_t: `shift`, or what it is by default."""
+        assert self.shift is not None  # once constructed
+        return self.shift
 
     def at(self, scalars: Mapping[str, Scalars]) -> "DBMS":
         """The same codec, encoding at scalars that are known; they are no setting of it.
@@ -86,7 +94,7 @@ class DBMS(DeltaCodec):
         with ExitStack() as kept:
             of_shift = _view(shared, "shift")
             of_codec = _view(shared, "delta")
-            shift = kept.enter_context(Payload(self.shift, family, of_shift))
+            shift = kept.enter_context(Payload(self.direction, family, of_shift))
             scalars = self._known(family)
             if len(scalars) < len(family.tasks):
                 scalars = {**self._search(family, shift, of_codec), **scalars}
@@ -123,7 +131,7 @@ class DBMS(DeltaCodec):
             shape: the tensor's shape.
         """
         found = []
-        for kind, codec in (("shift", self.shift), ("delta", self.codec)):
+        for kind, codec in (("shift", self.direction), ("delta", self.codec)):
             own = _under(parts, kind + _OF_TENSOR)
             whole = _under(parts, kind + _OF_MODEL)
             found.append(codec.decode({**whole, **own}, shape) if own else None)
@@ -136,7 +144,7 @@ class DBMS(DeltaCodec):
         """
         shift, scale = parts[_SCALARS].tolist()
         lefts, rights = [], []
-        for kind, codec, factor in (("shift", self.shift, shift), ("delta", self.codec, scale)):
+        for kind, codec, factor in (("shift", self.direction, shift), ("delta", self.codec, scale)):
             own = _under(parts, kind + _OF_TENSOR)
             if not own or factor == 0:
                 continue
