@@ -7,6 +7,9 @@ from fusionkit.bundle import Bundle as Bundle
 from fusionkit.checkpoint import Checkpoint as Checkpoint
 from fusionkit.codec import DeltaCodec as DeltaCodec
 from fusionkit.codec import Encoded as Encoded
+from fusionkit.codec import Parts as Parts
+from fusionkit.codec import RestoringCodec as RestoringCodec
+from fusionkit.codec import SharedParts as SharedParts
 from fusionkit.codec import TensorCodec as TensorCodec
 from fusionkit.codecs.dbms import DBMS as DBMS
 from fusionkit.codecs.dense import Dense as Dense
@@ -23,9 +26,12 @@ from fusionkit.merge import TIES as TIES
 from fusionkit.merge import Elect as Elect
 from fusionkit.merge import Mean as Mean
 from fusionkit.merge import Merge as Merge
+from fusionkit.merge import MergeTensor as MergeTensor
 from fusionkit.merge import Normalized as Normalized
 from fusionkit.merge import TaskArithmetic as TaskArithmetic
+from fusionkit.merge import TensorMerge as TensorMerge
 from fusionkit.merge import Weighted as Weighted
+from fusionkit.task_vectors import TaskVectors as TaskVectors
 
 if TYPE_CHECKING:
     from fusionkit.calibrating import calibrate as calibrate

@@ -16,7 +16,6 @@ last: whatever is interrupted, a bundle that can be opened is whole.
 import shutil
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -27,12 +26,13 @@ from torch import Tensor
 from fusionkit.adapter import fold_into
 from fusionkit.bundle_folder import SHARED, START, WHOLE, disk_errors, new_folder, task_file
 from fusionkit.checkpoint import Checkpoint, Source
-from fusionkit.codec import WHOLE_MODEL, DeltaCodec, Parts
+from fusionkit.codec import WHOLE_MODEL, DeltaCodec, Parts, RestoringCodec
 from fusionkit.errors import BundleError, WrongBaseError, listing
 from fusionkit.lowrank import LowRank
 from fusionkit.manifest import FILE, Manifest, reopen_base
 from fusionkit.overlay import WithStart
 from fusionkit.partfile import PartFile
+from fusionkit.payload import decoding
 from fusionkit.registry import from_config
 from fusionkit.values import full_precision
 
@@ -148,14 +148,32 @@ class Bundle:
         Raises:
             BundleError: the bundle has no such task or tensor, or a file was changed.
         """
-        delta = self._decoded(task, name, self.codec.decode, device)
-        expected = self.manifest.base.tensors[name].shape
-        if delta is not None and list(delta.shape) != expected:
-            raise BundleError(
-                f"{self.path}: '{name}' of task '{task}' decodes to shape {list(delta.shape)}, "
-                f"expected {expected}; the codec {self.codec!r} is at fault"
-            )
-        return delta
+        if isinstance(self.codec, RestoringCodec):
+            base = self.base[name].to(device or torch.device("cpu"))
+            whole = self.restored(task, name, base)
+            return None if whole is None else whole.to(torch.float32) - base.to(torch.float32)
+        return self._shaped(name, self._decoded(task, name, self.codec.decode, device))
+
+    def restored(self, task: str, name: str, base: Tensor) -> Tensor | None:
+        """One task's tensor itself, by a codec that restores tensors; nothing else is read.
+
+        Args:
+            task: one of `tasks`.
+            name: the tensor's name.
+            base: the base's tensor; the result is on its device.
+
+        Returns:
+            the tensor in the dtype that it had; None where it is the base's, or where the codec
+            keeps deltas.
+
+        Raises:
+            BundleError: as for `delta`.
+        """
+        codec = self.codec
+        if not isinstance(codec, RestoringCodec):
+            return None
+        whole = self._decoded(task, name, lambda parts, _: codec.restore(parts, base), base.device)
+        return self._shaped(name, whole)
 
     def factors(self, task: str, name: str) -> LowRank | None:
         """One task's delta of one matrix as a product; None where the codec has none.
@@ -178,7 +196,7 @@ class Bundle:
     def private_tensors(self, task: str) -> Iterator[tuple[str, Tensor]]:
         """A task's private tensors, whole, in their own dtype."""
         for name in self.manifest.tasks[self._known(task)].private:
-            with self._reading(task, name):
+            with decoding(self.path, task, name, self.codec):
                 tensor = self._task(task).parts(name)[WHOLE]
             yield name, tensor
 
@@ -206,9 +224,11 @@ class Bundle:
                 continue  # a buffer that this model does not save
             target = out[name]
             if tensor.role == "delta":
-                delta = self.delta(task, name, target.device)
+                restores = isinstance(self.codec, RestoringCodec)
+                whole = self.restored(task, name, base[name].to(target.device))
+                delta = None if restores else self.delta(task, name, target.device)
                 if delta is None:
-                    target.copy_(base[name])
+                    target.copy_(base[name] if whole is None else whole)
                 elif target.dtype == base[name].dtype == torch.float32:
                     torch.add(base[name], delta, out=target)
                 else:
@@ -248,8 +268,8 @@ class Bundle:
 
         Args:
             task: one of `tasks`.
-            dtype: of all floating-point tensors; by default the base's own, and private
-                tensors as they were stored.
+            dtype: of all floating-point tensors; by default the base's own, and of private
+                and restored tensors the one that they had.
 
         Returns:
             tensors by name on the CPU, the caller's own; tied names share one tensor.
@@ -268,7 +288,8 @@ class Bundle:
                 f"{base.label} lacks tensors of the base that this bundle was made from "
                 f"({self.manifest.base.source}):{listing(lacking)}"
             )
-        state = {}
+        state: dict[str, Tensor] = {}
+        restored: dict[str, Tensor] = {}
         for name, tensor in self.manifest.base.tensors.items():
             if name in own:
                 continue
@@ -276,9 +297,13 @@ class Bundle:
             target = dtype if dtype and stored.is_floating_point else stored
             if tensor.role == "frozen":
                 state[name] = base[name].to(target, copy=True)
+            elif tensor.role == "delta" and isinstance(self.codec, RestoringCodec):
+                whole = self.restored(task, name, base[name])
+                restored[name] = base[name].clone() if whole is None else whole
             else:
                 state[name] = torch.empty(tensor.shape, dtype=target)
         self.write_into(task, base, state)
+        state.update({name: whole.to(dtype or whole.dtype) for name, whole in restored.items()})
         for name, value in self.private_tensors(task):
             target = dtype if dtype and value.is_floating_point() else value.dtype
             state[name] = value.to(target, copy=True)
@@ -332,8 +357,13 @@ class Bundle:
 
     def _own(self, task: str, name: str, device: torch.device) -> Tensor:
         """One of a task's adapter tensors."""
-        start, still = self._start_on(name, device), self.manifest.base.tensors[name]
-        delta = None if still.role == "frozen" else self.delta(task, name, device)
+        start = self._start_on(name, device)
+        if self.manifest.base.tensors[name].role == "frozen":
+            return start
+        if isinstance(self.codec, RestoringCodec):
+            whole = self.restored(task, name, start)
+            return start if whole is None else whole
+        delta = self.delta(task, name, device)
         return start if delta is None else start.to(torch.float32) + delta
 
     def _known(self, task: str) -> str:
@@ -344,7 +374,7 @@ class Bundle:
     def exact(self, task: str, name: str) -> Tensor | None:
         """A task's own exact tensor; None where it is the base's."""
         shape = self.manifest.base.tensors[name].shape
-        with self._reading(task, name):
+        with decoding(self.path, task, name, self.codec):
             whole = self._task(task).parts(name).get(WHOLE)
         if whole is not None and list(whole.shape) != shape:
             raise BundleError(
@@ -352,26 +382,6 @@ class Bundle:
                 f"{shape}; compress again"
             )
         return whole
-
-    @contextmanager
-    def _reading(self, task: str, name: str) -> Iterator[None]:
-        """A context that says of which task and tensor the payload can't be made sense of."""
-        try:
-            yield
-        except torch.OutOfMemoryError:
-            raise
-        except (
-            ArithmeticError,
-            AttributeError,
-            LookupError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-        ) as error:
-            raise BundleError(
-                f"{self.path}: '{name}' of task '{task}' can't be decoded by {self.codec!r} "
-                f"({type(error).__name__}: {error}); copy or compress it again"
-            ) from error
 
     def _decoded(
         self,
@@ -384,13 +394,22 @@ class Bundle:
         record = self.manifest.base.tensors.get(name)
         if record is None or record.role != "delta":
             raise BundleError(f"{self.path}: holds no deltas of a tensor '{name}'")
-        with self._reading(task, name), full_precision():
+        with decoding(self.path, task, name, self.codec), full_precision():
             parts = self._task(task).parts(name, device)
             shared = self.shared_parts(name, device)
             if not parts and not shared:
                 return None
             whole = self._whole_model(task, device)
             return decode({**whole, **shared, **parts}, torch.Size(record.shape))
+
+    def _shaped(self, name: str, decoded: Tensor | None) -> Tensor | None:
+        expected = self.manifest.base.tensors[name].shape
+        if decoded is not None and list(decoded.shape) != expected:
+            raise BundleError(
+                f"{self.path}: '{name}' decodes to shape {list(decoded.shape)}, expected "
+                f"{expected}; the codec {self.codec!r} is at fault"
+            )
+        return decoded
 
     def _task(self, task: str) -> PartFile:
         return self._files[self._known(task)]

@@ -11,7 +11,8 @@ The contract, in the order of the data:
    is a part of the tensor itself; a tensor for which nothing was yielded decodes to zero.
 
 A codec is a frozen dataclass; its fields are its settings, kept in the bundle's manifest as JSON.
-One that handles each tensor of each task alone derives from `TensorCodec` and writes two methods.
+One that handles each tensor of each task alone derives from `TensorCodec` and writes two methods;
+one whose tensors come back as they were, rather than as base plus delta, from `RestoringCodec`.
 """
 
 from abc import ABC, abstractmethod
@@ -22,6 +23,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fusionkit.errors import CodecError
 from fusionkit.family import Family
 from fusionkit.lowrank import LowRank
 from fusionkit.registry import Plugin
@@ -118,3 +120,52 @@ class TensorCodec(DeltaCodec):
         for vectors in family:
             parts = [self.encode_tensor(vectors[t], vectors.name) for t in range(len(vectors))]
             yield Encoded(vectors.name, tasks=parts)
+
+
+class RestoringCodec(DeltaCodec):
+    """Base of codecs that give back each tensor of each task itself, in its own dtype.
+
+    Base plus a float32 delta, rounded, is not always the fine-tuned tensor to the bit; what such
+    a codec restores is.
+    """
+
+    unscalable: ClassVar[str | None] = (
+        "it gives back whole tensors, to the bit, where scaled deltas would have to be added"
+    )
+
+    @abstractmethod
+    def encode_restorable(self, tuned: Tensor, base: Tensor) -> Parts:
+        """Compress one fine-tuned tensor, given the base's.
+
+        Args:
+            tuned: the fine-tuned tensor, `(*shape)`, in its own floating dtype.
+            base: the base's, `(*shape)`, in its own floating dtype.
+
+        Returns:
+            payload tensors by name; none at all where the base's comes back instead.
+        """
+
+    @abstractmethod
+    def restore(self, parts: Parts, base: Tensor) -> Tensor:
+        """Give back one fine-tuned tensor.
+
+        Args:
+            parts: as for `decode`.
+            base: the base's tensor, in its own dtype, on the parts' device; not to be changed.
+
+        Returns:
+            `(*shape)`, in the dtype it is to have.
+        """
+
+    def encode(self, family: Family, shared: SharedParts | None = None) -> Iterator[Encoded]:
+        """Encode tensor by tensor, task by task."""
+        for vectors in family:
+            parts = [
+                self.encode_restorable(vectors.tuned(task), vectors.base)
+                for task in range(len(vectors))
+            ]
+            yield Encoded(vectors.name, tasks=parts)
+
+    def decode(self, parts: Parts, shape: torch.Size) -> Tensor:
+        """Not without the base: `Bundle.delta` takes the difference."""
+        raise CodecError(f"{type(self).__name__} restores tensors, and only beside the base")

@@ -156,12 +156,12 @@ class Family:
         return vectors
 
     def _vectors(self, name: str) -> TaskVectors:
-        base = self.base[name].to(torch.float32)
+        base = self.base[name]
         return TaskVectors(
             name=name,
             shape=base.shape,
             tasks=self.tasks,
-            _base=base,
+            base=base,
             _read=lambda task: self._tuned(self.tasks[task], name),
             _label=lambda task: (
                 f"{self.base.label} (the base)"

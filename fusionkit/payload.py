@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from fusionkit.bundle_folder import SHARED, WHOLE, task_file
 from fusionkit.codec import WHOLE_MODEL, DeltaCodec, Encoded, Parts, SharedParts
-from fusionkit.errors import CodecError
+from fusionkit.errors import BundleError, CodecError
 from fusionkit.family import Family
 from fusionkit.partfile import PartFile, PartWriter
 from fusionkit.values import full_precision
@@ -44,6 +45,31 @@ def add_parts(writer: PartWriter, name: str, parts: Parts) -> None:
         if "/" in part or part == WHOLE:
             raise CodecError(f"a part can't be called '{part}': '/' and '{WHOLE}' are reserved")
         writer.add(f"{name}/{part}", tensor)
+
+
+@contextmanager
+def decoding(path: Path, task: str, name: str, codec: DeltaCodec) -> Iterator[None]:
+    """A context that says of which task and tensor a payload can't be made sense of.
+
+    Raises:
+        BundleError: it can't.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise BundleError(
+            f"{path}: '{name}' of task '{task}' can't be decoded by {codec!r} "
+            f"({type(error).__name__}: {error}); copy or compress it again"
+        ) from error
 
 
 class Payload:

@@ -42,6 +42,8 @@ class _Parser(LightningArgumentParser):
             }
             kinds = "; ".join(f"{group}: {', '.join(names)}" for group, names in found.items())
             message = f"{message}\ninstalled ({kinds})"
+            for name, failure in failures.items():
+                message += f"\nnot usable: {name.rpartition(':')[2]}: {failure}"
         super().error(message, ex)
         raise AssertionError  # super().error never returns
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -28,12 +29,13 @@ class TaskVectors:
         name: the tensor's name.
         shape: its shape.
         tasks: the tasks' names, in the order of the indices.
+        base: the base's tensor as it is, in its own dtype; not to be changed.
     """
 
     name: str
     shape: torch.Size
     tasks: tuple[str, ...]
-    _base: Tensor
+    base: Tensor
     _read: Callable[[int], Tensor]
     _label: Callable[[int | None], str]
     _adapter: Callable[[int], MergedAdapter | None]
@@ -42,7 +44,7 @@ class TaskVectors:
         return len(self.tasks)
 
     def __getitem__(self, task: int) -> Tensor:
-        """One task's vector: float32 `(*shape)`.
+        """One task's vector: float32 `(*shape)`, contiguous, the caller's own.
 
         Raises:
             FamilyError: it holds a NaN or an infinity.
@@ -51,7 +53,7 @@ class TaskVectors:
         if delta is None:
             delta = torch.sub(self._read(task).to(torch.float32), self._base)
         self._check_finite(delta, task)
-        return delta
+        return delta.contiguous()
 
     def low_rank(self, task: int) -> LowRank | None:
         """One task's vector as a product of two factors, where an adapter has it as one.
@@ -65,6 +67,16 @@ class TaskVectors:
             self._check_finite(factors.left, task)
             self._check_finite(factors.right, task)
         return factors
+
+    def tuned(self, task: int) -> Tensor:
+        """One task's fine-tuned tensor as it is, in its own dtype; not to be changed.
+
+        Raises:
+            FamilyError: it holds a NaN or an infinity.
+        """
+        tuned = self._read(task)
+        self._check_finite(tuned, task)
+        return tuned
 
     def stack(self) -> Tensor:
         """All tasks' vectors: float32 `(T, *shape)`."""
@@ -103,16 +115,20 @@ class TaskVectors:
                     self._check_finite(block[task], task)
             yield place, block
 
+    @cached_property
+    def _base(self) -> Tensor:
+        return self.base.to(torch.float32)
+
     def _of_adapter(self, task: int) -> Tensor | None:
         """What an adapter does to the tensor, as it is: no rounding against the base."""
         adapter = self._adapter(task)
         return adapter.delta(self.name, self._base) if adapter else None
 
-    def _check_finite(self, delta: Tensor, task: int) -> None:
+    def _check_finite(self, values: Tensor, task: int) -> None:
         # The sum is one cheap pass; only a suspicious one is looked at entry by entry.
-        if torch.isfinite(delta.sum()) or torch.isfinite(delta).all():
+        if torch.isfinite(values.sum()) or torch.isfinite(values).all():
             return
-        bad = int((~torch.isfinite(delta)).sum())
+        bad = int((~torch.isfinite(values)).sum())
         at_fault = self._label(task if torch.isfinite(self._base).all() else None)
         raise FamilyError(
             f"{at_fault}: tensor '{self.name}' holds {bad} values that are NaN or infinite "
@@ -145,7 +161,6 @@ class ChangedVectors(TaskVectors):
         delta = super().__getitem__(task)
         change = self.changes[task]
         if change is not None:
-            delta = delta.contiguous()
             change(delta.view(-1), slice(0, delta.numel()))
         return delta
 

@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+pytest_plugins = ["pytester"]
+
 SHARED = Path(__file__).parents[2] / "shared"
 TASKS = ("ant", "bee", "cat")
 

@@ -83,6 +83,7 @@ class EMR(DeltaCodec):
         """Numerator and denominator of the rescalers over a block: float64 `(2, T)`."""
         magnitude = elected.abs()
         if self.rescale == "l2":
+            block, magnitude = block.to(torch.float64), magnitude.to(torch.float64)
             sums = (masks * block.abs()) @ magnitude, masks.to(magnitude.dtype) @ magnitude.square()
         else:
             sums = block.abs().sum(1), masks.to(magnitude.dtype) @ magnitude

@@ -30,6 +30,7 @@ from fusionkit.finetune import Finetune
 from fusionkit.module import ReuseModule
 from fusionkit.peft_folder import PeftFolder
 from fusionkit.start import start_of
+from fusionkit.testing import Arguments, CodecContract
 
 pytest_plugins = ["fits"]
 
@@ -287,3 +288,15 @@ def test_a_further_trained_task_changes_nothing_for_others(
     family = Family(tiny_vit(), paths, HEAD, adapters="modules")
     assert family.space is not None
     assert family.space.summary == "linearized lora on 8 modules, start: seed 0"
+
+
+class TestContract(CodecContract):
+    codecs = (LinearizedLoRA(), LinearizedLoRA(TIES(), dtype="bf16"))
+
+    @pytest.fixture(autouse=True)
+    def _fits(self, linearized: Fits) -> None:
+        self.fits = linearized
+
+    def models(self, folder: Path, dtype: torch.dtype) -> Arguments:
+        finetuned = dict(self.fits.paths)
+        return {"base": tiny_vit(), "finetuned": finetuned, "private": HEAD, "adapters": "modules"}

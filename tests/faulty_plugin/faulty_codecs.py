@@ -10,6 +10,9 @@ from torch import Tensor
 from fusionkit.codec import DeltaCodec, Encoded, Parts, SharedParts, TensorCodec
 from fusionkit.family import Family
 
+KEPT: dict[int, Tensor] = {}
+"""What a codec must not have: a memory beside its payload."""
+
 
 @dataclass(frozen=True)
 class Faulty(DeltaCodec):
@@ -38,12 +41,26 @@ class Faulty(DeltaCodec):
                 common = {"common": torch.zeros(1)}
             elif self.fault == "raise" and place == 2:
                 raise ZeroDivisionError("in the third tensor")
+            elif self.fault == "random":
+                parts = [{"values": v["values"] + torch.rand(())} for v in parts]
+            elif self.fault == "writes to the base":
+                vectors.base.add_(1)
+            elif self.fault == "memory":
+                KEPT.update({id(v["values"]): v["values"] for v in parts})
             yield Encoded(name, common, parts)
             if self.fault == "twice":
                 yield Encoded(name, common, parts)
 
     def decode(self, parts: Parts, shape: torch.Size) -> Tensor:
         values = parts["values"].clone()
+        if self.fault == "writes to the payload":
+            return parts["values"].mul_(0.5)
+        if self.fault == "infinite":
+            return values / 0
+        if self.fault == "half":
+            return values.half()
+        if self.fault == "memory":
+            return torch.full(shape, float(len(KEPT)))
         if self.fault == "decoded":
             return values.reshape(1, -1)
         if self.fault == "decoding":
@@ -62,3 +79,28 @@ class Lender(TensorCodec):
 
     def decode(self, parts: Parts, shape: torch.Size) -> Tensor:
         return parts["values"].view(shape)
+
+
+@dataclass
+class Changing(TensorCodec):
+    """Can be changed after it was made."""
+
+    id: ClassVar[str] = "changing"
+    setting: int = 0
+
+    def encode_tensor(self, delta: Tensor, name: str) -> Parts:
+        return {"values": delta}
+
+    def decode(self, parts: Parts, shape: torch.Size) -> Tensor:
+        return parts["values"]
+
+
+@dataclass(frozen=True)
+class Forgetful(Lender):
+    """Loses a setting on the way through JSON."""
+
+    id: ClassVar[str] = "forgetful"
+    settings: tuple[int, ...] = (1,)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "settings", (*self.settings, 0))
