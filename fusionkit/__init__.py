@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusionkit.bundle import Bundle as Bundle
 from fusionkit.checkpoint import Checkpoint as Checkpoint
+from fusionkit.codec import WHOLE_MODEL as WHOLE_MODEL
 from fusionkit.codec import DeltaCodec as DeltaCodec
 from fusionkit.codec import Encoded as Encoded
 from fusionkit.codec import Parts as Parts

@@ -1,0 +1,50 @@
+"""BitDelta: the sign of every weight's delta, and one scale per matrix (Liu et al., 2402.10193)."""
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fusionkit import Parts, TensorCodec
+from fusionkit.packing import pack_bits, unpack_bits
+from fusionkit.values import ValueDtype, pack_values, unpack_values
+
+
+@dataclass(frozen=True)
+class BitDelta(TensorCodec):
+    """Keep a sign per weight and a scale per matrix: θ̂_t = θ₀ + a sgn(τ_t), a = mean|τ_t|.
+
+    The scale is the one of least weight error; `fusionkit fit` learns it further, from the
+    fine-tuned model's outputs (the paper's scale distillation). A delta of exactly 0 counts as
+    positive. Vectors, and matrices that match `keep`, are kept whole.
+
+    Args:
+        keep: patterns of the matrices that are kept whole; the paper's are all but the linear
+            layers of attention and MLP.
+        dtype: how the values that are kept whole are stored.
+    """
+
+    id: ClassVar[str] = "bitdelta"
+    learned: ClassVar[tuple[str, ...]] = ("scale",)
+    keep: tuple[str, ...] = ("*embed*", "*lm_head*")
+    dtype: ValueDtype = "fp16"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "keep", tuple(self.keep))
+
+    def encode_tensor(self, delta: Tensor, name: str) -> Parts:
+        """Signs, one bit each, and the scale, float32 `(1,)`; or the values themselves."""
+        if not delta.any():
+            return {}
+        if delta.ndim < 2 or any(fnmatchcase(name, pattern) for pattern in self.keep):
+            return pack_values(delta.reshape(-1), self.dtype)
+        return {"signs": pack_bits(delta >= 0), "scale": delta.abs().mean().view(1)}
+
+    def decode(self, parts: Parts, shape: torch.Size) -> Tensor:
+        """A sgn(τ_t); differentiable in a."""
+        if "values" in parts:
+            return unpack_values(parts, shape.numel(), self.dtype).view(shape)
+        signs = unpack_bits(parts["signs"], shape.numel()).to(torch.float32).mul_(2).sub_(1)
+        return (signs * parts["scale"]).view(shape)

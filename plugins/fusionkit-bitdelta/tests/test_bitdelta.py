@@ -1,0 +1,70 @@
+"""BitDelta (2402.10193): its equations, its bytes, and scales learned by the Trainer."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from fusionkit_bitdelta import BitDelta
+from torch import Tensor
+
+import fusionkit
+from fusionkit.testing import CodecContract, models
+
+
+class TestContract(CodecContract):
+    codecs = (BitDelta(), BitDelta(keep=(), dtype="int8"))
+
+
+def test_the_equation() -> None:
+    """sgn(τ) mean|τ| per matrix, +1 at 0; the rest to fp16."""
+    arguments = models()
+    bundle = fusionkit.compress(codec=BitDelta(), **arguments)
+    for task, state in arguments["finetuned"].items():
+        for name, tensor in arguments["base"].items():
+            if name in ("head.weight", "decoder"):
+                continue
+            tau = state[name] - tensor
+            delta = bundle.delta(task, name)
+            if not tau.any():
+                assert delta is None
+            elif tau.ndim < 2 or name == "embedding":
+                assert delta is not None
+                assert torch.allclose(delta, tau, rtol=1e-3, atol=1e-6)
+            else:
+                signs = torch.where(tau < 0, -1.0, 1.0)
+                assert delta is not None
+                assert torch.allclose(delta, signs * tau.abs().sum() / tau.numel(), rtol=1e-6)
+
+
+def test_a_zero_counts_as_positive() -> None:
+    parts = BitDelta().encode_tensor(torch.tensor([[0.0, -3.0], [1.0, -0.0]]), "w")
+    assert BitDelta().decode(parts, torch.Size((2, 2))).tolist() == [[1, -1], [1, 1]]
+
+
+def test_the_scale_is_the_best_in_weight_error() -> None:
+    tau = torch.randn(32, 16)
+    parts = BitDelta().encode_tensor(tau, "w")
+    best = float(parts["scale"])
+
+    def error(scale: float) -> Tensor:
+        return (
+            tau - BitDelta().decode({**parts, "scale": torch.tensor([scale])}, tau.shape)
+        ).norm()
+
+    assert error(best) < error(best * 1.01)
+    assert error(best) < error(best * 0.99)
+
+
+def test_a_sign_costs_one_bit(tmp_path: Path) -> None:
+    """The file of one 1000 × 1000 matrix: a megabit, and a header."""
+    base = {"w": torch.randn(1000, 1000)}
+    tuned = {"w": base["w"] + torch.randn(1000, 1000)}
+    bundle = fusionkit.compress(base, {"a": tuned}, BitDelta(), tmp_path / "b")
+    [path] = bundle.path.glob("task-*")
+    assert path.stat().st_size <= 1000 * 1000 / 8 + 4 + 400
+
+
+@pytest.mark.parametrize("keep", [("w*",), ("nothing",)])
+def test_keep_names_what_is_kept_whole(keep: tuple[str, ...]) -> None:
+    parts = BitDelta(keep=keep).encode_tensor(torch.randn(4, 4), "w1")
+    assert ("values" in parts) == (keep == ("w*",))

@@ -1,0 +1,77 @@
+"""ComPEFT: signs of the largest entries, times one scalar a task (Yadav et al., 2311.13171)."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fusionkit import WHOLE_MODEL, DeltaCodec, Encoded, Family, Parts, SharedParts
+from fusionkit.errors import CodecError
+from fusionkit.packing import decode_positions, encode_positions, pack_bits, unpack_bits
+from fusionkit.topk import Thresholds
+
+
+@dataclass(frozen=True)
+class ComPEFT(DeltaCodec):
+    """Sparsify and quantise to three values: θ̂_t = θ₀ + a σ(τ_t) sgn(τ_t) where |τ_t| is large.
+
+    The largest magnitudes are taken, and σ, the standard deviation, over the whole task vector.
+    Positions are Golomb-Rice coded, signs take a bit each, the scalar a σ 4 bytes a task; it can
+    be learned by `fusionkit fit`.
+
+    Args:
+        density: share of the entries that is kept, in (0, 1].
+        scale: a; none: the one of least weight error, which makes a σ the mean magnitude kept.
+
+    Raises:
+        CodecError: the density is outside (0, 1].
+    """
+
+    id: ClassVar[str] = "compeft"
+    learned: ClassVar[tuple[str, ...]] = ("scale",)
+    density: float = 0.1
+    scale: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.density <= 1:
+            raise CodecError(f"expected ComPEFT's density in (0, 1], got {self.density}")
+
+    def encode(self, family: Family, shared: SharedParts | None = None) -> Iterator[Encoded]:
+        """Two passes to find the thresholds, one to encode; the scalars at the end."""
+        tasks = range(len(family.tasks))
+        counts = [round(self.density * family.parameters)] * len(tasks)
+        thresholds = Thresholds.over(lambda: ((v[t] for t in tasks) for v in family), counts)
+        kept = torch.zeros(2, len(tasks), dtype=torch.float64)  # count, Σ|τ|
+        moments = torch.zeros(2, len(tasks), dtype=torch.float64)  # Σ τ, Σ τ²
+        for vectors in family:
+            own = []
+            for task in tasks:
+                flat = vectors[task].view(-1)
+                double = flat.to(torch.float64)
+                moments[:, task] += torch.stack([double.sum(), double.square().sum()])
+                positions = thresholds.positions(flat, task)
+                values = flat[positions]
+                kept[0, task] += len(values)
+                kept[1, task] += values.abs().sum(dtype=torch.float64)
+                own.append(_ternary(positions, values, flat.numel()) if len(values) else {})
+            yield Encoded(vectors.name, tasks=own)
+        magnitudes = kept[1] / kept[0].clamp(min=1)
+        if self.scale is not None:
+            mean, square = moments / family.parameters
+            magnitudes = self.scale * (square - mean.square()).clamp(min=0).sqrt()
+        scales = magnitudes.to(torch.float32)[:, None]
+        yield Encoded(WHOLE_MODEL, tasks=[{"scale": scale} for scale in scales])
+
+    def decode(self, parts: Parts, shape: torch.Size) -> Tensor:
+        """A σ sgn(τ_t) where it was kept; differentiable in a σ."""
+        positions = decode_positions(parts["positions"], shape.numel())
+        signs = unpack_bits(parts["signs"], positions.numel()).to(torch.float32).mul_(2).sub_(1)
+        delta = torch.zeros(shape.numel(), device=signs.device)
+        delta[positions] = signs
+        return (delta * parts["scale"]).view(shape)
+
+
+def _ternary(positions: Tensor, values: Tensor, total: int) -> dict[str, Tensor]:
+    return {"positions": encode_positions(positions, total), "signs": pack_bits(values > 0)}

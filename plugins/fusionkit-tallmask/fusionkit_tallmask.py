@@ -1,0 +1,190 @@
+"""TALL-masks and consensus merging: where tasks live in a merged vector (2405.07813)."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fusionkit import (
+    DeltaCodec,
+    Encoded,
+    Family,
+    Merge,
+    MergeTensor,
+    Parts,
+    ReuseModule,
+    SharedParts,
+    TaskArithmetic,
+    TaskVectors,
+)
+from fusionkit.codecs.merged import SharedVector, decode_shared
+from fusionkit.errors import CodecError
+from fusionkit.packing import pack_bits, unpack_bits
+from fusionkit.values import ValueDtype
+
+Threshold = float | dict[str, float]
+"""λ; or λ per task."""
+
+GRID = (0.2, 0.3, 0.4, 0.5, 0.6)
+"""The paper's values of λ."""
+
+
+def tall_mask(vector: Tensor, merged: Tensor, threshold: float | Tensor) -> Tensor:
+    """Where a task's own vector explains the merged one: |τ_t| ≥ λ |τ* − τ_t|, as bool.
+
+    Args:
+        vector: τ_t, float32 `(*shape)`, or `(T, *shape)`.
+        merged: τ*, float32 `(*shape)`.
+        threshold: λ; larger keeps less.
+    """
+    return vector.abs() >= threshold * (merged - vector).abs()
+
+
+@dataclass(frozen=True)
+class TALLMask(DeltaCodec):
+    """Mask a merged vector by task: θ̂_t = θ₀ + M_t ⊙ τ*, M_t = 1 where |τ_t| ≥ λ |τ* − τ_t|.
+
+    One vector is shared by all tasks; a task owns one bit per parameter.
+
+    Args:
+        threshold: λ, or task → λ; the paper chooses each of {0.2, …, 0.6} on validation data, as
+            `choose_thresholds` does.
+        merge: how the shared vector is computed; none: the sum of the task vectors, the paper's.
+        dtype: how its values are stored.
+
+    Raises:
+        CodecError: a threshold is negative.
+    """
+
+    id: ClassVar[str] = "tall_mask"
+    threshold: Threshold = 0.4
+    merge: Merge | None = None
+    dtype: ValueDtype = "fp16"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "merge", self.merge or TaskArithmetic(1.0))
+        _check(self.threshold, "TALLMask")
+
+    def encode(self, family: Family, shared: SharedParts | None = None) -> Iterator[Encoded]:
+        """One pass, after those that the merge itself needs.
+
+        Raises:
+            CodecError: a task has no threshold.
+        """
+        thresholds = _per_task(self.threshold, family.tasks, "TALLMask")
+        vector = SharedVector(self.merge, self.dtype, family, shared)
+        for vectors in family:
+            merged = vector.of(vectors)
+            if merged.values is None:
+                continue
+            masks = [
+                {"mask": pack_bits(tall_mask(vectors[task], merged.values, threshold))}
+                for task, threshold in enumerate(thresholds)
+            ]
+            yield Encoded(vectors.name, merged.parts, masks)
+
+    def decode(self, parts: Parts, shape: torch.Size) -> Tensor:
+        """M_t ⊙ τ*."""
+        merged = decode_shared(parts, shape, self.dtype)
+        return merged.mul_(unpack_bits(parts["mask"], shape.numel()).view(shape))
+
+
+@dataclass(frozen=True)
+class Consensus(Merge):
+    """Keep what several tasks use: τ = s [Σ_t M_t ≥ k] ⊙ τ*, M_t the tasks' TALL-masks.
+
+    Entries that one task alone uses, or none, only disturb the others.
+
+    Args:
+        merge: how τ* is computed; none: the sum of the task vectors, the paper's.
+        threshold: λ of the masks, or task → λ.
+        agree: k, the number of tasks that must use an entry.
+        scale: s, on the result.
+
+    Raises:
+        CodecError: a threshold is negative, or `agree` is.
+    """
+
+    id: ClassVar[str] = "consensus"
+    merge: Merge | None = None
+    threshold: Threshold = 0.4
+    agree: int = 2
+    scale: float = 0.3
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "merge", self.merge or TaskArithmetic(1.0))
+        _check(self.threshold, "Consensus")
+        if self.agree < 0:
+            raise CodecError(f"expected Consensus's agree to be at least 0, got {self.agree}")
+
+    def prepare(self, family: Family) -> MergeTensor:
+        """What the merge prepares.
+
+        Raises:
+            CodecError: a task has no threshold.
+        """
+        limits = torch.tensor(_per_task(self.threshold, family.tasks, "Consensus"))
+        merge_tensor = self._merge.prepare(family)
+
+        def merge(name: str, vectors: Tensor) -> Tensor:
+            merged = merge_tensor(name, vectors)
+            masks = tall_mask(vectors, merged, limits.view(-1, *[1] * merged.ndim))
+            return merged.mul_(self.scale).mul_(masks.sum(0) >= self.agree)
+
+        return merge
+
+    def vector(self, merge_tensor: MergeTensor, vectors: TaskVectors) -> Tensor:
+        """As the merge takes a tensor: in blocks, or whole."""
+        return self._merge.vector(merge_tensor, vectors)
+
+    @property
+    def _merge(self) -> Merge:
+        assert self.merge is not None  # once constructed
+        return self.merge
+
+
+def choose_thresholds(
+    module: ReuseModule,
+    datamodule: Any,
+    trainer: Any,
+    codec: TALLMask | None = None,
+    grid: Sequence[float] = GRID,
+) -> TALLMask:
+    """Choose each task's λ by its score on validation rows, as the paper does.
+
+    Args:
+        module: its base and fine-tuned checkpoints.
+        datamodule: of the family's tasks, with validation dataloaders.
+        trainer: evaluates.
+        codec: its other settings.
+        grid: the values of λ to try; of equal scores the first wins.
+
+    Returns:
+        the codec with the thresholds found.
+    """
+    codec = codec or TALLMask()
+    best: dict[str, tuple[float, float]] = {}
+    for threshold in grid:
+        module.reuse(module.compress(codec=replace(codec, threshold=threshold)))
+        trainer.validate(module, datamodule=datamodule, verbose=False)
+        assert module.scores is not None
+        for task, score in module.scores.values.items():
+            if task not in best or score > best[task][0]:
+                best[task] = score, threshold
+    return replace(codec, threshold={task: threshold for task, (_, threshold) in best.items()})
+
+
+def _check(threshold: Threshold, what: str) -> None:
+    values = threshold.values() if isinstance(threshold, Mapping) else [threshold]
+    if bad := [value for value in values if not value >= 0]:
+        raise CodecError(f"expected {what}'s threshold to be at least 0, got {bad[0]}")
+
+
+def _per_task(threshold: Threshold, tasks: Sequence[str], what: str) -> list[float]:
+    if not isinstance(threshold, Mapping):
+        return [threshold] * len(tasks)
+    if missing := [task for task in tasks if task not in threshold]:
+        raise CodecError(f"{what} has no threshold of task '{missing[0]}'; add it to `threshold`")
+    return [threshold[task] for task in tasks]
