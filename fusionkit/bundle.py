@@ -193,6 +193,14 @@ class Bundle:
         """The parts of a tensor that all tasks share."""
         return self._shared.parts(name, device) if self._shared else {}
 
+    def task_parts(self, task: str, name: str, device: torch.device | None = None) -> Parts:
+        """The parts of a tensor that a task owns; of the whole model under `WHOLE_MODEL`."""
+        return self._task(task).parts(name, device)
+
+    def task_names(self, task: str) -> Iterator[str]:
+        """The names under which a task owns parts."""
+        return self._task(task).names()
+
     def private_tensors(self, task: str) -> Iterator[tuple[str, Tensor]]:
         """A task's private tensors, whole, in their own dtype."""
         for name in self.manifest.tasks[self._known(task)].private:

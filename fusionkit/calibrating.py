@@ -1,4 +1,4 @@
-"""Calibrating a family: DBMS's scalars learned by the Trainer, and written as a bundle."""
+"""Calibrating a family: a few scalars per task learned by the Trainer, written as a bundle."""
 
 from pathlib import Path
 from typing import Any
@@ -80,12 +80,13 @@ def calibrate(
     ckpt_path: str | None = None,
     overwrite: bool = False,
 ) -> Bundle:
-    """Compress a module's family by DBMS, with scalars learned on a few batches (2505.11344).
+    """Compress a module's family, with a few scalars per task learned on a few batches.
 
-    The module then reuses the bundle.
+    Of DBMS (2505.11344) they are its shift and scale; of another codec its `learned` parts. The
+    module then reuses the bundle.
 
     Args:
-        module: its base, fine-tuned checkpoints, `DBMS` codec, and `calibration` settings.
+        module: its base, fine-tuned checkpoints, codec, and `calibration` settings.
         datamodule: of the family's tasks; see `CalibrationData`.
         out: the bundle's folder; by default a temporary one.
         trainer: fits; by default a plain one of so many epochs.

@@ -1,4 +1,4 @@
-"""Calibration of DBMS's two scalars per task: settings, loss, and the weights as their function."""
+"""Calibration of a few scalars per task: settings, loss, and weights as DBMS's two make them."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,22 +16,23 @@ from fusionkit.models import predict
 
 @dataclass(frozen=True)
 class Calibration:
-    """How DBMS's shift and scale are learned; how long, on what device, … is the Trainer's.
+    """How a task's scalars are learned; how long, on what device, … is the Trainer's.
 
-    An epoch takes each task's rows once and ends in one step of its two scalars, or one evaluation
-    of the search: every loss is the whole objective, at one pair of scalars. Codes are made anew
-    at the shift reached before each epoch, and the best pair seen is what is kept.
+    Learned are DBMS's shift and scale, or the parts that another codec says can be (`learned`).
+    An epoch takes each task's rows once and ends in one step of its scalars, or one evaluation
+    of the search: every loss is the whole objective, at one point. DBMS's codes are made anew at
+    the shift reached before each epoch. The best seen is what is kept.
 
     Args:
         objective: match the fine-tuned model's `outputs` (its class probabilities: the KL
             divergence) or `features` (what its head gets: a row's squared error over its square),
             neither of which needs labels; or the task's own loss on `labels`.
-        method: `gradient`: Rprop, since the gradients have no noise; or `search`: CMA-ES, which
-            needs forward passes only.
+        method: `gradient`: Rprop, since the gradients have no noise; or, of DBMS, `search`:
+            CMA-ES, which needs forward passes only.
         rows: calibration rows per task, of the training rows.
         seed: draws the rows, and the search.
-        learning_rate: the first step, or the search's first spread; in units of the scale, and of
-            a shift as long as the task vector.
+        learning_rate: the first step, or the search's first spread; in units of DBMS's scale, of
+            a shift as long as the task vector, of a tenth of a learned part.
         patience: epochs without a better loss after which a task is done.
 
     Raises:

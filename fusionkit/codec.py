@@ -59,6 +59,9 @@ class DeltaCodec(Plugin, ABC):
     group: ClassVar[str] = "fusionkit.codecs"
     unscalable: ClassVar[str | None] = None
     """Why decoded deltas may not be scaled or added to others', where they may not."""
+    learned: ClassVar[tuple[str, ...]] = ()
+    """Names of a task's parts that `fusionkit fit` may learn: floats in which `decode` is
+    differentiable."""
 
     @abstractmethod
     def encode(self, family: Family, shared: SharedParts | None = None) -> Iterator[Encoded]:

@@ -87,7 +87,7 @@ class FitCLI(RecipeCLI):
 
 
 class CalibrateCLI(FitCLI):
-    """Compress the recipe's fine-tuned checkpoints by DBMS, calibrated, into `--model.bundle`."""
+    """Compress the recipe's fine-tuned checkpoints calibrated, into `--model.bundle`."""
 
     def add_model_arguments(self, parser: LightningArgumentParser) -> None:
         """ReuseModule's."""

@@ -139,22 +139,22 @@ class BaseRecord:
 
 @dataclass(frozen=True)
 class CalibrationRecord:
-    """What calibration made of one task's two scalars (DBMS).
+    """What calibration did for one task.
 
     Attributes:
-        shift: α.
-        scale: β.
+        shift: DBMS's α; None of another codec, whose scales are in its payload.
+        scale: DBMS's β; None of another codec.
         objective: as in `fusionkit.calibration.Calibration`.
         method: as in `fusionkit.calibration.Calibration`.
         rows: calibration rows that were used.
         seed: that drew them.
         epochs: steps, or evaluations, taken.
-        loss_before: the objective of the wrapped codec alone (α = 0, β = 1).
+        loss_before: the objective as it was encoded; of DBMS, of the wrapped codec alone.
         loss_after: that of what is in the bundle.
     """
 
-    shift: float
-    scale: float
+    shift: float | None
+    scale: float | None
     objective: str
     method: str
     rows: int
@@ -165,7 +165,10 @@ class CalibrationRecord:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not isinstance(value, str if name in ("objective", "method") else int | float):
+            kind = str if name in ("objective", "method") else int | float
+            if name in ("shift", "scale") and value is None:
+                continue
+            if not isinstance(value, kind):
                 raise ValueError(f"{name} is {value!r}")  # noqa: TRY004
 
 

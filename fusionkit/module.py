@@ -14,8 +14,11 @@ from torchmetrics import Metric
 from fusionkit.bundle import Bundle
 from fusionkit.calibration import Calibration
 from fusionkit.calibrator import Calibrator
+from fusionkit.calibrator_dbms import DBMSCalibrator
+from fusionkit.calibrator_parts import PartCalibrator
 from fusionkit.checkpoint import Checkpoint, find_checkpoints
 from fusionkit.codec import DeltaCodec
+from fusionkit.codecs.dbms import DBMS
 from fusionkit.compress import Progress, compress
 from fusionkit.errors import BundleError, DataError, FusionKitError
 from fusionkit.family import Family
@@ -51,7 +54,7 @@ class ReuseModule(LightningModule):
         metric: makes a task's metric from its number of classes; accuracy by default.
         num_classes: classes per task; by default the datamodule's `num_classes`.
         finetuned_scores: task name → the fine-tuned model's own score, to which scores are related.
-        calibration: how `Trainer.fit` learns DBMS's scalars; see `fusionkit.calibrate`.
+        calibration: how `Trainer.fit` learns a codec's scalars; see `fusionkit.calibrate`.
 
     Raises:
         WrongBaseError: the model is not the base that the bundle was made from.
@@ -337,12 +340,22 @@ class ReuseModule(LightningModule):
                 f"there are no calibration data for task '{lacking[0]}'; the datamodule has "
                 f"{', '.join(present) or 'none'}"
             )
-        self.calibrator = Calibrator(self, self.calibration)
+        self.calibrator = self._new_calibrator()
         self.scalars = self.calibrator.scalars
         parameters = self.model.named_parameters()
         self._trained = frozenset(name for name, each in parameters if each.requires_grad)
         self.model.requires_grad_(False)
         self.automatic_optimization = self.calibration.method == "gradient"
+
+    def _new_calibrator(self) -> Calibrator:
+        if isinstance(self.codec, DBMS):
+            return DBMSCalibrator(self, self.calibration)
+        if self.codec is not None and self.codec.learned:
+            return PartCalibrator(self, self.calibration)
+        raise FusionKitError(
+            f"the codec {self.codec!r} has nothing to calibrate; wrap it: "
+            "codec: {class_path: DBMS, init_args: {codec: …}}"
+        )
 
     def _step(self, batch: Any, dataloader_idx: int) -> None:
         task = self._evaluated()[dataloader_idx]

@@ -200,6 +200,12 @@ class CompareCLI(RecipeCLI):
             "--dbms", type=bool, default=False, help="each codec within a calibrated DBMS, too"
         )
         parser.add_argument(
+            "--calibrated",
+            type=bool,
+            default=False,
+            help="each codec that has parts to learn calibrated, too",
+        )
+        parser.add_argument(
             "--shift", type=DeltaCodec | None, default=None, help="that DBMS's shift"
         )
         parser.add_argument(
@@ -216,8 +222,7 @@ class CompareCLI(RecipeCLI):
         family = module.family()
         results = report.ComparisonReport([self._finetuned(family)])
         module.finetuned_scores = results.rows[0].scores.values
-        for name, codec in self._codecs():
-            calibrates = isinstance(codec, DBMS)
+        for name, codec, calibrates in self._codecs():
             measure = self._measure_calibrated if calibrates else self._measure
             results.rows.append(measure(name, codec))
             report.write_rows(results.flat(), self.out, "compare")
@@ -265,13 +270,14 @@ class CompareCLI(RecipeCLI):
             self._switch_seconds(),
         )
 
-    def _codecs(self) -> Iterator[tuple[str, DeltaCodec]]:
-        """The recipe's, each with its DBMS after it where that was asked for."""
-        shift = self.config_init["shift"]
+    def _codecs(self) -> Iterator[tuple[str, DeltaCodec, bool]]:
+        """The recipe's, and whether to calibrate them; after each what more was asked for of it."""
         for name, codec in self.config_init["codecs"].items():
-            yield name, codec
-            if self.config["dbms"] and not isinstance(codec, DBMS):
-                yield f"DBMS {name}", DBMS(codec, shift) if shift else DBMS(codec)
+            yield name, codec, isinstance(codec, DBMS)
+            if self.config["calibrated"] and codec.learned:
+                yield f"{name}, calibrated", codec, True
+            if self.config["dbms"] and not isinstance(codec, DBMS) and not codec.unscalable:
+                yield f"DBMS {name}", DBMS(codec, self.config_init["shift"]), True
 
     def _measure_calibrated(self, name: str, codec: DeltaCodec) -> report.Comparison:
         """Calibrated with each seed: the mean of the scores, and how far the means scatter."""

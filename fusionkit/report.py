@@ -243,8 +243,8 @@ def calibration_table(bundle: Bundle) -> Table:
             continue
         table.add_row(
             task,
-            f"{learned.shift:.3f}",
-            f"{learned.scale:.3f}",
+            "" if learned.shift is None else f"{learned.shift:.3f}",
+            "" if learned.scale is None else f"{learned.scale:.3f}",
             str(learned.rows),
             str(learned.seed),
             str(learned.epochs),

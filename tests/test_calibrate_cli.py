@@ -153,7 +153,7 @@ def test_compare_with_and_without(dbms: Path, tmp_path: Path) -> None:
 
 def test_a_recipe_of_another_codec(dbms: Path) -> None:
     shown = run("fit", "--config", dbms, "--model.codec", "EMR", code=1)
-    assert "only DBMS has scalars to calibrate" in shown
+    assert "has nothing to calibrate; wrap it" in shown
 
 
 def test_where_to(dbms: Path) -> None:

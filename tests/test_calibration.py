@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fusionkit import DBMS, EMR, SVD, Bundle, Calibration, Dense, MagnitudePrune, Merged, calibrate
 from fusionkit.calibration import formed, loss
-from fusionkit.calibrator import Calibrator
+from fusionkit.calibrator_dbms import DBMSCalibrator as Calibrator
 from fusionkit.errors import BundleError, DataError, FusionKitError
 from fusionkit.family import Family
 from fusionkit.module import ReuseModule
@@ -178,7 +178,7 @@ class TestGradient:
         before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
         reuse = module(base, finetuned)
         calibrate(reuse, Rows(), trainer=trainer(callbacks=[Look()]))
-        assert seen == {"optimised": [(3, 2)], "graded": {"scalars"}}
+        assert seen == {"optimised": [(6,)], "graded": {"scalars"}}
         assert reuse.scalars is None
         assert all(parameter.requires_grad for parameter in base.parameters())  # as it was
         reuse.switch(None)
@@ -410,7 +410,7 @@ class TestRefusals:
             calibrate(module(base, finetuned), Rows(("ant", "cat")), trainer=trainer())
 
     def test_a_codec_without_scalars(self, base: TinyNet, finetuned: States) -> None:
-        with pytest.raises(FusionKitError, match=r"only DBMS has scalars.*wrap it"):
+        with pytest.raises(FusionKitError, match=r"has nothing to calibrate; wrap it"):
             calibrate(module(base, finetuned, EMR()), Rows(), trainer=trainer())
 
     def test_settings(self) -> None:

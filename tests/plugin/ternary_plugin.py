@@ -15,6 +15,7 @@ class Ternary(TensorCodec):
     """Keep the sign of large entries, and their mean magnitude."""
 
     id: ClassVar[str] = "ternary"
+    learned: ClassVar[tuple[str, ...]] = ("magnitude",)
     threshold: float = 0.5
 
     def encode_tensor(self, delta: Tensor, name: str) -> Parts:

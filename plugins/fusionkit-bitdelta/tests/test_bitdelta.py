@@ -1,11 +1,15 @@
 """BitDelta (2402.10193): its equations, its bytes, and scales learned by the Trainer."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from fusionkit_bitdelta import BitDelta
-from torch import Tensor
+from lightning.pytorch import LightningDataModule, Trainer
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import fusionkit
 from fusionkit.testing import CodecContract, models
@@ -68,3 +72,36 @@ def test_a_sign_costs_one_bit(tmp_path: Path) -> None:
 def test_keep_names_what_is_kept_whole(keep: tuple[str, ...]) -> None:
     parts = BitDelta(keep=keep).encode_tensor(torch.randn(4, 4), "w1")
     assert ("values" in parts) == (keep == ("w*",))
+
+
+class Rows(LightningDataModule):
+    """Unlabelled rows of two tasks."""
+
+    tasks = ("a", "b")
+
+    def train_dataloader(self) -> list[DataLoader[Any]]:
+        rows = TensorDataset(torch.randn(64, 12), torch.zeros(64, dtype=torch.int64))
+        return [DataLoader(rows, batch_size=32)] * 2
+
+
+def test_scales_are_distilled(tmp_path: Path) -> None:
+    """The fine-tuned model's outputs are matched better; signs and sizes stay as they are."""
+    base = nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 4))
+    tuned = {
+        task: {n: t + 0.3 * torch.randn_like(t).pow(3) for n, t in base.state_dict().items()}
+        for task in "ab"
+    }
+    module = fusionkit.ReuseModule(base, finetuned=tuned, codec=BitDelta())
+    plain = module.compress()
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(max_epochs=20, accelerator="cpu", enable_checkpointing=False, **quiet)
+    bundle = fusionkit.calibrate(module, Rows(), tmp_path / "b", trainer=trainer)
+    for task, record in bundle.manifest.tasks.items():
+        assert record.calibration is not None
+        assert record.calibration.loss_after < 0.8 * record.calibration.loss_before
+        assert record.file.bytes == plain.manifest.tasks[task].file.bytes
+        before, after = (
+            load_file(each.path / f"task-{task}.safetensors") for each in (plain, bundle)
+        )
+        moved = {name for name in before if not torch.equal(before[name], after[name])}
+        assert moved == {"0.weight/scale", "2.weight/scale"}

@@ -2,11 +2,14 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from fusionkit_compeft import ComPEFT
-from torch import Tensor
+from lightning.pytorch import LightningDataModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import fusionkit
 from fusionkit.errors import CodecError
@@ -77,3 +80,52 @@ def _flat(bundle: fusionkit.Bundle, task: str) -> Tensor:
         count = math.prod(bundle.manifest.base.tensors[name].shape)
         flat.append(torch.zeros(count) if delta is None else delta.flatten())
     return torch.cat(flat)
+
+
+class Rows(LightningDataModule):
+    """Unlabelled rows of one task."""
+
+    tasks = ("a",)
+
+    def train_dataloader(self) -> list[DataLoader[Any]]:
+        rows = TensorDataset(torch.randn(64, 12), torch.zeros(64, dtype=torch.int64))
+        return [DataLoader(rows, batch_size=32)]
+
+
+def test_the_scalar_is_tuned_by_the_trainer() -> None:
+    """One number for the whole model, found where a grid finds it."""
+    base = nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 4))
+    tuned = {n: t + 0.3 * torch.randn_like(t) for n, t in base.state_dict().items()}
+    module = fusionkit.ReuseModule(base, finetuned={"a": tuned}, codec=ComPEFT(0.2))
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(max_epochs=40, accelerator="cpu", enable_checkpointing=False, **quiet)
+    torch.manual_seed(1)
+    bundle = fusionkit.calibrate(module, Rows(), trainer=trainer)
+    record = bundle.manifest.tasks["a"].calibration
+    assert record is not None
+    assert record.loss_after < record.loss_before
+    learned = float(bundle.task_parts("a", fusionkit.WHOLE_MODEL)["scale"])
+    plain = float(module.compress().task_parts("a", fusionkit.WHOLE_MODEL)["scale"])
+    torch.manual_seed(1)
+    [(tokens, _)] = [
+        (torch.cat([x for x, _ in loader]), None) for loader in Rows().train_dataloader()
+    ]
+    model = nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 4))
+    start = {name: tensor.clone() for name, tensor in module.base_weights.items()}
+
+    def loss(scale: float) -> float:
+        model.load_state_dict(tuned)
+        teacher = model(tokens).log_softmax(-1)
+        deltas = {n: bundle.delta("a", n) for n in start}
+        model.load_state_dict(
+            {
+                n: t if (d := deltas[n]) is None else t + d * scale / learned
+                for n, t in start.items()
+            }
+        )
+        student = model(tokens).log_softmax(-1)
+        return float((teacher.exp() * (teacher - student)).sum(-1).mean())
+
+    assert loss(learned) == pytest.approx(record.loss_after, rel=1e-3)
+    assert loss(plain) == pytest.approx(record.loss_before, rel=1e-3)
+    assert loss(learned) <= min(loss(learned * (1 + step)) for step in (-0.1, -0.03, 0.03, 0.1))

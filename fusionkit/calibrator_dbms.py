@@ -1,0 +1,146 @@
+"""Calibration of DBMS: the shift and the scale of every task."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from fusionkit.bundle import Bundle
+from fusionkit.calibration import Calibration, Directions, formed
+from fusionkit.calibrator import Calibrator, Values
+from fusionkit.codecs.dbms import DBMS, PLAIN, Scalars, shifted
+from fusionkit.payload import Payload
+from fusionkit.search import PROBES, PairSearch
+
+if TYPE_CHECKING:
+    from fusionkit.module import ReuseModule
+
+_LEAST_MOVE = 1e-2
+"""Shifts that differ by less, in units of the task vector's length, say nothing of ∂D/∂α."""
+_KEPT = 3
+"""Encodings of which the newest that differs enough gives ∂D/∂α, as a secant."""
+
+
+class DBMSCalibrator(Calibrator):
+    """Learns DBMS's two scalars of every task: α, in units of ‖τ_t‖ / ‖u_t‖, and β.
+
+    Args:
+        module: its codec is a `DBMS`.
+        settings: how to calibrate.
+    """
+
+    codec: DBMS
+
+    def __init__(self, module: "ReuseModule", settings: Calibration) -> None:
+        super().__init__(module, settings, [PLAIN] * len(module.finetuned))
+        count = len(self.tasks)
+        self._searches = [
+            PairSearch(settings.seed + place, settings.learning_rate) for place in range(count)
+        ]
+        self._shift = Payload(self.codec.direction, self.family)
+        self._deltas: list[Payload] = []
+        self._past: list[list[Values]] = []
+        self._shifts: list[list[float]] = []
+        self._units = self._lengths()
+
+    def close(self) -> None:
+        """Remove the temporary files."""
+        self._shift.close()
+        for payload in self._deltas:
+            payload.close()
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        searches = [search.told for search in self._searches]
+        return {**super().state(), "past": self._past, "searches": searches}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        super().load_state(state)
+        for search, told in zip(self._searches, state["searches"], strict=True):
+            search.replay([(tuple(pair), value) for pair, value in told])
+        for pairs in state["past"]:
+            self._encode([tuple(pair) for pair in pairs])
+
+    def _stepping(self, epoch: int) -> bool:
+        """Whether an epoch ends in a step of the optimiser, rather than trying a pair."""
+        return self.settings.method == "gradient" and epoch >= len(PROBES)
+
+    @property
+    def _waits_from(self) -> int:
+        return len(PROBES)
+
+    def _turn(self, epoch: int, live: list[int]) -> None:
+        """Set the pair to try next; or, once all probes were, start from the best of them."""
+        for place in live:
+            pair = cast(Scalars, self._at[place])
+            self._searches[place].tell(pair, float(self.losses[place]))
+        probing = epoch + 1 < len(PROBES)
+        with torch.no_grad():
+            for own, search in zip(self._slices, self._searches, strict=True):
+                if probing or self.settings.method == "search":
+                    self.scalars[own] = torch.tensor(search.ask())
+                elif epoch + 1 == len(PROBES):
+                    self.scalars[own] = torch.tensor(search.best)
+
+    def _scalars(self, values: list[Values]) -> list[tuple[float | None, float | None]]:
+        """α and β themselves."""
+        return list(self._pairs(values))
+
+    def _pairs(self, values: list[Values]) -> list[Scalars]:
+        units = self._units.tolist()
+        return [(shift * unit, scale) for (shift, scale), unit in zip(values, units, strict=True)]
+
+    def _lengths(self) -> Tensor:
+        """‖τ_t‖ / ‖u_t‖: float32 `(T,)`; 1 where there is no direction."""
+        squares = torch.zeros(2, len(self.tasks), dtype=torch.float64)
+        for vectors in self.family:
+            for place in range(len(self.tasks)):
+                squares[0, place] += vectors[place].square().sum(dtype=torch.float64)
+                u = self._shift.delta(place, vectors.name, vectors.shape)
+                if u is not None:
+                    squares[1, place] += u.square().sum(dtype=torch.float64)
+        usable = (squares > 0).all(0)
+        return torch.where(usable, (squares[0] / squares[1]).sqrt(), 1.0).to(torch.float32)
+
+    def _encode(self, values: list[Values]) -> None:
+        """Encode the residuals; the codes before are kept for ∂D/∂α."""
+        scalars = self._pairs(values)
+        payload = Payload(self.codec.codec, shifted(self.family, self._shift, scalars))
+        for old in self._deltas[: 1 - _KEPT]:
+            old.close()
+        self._deltas = [*self._deltas[1 - _KEPT :], payload]
+        self._shifts = [*self._shifts[1 - _KEPT :], [shift for shift, _ in scalars]]
+        self._past = [*self._past[1 - _KEPT :], values]
+
+    def _weights(self, place: int, own: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        unit = torch.stack([self._units[place].to(own.device), own.new_ones(())])
+        of = self._directions(place, own.device)
+        return formed(own * unit, self.module.base_weights, like, of)
+
+    def _directions(self, place: int, device: torch.device) -> Directions:
+        def read(payload: Payload, name: str) -> Tensor | None:
+            shape = torch.Size(self.family.base.specs[name].shape)
+            return payload.delta(place, name, shape, device)
+
+        *past, now = (shifts[place] for shifts in self._shifts)
+        least = _LEAST_MOVE * float(self._units[place])
+        far = [each for each, shift in enumerate(past) if abs(now - shift) >= least]
+
+        def moved(name: str) -> Tensor | None:
+            if not far:
+                return None
+            old, new = (read(self._deltas[each], name) for each in (far[-1], -1))
+            if new is None:
+                found = None if old is None else -old
+            else:
+                found = new if old is None else new - old
+            return None if found is None else found / (now - past[far[-1]])
+
+        return Directions(partial(read, self._shift), partial(read, self._deltas[-1]), moved)
+
+    def _bundle(self, values: list[Values]) -> Bundle:
+        scalars = dict(zip(self.tasks, self._pairs(values), strict=True))
+        return self.module.compress(codec=self.codec.at(scalars))

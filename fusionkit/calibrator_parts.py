@@ -1,0 +1,123 @@
+"""Calibration of a codec's own scales: parts of its payload that it says can be learned."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from fusionkit.bundle import Bundle
+from fusionkit.bundle_folder import task_file
+from fusionkit.calibration import Calibration
+from fusionkit.calibrator import Calibrator, Values
+from fusionkit.codec import WHOLE_MODEL, Parts
+from fusionkit.errors import FusionKitError
+from fusionkit.partfile import PartWriter
+from fusionkit.values import full_precision
+
+if TYPE_CHECKING:
+    from fusionkit.module import ReuseModule
+
+_UNIT = 0.1
+"""A learned entry is its encoded value times exp(_UNIT · x); the optimiser steps x, from 0."""
+
+
+class PartCalibrator(Calibrator):
+    """Learns the parts that a codec names as `learned`; all else stays as it was encoded.
+
+    Every entry of such a part is learned as a factor of what it was, so that signs and zeros stay.
+    The payload is encoded once. On the way back a tensor is decoded again, rather than kept.
+
+    Args:
+        module: its codec has `learned` parts.
+        settings: how to calibrate.
+
+    Raises:
+        FusionKitError: the settings ask for a search, which is for two numbers, not for many.
+    """
+
+    def __init__(self, module: "ReuseModule", settings: Calibration) -> None:
+        if settings.method == "search":
+            raise FusionKitError(
+                f"{type(module.codec).__name__} has too many scales to search; learn them by "
+                "--model.calibration.method gradient"
+            )
+        self._encoded = module.compress()
+        names = [WHOLE_MODEL, *self._encoded.manifest.base.names("delta")]
+        self._of: list[dict[str, list[tuple[str, slice]]]] = []
+        start: list[Values] = []
+        for task in self._encoded.tasks:
+            count = 0
+            of_task: dict[str, list[tuple[str, slice]]] = {}
+            for name in names:
+                for part, tensor in self._encoded.task_parts(task, name).items():
+                    if part in self._encoded.codec.learned:
+                        own = slice(count, count + tensor.numel())
+                        of_task.setdefault(name, []).append((part, own))
+                        count = own.stop
+            self._of.append(of_task)
+            start.append((0.0,) * count)
+        super().__init__(module, settings, start)
+
+    def close(self) -> None:
+        """Nothing: the payload's folder goes with the bundle."""
+
+    def _encode(self, values: list[Values]) -> None:
+        """Nothing: what is learned does not change the codes."""
+
+    def _turn(self, epoch: int, live: list[int]) -> None:
+        """Nothing: the optimiser steps in every epoch."""
+
+    def _scaled(self, place: int, name: str, parts: Parts, own: Tensor) -> dict[str, Tensor]:
+        """A tensor's parts, the learned ones as they are by now."""
+        scaled = dict(parts)
+        for part, at in self._of[place].get(name, []):
+            factors = (_UNIT * own[at]).exp().view(parts[part].shape)
+            scaled[part] = parts[part] * factors
+        return scaled
+
+    def _weights(self, place: int, own: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        bundle, task, device = self._encoded, self.tasks[place], own.device
+        of_model = bundle.task_parts(task, WHOLE_MODEL, device)
+
+        def decode(name: str, own: Tensor) -> Tensor:
+            shape = torch.Size(bundle.manifest.base.tensors[name].shape)
+            parts = {
+                **bundle.shared_parts(WHOLE_MODEL, device),
+                **self._scaled(place, WHOLE_MODEL, of_model, own),
+                **bundle.shared_parts(name, device),
+                **self._scaled(place, name, bundle.task_parts(task, name, device), own),
+            }
+            with full_precision():
+                return bundle.codec.decode(parts, shape)
+
+        weights = {}
+        for name, old in like.items():
+            base = self.module.base_weights[name]
+            if bundle.task_parts(task, name) or bundle.shared_parts(name):
+                again = partial(decode, name)
+                delta = checkpoint(again, own, use_reentrant=False, preserve_rng_state=False)
+                weights[name] = torch.add(base.to(torch.float32), delta).to(old.dtype)
+            else:
+                weights[name] = base.to(old.dtype)
+        return weights
+
+    def _bundle(self, values: list[Values]) -> Bundle:
+        bundle = self._encoded
+        records = dict(bundle.manifest.tasks)
+        for place, task in enumerate(self.tasks):
+            own = torch.tensor(values[place], dtype=torch.float32)
+            path = bundle.path / task_file(task)
+            writer = PartWriter(path.with_name(path.name + ".learned"))
+            for name in bundle.task_names(task):
+                parts = bundle.task_parts(task, name)
+                for part, tensor in self._scaled(place, name, parts, own).items():
+                    writer.add(f"{name}/{part}", tensor.to(parts[part].dtype))
+            record = writer.finish()
+            path.with_name(path.name + ".learned").rename(path)
+            records[task] = replace(records[task], file=record)
+        bundle.update(replace(bundle.manifest, tasks=records))
+        return bundle
