@@ -1,6 +1,7 @@
 """What the README shows, run."""
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ def test_the_codec_of_thirty_lines(
     text = block("class Ternary")
     assert len(text.splitlines()) <= 30
     (tmp_path / "my_package.py").write_text(text)
+    (tmp_path / "test_my_package.py").write_text(block("class TestTernary"))
     line = re.search(r"\[project.entry-points.*?\n(ternary = .*?)\n", README)
     assert line
     entry = line.group(1).replace('"', "")  # TOML quotes, the installed file does not
@@ -63,6 +65,12 @@ def test_the_codec_of_thirty_lines(
     assert delta is not None
     assert 2 <= len(delta.unique()) <= 3
     sys.modules.pop("my_package")
+    # Its tests, as its author runs them: all pass.
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    program = [sys.executable, "-m", "pytest", "-q", "--rootdir", str(tmp_path), str(tmp_path)]
+    done = subprocess.run(program, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"\b[3-9]\d passed", done.stdout), done.stdout
 
 
 def test_every_command_of_the_readme_exists() -> None:

@@ -49,7 +49,7 @@ class DBMS(DeltaCodec):
     Args:
         codec: C, any codec.
         shift: the codec whose decoded deltas are the directions u_t; none: one vector for all
-            tasks, their mean, in which those that moved far weigh more, but do not rule.
+            tasks, in int4: their mean, in which those that moved far weigh more, but do not rule.
         grid: the shifts that are tried; none: no shift and no scale.
 
     Raises:
@@ -66,7 +66,7 @@ class DBMS(DeltaCodec):
     def __post_init__(self) -> None:
         object.__setattr__(self, "grid", tuple(self.grid))
         # Not the field's default, whose settings a recipe's parser would mix into another shift's.
-        object.__setattr__(self, "shift", self.shift or Merged(Normalized(power=0.5)))
+        object.__setattr__(self, "shift", self.shift or Merged(Normalized(power=0.5), "int4"))
         for part, codec in (("codec", self.codec), ("shift", self.direction)):
             if codec.unscalable:
                 raise CodecError(

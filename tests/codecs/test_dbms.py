@@ -191,7 +191,8 @@ class TestBundle:
             base, finetuned, DBMS(inner).at(every((0.0, 1.0))), tmp_path / "dbms", private=PRIVATE
         )
         fusionkit.compress(base, finetuned, inner, tmp_path / "plain", private=PRIVATE)
-        fusionkit.compress(base, finetuned, Merged(Normalized()), tmp_path / "u", private=PRIVATE)
+        shift = Merged(Normalized(), dtype="int4")
+        fusionkit.compress(base, finetuned, shift, tmp_path / "u", private=PRIVATE)
 
         def payload(path: Path) -> int:
             return sum(tensor.nbytes for tensor in load_file(path).values())
