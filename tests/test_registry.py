@@ -2,8 +2,10 @@
 
 import copy
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from conftest import TASKS, Files, TinyNet
+from test_cli import PROGRAM, run
 
 import fusionkit
 from fusionkit import (
@@ -382,3 +385,62 @@ def test_a_bundle_whose_codec_is_gone_names_its_distribution(tmp_path: Path, fil
         )
     with pytest.raises(PluginError, match=r"no 'ternary' .*it came from ternary-plugin 0\.1"):
         Bundle(tmp_path / "bundle")
+
+
+# --- plugins at fault, as a user meets them ---------------------------------------------------
+
+
+def test_codecs_reports_what_can_not_be_used(install: Install, ternary: type[Plugin]) -> None:
+    """By name and reason; every other one is listed as ever."""
+    install("broken_plugin", "import no_such_module", "broken = broken_plugin:Broken")
+    install("rival_plugin", "", "ternary = ternary_plugin:Ternary")
+    shown = " ".join(run("codecs").split())
+    assert "can't be used: 'broken' of broken_plugin 1.0 fails to import" in shown
+    assert "no_such_module" in shown
+    assert "is claimed by" in shown
+    assert "rival_plugin" in shown
+    assert "│ EMR │" in shown
+
+
+CLASH = """
+from dataclasses import dataclass
+from fusionkit import Dense
+
+@dataclass(frozen=True)
+class EMR(Dense):
+    id = "other_emr"
+"""
+
+
+def test_a_recipe_that_asks_for_one_is_told_why(
+    install: Install, ternary: type[Plugin], tmp_path: Path
+) -> None:
+    install("broken_plugin", "import no_such_module", "broken = broken_plugin:Broken")
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("model: {model: {class_path: torch.nn.Identity}, codec: Broken}\n")
+    shown = run("compress", "--config", recipe, "--model.bundle", tmp_path / "b", code=2)
+    assert "Ternary" in shown
+    assert "not usable: broken: 'broken' of broken_plugin 1.0 fails to import" in shown
+
+
+def test_two_classes_of_one_name_are_told_apart(install: Install, tmp_path: Path) -> None:
+    """Two ids, one class name: the bare name is refused, the full one works."""
+    folder = install("clash_plugin", CLASH, "other_emr = clash_plugin:EMR")
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("model: {model: {class_path: torch.nn.Identity}}\n")
+
+    def compress(codec: str) -> str:  # in a process of its own: a class can not be unmade
+        program = [str(PROGRAM), "compress", "--config", str(recipe)]
+        done = subprocess.run(
+            [*program, "--model.bundle", str(tmp_path / "b"), "--model.codec", codec],
+            env={**os.environ, "PYTHONPATH": str(folder)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode
+        return done.stderr
+
+    assert "full class path to avoid ambiguity: clash_plugin.EMR, fusionkit.EMR" in compress("EMR")
+    for codec in ("fusionkit.EMR", "clash_plugin.EMR"):
+        assert "expected at least one fine-tuned checkpoint" in compress(codec)
