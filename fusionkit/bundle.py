@@ -26,14 +26,14 @@ from torch import Tensor
 from fusionkit.adapter import fold_into
 from fusionkit.bundle_folder import SHARED, START, WHOLE, disk_errors, new_folder, task_file
 from fusionkit.checkpoint import Checkpoint, Source
-from fusionkit.codec import WHOLE_MODEL, DeltaCodec, Parts, RestoringCodec
+from fusionkit.codec import DeltaCodec, Parts, RestoringCodec
 from fusionkit.errors import BundleError, WrongBaseError, listing
 from fusionkit.lowrank import LowRank
 from fusionkit.manifest import FILE, Manifest, reopen_base
 from fusionkit.overlay import WithStart
-from fusionkit.partfile import PartFile
 from fusionkit.payload import decoding
 from fusionkit.registry import from_config
+from fusionkit.stored import StoredParts
 from fusionkit.values import full_precision
 
 Decoded = TypeVar("Decoded")
@@ -64,14 +64,7 @@ class Bundle:
             raise BundleError(f"{self.path / FILE}: '{codec.id}' is no codec; compress again")
         self.codec: DeltaCodec = codec
         self._base_checked = False
-        self._whole: tuple[tuple[str, torch.device | None], Parts] | None = None
-        self._shared = (
-            PartFile(self.path / SHARED, self.manifest.shared) if self.manifest.shared else None
-        )
-        self._files = {
-            task: PartFile(self.path / task_file(task), record.file)
-            for task, record in self.manifest.tasks.items()
-        }
+        self._stored = StoredParts(self.path, self.manifest)
         self._initial: dict[str, Tensor] = {}
         self._base = None if base is None else self._with_start(Checkpoint.of(base))
 
@@ -186,26 +179,25 @@ class Bundle:
     @property
     def tasks_share(self) -> bool:
         """Whether there are parts that were computed from all tasks together."""
-        names = self._shared.names() if self._shared else iter(())
-        return any(not name.startswith(START) for name in names)
+        return self._stored.tasks_share
 
     def shared_parts(self, name: str, device: torch.device | None = None) -> Parts:
         """The parts of a tensor that all tasks share."""
-        return self._shared.parts(name, device) if self._shared else {}
+        return self._stored.shared(name, device)
 
     def task_parts(self, task: str, name: str, device: torch.device | None = None) -> Parts:
         """The parts of a tensor that a task owns; of the whole model under `WHOLE_MODEL`."""
-        return self._task(task).parts(name, device)
+        return self._stored.own(self._known(task), name, device)
 
     def task_names(self, task: str) -> Iterator[str]:
         """The names under which a task owns parts."""
-        return self._task(task).names()
+        return self._stored.names(self._known(task))
 
     def private_tensors(self, task: str) -> Iterator[tuple[str, Tensor]]:
         """A task's private tensors, whole, in their own dtype."""
         for name in self.manifest.tasks[self._known(task)].private:
             with decoding(self.path, task, name, self.codec):
-                tensor = self._task(task).parts(name)[WHOLE]
+                tensor = self.task_parts(task, name)[WHOLE]
             yield name, tensor
 
     def write_into(self, task: str, base: Mapping[str, Tensor], out: Mapping[str, Tensor]) -> None:
@@ -348,11 +340,7 @@ class Bundle:
         """Write a new manifest, and see the tasks that it names."""
         manifest.write(self.path)
         self.manifest = manifest
-        self._whole = None
-        self._files = {
-            task: PartFile(self.path / task_file(task), record.file)
-            for task, record in manifest.tasks.items()
-        }
+        self._stored = StoredParts(self.path, manifest)
 
     def _with_start(self, base: Checkpoint) -> Checkpoint:
         """The base as deltas are taken from: with adapters' initial tensors, if it lacks them."""
@@ -383,7 +371,7 @@ class Bundle:
         """A task's own exact tensor; None where it is the base's."""
         shape = self.manifest.base.tensors[name].shape
         with decoding(self.path, task, name, self.codec):
-            whole = self._task(task).parts(name).get(WHOLE)
+            whole = self.task_parts(task, name).get(WHOLE)
         if whole is not None and list(whole.shape) != shape:
             raise BundleError(
                 f"{self.path}: '{name}' of task '{task}' has shape {list(whole.shape)}, expected "
@@ -403,11 +391,11 @@ class Bundle:
         if record is None or record.role != "delta":
             raise BundleError(f"{self.path}: holds no deltas of a tensor '{name}'")
         with decoding(self.path, task, name, self.codec), full_precision():
-            parts = self._task(task).parts(name, device)
+            parts = self.task_parts(task, name, device)
             shared = self.shared_parts(name, device)
             if not parts and not shared:
                 return None
-            whole = self._whole_model(task, device)
+            whole = self._stored.whole_model(task, device)
             return decode({**whole, **shared, **parts}, torch.Size(record.shape))
 
     def _shaped(self, name: str, decoded: Tensor | None) -> Tensor | None:
@@ -418,13 +406,3 @@ class Bundle:
                 f"{expected}; the codec {self.codec!r} is at fault"
             )
         return decoded
-
-    def _task(self, task: str) -> PartFile:
-        return self._files[self._known(task)]
-
-    def _whole_model(self, task: str, device: torch.device | None) -> Parts:
-        # Asked for once per tensor: worth keeping for the task at hand.
-        if self._whole is None or self._whole[0] != (task, device):
-            own = self._task(task).parts(WHOLE_MODEL, device)
-            self._whole = (task, device), {**self.shared_parts(WHOLE_MODEL, device), **own}
-        return self._whole[1]

@@ -443,4 +443,4 @@ def test_two_classes_of_one_name_are_told_apart(install: Install, tmp_path: Path
 
     assert "full class path to avoid ambiguity: clash_plugin.EMR, fusionkit.EMR" in compress("EMR")
     for codec in ("fusionkit.EMR", "clash_plugin.EMR"):
-        assert "expected at least one fine-tuned checkpoint" in compress(codec)
+        assert "holds no tensor" in compress(codec)

@@ -120,7 +120,7 @@ def test_a_budget_is_kept_and_used(
     adapter(folder / "u", seed=2)
     bundle = compress(base(), {t: str(folder / t) for t in "tu"}, SVD(budget=budget, dtype=dtype))
     for task in "tu":
-        parts = [bundle._files[task].parts(name) for name in SHAPES]
+        parts = [bundle.task_parts(task, name) for name in SHAPES]
         spent = sum(part.nbytes for own in parts for part in own.values())
         dearest = max(
             stored_bytes((rows, 1), dtype) + stored_bytes((columns, 1), dtype)
@@ -153,7 +153,7 @@ def test_vectors_count_towards_the_budget(tmp_path: Path) -> None:
     start = {"a.weight": torch.randn(20, 30), "a.bias": torch.randn(20)}
     tuned = {name: tensor + torch.randn(tensor.shape) for name, tensor in start.items()}
     bundle = compress(start, {"t": tuned}, SVD(budget=300))
-    parts = [bundle._files["t"].parts(name) for name in start]
+    parts = [bundle.task_parts("t", name) for name in start]
     assert sum(part.nbytes for own in parts for part in own.values()) == 40 + 2 * 50 * 2
     with pytest.raises(CodecError, match=r"its vectors \(40 bytes\)"):
         compress(start, {"t": tuned}, SVD(budget=100))

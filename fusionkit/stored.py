@@ -1,0 +1,57 @@
+"""What a bundle's files hold, by task and tensor; each file is opened when it is first needed."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from fusionkit.bundle_folder import SHARED, START, task_file
+from fusionkit.codec import WHOLE_MODEL, Parts
+from fusionkit.manifest import Manifest
+from fusionkit.partfile import PartFile
+
+
+class StoredParts:
+    """The files of parts: one that tasks share, and one of each task.
+
+    Args:
+        path: the bundle's folder.
+        manifest: which files there are.
+
+    Raises:
+        BundleError: a file is missing, or has another size.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self._shared = PartFile(path / SHARED, manifest.shared) if manifest.shared else None
+        self._tasks = {
+            task: PartFile(path / task_file(task), record.file)
+            for task, record in manifest.tasks.items()
+        }
+        self._whole: tuple[tuple[str, torch.device | None], Parts] | None = None
+
+    @property
+    def tasks_share(self) -> bool:
+        """Whether there are parts that were computed from all tasks together."""
+        names = self._shared.names() if self._shared else iter(())
+        return any(not name.startswith(START) for name in names)
+
+    def shared(self, name: str, device: torch.device | None = None) -> Parts:
+        """The parts of a tensor that all tasks share."""
+        return self._shared.parts(name, device) if self._shared else {}
+
+    def own(self, task: str, name: str, device: torch.device | None = None) -> Parts:
+        """The parts of a tensor that a task owns."""
+        return self._tasks[task].parts(name, device)
+
+    def names(self, task: str) -> Iterator[str]:
+        """The names under which a task owns parts."""
+        return self._tasks[task].names()
+
+    def whole_model(self, task: str, device: torch.device | None = None) -> Parts:
+        """A task's parts of the whole model, the shared ones among them."""
+        # Asked for once per tensor: worth keeping for the task at hand.
+        if self._whole is None or self._whole[0] != (task, device):
+            parts = {**self.shared(WHOLE_MODEL, device), **self.own(task, WHOLE_MODEL, device)}
+            self._whole = (task, device), parts
+        return self._whole[1]
