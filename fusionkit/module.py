@@ -26,6 +26,7 @@ from fusionkit.models import MetricOfClasses, accuracy, load_base, predict
 from fusionkit.registry import to_config
 from fusionkit.report import Scores
 from fusionkit.space import Adapters
+from fusionkit.spread import real_rows
 from fusionkit.switcher import Switcher, TaskSource
 
 _CALIBRATION = Calibration()
@@ -95,6 +96,7 @@ class ReuseModule(LightningModule):
         self.strict_loading = False  # a calibration's checkpoints hold its scalars only
         self.bundle_path = None if bundle is None or isinstance(bundle, Bundle) else Path(bundle)
         self.task: str | None = None
+        self._rows = 0
         self.scores: Scores | None = None
         self.metrics = nn.ModuleList()
         self.base_source = None if base is None else Checkpoint.of(base)
@@ -232,8 +234,7 @@ class ReuseModule(LightningModule):
             raise BundleError(
                 f"there is data for '{missing[0]}', but no such task among {', '.join(self.tasks)}"
             )
-        datamodule = getattr(self.trainer, "datamodule", None)
-        classes = self.num_classes or getattr(datamodule, "num_classes", {})
+        classes = self.num_classes or getattr(self._datamodule, "num_classes", {})
         if unknown := [task for task in tasks if task not in classes]:
             raise DataError(
                 f"the number of classes of '{unknown[0]}' is not known: give it in `num_classes`, "
@@ -243,12 +244,12 @@ class ReuseModule(LightningModule):
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> STEP_OUTPUT:
         """Score one batch: `(x, y)`, or a mapping of the model's arguments and `labels`."""
-        self._step(batch, dataloader_idx)
+        self._step(batch, batch_idx, dataloader_idx)
         return None
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> STEP_OUTPUT:
         """As `test_step`, on the validation rows."""
-        self._step(batch, dataloader_idx)
+        self._step(batch, batch_idx, dataloader_idx)
         return None
 
     def on_test_epoch_end(self) -> None:
@@ -333,8 +334,7 @@ class ReuseModule(LightningModule):
         return self.calibrator
 
     def _start_calibration(self) -> None:
-        datamodule = getattr(self.trainer, "datamodule", None)
-        present = list(getattr(datamodule, "tasks", []))
+        present = list(getattr(self._datamodule, "tasks", []))
         if lacking := [task for task in self.finetuned if task not in present]:
             raise DataError(
                 f"there are no calibration data for task '{lacking[0]}'; the datamodule has "
@@ -357,13 +357,28 @@ class ReuseModule(LightningModule):
             "codec: {class_path: DBMS, init_args: {codec: …}}"
         )
 
-    def _step(self, batch: Any, dataloader_idx: int) -> None:
+    @property
+    def _datamodule(self) -> Any:
+        return getattr(self.trainer, "datamodule", None)
+
+    def _loader(self, place: int) -> Any:
+        """A dataloader of the evaluation that runs."""
+        testing = self.trainer.testing
+        loaders: Any = self.trainer.test_dataloaders if testing else self.trainer.val_dataloaders
+        return loaders[place] if isinstance(loaders, list | tuple) else loaders
+
+    def _step(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
         task = self._evaluated()[dataloader_idx]
         if task != self.task:
             self.switch(task)
+        self._rows = 0 if batch_idx == 0 else self._rows
         logits, labels = predict(self, batch)
-        metric = cast(Metric, self.metrics[dataloader_idx])
-        metric.update(logits, labels)
+        count = len(labels)
+        real = real_rows(self._loader(dataloader_idx), self._rows, count)
+        self._rows += count
+        if real:
+            metric = cast(Metric, self.metrics[dataloader_idx])
+            metric.update(logits[:real], labels[:real])
 
     def _finish(self, stage: str) -> None:
         tasks = self._evaluated()
@@ -380,8 +395,7 @@ class ReuseModule(LightningModule):
 
     def _evaluated(self) -> list[str]:
         """The tasks in the order of the dataloaders."""
-        datamodule = getattr(self.trainer, "datamodule", None)
-        return list(getattr(datamodule, "tasks", self.tasks))
+        return list(getattr(self._datamodule, "tasks", self.tasks))
 
     def _open_bundle(self, path: Path) -> Bundle:
         bundle = Bundle(path)

@@ -24,6 +24,7 @@ from fusionkit.compress import Progress as ProgressCallback
 from fusionkit.errors import BundleError, DataError, FusionKitError
 from fusionkit.family import Family
 from fusionkit.module import ReuseModule
+from fusionkit.spread import Spread, TasksSpread
 
 
 class _Parser(LightningArgumentParser):
@@ -103,6 +104,14 @@ class RecipeCLI(LightningCLI):
             LightningDataModule, "data", subclass_mode=True, required=False
         )
         parser.add_argument("--out", type=str, default="out", help="folder for scores and plots")
+        if self.needs_trainer:
+            parser.add_argument(
+                "--spread",
+                type=Spread,
+                default="rows",
+                help="what each of several processes evaluates: a share of every task's rows, or "
+                "whole tasks",
+            )
 
     def add_model_arguments(self, parser: LightningArgumentParser) -> None:
         """ReuseModule's."""
@@ -135,7 +144,9 @@ class RecipeCLI(LightningCLI):
 
     def evaluate(self) -> report.Scores:
         """Score every task through the Trainer."""
-        self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+        whole = self.config["spread"] == "tasks"
+        datamodule = TasksSpread(self.datamodule) if whole else self.datamodule
+        self.trainer.test(self.model, datamodule=datamodule, verbose=False)
         scores: report.Scores = self.model.scores
         return scores
 
