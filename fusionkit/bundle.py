@@ -15,7 +15,7 @@ last: whatever is interrupted, a bundle that can be opened is whole.
 
 import shutil
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -52,7 +52,8 @@ class Bundle:
         codec: the codec that decodes it.
 
     Raises:
-        BundleError: the folder holds no bundle, or a file of it is missing or truncated.
+        BundleError: the folder holds no bundle, or its shared file is missing or truncated; a
+            task's own file is looked at when it is needed, or by `check`.
         PluginError: its codec is not installed.
     """
 
@@ -145,7 +146,7 @@ class Bundle:
             base = self.base[name].to(device or torch.device("cpu"))
             whole = self.restored(task, name, base)
             return None if whole is None else whole.to(torch.float32) - base.to(torch.float32)
-        return self._shaped(name, self._decoded(task, name, self.codec.decode, device))
+        return self._shaped(task, name, self._decoded(task, name, self.codec.decode, device))
 
     def restored(self, task: str, name: str, base: Tensor) -> Tensor | None:
         """One task's tensor itself, by a codec that restores tensors; nothing else is read.
@@ -166,7 +167,7 @@ class Bundle:
         if not isinstance(codec, RestoringCodec):
             return None
         whole = self._decoded(task, name, lambda parts, _: codec.restore(parts, base), base.device)
-        return self._shaped(name, whole)
+        return self._shaped(task, name, whole)
 
     def factors(self, task: str, name: str) -> LowRank | None:
         """One task's delta of one matrix as a product; None where the codec has none.
@@ -185,6 +186,15 @@ class Bundle:
         """The parts of a tensor that all tasks share."""
         return self._stored.shared(name, device)
 
+    def check(self, tasks: Iterable[str]) -> None:
+        """Check that these tasks' files are there, whole in size; nothing of them is read.
+
+        Raises:
+            BundleError: one is not, or the bundle has no such task.
+        """
+        for task in tasks:
+            self._stored.check(self._known(task))
+
     def task_parts(self, task: str, name: str, device: torch.device | None = None) -> Parts:
         """The parts of a tensor that a task owns; of the whole model under `WHOLE_MODEL`."""
         return self._stored.own(self._known(task), name, device)
@@ -199,6 +209,14 @@ class Bundle:
             with decoding(self.path, task, name, self.codec):
                 tensor = self.task_parts(task, name)[WHOLE]
             yield name, tensor
+
+    @property
+    def written(self) -> list[str]:
+        """Names of the tensors that `write_into` writes: all but private and frozen ones."""
+        base = self.manifest.base
+        if base.space:  # what adapters do, they do to the weights beside them
+            return list(base.tensors)
+        return [name for name, tensor in base.tensors.items() if tensor.role != "frozen"]
 
     def write_into(self, task: str, base: Mapping[str, Tensor], out: Mapping[str, Tensor]) -> None:
         """Rebuild a task's weights from the base into `out`, all but private and frozen ones.
@@ -398,11 +416,11 @@ class Bundle:
             whole = self._stored.whole_model(task, device)
             return decode({**whole, **shared, **parts}, torch.Size(record.shape))
 
-    def _shaped(self, name: str, decoded: Tensor | None) -> Tensor | None:
+    def _shaped(self, task: str, name: str, decoded: Tensor | None) -> Tensor | None:
         expected = self.manifest.base.tensors[name].shape
         if decoded is not None and list(decoded.shape) != expected:
             raise BundleError(
-                f"{self.path}: '{name}' decodes to shape {list(decoded.shape)}, expected "
-                f"{expected}; the codec {self.codec!r} is at fault"
+                f"{self.path}: '{name}' of task '{task}' decodes to shape {list(decoded.shape)}, "
+                f"expected {expected}; the codec {self.codec!r} is at fault"
             )
         return decoded

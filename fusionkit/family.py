@@ -209,6 +209,13 @@ class Family:
                 "take them out of `frozen`, so that their deltas are stored"
             )
 
+    @property
+    def written(self) -> list[str]:
+        """Names of the tensors that `write_into` writes."""
+        if self.space:
+            return list(self.roles)
+        return [name for name, role in self.roles.items() if role != "frozen"]
+
     def write_into(self, task: str, base: Mapping[str, Tensor], out: Mapping[str, Tensor]) -> None:
         """Write a task's own weights, uncompressed, into `out`, all but private and frozen ones.
 

@@ -38,6 +38,11 @@ class Fused:
         self.vectors = {each.name: merge.vector(merge_tensor, each) for each in family}
         self.scale = 1.0
 
+    @property
+    def written(self) -> list[str]:
+        """Names of the tensors that `write_into` writes."""
+        return self.family.written
+
     def write_into(self, task: str, base: Mapping[str, Tensor], out: Mapping[str, Tensor]) -> None:
         """Write the fused weights into `out`, all but private and frozen ones."""
         space = self.family.space

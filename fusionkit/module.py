@@ -56,6 +56,8 @@ class ReuseModule(LightningModule):
         num_classes: classes per task; by default the datamodule's `num_classes`.
         finetuned_scores: task name → the fine-tuned model's own score, to which scores are related.
         calibration: how `Trainer.fit` learns a codec's scalars; see `fusionkit.calibrate`.
+        cache_bytes: keep the decoded weights of the tasks used last, up to so many bytes on the
+            model's device; to switch back to one of them is a copy.
 
     Raises:
         WrongBaseError: the model is not the base that the bundle was made from.
@@ -77,6 +79,7 @@ class ReuseModule(LightningModule):
         num_classes: dict[str, int] | None = None,
         finetuned_scores: dict[str, float] | None = None,
         calibration: Calibration = _CALIBRATION,
+        cache_bytes: int = 0,
     ) -> None:
         super().__init__()
         self.model = model
@@ -102,7 +105,7 @@ class ReuseModule(LightningModule):
         self.base_source = None if base is None else Checkpoint.of(base)
         if self.base_source is not None:
             load_base(model, self.base_source, self.private)
-        self._switcher = Switcher(model)
+        self._switcher = Switcher(model, cache_bytes)
         self._source: TaskSource | None = None
         if isinstance(bundle, Bundle):
             self.reuse(bundle)
@@ -140,6 +143,7 @@ class ReuseModule(LightningModule):
             source.attach_base(self._switcher.base)  # the model itself is about to change
         if self.task is not None:  # what was frozen for one source need not be for the next
             self.switch(None)
+        self._switcher.forget()
         self._source = source
 
     def family(self) -> Family:
@@ -234,6 +238,8 @@ class ReuseModule(LightningModule):
             raise BundleError(
                 f"there is data for '{missing[0]}', but no such task among {', '.join(self.tasks)}"
             )
+        if isinstance(self._source, Bundle):
+            self._source.check(tasks)  # now, not after half of them
         classes = self.num_classes or getattr(self._datamodule, "num_classes", {})
         if unknown := [task for task in tasks if task not in classes]:
             raise DataError(
@@ -411,6 +417,7 @@ class ReuseModule(LightningModule):
         # The base moves with the model but keeps its dtype: rounding it would lose the deltas.
         device = next(self.model.parameters()).device
         self._switcher.to(device)
+        self._switcher.forget()
         if self.scalars is not None:  # nor can two scalars be learned in half precision
             self.scalars.data = self.scalars.data.to(torch.float32)
         return self

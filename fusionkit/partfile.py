@@ -32,6 +32,10 @@ class FileRecord:
     bytes: int
     header_sha256: str
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.bytes, int) or not isinstance(self.header_sha256, str):
+            raise ValueError(f"no record of a file: {self}")  # noqa: TRY004
+
 
 @dataclass(frozen=True)
 class _Entry:

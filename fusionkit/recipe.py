@@ -350,7 +350,7 @@ def progress_bar(what: str) -> Iterator[ProgressCallback]:
         TextColumn("tensors"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns) as progress:
+    with Progress(*columns, disable=not report.main_process()) as progress:
         bar = progress.add_task(what, total=None)
 
         def update(this_pass: int, done: int, total: int) -> None:

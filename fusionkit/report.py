@@ -5,6 +5,7 @@ import io
 import json
 import os
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -273,15 +274,25 @@ def write_rows(rows: Sequence[dict[str, Any]], folder: Path, name: str) -> list[
     return paths
 
 
+def main_process() -> bool:
+    """Whether this is the only process, or the one of several that reports."""
+    module = sys.modules.get("lightning.pytorch.utilities.rank_zero")  # whoever spreads has it
+    return module is None or not module.rank_zero_only.rank
+
+
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file to a temporary name and rename it."""
+    """Write a file to a temporary name and rename it; of several processes, in one."""
+    if not main_process():
+        return
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(content)
     os.replace(temporary, path)
 
 
 def show(*items: object) -> None:
-    """Print to the terminal; a pipe gets lines wide enough for whole tables."""
+    """Print to the terminal, of several processes from one; a pipe gets lines of table width."""
+    if not main_process():
+        return
     console = Console()
     if not console.is_terminal:
         console = Console(width=140)

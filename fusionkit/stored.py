@@ -19,15 +19,13 @@ class StoredParts:
         manifest: which files there are.
 
     Raises:
-        BundleError: a file is missing, or has another size.
+        BundleError: the shared file is missing, or has another size; a task's when it is needed.
     """
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self._shared = PartFile(path / SHARED, manifest.shared) if manifest.shared else None
-        self._tasks = {
-            task: PartFile(path / task_file(task), record.file)
-            for task, record in manifest.tasks.items()
-        }
+        self._path, self._manifest = path, manifest
+        self._tasks: dict[str, PartFile] = {}
         self._whole: tuple[tuple[str, torch.device | None], Parts] | None = None
 
     @property
@@ -42,11 +40,19 @@ class StoredParts:
 
     def own(self, task: str, name: str, device: torch.device | None = None) -> Parts:
         """The parts of a tensor that a task owns."""
-        return self._tasks[task].parts(name, device)
+        return self._file(task).parts(name, device)
+
+    def check(self, task: str) -> None:
+        """Check that a task's file is there, and its size.
+
+        Raises:
+            BundleError: it is not.
+        """
+        self._file(task)
 
     def names(self, task: str) -> Iterator[str]:
         """The names under which a task owns parts."""
-        return self._tasks[task].names()
+        return self._file(task).names()
 
     def whole_model(self, task: str, device: torch.device | None = None) -> Parts:
         """A task's parts of the whole model, the shared ones among them."""
@@ -55,3 +61,9 @@ class StoredParts:
             parts = {**self.shared(WHOLE_MODEL, device), **self.own(task, WHOLE_MODEL, device)}
             self._whole = (task, device), parts
         return self._whole[1]
+
+    def _file(self, task: str) -> PartFile:
+        if task not in self._tasks:
+            record = self._manifest.tasks[task].file
+            self._tasks[task] = PartFile(self._path / task_file(task), record)
+        return self._tasks[task]

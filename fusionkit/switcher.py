@@ -1,6 +1,7 @@
 """One live model that becomes any task's, in place."""
 
-from collections.abc import Iterator, Mapping, Set
+from collections import OrderedDict
+from collections.abc import Collection, Iterator, Mapping, Set
 from typing import Protocol
 
 import torch
@@ -18,6 +19,11 @@ class TaskSource(Protocol):
         """The tasks' names."""
         ...
 
+    @property
+    def written(self) -> Collection[str]:
+        """Names of the tensors that `write_into` writes."""
+        ...
+
     def write_into(self, task: str, base: Mapping[str, Tensor], out: Mapping[str, Tensor]) -> None:
         """Write a task's weights into `out`, all but private and frozen ones."""
         ...
@@ -32,15 +38,25 @@ class Switcher:
 
     Args:
         model: the model, with the base's weights.
+        cache_bytes: of this size, the weights of the tasks used last are kept, beside the model
+            and on its device; a switch to one of them is a copy.
 
     Attributes:
         base: the base's weights, on the model's device, in their own dtype.
+        cached: the tasks whose weights are kept, the one used last at the end.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, cache_bytes: int = 0) -> None:
         self.model = model
         self.base = Checkpoint(model).in_memory()
+        self.cached: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
+        self._cached_of: tuple[object, object] = (None, None)
+        self._cache_bytes = cache_bytes
         self._private: Set[str] = frozenset()
+
+    def forget(self) -> None:
+        """Drop what was kept of tasks: they come from elsewhere now, or in another dtype."""
+        self.cached.clear()
 
     def become(
         self, task: str | None, source: TaskSource | None = None, left_out: Set[str] = frozenset()
@@ -68,6 +84,7 @@ class Switcher:
         """Follow the model to another device."""
         if self.base[next(iter(self.base))].device != device:
             self.base = self.base.in_memory(device)
+            self.forget()
 
     def _become(self, task: str | None, source: TaskSource | None, left_out: Set[str]) -> None:
         state = _state(self.model)
@@ -77,11 +94,31 @@ class Switcher:
         else:
             private = dict(source.private_tensors(task))
             out = {name: tensor for name, tensor in state.items() if name not in left_out}
-            source.write_into(task, self.base, out)
+            self._write(task, source, out, keep=not left_out)
             # A head that the last task had and this one lacks goes back to the base's.
             left = {name: self.base[name] for name in self._private - private.keys()}
             self._place(state, {**left, **private})
         self._private = private.keys()
+
+    def _write(self, task: str, source: TaskSource, out: Mapping[str, Tensor], keep: bool) -> None:
+        """Write a task's weights, as they were kept, or anew; then keep them if they fit."""
+        of = source, getattr(source, "manifest", None)  # which changes as tasks come and go
+        if any(old is not new for old, new in zip(self._cached_of, of, strict=True)):
+            self.forget()
+            self._cached_of = of
+        if keep and task in self.cached:
+            self.cached.move_to_end(task)
+            for name, value in self.cached[task].items():
+                out[name].copy_(value)
+            return
+        source.write_into(task, self.base, out)
+        names = [name for name in source.written if name in out] if self._cache_bytes else []
+        size = sum(out[name].nbytes for name in names)
+        if not keep or not 0 < size <= self._cache_bytes:
+            return
+        while self.cached and (len(self.cached) + 1) * size > self._cache_bytes:
+            self.cached.popitem(last=False)  # all tasks are of one size
+        self.cached[task] = {name: out[name].clone() for name in names}
 
     def _place(self, state: dict[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
         """Put whole tensors in their places, whatever shapes were there."""

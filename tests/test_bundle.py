@@ -238,13 +238,13 @@ def test_truncated_and_missing_payloads(
     for length in (0, 7, 100, len(data) - 1):
         path.write_bytes(data[:length])
         with pytest.raises(BundleError, match=rf"{name}: has {length} bytes, the manifest says"):
-            Bundle.load(tmp_path / "b", base)
+            Bundle.load(tmp_path / "b", base).check(["x"])
     path.write_bytes(data + b"\0")
     with pytest.raises(BundleError, match=rf"{name}: has {len(data) + 1} bytes, the manifest"):
-        Bundle.load(tmp_path / "b", base)
+        Bundle.load(tmp_path / "b", base).check(["x"])
     path.unlink()
     with pytest.raises(BundleError, match=rf"{name}: missing from the bundle"):
-        Bundle.load(tmp_path / "b", base)
+        Bundle.load(tmp_path / "b", base).check(["x"])
 
 
 @pytest.mark.parametrize("name", ["shared.safetensors", "task-x.safetensors"])

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -214,3 +215,27 @@ def test_existing_bundle_and_missing_bundle(recipe: Path, tmp_path: Path) -> Non
 
 def test_unknown_verb() -> None:
     assert "no verb 'compres'" in run("compres", code=2)
+
+
+@pytest.mark.parametrize("spread", ["rows", "tasks"])
+def test_two_processes_report_once_what_one_reports(
+    recipe: Path, tmp_path: Path, spread: str
+) -> None:
+    run("compress", "--config", recipe)
+    run("test", "--config", recipe, "--out", tmp_path / "one")
+    done = subprocess.run(
+        [
+            *(PROGRAM, "test", "--config", recipe, "--out", tmp_path / "two"),
+            *("--spread", spread, "--trainer.devices=2", "--trainer.strategy=ddp"),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("fine-tuned") == 1
+    assert done.stdout.count("written:") == 2
+    for name in ("scores.csv", "scores.json"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
