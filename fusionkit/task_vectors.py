@@ -95,7 +95,7 @@ class TaskVectors:
         Raises:
             FamilyError: a block holds a NaN or an infinity.
         """
-        base = self._base.reshape(-1)
+        base = self.base.reshape(-1)
         deltas = [self._of_adapter(task) for task in range(len(self))]
         tuned = [
             self._read(task).reshape(-1) if delta is None else delta.reshape(-1)
@@ -105,9 +105,10 @@ class TaskVectors:
         for start in range(0, base.numel(), size):
             place = slice(start, min(start + size, base.numel()))
             block = buffer[:, : place.stop - start]
+            start_of = base[place].to(torch.float32)
             for task, values in enumerate(tuned):
                 if deltas[task] is None:
-                    torch.sub(values[place].to(torch.float32), base[place], out=block[task])
+                    torch.sub(values[place].to(torch.float32), start_of, out=block[task])
                 else:
                     block[task] = values[place]
             if not torch.isfinite(block.sum()):

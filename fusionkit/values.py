@@ -23,6 +23,8 @@ GROUP = 128
 
 _FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _LEVELS = {"int8": 127, "int4": 7}
+_OVERFLOWS = 65520.0
+"""The least magnitude that rounds to an infinity in fp16."""
 
 
 def pack_values(values: Tensor, dtype: ValueDtype, part: str = "values") -> dict[str, Tensor]:
@@ -40,13 +42,15 @@ def pack_values(values: Tensor, dtype: ValueDtype, part: str = "values") -> dict
         CodecError: a finite value is too large for fp16, or the dtype is unknown.
     """
     if dtype in _FLOATS:
-        stored = values.to(_FLOATS[dtype])
-        if dtype == "fp16" and not torch.isfinite(stored).all():
-            raise CodecError(
-                f"a value of magnitude {values.abs().max():.3g} does not fit into fp16; "
-                "store the values in bf16 or fp32"
-            )
-        return {part: stored}
+        if dtype == "fp16" and values.numel():
+            low, high = torch.aminmax(values)  # what is stored would be slower to look at
+            magnitude = max(-float(low), float(high))
+            if not magnitude < _OVERFLOWS:
+                raise CodecError(
+                    f"a value of magnitude {magnitude:.3g} does not fit into fp16; "
+                    "store the values in bf16 or fp32"
+                )
+        return {part: values.to(_FLOATS[dtype])}
     if dtype not in _LEVELS:
         raise CodecError(f"unknown dtype '{dtype}'; expected {', '.join([*_FLOATS, *_LEVELS])}")
     levels = _LEVELS[dtype]

@@ -41,15 +41,14 @@ class EMR(DeltaCodec):
         total = torch.zeros(2, len(family.tasks), dtype=torch.float64)
         for vectors in family:
             stored = None if shared is None else self._unified(shared(vectors.name), vectors.shape)
-            elected, masks, ratio = self._tensor(vectors, stored)
+            unified, masks, ratio = self._tensor(vectors, stored)
             total += ratio
-            if not elected.any():
+            if not (ratio[1] if stored is None else stored).any():
                 continue
             own: list[dict[str, Tensor]] = [{"mask": mask} for mask in masks]
             if self.scope == "tensor":
                 for parts, rescaler in zip(own, self._rescaler(ratio), strict=True):
                     parts["rescaler"] = rescaler
-            unified = pack_values(elected, self.dtype, "elected") if shared is None else {}
             yield Encoded(vectors.name, unified, own)
         if self.scope == "model":
             rescalers = self._rescaler(total)
@@ -63,21 +62,29 @@ class EMR(DeltaCodec):
 
     def _tensor(
         self, vectors: TaskVectors, stored: Tensor | None
-    ) -> tuple[Tensor, list[Tensor], Tensor]:
-        """One tensor's elected vector (flat), packed masks, the rescalers' two sums `(2, T)`."""
-        count = vectors.shape.numel()
-        elected = torch.empty(count) if stored is None else stored
-        masks = torch.empty(len(vectors), count, dtype=torch.bool)
+    ) -> tuple[Parts, list[Tensor], Tensor]:
+        """One tensor's elected vector, packed masks, the rescalers' two sums `(2, T)`.
+
+        Block by block, each stored at once: never is one of them whole in float32.
+        """
+        unified: list[Parts] = []
+        masks: list[list[Tensor]] = [[] for _ in range(len(vectors))]
         ratio = torch.zeros(2, len(vectors), dtype=torch.float64)
         for place, block in vectors.blocks():
             if stored is None:
-                elected[place], masks[:, place] = elect(block)
+                elected, masked = elect(block)
+                unified.append(pack_values(elected, self.dtype, "elected"))
             else:
-                torch.gt(block * stored[place], 0, out=masks[:, place])
-            ratio += self._ratio(block, masks[:, place], elected[place])
+                elected = stored[place]
+                masked = block * elected > 0
+            for own, mask in zip(masks, masked, strict=True):
+                own.append(pack_bits(mask))
+            ratio += self._ratio(block, masked, elected)
         if self.rescale == "l1_mean":
-            ratio /= max(count, 1)
-        return elected, [pack_bits(mask) for mask in masks], ratio
+            ratio /= max(vectors.shape.numel(), 1)
+        names = unified[0] if unified else {}
+        joined = {part: torch.cat([each[part] for each in unified]) for part in names}
+        return joined, [torch.cat(own) for own in masks if own], ratio
 
     def _ratio(self, block: Tensor, masks: Tensor, elected: Tensor) -> Tensor:
         """Numerator and denominator of the rescalers over a block: float64 `(2, T)`."""

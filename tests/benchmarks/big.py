@@ -1,0 +1,133 @@
+"""Big checkpoints: compress against reading the inputs and writing the outputs, and peak memory.
+
+A synthetic family in bf16, shards of safetensors with an index, layers of the shapes of a model of
+7 billion parameters, as many as make the size asked for. The rival reads every input tensor with
+safetensors (a copy of each, as any use needs) and writes as many bytes as the bundle has. Each way
+runs in a process of its own, in turns; files in the cache as far as memory allows.
+
+    python tests/benchmarks/big.py [GB per checkpoint] [tasks] [folder]
+"""
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import fusionkit
+
+HIDDEN, INNER, WORDS = 4096, 11008, 32000
+LAYER = {
+    **{f"attention.{name}.weight": (HIDDEN, HIDDEN) for name in "qkvo"},
+    "mlp.gate.weight": (INNER, HIDDEN),
+    "mlp.up.weight": (INNER, HIDDEN),
+    "mlp.down.weight": (HIDDEN, INNER),
+    "norm.weight": (HIDDEN,),
+}
+CODECS = {
+    "EMR": fusionkit.EMR(),
+    "prune 10%, per tensor": fusionkit.MagnitudePrune(0.1, scope="tensor"),
+    "prune 10%, whole model": fusionkit.MagnitudePrune(0.1),
+    "dense fp16": fusionkit.Dense(),
+}
+
+
+def make(folder: Path, gigabytes: float, tasks: int) -> None:
+    """A base and its fine-tuned models; a shard is a layer."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(1 << 24, generator=generator)
+    per_layer = 2 * sum(torch.Size(shape).numel() for shape in LAYER.values())
+    layers = max(round((1e9 * gigabytes - 2 * WORDS * HIDDEN) / per_layer), 1)
+    for place in range(tasks + 1):
+        path = folder / ("base" if not place else f"task{place}")
+        path.mkdir()
+        weight_map = {}
+        for layer in range(-1, layers):
+            shapes = LAYER if layer >= 0 else {"embed.weight": (WORDS, HIDDEN)}
+            shard = {}
+            for each, (name, shape) in enumerate(shapes.items()):
+                count = torch.Size(shape).numel()
+                start = (layer * 7919 + each * 104729) % (1 << 22)
+                copies = -(-count // (1 << 23))
+                values = noise[start : start + (1 << 23)].repeat(copies)[:count].mul_(0.02)
+                if place:
+                    moved = noise[start + place * 65537 :][: 1 << 23].repeat(copies)[:count]
+                    values.add_(moved, alpha=1e-3)
+                shard[f"layer{layer}.{name}"] = values.bfloat16().view(shape)
+            file = f"model-{layer + 1:05}.safetensors"
+            save_file(shard, path / file)
+            weight_map.update(dict.fromkeys(shard, file))
+        index = {"metadata": {}, "weight_map": weight_map}
+        (path / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def read_and_write(folder: Path, tasks: int, nbytes: int) -> None:
+    """The rival: copy every tensor into memory, and write a bundle's worth of bytes."""
+    for path in [folder / "base", *(folder / f"task{place + 1}" for place in range(tasks))]:
+        for shard in sorted(path.glob("*.safetensors")):
+            with safe_open(shard, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    file.get_tensor(name).clone()
+    chunk = torch.zeros(1 << 26, dtype=torch.uint8)
+    for place in range(-(-nbytes // chunk.numel())):
+        size = min(chunk.numel(), nbytes - place * chunk.numel())
+        save_file({"x": chunk[:size].contiguous()}, folder / f"written-{place}.safetensors")
+
+
+def run(folder: Path, tasks: int, way: str, nbytes: int) -> None:
+    """One way, in this process; prints seconds, peak memory and bytes written."""
+    started = time.perf_counter()
+    if way == "read and write":
+        read_and_write(folder, tasks, nbytes)
+    else:
+        finetuned = {f"task{place + 1}": folder / f"task{place + 1}" for place in range(tasks)}
+        bundle = fusionkit.compress(
+            folder / "base", finetuned, CODECS[way], folder / "bundle", overwrite=True
+        )
+        nbytes = bundle.nbytes
+    seconds = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps([seconds, peak, nbytes]))
+
+
+def main(gigabytes: float, tasks: int, parent: str | None) -> None:
+    with tempfile.TemporaryDirectory(dir=parent) as temporary:
+        folder = Path(temporary)
+        make(folder, gigabytes, tasks)
+        size = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+        print(f"{tasks} tasks, {size / 1e9:.1f} GB of inputs, {torch.get_num_threads()} threads")
+        for codec in CODECS:
+            found = {}
+            nbytes = 0
+            for way in (codec, "read and write"):
+                program = [sys.executable, __file__, "--run", temporary, str(tasks), way]
+                done = subprocess.run(
+                    [*program, str(nbytes)], capture_output=True, text=True, check=True
+                )
+                found[way] = json.loads(done.stdout.splitlines()[-1])
+                nbytes = found[codec][2]
+            seconds, peak, _ = found[codec]
+            rival = found["read and write"][0]
+            print(
+                f"{codec:24} {seconds:7.1f} s, {size / 1e6 / seconds:6.0f} MB/s, peak "
+                f"{peak / 1e9:.2f} GB, bundle {nbytes / 1e9:.2f} GB; read and write {rival:.1f} s: "
+                f"{rival / seconds:.0%} of its speed"
+            )
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--run"]:
+        run(Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4], int(sys.argv[5]))
+    else:
+        given = sys.argv[1:]
+        main(
+            float(given[0]) if given else 4.0,
+            int(given[1]) if len(given) > 1 else 3,
+            given[2] if len(given) > 2 else None,
+        )
