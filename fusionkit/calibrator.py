@@ -15,6 +15,7 @@ from fusionkit.calibration import Calibration, head_of, loss, outputs
 from fusionkit.codec import DeltaCodec
 from fusionkit.errors import DataError, FusionKitError
 from fusionkit.manifest import CalibrationRecord
+from fusionkit.spread import real_rows
 
 if TYPE_CHECKING:
     from fusionkit.module import ReuseModule
@@ -71,6 +72,7 @@ class Calibrator(ABC):
         self._done = [False] * count
         self._targets: list[dict[int, tuple[Any, Tensor]]] = [{} for _ in range(count)]
         self._counts = torch.zeros(count)
+        self._seen = [0] * count
         self._at = self._values()
 
     @abstractmethod
@@ -129,17 +131,18 @@ class Calibrator(ABC):
         One task's graph is gone before the next one's is made.
         """
         stepping = self._stepping(epoch)
-        total = self.scalars.new_zeros(())
+        total = 0 * self.scalars.sum()
         for place, task in enumerate(self.tasks):
-            if self._done[place]:
+            rows = self._real(place, batch[task], batch_idx)
+            count = _count(rows)
+            if self._done[place] or not count:
                 continue
             scalars = self.scalars[self._slices[place]]
             leaf = scalars.detach().to(torch.float32).requires_grad_(stepping and len(scalars) > 0)
-            value = self._loss(place, leaf, batch[task], batch_idx)
+            value = self._loss(place, leaf, rows, batch_idx)
             gradient = torch.zeros_like(leaf)
             if leaf.requires_grad:
                 (gradient,) = torch.autograd.grad(value, leaf)
-            count = _count(batch[task])
             self._sums[0, place] += float(value.detach()) * count
             self._sums[1, place] += count
             # Worth the loss, and with its gradient, but without its graph.
@@ -245,6 +248,19 @@ class Calibrator(ABC):
                 )
         self._first, self._epochs, self._done = state["first"], state["epochs"], state["done"]
         self._best = [(value, tuple(best), epoch) for value, best, epoch in state["best"]]
+
+    def _real(self, place: int, batch: Any, batch_idx: int) -> Any:
+        """A batch without the rows that are repeated so that all processes have as many."""
+        first = 0 if batch_idx == 0 else self._seen[place]
+        count = _count(batch)
+        self._seen[place] = first + count
+        loaders: Any = self.module.trainer.train_dataloader if self.module._trainer else {}
+        real = real_rows(loaders.get(self.tasks[place]), first, count)
+        if real == count:
+            return batch
+        if isinstance(batch, Mapping):
+            return {n: v[:real] if isinstance(v, Tensor) else v for n, v in batch.items()}
+        return [v[:real] if isinstance(v, Tensor) else v for v in batch]
 
     def _values(self) -> list[Values]:
         """Where each task is; one that is done stays at its best."""

@@ -368,7 +368,7 @@ class TestTraining:
             assert b.loss_before == pytest.approx(a.loss_before, rel=1e-4)
             assert b.loss_after == pytest.approx(a.loss_after, rel=0.05, abs=1e-4)
             assert b.scale == pytest.approx(a.scale, rel=0.05)
-            assert a.rows == b.rows == 16
+            assert a.rows == b.rows == 15  # which two processes do not share evenly
 
 
 class Fragile(TinyNet):
@@ -463,4 +463,4 @@ def _family() -> tuple[TinyNet, States]:
 
 if __name__ == "__main__":  # one of the processes of `test_two_processes`
     run = trainer(devices=int(sys.argv[1]), strategy="ddp" if sys.argv[1] != "1" else "auto")
-    calibrate(module(*_family()), Rows(), sys.argv[2], trainer=run)
+    calibrate(module(*_family(), rows=15), Rows(), sys.argv[2], trainer=run)
