@@ -7,8 +7,10 @@ any tensor can be read and checked alone, straight from a memory map. The order 
 alignment, then by key: the same payload gives the same bytes, in whatever order it was written.
 """
 
+import errno
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ from fusionkit.errors import BundleError
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 _BUFFERED = 256 * 1024
 _DIGEST = 16
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -84,9 +87,13 @@ class PartWriter:
             data.nbytes,
             _digest(data),
         )
-        self._buffer += data
-        if len(self._buffer) >= _BUFFERED:
+        if data.nbytes >= _BUFFERED:  # as it is: a copy would be as large as the tensor
             self._flush()
+            self._spool_out(data)
+        else:
+            self._buffer += data
+            if len(self._buffer) >= _BUFFERED:
+                self._flush()
 
     def finish(self) -> FileRecord:
         """Write header and data, and remove the spool."""
@@ -107,20 +114,23 @@ class PartWriter:
         text += b" " * (-len(text) % 8)
         with self._path.open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
+            file.flush()
             if offset:
                 with self._spool.open("rb") as spool:
                     for key in order:
-                        spool.seek(self._entries[key].start)
-                        _copy(spool, file, self._entries[key].nbytes)
+                        _copy(spool, file, self._entries[key].start, self._entries[key].nbytes)
         self._spool.unlink(missing_ok=True)
         return FileRecord(8 + len(text) + offset, hashlib.sha256(text).hexdigest())
 
     def _flush(self) -> None:
         if self._buffer:
-            with self._spool.open("ab") as spool:
-                spool.write(self._buffer)
-            self._spooled += len(self._buffer)
+            self._spool_out(self._buffer)
             self._buffer = bytearray()
+
+    def _spool_out(self, data: bytearray | memoryview) -> None:
+        with self._spool.open("ab") as spool:
+            spool.write(data)
+        self._spooled += len(memoryview(data).cast("B"))
 
 
 class PartFile:
@@ -212,8 +222,22 @@ def _digest(data: memoryview) -> str:
     return hashlib.sha256(data).hexdigest()[:_DIGEST]
 
 
-def _copy(source: IO[bytes], target: IO[bytes], nbytes: int) -> None:
+def _copy(source: IO[bytes], target: IO[bytes], start: int, nbytes: int) -> None:
+    """Append a part of one file to another; within the kernel, where it can."""
+    while nbytes and hasattr(os, "copy_file_range"):
+        try:
+            copied = os.copy_file_range(source.fileno(), target.fileno(), nbytes, start)
+        except OSError as error:
+            if error.errno in _FULL:
+                raise
+            break  # not between these two, or not on this disk
+        if not copied:
+            break
+        start, nbytes = start + copied, nbytes - copied
+    target.seek(0, os.SEEK_END)
+    source.seek(start)
     while nbytes:
         chunk = source.read(min(nbytes, _BUFFERED))
         target.write(chunk)
         nbytes -= len(chunk)
+    target.flush()

@@ -51,7 +51,7 @@ class TaskVectors:
         """
         delta = self._of_adapter(task)
         if delta is None:
-            delta = torch.sub(self._read(task).to(torch.float32), self._base)
+            delta = self._difference(self._read(task))
         self._check_finite(delta, task)
         return delta.contiguous()
 
@@ -115,6 +115,17 @@ class TaskVectors:
                 for task in range(len(self)):
                     self._check_finite(block[task], task)
             yield place, block
+
+    def _difference(self, tuned: Tensor) -> Tensor:
+        """τ = θ − θ₀ in float32, in pieces that stay in cache: neither is copied whole."""
+        if tuned.dtype == self.base.dtype == torch.float32:
+            return torch.sub(tuned, self.base)
+        delta = torch.empty(self.shape)
+        flat, ours, base = delta.view(-1), tuned.reshape(-1), self.base.reshape(-1)
+        for start in range(0, flat.numel(), BLOCK):
+            place = slice(start, start + BLOCK)
+            torch.sub(ours[place].float(), base[place].float(), out=flat[place])
+        return delta
 
     @cached_property
     def _base(self) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 _BINS = 1 << 16
+_PIECE = 1 << 20
 
 Stream = Callable[[], Iterable[Iterable[Tensor]]]
 """Starts a pass: per tensor of the model, the T vectors' values of that tensor."""
@@ -38,14 +39,16 @@ class Thresholds:
         upper = torch.zeros(len(counts), _BINS, dtype=torch.int64)
         for tensors in stream():
             for t, values in enumerate(tensors):
-                upper[t] += torch.bincount(_bits(values) >> 16, minlength=_BINS)
+                for piece in _pieces(values):
+                    upper[t] += torch.bincount(_bits(piece) >> 16, minlength=_BINS)
         found = [_descend(upper[t], count) for t, count in enumerate(counts)]
         lower = torch.zeros(len(counts), _BINS, dtype=torch.int64)
         for tensors in stream():
             for t, values in enumerate(tensors):
-                bits = _bits(values)
-                inside = bits[(bits >> 16) == found[t][0]]
-                lower[t] += torch.bincount(inside & (_BINS - 1), minlength=_BINS)
+                for piece in _pieces(values):
+                    bits = _bits(piece)
+                    inside = bits[(bits >> 16) == found[t][0]]
+                    lower[t] += torch.bincount(inside & (_BINS - 1), minlength=_BINS)
         bits_at, ties = [], []
         for t, (bin_, wanted) in enumerate(found):
             low, left = _descend(lower[t], wanted)
@@ -57,14 +60,18 @@ class Thresholds:
 
     def positions(self, values: Tensor, vector: int = 0) -> Tensor:
         """Flat positions of the kept entries of one tensor: int64 `(count,)`, increasing."""
-        magnitudes = values.reshape(-1).abs()
         limit = self.magnitudes[vector]
-        kept = magnitudes > limit
-        if self.ties[vector] and limit > 0:
-            taken = (magnitudes == limit).nonzero().reshape(-1)[: self.ties[vector]]
-            self.ties[vector] -= taken.numel()
-            kept[taken] = True
-        return kept.nonzero().reshape(-1)
+        found, start = [], 0
+        for piece in _pieces(values):
+            magnitudes = piece.abs()
+            kept = magnitudes > limit
+            if self.ties[vector] and limit > 0:
+                taken = (magnitudes == limit).nonzero().reshape(-1)[: self.ties[vector]]
+                self.ties[vector] -= taken.numel()
+                kept[taken] = True
+            found.append(kept.nonzero().reshape(-1).add_(start))
+            start += piece.numel()
+        return torch.cat(found)
 
 
 def top_k(values: Tensor, count: int) -> Tensor:
@@ -78,6 +85,11 @@ def top_k(values: Tensor, count: int) -> Tensor:
         int64 `(min(count, non-zeros),)`, increasing.
     """
     return Thresholds.over(lambda: [[values]], [count]).positions(values)
+
+
+def _pieces(values: Tensor) -> tuple[Tensor, ...]:
+    """The flat entries, in pieces that stay in cache."""
+    return torch.split(values.reshape(-1), _PIECE)
 
 
 def _bits(values: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """EMR-Merging: elect one unified vector, then a mask and a rescaler per task (2405.17461)."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -67,24 +68,26 @@ class EMR(DeltaCodec):
 
         Block by block, each stored at once: never is one of them whole in float32.
         """
-        unified: list[Parts] = []
-        masks: list[list[Tensor]] = [[] for _ in range(len(vectors))]
+        unified: dict[str, _Joined] = {}
+        masks = [_Joined(vectors.shape.numel() / 8) for _ in range(len(vectors))]
         ratio = torch.zeros(2, len(vectors), dtype=torch.float64)
         for place, block in vectors.blocks():
             if stored is None:
                 elected, masked = elect(block)
-                unified.append(pack_values(elected, self.dtype, "elected"))
+                for part, values in pack_values(elected, self.dtype, "elected").items():
+                    share = values.numel() / elected.numel()
+                    size = vectors.shape.numel() * share
+                    unified.setdefault(part, _Joined(size)).add(values)
             else:
                 elected = stored[place]
                 masked = block * elected > 0
             for own, mask in zip(masks, masked, strict=True):
-                own.append(pack_bits(mask))
+                own.add(pack_bits(mask))
             ratio += self._ratio(block, masked, elected)
         if self.rescale == "l1_mean":
             ratio /= max(vectors.shape.numel(), 1)
-        names = unified[0] if unified else {}
-        joined = {part: torch.cat([each[part] for each in unified]) for part in names}
-        return joined, [torch.cat(own) for own in masks if own], ratio
+        joined = {part: each.tensor for part, each in unified.items()}
+        return joined, [own.tensor for own in masks], ratio
 
     def _ratio(self, block: Tensor, masks: Tensor, elected: Tensor) -> Tensor:
         """Numerator and denominator of the rescalers over a block: float64 `(2, T)`."""
@@ -107,3 +110,28 @@ class EMR(DeltaCodec):
         if not parts:
             return torch.zeros(shape.numel())
         return unpack_values(parts, shape.numel(), self.dtype, "elected")
+
+
+class _Joined:
+    """Blocks put after each other, in memory taken once.
+
+    Args:
+        size: how many entries there will be, up to rounding per block.
+    """
+
+    def __init__(self, size: float) -> None:
+        self._size, self._filled = math.ceil(size) + 1, 0
+        self._memory = torch.empty(0)
+
+    def add(self, block: Tensor) -> None:
+        """Put a block after the last one."""
+        if not self._filled:
+            self._memory = torch.empty(self._size, dtype=block.dtype)
+        end = self._filled + block.numel()
+        self._memory[self._filled : end] = block
+        self._filled = end
+
+    @property
+    def tensor(self) -> Tensor:
+        """All blocks, one axis."""
+        return self._memory[: self._filled]
