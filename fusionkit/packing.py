@@ -75,8 +75,9 @@ def encode_positions(positions: Tensor, total: int) -> Tensor:
     ends = torch.cumsum(quotients + 1, 0) - 1
     unary = torch.zeros(int(ends[-1]) + 1 if count else 0, dtype=torch.uint8, device=gaps.device)
     unary[ends] = 1
-    place = torch.arange(k, device=gaps.device)
-    remainders = ((gaps >> place[:, None]) & 1).to(torch.uint8)
+    remainders = torch.empty(k, count, dtype=torch.uint8, device=gaps.device)
+    for place in range(k):  # bit by bit: all of them at once would be as many int64
+        remainders[place] = (gaps >> place) & 1
     header = bytes([k | (_COMPLEMENT if complement else 0)]) + count.to_bytes(8, "little")
     head = torch.frombuffer(bytearray(header), dtype=torch.uint8).to(gaps.device)
     return torch.cat([head, pack_bits(unary), pack_bits(remainders)])

@@ -235,17 +235,19 @@ def bundle_table(bundle: Bundle) -> Table:
 def calibration_table(bundle: Bundle) -> Table:
     """What calibration learned, and how much closer it brought each task."""
     table = Table("task", title=f"{bundle.path}: {bundle.codec!r}, calibrated")
-    columns = ("shift α", "scale β", "rows", "seed", "epochs", "objective", "before", "after")
-    for column in columns:
+    records = {task: record.calibration for task, record in bundle.manifest.tasks.items()}
+    scalars = any(learned and learned.scale is not None for learned in records.values())
+    columns = ("shift α", "scale β") if scalars else ()
+    for column in (*columns, "rows", "seed", "epochs", "objective", "before", "after"):
         table.add_column(column, justify="right")
-    for task, record in bundle.manifest.tasks.items():
-        if (learned := record.calibration) is None:
+    for task, learned in records.items():
+        if learned is None:
             table.add_row(task)
             continue
+        own = [f"{value or 0:.3f}" for value in (learned.shift, learned.scale)] if scalars else []
         table.add_row(
             task,
-            "" if learned.shift is None else f"{learned.shift:.3f}",
-            "" if learned.scale is None else f"{learned.scale:.3f}",
+            *own,
             str(learned.rows),
             str(learned.seed),
             str(learned.epochs),
