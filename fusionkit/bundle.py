@@ -242,20 +242,26 @@ class Bundle:
                 continue  # a buffer that this model does not save
             target = out[name]
             if tensor.role == "delta":
-                restores = isinstance(self.codec, RestoringCodec)
-                whole = self.restored(task, name, base[name].to(target.device))
-                delta = None if restores else self.delta(task, name, target.device)
-                if delta is None:
-                    target.copy_(base[name] if whole is None else whole)
-                elif target.dtype == base[name].dtype == torch.float32:
-                    torch.add(base[name], delta, out=target)
-                else:
-                    # Not in place: a codec may have lent the payload's own memory.
-                    target.copy_(torch.add(base[name].to(torch.float32), delta))
+                self._rebuild(task, name, base[name], target)
             else:
                 target.copy_(base[name] if whole is None else whole)
         if space:
             fold_into(space.layout, lambda n, d: self._own(task, n, d), self._start_on, base, out)
+
+    def _rebuild(self, task: str, name: str, start: Tensor, target: Tensor) -> None:
+        """Write a task's tensor into `target`, given the base's."""
+        if isinstance(self.codec, RestoringCodec):
+            whole = self.restored(task, name, start.to(target.device))
+            target.copy_(start if whole is None else whole)
+            return
+        delta = self.delta(task, name, target.device)
+        if delta is None:
+            target.copy_(start)
+        elif target.dtype == start.dtype == torch.float32:
+            torch.add(start, delta, out=target)
+        else:
+            # Not in place: a codec may have lent the payload's own memory.
+            target.copy_(torch.add(start.to(torch.float32), delta))
 
     def adapter_tensors(self, task: str) -> dict[str, Tensor]:
         """A task's adapter as it comes back: float32, by name; empty where weights are reused."""

@@ -417,7 +417,6 @@ class ReuseModule(LightningModule):
         # The base moves with the model but keeps its dtype: rounding it would lose the deltas.
         device = next(self.model.parameters()).device
         self._switcher.to(device)
-        self._switcher.forget()
         if self.scalars is not None:  # nor can two scalars be learned in half precision
             self.scalars.data = self.scalars.data.to(torch.float32)
         return self

@@ -81,10 +81,10 @@ class Switcher:
                 raise
 
     def to(self, device: torch.device) -> None:
-        """Follow the model to another device."""
+        """Follow the model, which was moved to a device, or cast."""
         if self.base[next(iter(self.base))].device != device:
             self.base = self.base.in_memory(device)
-            self.forget()
+        self.forget()
 
     def _become(self, task: str | None, source: TaskSource | None, left_out: Set[str]) -> None:
         state = _state(self.model)

@@ -109,10 +109,7 @@ class DAREMerge(Merge):
         return self._merge.vector(merge_tensor, dropped)
 
     def _changes(self, vectors: TaskVectors) -> Sequence[Change]:
-        return [
-            _Drop(key_of(self.seed, task, vectors.name), self.drop, vectors.shape.numel())
-            for task in vectors.tasks
-        ]
+        return [_Drop(key_of(self.seed, task, vectors.name), self.drop) for task in vectors.tasks]
 
     @property
     def _merge(self) -> Merge:
@@ -123,8 +120,8 @@ class DAREMerge(Merge):
 class _Drop:
     """Drops some entries of a task vector in place, and rescales the rest."""
 
-    def __init__(self, key: int, drop: float, count: int) -> None:
-        self._key, self._drop, self._count = key, drop, count
+    def __init__(self, key: int, drop: float) -> None:
+        self._key, self._drop = key, drop
 
     def __call__(self, values: Tensor, place: slice) -> None:
         mask = kept(self._key, values.numel(), self._drop, values.device, place.start)

@@ -124,7 +124,7 @@ def _digits(parts: Parts, name: str, count: int) -> Tensor:
     """One digit of every entry: int8 `(count,)` on the CPU, valid until the next call.
 
     Raises:
-        ValueError: there are fewer.
+        ValueError: there are fewer, or they are no Zstandard frame.
     """
     if (raw := parts.get(name + _RAW)) is not None:
         plane = raw.cpu()
@@ -133,7 +133,10 @@ def _digits(parts: Parts, name: str, count: int) -> Tensor:
         packed = parts[name].cpu().numpy()
         plane = _scratch(torch.uint8, count)
         reader = _SCRATCH.decompressor.stream_reader(packed.data)
-        read = reader.readinto(plane.numpy().data)
+        try:
+            read = reader.readinto(plane.numpy().data)
+        except zstandard.ZstdError as error:
+            raise ValueError(f"'{name}' is no Zstandard frame: {error}") from error
     if read != count:
         raise ValueError(f"expected {count} bytes in '{name}', found {read}")
     return plane.view(torch.int8)

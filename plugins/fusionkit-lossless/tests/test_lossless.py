@@ -1,5 +1,6 @@
 """Lossless: every bit back, in every dtype, and fewer of them on disk."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 import fusionkit
 from fusionkit import DBMS, Bundle, MagnitudePrune, ReuseModule
 from fusionkit.errors import BundleError, CodecError
+from fusionkit.partfile import PartWriter
 from fusionkit.testing import CodecContract, models
 
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -110,6 +112,31 @@ def test_a_truncated_plane_is_named(tmp_path: Path) -> None:
     for cut in ({**parts, "float16.0": parts["float16.0"][:-9]}, {"float16.0": parts["float16.0"]}):
         with pytest.raises((zstandard.ZstdError, KeyError, ValueError)):
             Lossless().restore(cut, base)
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        (b"no frame at all", "no Zstandard frame"),
+        (b"\x28\xb5\x2f\xfd\xff\xff", "expected 4096 bytes"),
+    ],
+)
+def test_a_plane_that_is_no_frame_is_named(bad: bytes, said: str, tmp_path: Path) -> None:
+    """In a file with all its digests right: task and tensor are named, as of any payload."""
+    base = {"w": torch.randn(64, 64)}
+    tuned = {"w": (base["w"] * 1.001).bfloat16()}
+    bundle = fusionkit.compress(base, {"a": tuned}, Lossless(), tmp_path / "b")
+    sound = {part: tensor.clone() for part, tensor in bundle.task_parts("a", "w").items()}
+    assert "bfloat16.1" in sound
+    writer = PartWriter(tmp_path / "b" / "task-a.safetensors")
+    for part, tensor in sound.items():
+        cut = torch.frombuffer(bytearray(bad), dtype=torch.uint8)
+        writer.add(f"w/{part}", cut if part == "bfloat16.1" else tensor)
+    record = replace(bundle.manifest.tasks["a"], file=writer.finish())
+    bundle.update(replace(bundle.manifest, tasks={"a": record}))
+    with pytest.raises(BundleError, match=rf"'w' of task 'a' can't be decoded by .*{said}"):
+        bundle.state_dict("a")
+    assert same_bits(Lossless().restore(sound, base["w"]), tuned["w"])  # nothing stays behind
 
 
 def test_what_it_can_not_do_is_refused() -> None:
