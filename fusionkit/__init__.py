@@ -8,6 +8,7 @@ from fusionkit.checkpoint import Checkpoint as Checkpoint
 from fusionkit.codec import WHOLE_MODEL as WHOLE_MODEL
 from fusionkit.codec import DeltaCodec as DeltaCodec
 from fusionkit.codec import Encoded as Encoded
+from fusionkit.codec import Encoder as Encoder
 from fusionkit.codec import Parts as Parts
 from fusionkit.codec import RestoringCodec as RestoringCodec
 from fusionkit.codec import SharedParts as SharedParts

@@ -2,12 +2,14 @@
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from urllib.parse import quote
 from uuid import uuid4
 
-from fusionkit.errors import BundleError
+from filelock import FileLock, Timeout
+
+from fusionkit.errors import BundleError, FusionKitError, ProcessError
 from fusionkit.manifest import FILE
 
 SHARED = "shared.safetensors"
@@ -17,23 +19,31 @@ START = "start:"
 """Put before an adapter tensor's name: its initial value, among the shared parts."""
 
 
+_PARTIAL = "partial"
+LOCK = "lock"
+"""Held by the run that fills a folder."""
+
+
 def task_file(task: str) -> str:
     """The name of a task's file; never a path, whatever the task is called."""
     return f"task-{quote(task, safe='', errors='surrogatepass')}.safetensors"
 
 
 @contextmanager
-def new_folder(path: Path, overwrite: bool = False, known_by: str = FILE) -> Iterator[Path]:
+def new_folder(
+    path: Path, overwrite: bool = False, known_by: str = FILE, keep: bool = False
+) -> Iterator[Path]:
     """A context in which a folder is filled under a temporary name; it appears whole or not at all.
 
     Args:
         path: the folder to make.
         overwrite: replace a folder of this kind that is there.
         known_by: the file that tells the kind; a bundle's manifest.
+        keep: what an interrupted run, or a full disk, leaves is kept, and found again next time.
 
     Raises:
         BundleError: it exists and `overwrite` is not set, or is of another kind, or the disk is
-            full.
+            full, or another run is making it.
     """
     path = path if path.name else path.absolute()
     if path.exists() and not overwrite:
@@ -44,31 +54,56 @@ def new_folder(path: Path, overwrite: bool = False, known_by: str = FILE) -> Ite
             f"{path}: exists and is not {kind}, so it is not overwritten; choose another folder, "
             "or delete it first"
         )
-    with disk_errors(path):
+    with disk_errors(path, keep):
         path.parent.mkdir(parents=True, exist_ok=True)
-        folder = path.with_name(f".{path.name}.{uuid4().hex[:8]}.tmp")
-        folder.mkdir()
-        try:
-            yield folder
-            if path.exists():
-                old = folder.with_suffix(".old")
-                path.rename(old)
-                try:
-                    folder.rename(path)
-                except BaseException:
-                    old.rename(path)
-                    raise
-                shutil.rmtree(old)
-            else:
-                folder.rename(path)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
+        folder = path.with_name(f".{path.name}.{_PARTIAL if keep else uuid4().hex[:8] + '.tmp'}")
+        folder.mkdir(exist_ok=keep)
+        with _locked(folder) if keep else nullcontext():
+            try:
+                yield folder
+                _rename(folder, path)
+            except BaseException as error:
+                told = isinstance(error, FusionKitError) and not isinstance(error, ProcessError)
+                if told or not keep:
+                    shutil.rmtree(folder, ignore_errors=True)
+                raise
 
 
 @contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
+def _locked(folder: Path) -> Iterator[None]:
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise BundleError(f"{folder}: another run is writing there; wait for it to end") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _rename(folder: Path, path: Path) -> None:
+    (folder / LOCK).unlink(missing_ok=True)
+    if not path.exists():
+        folder.rename(path)
+        return
+    old = path.with_name(f".{path.name}.{uuid4().hex[:8]}.old")
+    path.rename(old)
+    try:
+        folder.rename(path)
+    except BaseException:
+        old.rename(path)
+        raise
+    shutil.rmtree(old)
+
+
+@contextmanager
+def disk_errors(path: Path, keep: bool = False) -> Iterator[None]:
     """A context that reports what the disk refuses as an error of the bundle.
+
+    Args:
+        path: what is written.
+        keep: whether what was written so far stays.
 
     Raises:
         BundleError: the disk is full, or may not be written.
@@ -76,6 +111,5 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise BundleError(
-            f"{path}: could not be written ({error.strerror}); nothing was left behind"
-        ) from error
+        left = "run it again to go on from there" if keep else "nothing was left behind"
+        raise BundleError(f"{path}: could not be written ({error.strerror}); {left}") from error

@@ -13,6 +13,7 @@ from fusionkit.calibrator import Calibrator, Values
 from fusionkit.codecs.dbms import DBMS, PLAIN, Scalars, shifted
 from fusionkit.payload import Payload
 from fusionkit.search import PROBES, PairSearch
+from fusionkit.task_vectors import TaskVectors
 
 if TYPE_CHECKING:
     from fusionkit.module import ReuseModule
@@ -95,13 +96,19 @@ class DBMSCalibrator(Calibrator):
 
     def _lengths(self) -> Tensor:
         """‖τ_t‖ / ‖u_t‖: float32 `(T,)`; 1 where there is no direction."""
-        squares = torch.zeros(2, len(self.tasks), dtype=torch.float64)
-        for vectors in self.family:
-            for place in range(len(self.tasks)):
-                squares[0, place] += vectors[place].square().sum(dtype=torch.float64)
+
+        def each(vectors: TaskVectors) -> Tensor:
+            sums = torch.zeros(2, len(self.tasks), dtype=torch.float64)
+            for place, vector in enumerate(vectors):
+                sums[0, place] = vector.square().sum(dtype=torch.float64)
                 u = self._shift.delta(place, vectors.name, vectors.shape)
                 if u is not None:
-                    squares[1, place] += u.square().sum(dtype=torch.float64)
+                    sums[1, place] = u.square().sum(dtype=torch.float64)
+            return sums
+
+        squares = self.family.total(each)
+        if squares is None:
+            return torch.ones(len(self.tasks))
         usable = (squares > 0).all(0)
         return torch.where(usable, (squares[0] / squares[1]).sqrt(), 1.0).to(torch.float32)
 

@@ -15,7 +15,7 @@ from fusionkit.calibration import Calibration
 from fusionkit.calibrator import Calibrator, Values
 from fusionkit.codec import WHOLE_MODEL, Parts
 from fusionkit.errors import FusionKitError
-from fusionkit.partfile import PartWriter
+from fusionkit.partfile import Part, PartWriter
 from fusionkit.values import full_precision
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ class PartCalibrator(Calibrator):
             for name in bundle.task_names(task):
                 parts = bundle.task_parts(task, name)
                 for part, tensor in self._scaled(place, name, parts, own).items():
-                    writer.add(f"{name}/{part}", tensor.to(parts[part].dtype))
+                    writer.add(Part.of(f"{name}/{part}", tensor.to(parts[part].dtype)))
             record = writer.finish()
             path.with_name(path.name + ".learned").rename(path)
             records[task] = replace(records[task], file=record)

@@ -3,18 +3,18 @@
 import json
 import pickle
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from glob import escape as glob_escape
 from glob import glob
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fusionkit.errors import CheckpointError, listing
 from fusionkit.paths import resolve_package_path
+from fusionkit.tensorfile import Pieces, TensorFile, TensorSpec
 
 Source = str | Path | nn.Module | Mapping[str, Tensor]
 """What a checkpoint can be read from; a `Checkpoint` is such a mapping itself."""
@@ -27,37 +27,6 @@ _FOLDER_FILES = (
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
 )
-SAFETENSORS_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "U16": torch.uint16,
-    "U32": torch.uint32,
-    "U64": torch.uint64,
-    "BOOL": torch.bool,
-    "C64": torch.complex64,
-}
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """Shape and dtype of a tensor, known without reading it."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -67,8 +36,11 @@ class _Opened:
     specs: dict[str, TensorSpec]
     read: Callable[[str], Tensor]
     nbytes: int
-    aliases: dict[str, str]
-    buffers: frozenset[str]
+    aliases: dict[str, str] = field(default_factory=dict)
+    buffers: frozenset[str] = frozenset()
+    pieces: Callable[[str], Pieces] | None = None
+    """How to read a tensor in pieces, where it need not be read whole for that."""
+    files: tuple[Path, ...] = ()
 
 
 class Checkpoint(Mapping[str, Tensor]):
@@ -93,6 +65,7 @@ class Checkpoint(Mapping[str, Tensor]):
         aliases: tied name → name of the tensor that it shares.
         buffers: names known to be buffers (a live module's; empty for files).
         nbytes: bytes on disk of the source's files; of its tensors where it is not a file.
+        files: the files that it is read from; none of a live source.
         live: others can change the tensors while they are read from here: a module or mapping.
 
     Raises:
@@ -122,7 +95,7 @@ class Checkpoint(Mapping[str, Tensor]):
             )
         new = {old: name for name, old in renamed.items()}
         self._names = renamed
-        self._read = opened.read
+        self._read, self._pieces = opened.read, opened.pieces
         self.specs = {name: opened.specs[old] for name, old in renamed.items()}
         self.aliases = {
             new[alias]: new[target]
@@ -131,6 +104,7 @@ class Checkpoint(Mapping[str, Tensor]):
         }
         self.buffers = frozenset(new[name] for name in opened.buffers if name in new)
         self.nbytes = opened.nbytes
+        self.files = opened.files
 
     def __getitem__(self, name: str) -> Tensor:
         """Read one tensor in its own dtype; it may share memory with a live source."""
@@ -138,7 +112,18 @@ class Checkpoint(Mapping[str, Tensor]):
             return self._read(self._names[name])
         except KeyError:
             raise KeyError(f"{self.label}: no tensor '{name}'") from None
-        except (OSError, SafetensorError, RuntimeError) as error:
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{self.label}: tensor '{name}' can't be read: {error}"
+            ) from error
+
+    def pieces(self, name: str) -> Pieces:
+        """Read a tensor piece by piece; from a safetensors file, no more of it is in memory."""
+        if self._pieces is None:
+            return self[name].reshape(-1).__getitem__
+        try:
+            return self._pieces(self._names[name])
+        except OSError as error:
             raise CheckpointError(
                 f"{self.label}: tensor '{name}' can't be read: {error}"
             ) from error
@@ -168,6 +153,7 @@ class Checkpoint(Mapping[str, Tensor]):
                 copies[name] = tensor.to(device or tensor.device, copy=True)
         copied = Checkpoint({name: copies[self.aliases.get(name, name)] for name in self})
         copied.label, copied.buffers, copied.live = self.label, self.buffers, False
+        copied.files = self.files
         copied.strip_prefix, copied.add_prefix = self.strip_prefix, self.add_prefix
         return copied
 
@@ -209,7 +195,13 @@ def _label(source: object) -> str:
 def _open(source: object, label: str) -> _Opened:
     if isinstance(source, Checkpoint):
         return _Opened(
-            source.specs, source.__getitem__, source.nbytes, source.aliases, source.buffers
+            source.specs,
+            source.__getitem__,
+            source.nbytes,
+            source.aliases,
+            source.buffers,
+            source.pieces,
+            source.files,
         )
     if isinstance(source, nn.Module):
         buffers = frozenset(name for name, _ in source.named_buffers(remove_duplicate=False))
@@ -255,45 +247,8 @@ def _open_file(path: Path) -> _Opened:
 
 
 def _open_safetensors(path: Path) -> _Opened:
-    try:
-        handle: Any = safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path}: not a whole safetensors file ({error}); fetch or save it again"
-        ) from error
-    except RuntimeError as error:  # PyTorch's own mapping of the file
-        raise CheckpointError(f"{path}: can't be mapped into memory: {error}") from error
-    specs: dict[str, TensorSpec] = {}
-    for name in handle.keys():  # noqa: SIM118 (not a mapping)
-        view = handle.get_slice(name)
-        if view.get_dtype() not in SAFETENSORS_DTYPES:
-            raise CheckpointError(
-                f"{path}: tensor '{name}' has dtype {view.get_dtype()}, unknown here"
-            )
-        specs[name] = TensorSpec(tuple(view.get_shape()), SAFETENSORS_DTYPES[view.get_dtype()])
-    return _Opened(specs, _Mapped(path).read, path.stat().st_size, {}, frozenset())
-
-
-class _Mapped:
-    """Reads a safetensors file through a memory map, and lets go of what was read.
-
-    Pages that were touched stay resident for as long as a map is open: a fresh one every so
-    often bounds memory to `WINDOW` a file, whatever the file's size.
-    """
-
-    WINDOW = 1 << 23
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._handle: Any = None
-        self._touched = 0
-
-    def read(self, name: str) -> Tensor:
-        if self._handle is None or self._touched > self.WINDOW:
-            self._handle, self._touched = safe_open(self._path, framework="pt"), 0
-        tensor: Tensor = self._handle.get_tensor(name)
-        self._touched += tensor.nbytes
-        return tensor
+    file = TensorFile(path)
+    return _Opened(file.specs, file.read, file.nbytes, pieces=file.pieces, files=(path,))
 
 
 def _open_shards(index: Path) -> _Opened:
@@ -319,8 +274,13 @@ def _open_shards(index: Path) -> _Opened:
         read=lambda name: shards[weight_map[name]].read(name),
         nbytes=sum(shard.nbytes for shard in shards.values()),
         aliases={a: t for shard in shards.values() for a, t in shard.aliases.items()},
-        buffers=frozenset(),
+        pieces=lambda name: _pieces(shards[weight_map[name]], name),
+        files=(index, *paths.values()),
     )
+
+
+def _pieces(opened: _Opened, name: str) -> Pieces:
+    return opened.pieces(name) if opened.pieces else opened.read(name).reshape(-1).__getitem__
 
 
 def _open_pickle(path: Path) -> _Opened:
@@ -350,7 +310,8 @@ def _open_pickle(path: Path) -> _Opened:
             break
     if not isinstance(loaded, Mapping):
         raise CheckpointError(f"{path}: expected a state dict, got {type(loaded).__name__}")
-    return _open_mapping(loaded, str(path), nbytes=path.stat().st_size)
+    opened = _open_mapping(loaded, str(path), nbytes=path.stat().st_size)
+    return replace(opened, files=(path,))
 
 
 def _load_pickle(path: Path) -> Any:

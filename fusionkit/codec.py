@@ -2,13 +2,17 @@
 
 The contract, in the order of the data:
 
-1. `encode(family)` streams: it iterates over the family (as often as it needs to: a whole-model
-   number costs a pass) and yields one `Encoded` per tensor, holding what all tasks share and
-   what each task owns. Anything that is one number for the whole model is yielded once, under
-   the name `WHOLE_MODEL`.
-2. `decode(parts, shape)` gives back one task's delta of one tensor from its parts: the tensor's
+1. `prepare(family)` takes what must be known of the whole family before any tensor can be
+   encoded (a threshold, say), by passes over it: `family.each` and `family.total` share such a
+   pass out among threads and processes.
+2. The `Encoder` that it returns encodes one tensor at a time into an `Encoded`: what all tasks
+   share, and what each task owns. It is called in several threads, on some tensors only, in any
+   order, so that it keeps nothing between two calls. Numbers that must be summed over the whole
+   model go into `Encoded.sums`; `Encoder.finish` makes of their sum what belongs to no tensor in
+   particular, under the name `WHOLE_MODEL`.
+3. `decode(parts, shape)` gives back one task's delta of one tensor from its parts: the tensor's
    shared ones, the task's own, and the whole-model ones, by name. It is called only where there
-   is a part of the tensor itself; a tensor for which nothing was yielded decodes to zero.
+   is a part of the tensor itself; a tensor of which nothing was encoded decodes to zero.
 
 A codec is a frozen dataclass; its fields are its settings, kept in the bundle's manifest as JSON.
 One that handles each tensor of each task alone derives from `TensorCodec` and writes two methods;
@@ -16,7 +20,7 @@ one whose tensors come back as they were, rather than as base plus delta, from `
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -27,6 +31,7 @@ from fusionkit.errors import CodecError
 from fusionkit.family import Family
 from fusionkit.lowrank import LowRank
 from fusionkit.registry import Plugin
+from fusionkit.task_vectors import TaskVectors
 
 Parts = Mapping[str, Tensor]
 """Payload tensors by name."""
@@ -46,11 +51,30 @@ class Encoded:
         name: the tensor's name, or `WHOLE_MODEL`.
         shared: parts that all tasks share, stored once.
         tasks: per task, in the family's order, the parts it owns; empty: none for any task.
+        sums: what `Encoder.finish` needs of this tensor, of the same small shape for all; all
+            tensors' are added up, in the base's order.
     """
 
     name: str
     shared: Parts = field(default_factory=dict)
     tasks: Sequence[Parts] = ()
+    sums: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Encodes the tensors of one family, each by itself.
+
+    Attributes:
+        encode: encodes one tensor's task vectors; called by several threads, in any order.
+        finish: makes the whole model's parts from the sum of all `Encoded.sums` (None if there
+            are none); None: the codec has no such parts.
+        close: called when no more is encoded; lets go of temporary files, say.
+    """
+
+    encode: Callable[[TaskVectors], Encoded]
+    finish: Callable[[Tensor | None], Encoded | None] | None = None
+    close: Callable[[], None] = lambda: None
 
 
 class DeltaCodec(Plugin, ABC):
@@ -64,16 +88,13 @@ class DeltaCodec(Plugin, ABC):
     differentiable."""
 
     @abstractmethod
-    def encode(self, family: Family, shared: SharedParts | None = None) -> Iterator[Encoded]:
-        """Compress the family's task vectors.
+    def prepare(self, family: Family, shared: SharedParts | None = None) -> Encoder:
+        """Take what must be known of the whole family, and return what encodes its tensors.
 
         Args:
-            family: yields each tensor's task vectors; may be iterated more than once.
+            family: whose task vectors to compress.
             shared: given when tasks are added to a bundle: its shared parts, to encode against
                 as they are. Codecs without shared parts don't use it.
-
-        Yields:
-            each tensor's payload, tensor by tensor.
         """
 
     @abstractmethod
@@ -118,11 +139,14 @@ class TensorCodec(DeltaCodec):
             payload tensors by name; none at all if the delta may come back as zero.
         """
 
-    def encode(self, family: Family, shared: SharedParts | None = None) -> Iterator[Encoded]:
-        """Encode tensor by tensor, task by task."""
-        for vectors in family:
-            parts = [self.encode_tensor(vectors[t], vectors.name) for t in range(len(vectors))]
-            yield Encoded(vectors.name, tasks=parts)
+    def prepare(self, family: Family, shared: SharedParts | None = None) -> Encoder:
+        """Nothing to prepare: tensor by tensor, task by task."""
+        return Encoder(
+            lambda vectors: Encoded(
+                vectors.name,
+                tasks=[self.encode_tensor(vectors[t], vectors.name) for t in range(len(vectors))],
+            )
+        )
 
 
 class RestoringCodec(DeltaCodec):
@@ -160,14 +184,17 @@ class RestoringCodec(DeltaCodec):
             `(*shape)`, in the dtype it is to have.
         """
 
-    def encode(self, family: Family, shared: SharedParts | None = None) -> Iterator[Encoded]:
-        """Encode tensor by tensor, task by task."""
-        for vectors in family:
-            parts = [
-                self.encode_restorable(vectors.tuned(task), vectors.base)
-                for task in range(len(vectors))
-            ]
-            yield Encoded(vectors.name, tasks=parts)
+    def prepare(self, family: Family, shared: SharedParts | None = None) -> Encoder:
+        """Nothing to prepare: tensor by tensor, task by task."""
+        return Encoder(
+            lambda vectors: Encoded(
+                vectors.name,
+                tasks=[
+                    self.encode_restorable(vectors.tuned(task), vectors.base)
+                    for task in range(len(vectors))
+                ],
+            )
+        )
 
     def decode(self, parts: Parts, shape: torch.Size) -> Tensor:
         """Not without the base: `Bundle.delta` takes the difference."""

@@ -2,33 +2,31 @@
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from glob import escape
 from pathlib import Path
 
 from fusionkit.bundle import Bundle
-from fusionkit.bundle_folder import SHARED, START, WHOLE, disk_errors, new_folder, task_file
+from fusionkit.bundle_folder import disk_errors, new_folder, task_file
 from fusionkit.checkpoint import Checkpoint, Source
-from fusionkit.codec import DeltaCodec, SharedParts
+from fusionkit.codec import DeltaCodec
 from fusionkit.errors import BundleError, CodecError
 from fusionkit.family import Family
-from fusionkit.manifest import BaseRecord, Manifest, TaskRecord
+from fusionkit.journal import claim, identity, is_resumable, tidy
+from fusionkit.manifest import BaseRecord, Manifest
 from fusionkit.overlay import WithStart
-from fusionkit.partfile import FileRecord, PartWriter
-from fusionkit.payload import add_parts, checked
+from fusionkit.processes import ALONE, Processes
 from fusionkit.registry import to_config
 from fusionkit.space import Adapters
-from fusionkit.task_vectors import TaskVectors
+from fusionkit.workers import Progress, Workers
+from fusionkit.writing import Writing
 
 _SHARES = (
     "its tasks share a vector computed from all of them; compress all checkpoints again, or set "
     "keep_shared to encode against the vector as it is"
 )
-
-Progress = Callable[[int, int, int], None]
-"""Called as tensors are read: pass over the family (from 1), tensors done, tensors in all."""
 
 
 def compress(
@@ -42,11 +40,14 @@ def compress(
     adapters: Adapters = "merged",
     overwrite: bool = False,
     progress: Progress | None = None,
+    processes: Processes = ALONE,
 ) -> Bundle:
     """Compress fine-tuned models of one base into a bundle.
 
     Streams tensor by tensor: memory is a few tensors of each model, not the models. Every check
     that needs no values is made before anything is read, and `out` appears whole or not at all.
+    A run that is interrupted, where all models are files, goes on from the tensors that it wrote
+    when it is called again with the same arguments; they are in a hidden folder beside `out`.
 
     Args:
         base: the base model: anything that `Checkpoint` reads.
@@ -60,6 +61,8 @@ def compress(
             adapter `modules` themselves; see `Family`.
         overwrite: replace `out` if it is there.
         progress: called after each tensor of each pass.
+        processes: among which the tensors are shared out, all calling this with the same
+            arguments; the bundle is, to the byte, the one that one process alone writes.
 
     Returns:
         the bundle, opened, with the base at hand.
@@ -70,23 +73,45 @@ def compress(
         CodecError: the codec can't take these values.
         PluginError: the codec is not registered, so that the bundle could not be opened again.
         BundleError: `out` exists, or can't be written.
+        ProcessError: another of the processes failed, or has ended.
     """
-    if not isinstance(codec, DeltaCodec):
-        raise CodecError(f"expected a DeltaCodec, got {codec!r}")
-    config = to_config(codec)
-    family = _Tracked(base, finetuned, private, frozen, adapters, progress)
-    if out is None:
-        folder = Path(tempfile.mkdtemp(prefix="fusionkit-"))
-        try:
-            with disk_errors(folder):
-                _write(folder, family, codec, config)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-        return Bundle.temporary(folder, family.base)
-    with new_folder(Path(out), overwrite) as folder:
-        _write(folder, family, codec, config)
+    with processes.together():
+        if not isinstance(codec, DeltaCodec):
+            raise CodecError(f"expected a DeltaCodec, got {codec!r}")
+        to_config(codec)
+        family = Family(base, finetuned, private, frozen, adapters)
+        family.workers = Workers(processes, progress)
+        if out is None:
+            return _temporary(family, codec)
+        out = Path(out)
+        if processes.rank == 0:
+            resumable = is_resumable(family)
+            with new_folder(out, overwrite, keep=resumable) as folder:
+                if resumable:
+                    claim(folder, identity(family, to_config(codec), processes))
+                processes.gather((str(folder), resumable))
+                _write(folder, family, codec, resumable)
+                processes.gather(None)  # nobody writes any more
+                tidy(folder)
+        else:
+            path, resumable = processes.gather(("", False))[0]
+            _write(Path(path), family, codec, resumable)
+            processes.gather(None)
+    processes.gather(None)  # it is there
     return Bundle(out, family.base)
+
+
+def _temporary(family: Family, codec: DeltaCodec) -> Bundle:
+    if family.workers.processes.count > 1:
+        raise BundleError("several processes need a folder to write to: give `out`")
+    folder = Path(tempfile.mkdtemp(prefix="fusionkit-"))
+    try:
+        with disk_errors(folder):
+            _write(folder, family, codec)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return Bundle.temporary(folder, family.base)
 
 
 def add_tasks(
@@ -123,7 +148,8 @@ def add_tasks(
     base.buffers = frozenset(manifest.base.names("exact"))
     frozen = [escape(name) for name in manifest.base.names("frozen")]
     adapters: Adapters = "modules" if space else "merged"
-    family = _Tracked(base, finetuned, manifest.private, frozen, adapters, progress)
+    family = Family(base, finetuned, manifest.private, frozen, adapters)
+    family.workers = Workers(progress=progress)
     if (
         space
         and family.space
@@ -143,7 +169,8 @@ def add_tasks(
     ):
         folder = Path(temporary)
         shared = bundle.shared_parts if keep_shared else None
-        new_shared, records = _write_parts(folder, family, bundle.codec, shared, adding=True)
+        writing = Writing(folder, family, bundle.codec, resumable=False)
+        new_shared, records = writing.write(shared, adding=True)
         if new_shared:
             raise BundleError(f"{bundle.path}: {_SHARES}")
         placed = [bundle.path / task_file(task) for task in records]
@@ -157,82 +184,16 @@ def add_tasks(
             raise
 
 
-class _Tracked(Family):
-    """A family that reports how far each pass over it is."""
-
-    def __init__(
-        self,
-        base: Source | Checkpoint,
-        finetuned: Mapping[str, Source | Checkpoint],
-        private: Sequence[str],
-        frozen: Sequence[str],
-        adapters: Adapters,
-        progress: Progress | None,
-    ) -> None:
-        super().__init__(base, finetuned, private, frozen, adapters)
-        self._progress = progress
-        self._passes = 0
-
-    def __iter__(self) -> Iterator[TaskVectors]:
-        self._passes += 1
-        this_pass, total = self._passes, len(self)
-        for done, vectors in enumerate(super().__iter__(), start=1):
-            yield vectors
-            if self._progress:
-                self._progress(this_pass, done, total)
-
-
-def _write(folder: Path, family: Family, codec: DeltaCodec, config: dict[str, object]) -> None:
-    shared, tasks = _write_parts(folder, family, codec, None)
-    Manifest(
-        codec=config,
-        base=BaseRecord.of(family),
-        private=list(family.private_patterns),
-        frozen=list(family.frozen_patterns),
-        shared=shared,
-        tasks=tasks,
-    ).write(folder)
-
-
-def _write_parts(
-    folder: Path,
-    family: Family,
-    codec: DeltaCodec,
-    shared: SharedParts | None,
-    adding: bool = False,
-) -> tuple[FileRecord | None, dict[str, TaskRecord]]:
-    """Encode into the folder's files; whole tensors first, as they are the cheapest to check."""
-    family.check_frozen()
-    own = {task: PartWriter(folder / task_file(task)) for task in family.tasks}
-    private_bytes = {task: _write_whole(writer, family, task) for task, writer in own.items()}
-    common = PartWriter(folder / SHARED)
-    has_shared = family.space is not None and family.space.stored and not adding
-    if has_shared and family.space:
-        for name in family.space.layout.tensors:
-            common.add(f"{START}{name}/{WHOLE}", family.base[name])
-    for encoded in checked(codec.encode(family, shared), family, codec):
-        if encoded.shared and shared is not None:
-            raise CodecError(f"{codec!r} encoded shared parts of '{encoded.name}' anew")
-        has_shared |= bool(encoded.shared)
-        add_parts(common, encoded.name, encoded.shared)
-        for writer, parts in zip(own.values(), encoded.tasks, strict=False):
-            add_parts(writer, encoded.name, parts)
-    records = {
-        task: TaskRecord(
-            writer.finish(),
-            family.private[task],
-            private_bytes[task],
-            family.finetuned[task].nbytes,
-        )
-        for task, writer in own.items()
-    }
-    return common.finish() if has_shared else None, records
-
-
-def _write_whole(writer: PartWriter, family: Family, task: str) -> int:
-    total = 0
-    for tensors in (family.private_tensors(task), family.exact(task)):
-        for name, tensor in tensors:
-            writer.add(f"{name}/{WHOLE}", tensor)
-            total += tensor.nbytes
-    return total
+def _write(folder: Path, family: Family, codec: DeltaCodec, resumable: bool = False) -> None:
+    """Write a bundle into a folder; the manifest comes last, from the first process."""
+    shared, tasks = Writing(folder, family, codec, resumable).write()
+    base = BaseRecord.of(family)
+    if family.workers.processes.rank == 0:
+        Manifest(
+            codec=to_config(codec),
+            base=base,
+            private=list(family.private_patterns),
+            frozen=list(family.frozen_patterns),
+            shared=shared,
+            tasks=tasks,
+        ).write(folder)

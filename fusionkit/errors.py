@@ -29,6 +29,10 @@ class WrongBaseError(BundleError):
     """The base model at hand is not the one that the bundle was made from."""
 
 
+class ProcessError(FusionKitError):
+    """Another process of a distributed run failed, or has ended."""
+
+
 class DataError(FusionKitError):
     """A data set can't be read: a missing file, array or label, or a malformed row."""
 

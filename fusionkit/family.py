@@ -16,20 +16,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from fusionkit.adapter import fold_into
-from fusionkit.checkpoint import Checkpoint, Source, TensorSpec
+from fusionkit.checkpoint import Checkpoint, Source
 from fusionkit.errors import CheckpointError, FamilyError, listing
 from fusionkit.overlay import MergedAdapter
 from fusionkit.peft_folder import is_adapter
 from fusionkit.space import Adapters, AdapterSpace, open_space
 from fusionkit.task_vectors import Change, ChangedVectors, TaskVectors
+from fusionkit.tensorfile import Pieces, TensorSpec
+from fusionkit.workers import Workers, total
 
 Role = Literal["delta", "exact", "frozen"]
+Result = TypeVar("Result")
 
 _BUFFERS = ("*running_mean", "*running_var", "*num_batches_tracked")
 
@@ -56,7 +59,9 @@ class Family:
         private: task name → names of its private tensors.
         tied: name → name of the tensor of the base that it shares.
         space: how adapters' own tensors make the base's weights; None where they are merged.
-        parameters: number of compressible parameters of one task (those with role delta).
+        sizes: name of a tensor to compress (of role delta) → its number of entries.
+        parameters: number of compressible parameters of one task.
+        workers: who does the passes over it: some threads, by default.
 
     Raises:
         FamilyError: the checkpoints don't fit together; the message lists every finding with
@@ -106,9 +111,9 @@ class Family:
                 f"{listing(findings)}{self._hint()}"
             )
         self._changes: tuple[Callable[[TaskVectors], Sequence[Change | None]], ...] = ()
-        self.parameters = sum(
-            torch.Size(self.base.specs[name].shape).numel() for name in self.names("delta")
-        )
+        self.workers = Workers()
+        self.sizes = {name: self.base.specs[name].numel for name in self.names("delta")}
+        self.parameters = sum(self.sizes.values())
 
     @property
     def bits_per_parameter(self) -> float:
@@ -137,6 +142,48 @@ class Family:
         for name in self.names("delta"):
             yield self.vectors(name)
 
+    def each(self, function: Callable[[TaskVectors], Result]) -> dict[str, Result]:
+        """One pass, shared out among threads and processes: a function of every tensor's vectors.
+
+        Args:
+            function: called in several threads; its results are kept for all tensors, so they
+                should be small.
+
+        Returns:
+            tensor's name → result, in the base's order, the same in every process.
+        """
+        own = dict(self.workers.run(lambda name: function(self.vectors(name)), self.share))
+        return {
+            name: result
+            for results in self.workers.processes.gather(own)
+            for name, result in results.items()
+        }
+
+    def total(self, function: Callable[[TaskVectors], Tensor]) -> Tensor | None:
+        """The sum over all tensors of a function of their vectors; None if there are no tensors.
+
+        Shared out as by `each`. Numbers are added in the base's order, whoever computed them, so
+        that the sum is always the same to the bit; only integers may be large, as they are added
+        up at once.
+
+        Args:
+            function: called in several threads; makes a tensor of one shape and dtype.
+        """
+        count: Tensor | None = None
+        floats: list[Tensor] = []
+        for _, value in self.workers.run(lambda name: function(self.vectors(name)), self.share):
+            if value.is_floating_point():
+                floats.append(value)
+            else:
+                count = value if count is None else count.add_(value)
+        own = floats if count is None else [count]
+        return total(value for each in self.workers.processes.gather(own) for value in each)
+
+    @property
+    def share(self) -> dict[str, int]:
+        """The sizes of the tensors that are this process's to work on: all, if it is alone."""
+        return {name: self.sizes[name] for name in self.workers.share(self.sizes)}
+
     def changed(self, changes: Callable[[TaskVectors], Sequence[Change | None]]) -> Self:
         """The same family with its task vectors changed as they are streamed.
 
@@ -156,24 +203,29 @@ class Family:
         return vectors
 
     def _vectors(self, name: str) -> TaskVectors:
-        base = self.base[name]
-        return TaskVectors(
-            name=name,
-            shape=base.shape,
-            tasks=self.tasks,
-            base=base,
-            _read=lambda task: self._tuned(self.tasks[task], name),
-            _label=lambda task: (
-                f"{self.base.label} (the base)"
-                if task is None
-                else self.finetuned[self.tasks[task]].label
-            ),
-            _adapter=lambda task: (
-                checkpoint
-                if isinstance(checkpoint := self.finetuned[self.tasks[task]], MergedAdapter)
-                else None
-            ),
-        )
+        def place(task: int | None) -> tuple[Checkpoint, str]:
+            if task is None:
+                return self.base, name
+            checkpoint = self.finetuned[self.tasks[task]]
+            return checkpoint, self._name_in(checkpoint, name)
+
+        def pieces(task: int | None) -> Pieces:
+            checkpoint, known = place(task)
+            return checkpoint.pieces(known)
+
+        def read(task: int | None) -> Tensor:
+            checkpoint, known = place(task)
+            return checkpoint[known]
+
+        def label(task: int | None) -> str:
+            return place(task)[0].label + (" (the base)" if task is None else "")
+
+        def adapter(task: int) -> MergedAdapter | None:
+            checkpoint = self.finetuned[self.tasks[task]]
+            return checkpoint if isinstance(checkpoint, MergedAdapter) else None
+
+        shape = torch.Size(self.base.specs[name].shape)
+        return TaskVectors(name, shape, self.tasks, read, pieces, label, adapter)
 
     def exact(self, task: str) -> Iterator[tuple[str, Tensor]]:
         """A task's exact tensors that differ from the base's, in their own dtype."""
@@ -244,10 +296,13 @@ class Family:
 
     def _tuned(self, task: str, name: str) -> Tensor:
         checkpoint = self.finetuned[task]
+        return checkpoint[self._name_in(checkpoint, name)]
+
+    def _name_in(self, checkpoint: Checkpoint, name: str) -> str:
         known = self._known(checkpoint, name)
         if known is None:
             raise CheckpointError(f"{checkpoint.label}: no tensor '{name}'")
-        return checkpoint[known]
+        return known
 
     def _known(self, checkpoint: Checkpoint, name: str) -> str | None:
         """The first of the tensor's tied names that the checkpoint has."""

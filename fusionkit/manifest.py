@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -18,6 +17,7 @@ from fusionkit.partfile import FileRecord, tensor_bytes
 from fusionkit.registry import Config
 from fusionkit.space import AdapterSpace
 
+_PIECE = 1 << 20
 FILE = "manifest.json"
 FORMAT = "fusionkit-bundle"
 VERSIONS = (1, 2, 3)
@@ -75,14 +75,18 @@ class BaseRecord:
 
     @classmethod
     def of(cls, family: Family) -> "BaseRecord":
-        """Fingerprint a family's base: one read of each tensor."""
-        base = family.base
+        """Fingerprint a family's base: one read of each tensor, shared out like a pass."""
+        base, workers = family.base, family.workers
+        sizes = {name: base.specs[name].numel for name in family.roles}
+        own = {name: sizes[name] for name in workers.share(sizes)}
+        found = dict(workers.run(lambda name: _sha256(base, name), own, counted=False))
+        digests = {n: d for each in workers.processes.gather(found) for n, d in each.items()}
         tensors = {
             name: BaseTensor(
                 _dtype_name(base.specs[name].dtype),
                 list(base.specs[name].shape),
                 role,
-                _sha256(base[name]),
+                digests[name],
             )
             for name, role in family.roles.items()
         }
@@ -107,7 +111,7 @@ class BaseRecord:
         """Names of the tensors with this role."""
         return [name for name, tensor in self.tensors.items() if tensor.role == role]
 
-    def check(self, base: Mapping[str, torch.Tensor], label: str) -> None:
+    def check(self, base: Checkpoint, label: str) -> None:
         """Check that a model is the base, tensor by tensor, to the bit.
 
         Raises:
@@ -120,15 +124,15 @@ class BaseRecord:
                 if expected.role != "exact" and "float" in expected.dtype:
                     findings.append(f"'{name}' is missing")
                 continue
-            tensor = base[name]
-            if list(tensor.shape) != expected.shape:
-                findings.append(f"'{name}' has shape {list(tensor.shape)}, not {expected.shape}")
-            elif _dtype_name(tensor.dtype) != expected.dtype:
+            found = base.specs[name]
+            if list(found.shape) != expected.shape:
+                findings.append(f"'{name}' has shape {list(found.shape)}, not {expected.shape}")
+            elif _dtype_name(found.dtype) != expected.dtype:
                 findings.append(
-                    f"'{name}' is {_dtype_name(tensor.dtype)}, not {expected.dtype} (load the base "
+                    f"'{name}' is {_dtype_name(found.dtype)}, not {expected.dtype} (load the base "
                     "as it was; lower the precision after)"
                 )
-            elif _sha256(tensor) != expected.sha256:
+            elif _sha256(base, name) != expected.sha256:
                 findings.append(f"'{name}' has other values")
         if findings:
             raise WrongBaseError(
@@ -328,5 +332,9 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _sha256(tensor: torch.Tensor) -> str:
-    return hashlib.sha256(tensor_bytes(tensor)).hexdigest()[:16]
+def _sha256(base: Checkpoint, name: str) -> str:
+    """Of a tensor's values, read piece by piece."""
+    digest, pieces, count = hashlib.sha256(), base.pieces(name), base.specs[name].numel
+    for start in range(0, count, _PIECE):
+        digest.update(tensor_bytes(pieces(slice(start, min(start + _PIECE, count)))))
+    return digest.hexdigest()[:16]

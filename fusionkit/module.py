@@ -19,15 +19,17 @@ from fusionkit.calibrator_parts import PartCalibrator
 from fusionkit.checkpoint import Checkpoint, find_checkpoints
 from fusionkit.codec import DeltaCodec
 from fusionkit.codecs.dbms import DBMS
-from fusionkit.compress import Progress, compress
+from fusionkit.compress import compress
 from fusionkit.errors import BundleError, DataError, FusionKitError
 from fusionkit.family import Family
 from fusionkit.models import MetricOfClasses, accuracy, load_base, predict
+from fusionkit.processes import ALONE, Processes
 from fusionkit.registry import to_config
 from fusionkit.report import Scores
 from fusionkit.space import Adapters
 from fusionkit.spread import real_rows
 from fusionkit.switcher import Switcher, TaskSource
+from fusionkit.workers import Progress
 
 _CALIBRATION = Calibration()
 _STEPS = (1e-3, 2.0)
@@ -161,6 +163,7 @@ class ReuseModule(LightningModule):
         overwrite: bool = False,
         progress: Progress | None = None,
         codec: DeltaCodec | None = None,
+        processes: Processes = ALONE,
     ) -> Bundle:
         """Compress the fine-tuned checkpoints; see `fusionkit.compress`.
 
@@ -169,6 +172,7 @@ class ReuseModule(LightningModule):
             overwrite: replace the folder if it is there.
             progress: called after each tensor of each pass.
             codec: by default the module's own.
+            processes: among which the work is shared out.
         """
         codec = codec or self.codec
         if codec is None or not self.finetuned:
@@ -186,6 +190,7 @@ class ReuseModule(LightningModule):
             adapters=self.adapters,
             overwrite=overwrite,
             progress=progress,
+            processes=processes,
         )
 
     def switch(self, task: str | None) -> None:

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from fusionkit.adapter import LoraModule, Module
-from fusionkit.checkpoint import Checkpoint, TensorSpec
+from fusionkit.checkpoint import Checkpoint
 from fusionkit.errors import FamilyError
 from fusionkit.lowrank import LowRank
 from fusionkit.peft_folder import PeftFolder
 from fusionkit.start import start_of
+from fusionkit.tensorfile import Pieces, TensorSpec
 
 
 class Overlay(Checkpoint):
@@ -38,6 +39,11 @@ class Overlay(Checkpoint):
         """Read one tensor."""
         top = self.top(name)
         return self.below[name] if top is None else top
+
+    def pieces(self, name: str) -> Pieces:
+        """Read one tensor piece by piece; what lies on top is made whole."""
+        top = self.top(name)
+        return self.below.pieces(name) if top is None else top.reshape(-1).__getitem__
 
 
 class WithStart(Overlay):
@@ -83,6 +89,7 @@ class MergedAdapter(Overlay):
         self._whole = frozenset(self.folder.whole)
         super().__init__(base, {name: tensors.specs[name] for name in self._whole})
         self.label, self.nbytes, self.live = self.folder.label, tensors.nbytes, False
+        self.files = self.folder.files
         self._start: dict[str, Tensor] | None = None
         self._modules = {name: (module, name) for name, module in self.layout.by_target.items()}
         tied = {*self.aliases, *self.aliases.values()} & self._modules.keys()

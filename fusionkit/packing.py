@@ -19,6 +19,27 @@ _COMPLEMENT = 0x80
 _HEADER = 9
 
 
+def above(values: Tensor, limit: float) -> Tensor:
+    """Where values are larger than a limit: bool, of the same shape."""
+    if values.device.type == "cpu":  # NumPy is several times faster
+        return torch.from_numpy(np.greater(values.numpy(), np.float32(limit)))
+    return values > limit
+
+
+def places(mask: Tensor) -> Tensor:
+    """Flat positions at which a mask is set: int64, increasing."""
+    if mask.device.type == "cpu":  # NumPy is several times faster on booleans
+        return torch.from_numpy(np.flatnonzero(mask.numpy()))
+    return mask.reshape(-1).nonzero().reshape(-1)
+
+
+def count_set(mask: Tensor) -> int:
+    """At how many places a mask is set."""
+    if mask.device.type == "cpu":  # NumPy is several times faster on booleans
+        return int(np.count_nonzero(mask.numpy()))
+    return int(torch.count_nonzero(mask))
+
+
 def pack_bits(bits: Tensor) -> Tensor:
     """Pack a mask into one bit per entry.
 
@@ -30,7 +51,8 @@ def pack_bits(bits: Tensor) -> Tensor:
     """
     flat = bits.reshape(-1)
     if flat.device.type == "cpu":
-        array = flat.to(torch.bool).numpy()
+        small = flat if flat.dtype in (torch.bool, torch.uint8) else flat.to(torch.bool)
+        array = small.numpy()
         return torch.from_numpy(np.packbits(array, bitorder="little"))
     return _pack_on_device(flat)
 
@@ -69,15 +91,17 @@ def encode_positions(positions: Tensor, total: int) -> Tensor:
     if complement:  # the rarer kind is always the cheaper one to code
         positions = _others(positions, total)
     count = positions.numel()
-    gaps = torch.diff(positions, prepend=positions.new_tensor([-1])) - 1
+    narrow = torch.int32 if total < 1 << 31 else torch.int64
+    gaps = torch.diff(positions, prepend=positions.new_tensor([-1])).sub_(1).to(narrow)
     k = _rice_parameter(gaps)
-    quotients = gaps >> k
-    ends = torch.cumsum(quotients + 1, 0) - 1
+    ends = torch.cumsum((gaps >> k).add_(1), 0).sub_(1)
     unary = torch.zeros(int(ends[-1]) + 1 if count else 0, dtype=torch.uint8, device=gaps.device)
-    unary[ends] = 1
+    unary.index_fill_(0, ends, 1)
     remainders = torch.empty(k, count, dtype=torch.uint8, device=gaps.device)
-    for place in range(k):  # bit by bit: all of them at once would be as many int64
-        remainders[place] = (gaps >> place) & 1
+    for place in range(k):  # bit by bit, of one byte at a time
+        if place % 8 == 0:
+            byte = (gaps >> place).to(torch.uint8)
+        torch.bitwise_and(byte >> place % 8, 1, out=remainders[place])
     header = bytes([k | (_COMPLEMENT if complement else 0)]) + count.to_bytes(8, "little")
     head = torch.frombuffer(bytearray(header), dtype=torch.uint8).to(gaps.device)
     return torch.cat([head, pack_bits(unary), pack_bits(remainders)])
@@ -105,7 +129,7 @@ def decode_positions(coded: Tensor, total: int) -> Tensor:
     if k > total.bit_length() or unary_bytes < 0 or count > total:
         raise ValueError("the coded positions are malformed")
     stream = coded[_HEADER : _HEADER + unary_bytes]
-    ends = _ones(unpack_bits(stream, unary_bytes * 8))
+    ends = places(unpack_bits(stream, unary_bytes * 8).view(torch.bool))
     if ends.numel() != count:
         raise ValueError(f"expected {count} coded positions, found {ends.numel()}")
     if count and (int(ends[-1]) + 1 - count) << k >= total:  # before it can overflow an int64
@@ -126,22 +150,21 @@ def _rice_parameter(gaps: Tensor) -> int:
     count = gaps.numel()
     if not count:
         return 0
-    near = int(gaps.sum() // count).bit_length()
-    costs = {k: k * count + int((gaps >> k).sum()) for k in range(max(0, near - 2), near + 2)}
+    near = (_sum(gaps) // count).bit_length()
+    costs = {k: k * count + _sum(gaps >> k) for k in range(max(0, near - 2), near + 2)}
     return min(costs, key=costs.__getitem__)
+
+
+def _sum(integers: Tensor) -> int:
+    if integers.device.type == "cpu":  # NumPy is several times faster on int32
+        return int(np.sum(integers.numpy(), dtype=np.int64))
+    return int(integers.sum())
 
 
 def _others(positions: Tensor, total: int) -> Tensor:
     left = torch.ones(total, dtype=torch.uint8, device=positions.device)
     left[positions] = 0
-    return _ones(left)
-
-
-def _ones(bits: Tensor) -> Tensor:
-    """Where 0/1 bytes are 1: int64, increasing."""
-    if bits.device.type == "cpu":  # NumPy is several times faster on booleans
-        return torch.from_numpy(np.flatnonzero(bits.numpy().view(np.bool_)))
-    return bits.nonzero().reshape(-1)
+    return places(left.view(torch.bool))
 
 
 def _pack_on_device(flat: Tensor) -> Tensor:

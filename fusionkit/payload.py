@@ -1,50 +1,104 @@
-"""What a codec yields: held to the contract, written, and kept while another codec builds on it."""
+"""What a codec encodes: held to the contract, written, and kept while another builds on it."""
 
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from fusionkit.bundle_folder import SHARED, WHOLE, task_file
-from fusionkit.codec import WHOLE_MODEL, DeltaCodec, Encoded, Parts, SharedParts
+from fusionkit.codec import WHOLE_MODEL, DeltaCodec, Encoded, Encoder, Parts, SharedParts
 from fusionkit.errors import BundleError, CodecError
 from fusionkit.family import Family
-from fusionkit.partfile import PartFile, PartWriter
+from fusionkit.partfile import Part, PartFile, PartWriter
 from fusionkit.values import full_precision
+from fusionkit.workers import total
 
 
-def checked(stream: Iterable[Encoded], family: Family, codec: DeltaCodec) -> Iterator[Encoded]:
-    """Hold a codec to its contract, so that a faulty one fails here and not on decoding.
+class Packed(NamedTuple):
+    """One tensor's payload, ready to be written.
+
+    Attributes:
+        name: the tensor's name, or `WHOLE_MODEL`.
+        files: its parts in the file that tasks share, then in each task's own.
+        sums: see `Encoded`.
+    """
+
+    name: str
+    files: list[list[Part]]
+    sums: Tensor | None
+
+
+Sums = Mapping[str, Tensor | None]
+"""A tensor's name → what it adds to the sums over the whole model."""
+
+
+def encode(
+    codec: DeltaCodec,
+    family: Family,
+    shared: SharedParts | None = None,
+    done: Sums | None = None,
+) -> Iterator[Packed]:
+    """Encode a family: this process's share of the tensors, in threads.
+
+    Args:
+        codec: what encodes.
+        family: what is encoded.
+        shared: the shared parts to encode against, where tasks are added to a bundle.
+        done: the tensors that need not be encoded any more.
+
+    Yields:
+        each tensor's payload, in the base's order; then the whole model's, if there is one.
 
     Raises:
-        CodecError: it encodes what is no tensor to compress, or not for every task.
+        CodecError: the codec breaks its contract.
     """
-    known = {*family.names("delta"), WHOLE_MODEL}
-    for encoded in stream:
-        if encoded.name not in known:
-            raise CodecError(f"{codec!r} encoded '{encoded.name}', which is no tensor to compress")
-        if len(encoded.tasks) not in (0, len(family.tasks)):
-            raise CodecError(
-                f"{codec!r} encoded {len(encoded.tasks)} tasks of '{encoded.name}', expected "
-                f"{len(family.tasks)}"
-            )
-        yield encoded
+    encoder = codec.prepare(family, shared)
+    try:
+        yield from _encode(encoder, codec, family, dict(done or {}))
+    finally:
+        encoder.close()
 
 
-def add_parts(writer: PartWriter, name: str, parts: Parts) -> None:
-    """Write one tensor's parts.
+def _encode(
+    encoder: Encoder, codec: DeltaCodec, family: Family, sums: dict[str, Tensor | None]
+) -> Iterator[Packed]:
+    def one(name: str) -> Packed:
+        return _packed(encoder.encode(family.vectors(name)), name, codec, family)
 
-    Raises:
-        CodecError: a part has a reserved name.
-    """
-    for part, tensor in parts.items():
+    left = {name: size for name, size in family.share.items() if name not in sums}
+    for name, packed in family.workers.run(one, left):
+        sums[name] = packed.sums
+        yield packed
+    gathered = {n: s for each in family.workers.processes.gather(sums) for n, s in each.items()}
+    if encoder.finish:
+        found = (gathered[name] for name in family.sizes)
+        whole = encoder.finish(total(each for each in found if each is not None))
+        if whole is not None:
+            yield _packed(whole, WHOLE_MODEL, codec, family)
+
+
+def _packed(encoded: Encoded, name: str, codec: DeltaCodec, family: Family) -> Packed:
+    if encoded.name != name:
+        raise CodecError(f"{codec!r} encoded '{encoded.name}' where '{name}' was asked for")
+    if len(encoded.tasks) not in (0, len(family.tasks)):
+        raise CodecError(
+            f"{codec!r} encoded {len(encoded.tasks)} tasks of '{name}', expected "
+            f"{len(family.tasks)}"
+        )
+    own = encoded.tasks or [{}] * len(family.tasks)
+    return Packed(name, [_parts(name, parts) for parts in (encoded.shared, *own)], encoded.sums)
+
+
+def _parts(name: str, parts: Parts) -> list[Part]:
+    for part in parts:
         if "/" in part or part == WHOLE:
             raise CodecError(f"a part can't be called '{part}': '/' and '{WHOLE}' are reserved")
-        writer.add(f"{name}/{part}", tensor)
+    order = sorted(parts, key=lambda part: (-parts[part].dtype.itemsize, part))
+    return [Part.of(f"{name}/{part}", parts[part]) for part in order]
 
 
 @contextmanager
@@ -75,32 +129,29 @@ def decoding(path: Path, task: str, name: str, codec: DeltaCodec) -> Iterator[No
 class Payload:
     """A family's payload by one codec, in temporary files, to be decoded as another encodes.
 
-    A context manager: the files go when it ends. Memory is a tensor's parts.
+    In a distributed run it holds this process's share of the tensors. A context manager: the
+    files go when it ends. Memory is a tensor's parts.
 
     Args:
         codec: what encodes.
         family: what is encoded.
         shared: the shared parts to encode against, where tasks are added to a bundle.
-
-    Attributes:
-        names: the tensors of which anything was encoded, in the codec's order.
     """
 
     def __init__(self, codec: DeltaCodec, family: Family, shared: SharedParts | None = None):
         self.codec = codec
         self.tasks = family.tasks
-        self.names: list[str] = []
+        self._names = {*family.share}
         self._given = shared
         self._folder = tempfile.TemporaryDirectory(prefix="fusionkit-")
         folder = Path(self._folder.name)
         paths = [folder / SHARED, *(folder / task_file(task) for task in family.tasks)]
-        writers = [PartWriter(path) for path in paths]
+        writers = [PartWriter(path, family.sizes) for path in paths]
         try:
-            for encoded in checked(codec.encode(family, shared), family, codec):
-                if encoded.name != WHOLE_MODEL:
-                    self.names.append(encoded.name)
-                for writer, parts in zip(writers, (encoded.shared, *encoded.tasks), strict=False):
-                    add_parts(writer, encoded.name, parts)
+            for packed in encode(codec, family, shared):
+                for writer, parts in zip(writers, packed.files, strict=True):
+                    for part in parts:
+                        writer.add(part)
             self._files = [
                 PartFile(path, writer.finish()) for path, writer in zip(paths, writers, strict=True)
             ]
@@ -123,7 +174,7 @@ class Payload:
         self._folder.cleanup()
 
     def encoded(self, name: str) -> Encoded:
-        """What the codec yielded under a name."""
+        """What the codec encoded under a name."""
         shared = self._files[0].parts(name)
         return Encoded(name, shared, [file.parts(name) for file in self._files[1:]])
 
@@ -137,10 +188,19 @@ class Payload:
             name: the tensor's name.
             shape: its shape.
             device: where to decode; the CPU by default.
+
+        Raises:
+            CodecError: the tensor is of another process's share.
         """
+        if name not in self._names:
+            raise CodecError(
+                f"'{name}' is another process's to encode; a codec's or merge's passes over a "
+                "family must be shared out by Family.each or Family.total"
+            )
         for_all = name not in self._own and WHOLE_MODEL not in self._own
-        if for_all and self._kept and self._kept[0] == (name, device):
-            return self._kept[1]
+        kept = self._kept
+        if for_all and kept and kept[0] == (name, device):
+            return kept[1]
         own = self._parts(task, name)
         if not own:
             return None

@@ -78,6 +78,7 @@ class PeftFolder:
 
     Args:
         path: the folder.
+        files: the files in it.
 
     Attributes:
         label: how messages call it.
@@ -99,6 +100,8 @@ class PeftFolder:
             raise CheckpointError(f"{path}: has {CONFIG} but none of {', '.join(TENSORS)}")
         self.tensors = _Own(file, self.label)
         self.start = _read_json(self.path / START) if (self.path / START).is_file() else {}
+        self.files = tuple(path for path in sorted(self.path.iterdir()) if path.is_file())
+        self.tensors.files = self.files
         self._refuse_tensors()
 
     @property

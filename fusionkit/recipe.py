@@ -20,11 +20,12 @@ from fusionkit.bundle import Bundle
 from fusionkit.calibrating import EPOCHS, calibrate
 from fusionkit.codec import DeltaCodec
 from fusionkit.codecs.dbms import DBMS
-from fusionkit.compress import Progress as ProgressCallback
 from fusionkit.errors import BundleError, DataError, FusionKitError
 from fusionkit.family import Family
+from fusionkit.launch import launched
 from fusionkit.module import ReuseModule
 from fusionkit.spread import Spread, TasksSpread
+from fusionkit.workers import Progress as ProgressCallback
 
 
 class _Parser(LightningArgumentParser):
@@ -171,9 +172,11 @@ class CompressCLI(RecipeCLI):
             raise BundleError(f"{self._bundle}: exists; replace it with --overwrite true")
 
     def compress(self) -> Bundle:
-        """Compress, with a progress bar."""
-        with progress_bar("compressing") as callback:
-            bundle: Bundle = self.model.compress(self._bundle, self.config["overwrite"], callback)
+        """Compress, with a progress bar; among the processes that the recipe's trainer has."""
+        with launched(self.config["trainer"]) as processes, progress_bar("compressing") as callback:
+            bundle: Bundle = self.model.compress(
+                self._bundle, self.config["overwrite"], callback, processes=processes
+            )
         return bundle
 
 

@@ -10,9 +10,13 @@ from torch import Tensor
 from fusionkit.errors import FamilyError
 from fusionkit.lowrank import LowRank
 from fusionkit.overlay import MergedAdapter
+from fusionkit.tensorfile import Pieces
 
 BLOCK = 1 << 17
 """Entries per block of `TaskVectors.blocks`: small enough for eight tasks to stay in cache."""
+
+_RUN = 512
+"""Neighbouring entries of a sample."""
 
 Change = Callable[[Tensor, slice], None]
 """Changes one task's vector in place: some of its flattened entries, and their place in it."""
@@ -29,14 +33,13 @@ class TaskVectors:
         name: the tensor's name.
         shape: its shape.
         tasks: the tasks' names, in the order of the indices.
-        base: the base's tensor as it is, in its own dtype; not to be changed.
     """
 
     name: str
     shape: torch.Size
     tasks: tuple[str, ...]
-    base: Tensor
-    _read: Callable[[int], Tensor]
+    _read: Callable[[int | None], Tensor]  # a task's tensor; None: the base's
+    _pieces: Callable[[int | None], Pieces]
     _label: Callable[[int | None], str]
     _adapter: Callable[[int], MergedAdapter | None]
 
@@ -51,7 +54,7 @@ class TaskVectors:
         """
         delta = self._of_adapter(task)
         if delta is None:
-            delta = self._difference(self._read(task))
+            return self._difference(task)
         self._check_finite(delta, task)
         return delta.contiguous()
 
@@ -85,8 +88,25 @@ class TaskVectors:
             stacked[task] = self[task]
         return stacked
 
+    def __iter__(self) -> Iterator[Tensor]:
+        """Each task's vector, one at a time."""
+        return (self[task] for task in range(len(self)))
+
+    def sample(self, count: int) -> Tensor:
+        """Some entries of all tasks' vectors, from all over the tensor: float32 `(T, n)`.
+
+        Args:
+            count: about how many; all of them, if there are not more.
+        """
+        total = self.shape.numel()
+        runs = [block.clone() for place, block in self._blocks(_RUN, max(total // count, 1) * _RUN)]
+        return torch.cat(runs, 1) if runs else torch.empty(len(self), 0)
+
     def blocks(self, size: int = BLOCK) -> Iterator[tuple[slice, Tensor]]:
         """All tasks' vectors, flattened, a block of at most `size` entries at a time.
+
+        Args:
+            size: of a block.
 
         Yields:
             the block's place in the flattened tensor, and float32 `(T, n)`; the memory is used
@@ -95,37 +115,50 @@ class TaskVectors:
         Raises:
             FamilyError: a block holds a NaN or an infinity.
         """
-        base = self.base.reshape(-1)
+        return self._blocks(size, size)
+
+    def _blocks(self, size: int, step: int) -> Iterator[tuple[slice, Tensor]]:
+        """Blocks that start every `step` entries."""
+        base = self._pieces(None)
         deltas = [self._of_adapter(task) for task in range(len(self))]
         tuned = [
-            self._read(task).reshape(-1) if delta is None else delta.reshape(-1)
+            self._pieces(task) if delta is None else delta.reshape(-1).__getitem__
             for task, delta in enumerate(deltas)
         ]
-        buffer = torch.empty((len(self), min(size, base.numel())))
-        for start in range(0, base.numel(), size):
-            place = slice(start, min(start + size, base.numel()))
-            block = buffer[:, : place.stop - start]
-            start_of = base[place].to(torch.float32)
+        width = min(size, self.shape.numel())
+        buffer, start = torch.empty((len(self), width)), torch.empty(width)
+        for place in self._places(size, step):
+            block = buffer[:, : place.stop - place.start]
+            start[: block.shape[1]] = base(place)
             for task, values in enumerate(tuned):
+                block[task] = values(place)
                 if deltas[task] is None:
-                    torch.sub(values[place].to(torch.float32), start_of, out=block[task])
-                else:
-                    block[task] = values[place]
+                    block[task] -= start[: block.shape[1]]
             if not torch.isfinite(block.sum()):
                 for task in range(len(self)):
                     self._check_finite(block[task], task)
             yield place, block
 
-    def _difference(self, tuned: Tensor) -> Tensor:
+    @property
+    def base(self) -> Tensor:
+        """The base's tensor as it is, in its own dtype; not to be changed."""
+        return self._read(None)
+
+    def _difference(self, task: int) -> Tensor:
         """τ = θ − θ₀ in float32, in pieces that stay in cache: neither is copied whole."""
-        if tuned.dtype == self.base.dtype == torch.float32:
-            return torch.sub(tuned, self.base)
         delta = torch.empty(self.shape)
-        flat, ours, base = delta.view(-1), tuned.reshape(-1), self.base.reshape(-1)
-        for start in range(0, flat.numel(), BLOCK):
-            place = slice(start, start + BLOCK)
-            torch.sub(ours[place].float(), base[place].float(), out=flat[place])
+        flat, ours, base = delta.view(-1), self._pieces(task), self._pieces(None)
+        for place in self._places(BLOCK, BLOCK):
+            piece = flat[place]
+            piece.copy_(ours(place))
+            piece -= base(place).to(torch.float32)
+            self._check_finite(piece, task)
         return delta
+
+    def _places(self, size: int, step: int) -> Iterator[slice]:
+        count = self.shape.numel()
+        for start in range(0, count, step):
+            yield slice(start, min(start + size, count))
 
     @cached_property
     def _base(self) -> Tensor:
@@ -180,9 +213,9 @@ class ChangedVectors(TaskVectors):
         """As of the vectors themselves; None of one that is changed."""
         return None if self.changes[task] else super().low_rank(task)
 
-    def blocks(self, size: int = BLOCK) -> Iterator[tuple[slice, Tensor]]:
+    def _blocks(self, size: int, step: int) -> Iterator[tuple[slice, Tensor]]:
         """As of the vectors themselves, then changed."""
-        for place, block in super().blocks(size):
+        for place, block in super()._blocks(size, step):
             for change, values in zip(self.changes, block, strict=True):
                 if change is not None:
                     change(values, place)

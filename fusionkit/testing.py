@@ -28,6 +28,7 @@ from fusionkit.compress import add_tasks, compress
 from fusionkit.errors import FamilyError, FusionKitError
 from fusionkit.family import Family
 from fusionkit.values import full_precision
+from fusionkit.workers import total
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 """The dtypes of checkpoints that a codec must take."""
@@ -163,6 +164,26 @@ class CodecContract:
         for name, data in first.items():
             assert data == second[name], f"{name} differs between two runs"
 
+    def test_tensors_are_encoded_each_by_itself(self, codec: DeltaCodec, tmp_path: Path) -> None:
+        """In any order, so that threads and processes can share them."""
+        family = Family(**self.models(tmp_path, torch.float32))
+        encoder = codec.prepare(family)
+        try:
+            names = family.names("delta")
+            first = {name: encoder.encode(family.vectors(name)) for name in names}
+            again = {name: encoder.encode(family.vectors(name)) for name in reversed(names)}
+        finally:
+            encoder.close()
+        for name in names:
+            what = f"'{name}', encoded in another order,"
+            _check_same(first[name].sums, again[name].sums, what)
+            pairs = [(first[name].shared, again[name].shared)]
+            pairs += zip(first[name].tasks, again[name].tasks, strict=True)
+            for one, other in pairs:
+                assert one.keys() == other.keys(), f"{what} has other parts"
+                for part, tensor in one.items():
+                    _check_same(other[part], tensor, what)
+
     def test_bytes_reported_are_bytes_on_disk(self, codec: DeltaCodec, tmp_path: Path) -> None:
         """Sizes are what the files weigh."""
         bundle = compress(codec=codec, **self.models(tmp_path, torch.float32))
@@ -189,7 +210,7 @@ class CodecContract:
         family = Family(**arguments)
         sources = {"base": family.base, **family.finetuned}
         before = {(s, n): t.clone() for s, each in sources.items() for n, t in each.items()}
-        encoded = list(codec.encode(family))
+        encoded = list(_encoded(codec, family))
         for source, each in sources.items():
             for name, tensor in each.items():
                 _check_same(tensor, before[source, name], f"'{name}' of {source}, after encoding,")
@@ -301,6 +322,27 @@ def _brief(codec: DeltaCodec) -> str:
     return f"{type(codec).__name__}({', '.join(own)})"
 
 
+def _encoded(codec: DeltaCodec, family: Family) -> Iterator[Encoded]:
+    """Each tensor's payload, then the whole model's, as the contract has it."""
+    encoder = codec.prepare(family)
+    try:
+        sums = []
+        for vectors in family:
+            encoded = encoder.encode(vectors)
+            assert encoded.name == vectors.name, f"'{vectors.name}' is encoded as '{encoded.name}'"
+            sums.append(encoded.sums)
+            yield encoded
+        whole = (
+            encoder.finish(total(each for each in sums if each is not None))
+            if encoder.finish
+            else None
+        )
+        if whole is not None:
+            yield whole
+    finally:
+        encoder.close()
+
+
 def _parts(encoded: Sequence[Encoded], family: Family) -> Iterator[tuple[str, str, Parts]]:
     """Task, tensor, and all the parts that decode it, as a bundle would hand them over."""
     whole: Encoded = next((e for e in encoded if e.name == WHOLE_MODEL), Encoded(WHOLE_MODEL))
@@ -326,7 +368,7 @@ def _decoded(codec: DeltaCodec, family: Family) -> dict[tuple[str, str], Tensor 
         (task, name): None for task in family.tasks for name in family.names("delta")
     }
     with full_precision():
-        for task, name, parts in _parts(list(codec.encode(family)), family):
+        for task, name, parts in _parts(list(_encoded(codec, family)), family):
             found[task, name] = _decode(codec, parts, family.base[name])
     return found
 

@@ -1,77 +1,167 @@
-"""Exact top-k by magnitude, over one tensor or over a whole stream of tensors.
+"""Exact top-k by magnitude, over one tensor or over the whole model; nothing is sorted.
 
-The bits of a non-negative float32, read as an integer, are ordered like the floats. A stream's
-k-th largest magnitude is therefore found exactly by two histograms, of the upper and then of the
-lower 16 bits: two passes and 512 KiB a vector, however long it is; nothing is sorted.
+The bits of a non-negative float32, read as an integer, are ordered like the floats. The whole
+model's k-th largest magnitude is therefore found exactly by two histograms, of the upper and then
+of the lower 16 bits: two passes and 512 KiB a vector, however long it is. Of one tensor, a sample
+tells about where its k-th largest magnitude lies, so that one pass finds the few entries that
+could be among the k largest, and the exact ones among these.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from fusionkit.family import Family
+from fusionkit.packing import above, count_set, places
+from fusionkit.task_vectors import TaskVectors
+
 _BINS = 1 << 16
-_PIECE = 1 << 20
+_PIECE = 1 << 17
+_SAMPLE = 1 << 16
+_DEVIATIONS = 5.0
+"""How far, in standard deviations, a sample's quantile may be from the tensor's."""
 
-Stream = Callable[[], Iterable[Iterable[Tensor]]]
-"""Starts a pass: per tensor of the model, the T vectors' values of that tensor."""
+Values = Callable[[TaskVectors], Iterable[Tensor]]
+"""One tensor's task vectors → the T tensors whose entries are compared."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Thresholds:
-    """The k-th largest magnitude of each of T vectors, and how many of its ties are kept.
+    """The k-th largest magnitude of each task's whole vector, and which of its ties are kept.
 
-    `positions` must then be asked for tensor by tensor in the order of the stream: ties are
-    kept first come, first served, so that the count is exact and the choice deterministic.
+    Of equal magnitudes the first win, in the base's order: the count is exact, and the choice the
+    same whoever makes it.
 
     Attributes:
         magnitudes: float32 `(T,)`; everything above is kept, zeros never are.
-        ties: per vector, how many entries of exactly that magnitude are still to be kept.
+        ties: tensor's name → int64 `(T,)`, how many of its entries of exactly that magnitude are
+            kept; a tensor that is not in it keeps all of them.
     """
 
     magnitudes: Tensor
-    ties: list[int] = field(default_factory=list)
+    ties: Mapping[str, Tensor]
 
     @classmethod
-    def over(cls, stream: Stream, counts: list[int]) -> "Thresholds":
-        """Find what keeps exactly `counts[t]` entries of vector t (zeros excepted)."""
-        upper = torch.zeros(len(counts), _BINS, dtype=torch.int64)
-        for tensors in stream():
-            for t, values in enumerate(tensors):
-                for piece in _pieces(values):
-                    upper[t] += torch.bincount(_bits(piece) >> 16, minlength=_BINS)
-        found = [_descend(upper[t], count) for t, count in enumerate(counts)]
-        lower = torch.zeros(len(counts), _BINS, dtype=torch.int64)
-        for tensors in stream():
-            for t, values in enumerate(tensors):
-                for piece in _pieces(values):
-                    bits = _bits(piece)
-                    inside = bits[(bits >> 16) == found[t][0]]
-                    lower[t] += torch.bincount(inside & (_BINS - 1), minlength=_BINS)
-        bits_at, ties = [], []
-        for t, (bin_, wanted) in enumerate(found):
-            low, left = _descend(lower[t], wanted)
-            bits_at.append((bin_ << 16) | low)
-            ties.append(left)
-        magnitudes = torch.tensor(bits_at, dtype=torch.int32).view(torch.float32)
-        magnitudes[torch.tensor(counts) <= 0] = torch.inf
-        return cls(magnitudes, ties)
+    def over(
+        cls, family: Family, counts: list[int], values: Values = iter, ties: bool = True
+    ) -> "Thresholds":
+        """Find what keeps exactly `counts[t]` entries of task t's vector (zeros excepted).
 
-    def positions(self, values: Tensor, vector: int = 0) -> Tensor:
-        """Flat positions of the kept entries of one tensor: int64 `(count,)`, increasing."""
-        limit = self.magnitudes[vector]
+        Two passes; a third, to count ties, only where some of them are not kept.
+
+        Args:
+            family: the tasks.
+            counts: how many entries of each task are kept.
+            values: what is compared, if not the task vectors.
+            ties: whether ties are told apart; else all are kept.
+        """
+        upper = family.total(lambda vectors: _histogram(values(vectors), counts))
+        if upper is None:
+            return cls(torch.full((len(counts),), torch.inf), {})
+        bins = [_descend(upper[t], count) for t, count in enumerate(counts)]
+        lower = family.total(lambda vectors: _histogram(values(vectors), counts, bins))
+        assert lower is not None
+        found = [_descend(lower[t], wanted) for t, (_, wanted) in enumerate(bins)]
+        bits = [bin_ << 16 | low for (bin_, _), (low, _) in zip(bins, found, strict=True)]
+        magnitudes = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+        magnitudes[torch.tensor(counts) <= 0] = torch.inf
+        partly = [left < int(lower[t][low]) for t, (low, left) in enumerate(found)]
+        if not ties or not any(partly):
+            return cls(magnitudes, {})
+        present = family.each(lambda vectors: _ties(values(vectors), magnitudes))
+        left = torch.tensor([left for _, left in found])
+        kept = {}
+        for name, there in present.items():
+            kept[name] = torch.minimum(there, left)
+            left = left - kept[name]
+        return cls(magnitudes, kept)
+
+    def positions(self, values: Tensor, task: int, name: str) -> Tensor:
+        """Flat positions of the kept entries of one tensor: int64 `(count,)`, increasing.
+
+        Args:
+            values: float32, any shape.
+            task: whose they are.
+            name: the tensor's name.
+        """
+        limit = float(self.magnitudes[task])
+        left = int(self.ties[name][task]) if name in self.ties else values.numel()
         found, start = [], 0
         for piece in _pieces(values):
             magnitudes = piece.abs()
-            kept = magnitudes > limit
-            if self.ties[vector] and limit > 0:
-                taken = (magnitudes == limit).nonzero().reshape(-1)[: self.ties[vector]]
-                self.ties[vector] -= taken.numel()
+            kept = above(magnitudes, limit)
+            if limit > 0 and left:
+                taken = places(magnitudes == limit)[:left]
+                left -= taken.numel()
                 kept[taken] = True
-            found.append(kept.nonzero().reshape(-1).add_(start))
+            found.append(places(kept).add_(start))
             start += piece.numel()
         return torch.cat(found)
+
+
+class Kept(NamedTuple):
+    """Entries that are kept: flat positions, int64 and increasing, and their values."""
+
+    positions: Tensor
+    values: Tensor
+
+
+class TopK:
+    """The largest magnitudes of one tensor, whose values come block by block.
+
+    Args:
+        count: how many to keep; of equal magnitudes the first win, and zeros are never kept.
+        total: number of the tensor's entries.
+        sample: float32 `(m,)`, some of them, from all over the tensor; what is found does not
+            depend on it, but how much is looked at does.
+    """
+
+    def __init__(self, count: int, total: int, sample: Tensor) -> None:
+        self._count = count
+        self._low, self._high = _bracket(count, total, sample)  # exclusive, inclusive
+        self._positions: list[Tensor] = []
+        self._values: list[Tensor] = []
+
+    def add(self, values: Tensor, start: int) -> None:
+        """Take a block: float32 `(n,)`, the tensor's entries from `start` on."""
+        if self._count <= 0:
+            return
+        near = places(above(values.abs(), self._low))
+        self._values.append(values.index_select(0, near))
+        self._positions.append(near.add_(start))
+
+    def result(self) -> Kept | None:
+        """What is kept; None if the sample misled, and the blocks must come again, from the start.
+
+        The second time all of them are looked at.
+        """
+        if not self._positions:
+            empty = torch.empty(0)
+            return Kept(empty.to(torch.int64), empty)
+        positions, values = torch.cat(self._positions), torch.cat(self._values)
+        self._positions, self._values = [], []
+        if len(positions) <= self._count:
+            if len(positions) < self._count and self._low > 0:
+                self._low, self._high = 0.0, math.inf
+                return None
+            return Kept(positions, values)
+        magnitudes = values.abs()
+        certain = above(magnitudes, self._high)
+        left = self._count - count_set(certain)
+        if left <= 0:  # the sample misled the other way: all of them are uncertain
+            certain, left = torch.zeros_like(certain), self._count
+        unsure = magnitudes.index_select(0, places(~certain))
+        limit = float(torch.kthvalue(unsure, len(unsure) - left + 1).values)
+        kept = above(magnitudes, limit)
+        ties = places(magnitudes == limit)[: self._count - count_set(kept)]
+        kept[ties] = True
+        chosen = places(kept)
+        return Kept(positions.index_select(0, chosen), values.index_select(0, chosen))
 
 
 def top_k(values: Tensor, count: int) -> Tensor:
@@ -84,16 +174,83 @@ def top_k(values: Tensor, count: int) -> Tensor:
     Returns:
         int64 `(min(count, non-zeros),)`, increasing.
     """
-    return Thresholds.over(lambda: [[values]], [count]).positions(values)
+    flat = values.reshape(-1)
+    stride = max(flat.numel() // _SAMPLE, 1) | 1  # odd: not in step with a matrix's rows
+    search = TopK(count, flat.numel(), flat[::stride])
+    while True:
+        start = 0
+        for piece in _pieces(flat):
+            search.add(piece, start)
+            start += piece.numel()
+        found = search.result()
+        if found is not None:
+            return found.positions
+
+
+def top_k_of(vectors: TaskVectors, count: int) -> list[Kept]:
+    """The `count` largest magnitudes of each task's vector of one tensor, formed in blocks."""
+    total = vectors.shape.numel()
+    sample = vectors.sample(_SAMPLE)
+    searches = dict(enumerate(TopK(count, total, each) for each in sample))
+    found: dict[int, Kept] = {}
+    while searches:
+        for place, block in vectors.blocks():
+            for task, search in searches.items():
+                search.add(block[task], place.start)
+        for task, search in list(searches.items()):
+            if (kept := search.result()) is not None:
+                found[task] = kept
+                del searches[task]
+    return [found[task] for task in range(len(vectors))]
+
+
+def _bracket(count: int, total: int, sample: Tensor) -> tuple[float, float]:
+    """Between which magnitudes the count-th largest one almost surely lies."""
+    size = sample.numel()
+    if size == total or not size or not 0 < count < total:
+        size = 0
+    if not size:
+        return 0.0, math.inf
+    share = count / total
+    place = size * (1 - share)
+    margin = _DEVIATIONS * math.sqrt(size * share * (1 - share)) + 2
+    ordered = np.sort(sample.abs().cpu().numpy())
+    low, high = math.floor(place - margin), math.ceil(place + margin)
+    # One float less, since it is to be looked at itself.
+    return (
+        float(np.nextafter(ordered[low], np.float32(0))) if low >= 0 else 0.0,
+        float(ordered[high]) if high < size else math.inf,
+    )
+
+
+def _histogram(
+    tensors: Iterable[Tensor], counts: list[int], bins: list[tuple[int, int]] | None = None
+) -> Tensor:
+    """How often the upper 16 bits occur, or the lower ones of a bin: int64 `(T, 65536)`."""
+    found = torch.zeros(len(counts), _BINS, dtype=torch.int64)
+    for task, values in enumerate(tensors):
+        for piece in _pieces(values):
+            bits = piece.abs().view(torch.int32)
+            if bins is None:
+                bits >>= 16
+            else:
+                bits = bits[(bits >> 16) == bins[task][0]] & (_BINS - 1)
+            found[task] += torch.bincount(bits, minlength=_BINS).cpu()
+    return found
+
+
+def _ties(tensors: Iterable[Tensor], magnitudes: Tensor) -> Tensor:
+    """How many entries are of exactly these magnitudes: int64 `(T,)`."""
+    found = [
+        sum(int((piece.abs() == limit).sum()) for piece in _pieces(values))
+        for limit, values in zip(magnitudes, tensors, strict=True)
+    ]
+    return torch.tensor(found)
 
 
 def _pieces(values: Tensor) -> tuple[Tensor, ...]:
     """The flat entries, in pieces that stay in cache."""
     return torch.split(values.reshape(-1), _PIECE)
-
-
-def _bits(values: Tensor) -> Tensor:
-    return values.reshape(-1).abs().view(torch.int32)
 
 
 def _descend(histogram: Tensor, count: int) -> tuple[int, int]:

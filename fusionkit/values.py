@@ -121,6 +121,9 @@ def _from_nibbles(packed: Tensor, count: int) -> Tensor:
 def full_precision() -> Iterator[None]:
     """A context in which new tensors are float32, as codecs expect; Trainers change that."""
     before = torch.get_default_dtype()
+    if before == torch.float32:  # the default is all threads': leave it alone where it can be
+        yield
+        return
     torch.set_default_dtype(torch.float32)
     try:
         yield

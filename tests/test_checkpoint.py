@@ -139,10 +139,33 @@ def test_values_are_read_when_asked_for_and_not_before(
     checkpoint = Checkpoint(path)
     other = torch.randn(3, 4)
     place = path.read_bytes().index(state["a.weight"].numpy().tobytes())
+    stat = path.stat()
     with path.open("r+b") as file:
         file.seek(place)
         file.write(other.numpy().tobytes())
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as if it had been so all along
     check_same(checkpoint, {**state, "a.weight": other})
+
+
+def test_a_file_that_was_changed_is_refused(tmp_path: Path, state: States) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file(state, path)
+    checkpoint = Checkpoint(path)
+    save_file({name: tensor.clone() for name, tensor in state.items()}, path)
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(CheckpointError, match=r"'a\.weight' can't be read: the file was changed"):
+        checkpoint["a.weight"]
+
+
+def test_pieces_are_those_of_the_tensor(tmp_path: Path, state: States) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file(state, path)
+    for checkpoint in (Checkpoint(path), Checkpoint(state), Checkpoint(Checkpoint(path))):
+        for name, tensor in state.items():
+            pieces = checkpoint.pieces(name)
+            for start in range(0, tensor.numel(), 2):
+                place = slice(start, min(start + 2, tensor.numel()))
+                assert torch.equal(pieces(place), tensor.reshape(-1)[place])
 
 
 def test_a_file_replaced_by_a_shorter_one_is_named_with_the_tensor(

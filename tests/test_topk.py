@@ -1,12 +1,15 @@
 """Top-k by magnitude: the exact count, ties, and a full sort as the reference."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fusionkit.topk import Thresholds, top_k
+from fusionkit.family import Family
+from fusionkit.topk import Thresholds, TopK, top_k, top_k_of
 
 Vector = list[Tensor]
 """One vector's values, tensor by tensor."""
@@ -24,14 +27,22 @@ def by_sorting(vector: Vector, count: int) -> list[list[int]]:
     return found
 
 
+def family_of(vectors: list[Vector]) -> Family:
+    """Tasks with these vectors, tensor by tensor."""
+    names = [f"w{place}" for place in range(len(vectors[0]))]
+    base = {name: torch.zeros_like(values) for name, values in zip(names, vectors[0], strict=True)}
+    tuned = {f"task{t}": dict(zip(names, vector, strict=True)) for t, vector in enumerate(vectors)}
+    return Family(base, tuned)
+
+
 def select(vectors: list[Vector], counts: list[int]) -> list[list[list[int]]]:
-    """Per vector, per tensor: the kept positions, asked for in the order of the stream."""
-    tensors = list(zip(*vectors, strict=True))
-    thresholds = Thresholds.over(lambda: tensors, counts)
+    """Per vector, per tensor: the kept positions, asked for from the last tensor to the first."""
+    family = family_of(vectors)
+    thresholds = Thresholds.over(family, counts)
     kept: list[list[list[int]]] = [[] for _ in vectors]
-    for values in tensors:
-        for t, own in enumerate(values):
-            kept[t].append(thresholds.positions(own, t).tolist())
+    for name in reversed(family.names("delta")):
+        for t, own in enumerate(family.vectors(name)):
+            kept[t].insert(0, thresholds.positions(own, t, name).tolist())
     return kept
 
 
@@ -120,3 +131,51 @@ def test_each_vector_has_its_own_count() -> None:
 def test_a_second_pass_over_the_same_stream_chooses_the_same() -> None:
     vector = [torch.ones(4), torch.ones(4)]
     assert select([vector], [5]) == select([vector], [5]) == [[[0, 1, 2, 3], [0]]]
+
+
+# --- by a sample --------------------------------------------------------------------------------
+
+
+def heavy(count: int) -> Tensor:
+    """A heavy tail, rounded so that many magnitudes are equal."""
+    return (torch.randn(count) ** 3).to(torch.bfloat16).to(torch.float32)
+
+
+@pytest.mark.parametrize("density", [1e-5, 0.01, 0.1, 0.5, 0.999])
+@pytest.mark.parametrize("draw", [torch.randn, heavy], ids=["distinct", "ties"])
+def test_a_large_tensor_equals_a_full_sort(draw: Any, density: float) -> None:
+    values = draw(400_000)
+    count = round(density * values.numel())
+    assert top_k(values, count).tolist() == by_sorting([values], count)[0]
+
+
+@pytest.mark.parametrize("density", [0.001, 0.1])
+def test_blocks_of_all_tasks_equal_a_full_sort(density: float) -> None:
+    vectors = [[heavy(300_000)], [torch.randn(300_000)], [torch.zeros(300_000)]]
+    count = round(density * 300_000)
+    (each,) = family_of(vectors)
+    for kept, (values,) in zip(top_k_of(each, count), vectors, strict=True):
+        assert kept.positions.tolist() == by_sorting([values], count)[0]
+        assert torch.equal(kept.values, values[kept.positions])
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_a_sample_that_misleads_is_found_out(scale: float) -> None:
+    """All of the sample is much smaller, or larger, than the rest."""
+    values = torch.randn(100_000)
+    search = TopK(1000, values.numel(), torch.randn(5000) * scale)
+    search.add(values, 0)
+    kept = search.result()
+    if scale > 1:  # too few were looked at
+        assert kept is None
+        search.add(values, 0)
+        kept = search.result()
+    assert kept is not None
+    assert kept.positions.tolist() == by_sorting([values], 1000)[0]
+
+
+def test_few_entries_are_looked_at_closely() -> None:
+    values = torch.randn(1_000_000)
+    search = TopK(100_000, values.numel(), values[:: 1_000_000 // 65_536])
+    search.add(values, 0)
+    assert 100_000 <= sum(map(len, search._positions)) < 110_000

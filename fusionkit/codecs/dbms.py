@@ -1,6 +1,6 @@
 """DBMS: shift the base towards the task, compress the delta from there, scale it (2505.11344)."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from copy import copy
 from dataclasses import dataclass
@@ -9,14 +9,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fusionkit.codec import WHOLE_MODEL, DeltaCodec, Encoded, Parts, SharedParts
+from fusionkit.codec import WHOLE_MODEL, DeltaCodec, Encoded, Encoder, Parts, SharedParts
 from fusionkit.codecs.merged import Merged
 from fusionkit.errors import CodecError
 from fusionkit.family import Family
 from fusionkit.lowrank import LowRank
 from fusionkit.merge import Normalized
 from fusionkit.payload import Payload
-from fusionkit.task_vectors import Change, TaskVectors
+from fusionkit.task_vectors import Change, ChangedVectors, TaskVectors
 
 Scalars = tuple[float, float]
 """One task's α, the magnitude of its base's shift, and β, the scale of its delta."""
@@ -89,32 +89,35 @@ class DBMS(DeltaCodec):
         object.__setattr__(fixed, "_scalars", dict(scalars))
         return fixed
 
-    def encode(self, family: Family, shared: SharedParts | None = None) -> Iterator[Encoded]:
-        """Encode the shift; search the scalars, once per try; then encode the residuals."""
-        with ExitStack() as kept:
-            of_shift = _view(shared, "shift")
-            of_codec = _view(shared, "delta")
-            shift = kept.enter_context(Payload(self.direction, family, of_shift))
+    def prepare(self, family: Family, shared: SharedParts | None = None) -> Encoder:
+        """Encode the shift; search the scalars, once per try; then what the codec prepares."""
+        of_codec = _view(shared, "delta")
+        with ExitStack() as opened:
+            shift = opened.enter_context(Payload(self.direction, family, _view(shared, "shift")))
             scalars = self._known(family)
             if len(scalars) < len(family.tasks):
                 scalars = {**self._search(family, shift, of_codec), **scalars}
             each = [scalars[task] for task in family.tasks]
-            left = dict.fromkeys(shift.names)
-            whole = Encoded(WHOLE_MODEL, tasks=[{}] * len(each))
-            for encoded in self.codec.encode(shifted(family, shift, each), of_codec):
-                if encoded.name == WHOLE_MODEL:
-                    whole = encoded
-                    continue
-                left.pop(encoded.name, None)
-                yield _together(shift.encoded(encoded.name), encoded, _OF_TENSOR)
-            for name in left:
-                yield _together(shift.encoded(name), Encoded(name), _OF_TENSOR)
+            inner = self.codec.prepare(shifted(family, shift, each), of_codec)
+            opened.callback(inner.close)
+            close = opened.pop_all().close
+
+        def encode(vectors: TaskVectors) -> Encoded:
+            residuals = ChangedVectors.of(vectors, _changes(vectors, shift, each))
+            encoded = inner.encode(residuals)
+            return _together(shift.encoded(vectors.name), encoded, _OF_TENSOR)
+
+        def finish(total: Tensor | None) -> Encoded:
+            whole = inner.finish(total) if inner.finish else None
+            whole = whole or Encoded(WHOLE_MODEL, tasks=[{}] * len(each))
             both = _together(shift.encoded(WHOLE_MODEL), whole, _OF_MODEL)
             pairs = [torch.tensor(pair, dtype=torch.float32) for pair in each]
             tasks = [
                 {**parts, _SCALARS: pair} for parts, pair in zip(both.tasks, pairs, strict=True)
             ]
-            yield Encoded(WHOLE_MODEL, both.shared, tasks)
+            return Encoded(WHOLE_MODEL, both.shared, tasks)
+
+        return Encoder(encode, finish, close)
 
     def decode(self, parts: Parts, shape: torch.Size) -> Tensor:
         """α u + β C(τ − α u)."""
@@ -167,12 +170,18 @@ class DBMS(DeltaCodec):
     ) -> dict[str, Scalars]:
         """Per task the shift and scale of the least weight error."""
         count = len(family.tasks)
-        projected = torch.zeros(2, count, dtype=torch.float64)
-        for vectors in family:
+
+        def project(vectors: TaskVectors) -> Tensor:
+            sums = torch.zeros(2, count, dtype=torch.float64)
             for task in range(count):
                 u = shift.delta(task, vectors.name, vectors.shape)
                 if u is not None:
-                    projected[:, task] += _dots(vectors[task], u)
+                    sums[:, task] += _dots(vectors[task], u)
+            return sums
+
+        projected = family.total(project)
+        if projected is None:
+            return dict.fromkeys(family.tasks, PLAIN)
         unit = torch.where(projected[1] > 0, projected[0] / projected[1], 0.0)
         found: list[tuple[float, Scalars]] = [(torch.inf, PLAIN)] * count
         for multiple in self.grid:
@@ -192,15 +201,19 @@ class DBMS(DeltaCodec):
     ) -> list[tuple[float, float]]:
         """Per task ‖δ − β C(δ)‖² at the best β, and that β."""
         residuals = shifted(family, shift, scalars)
-        sums = torch.zeros(3, len(scalars), dtype=torch.float64)
         with Payload(self.codec, residuals, shared) as deltas:
-            for vectors in residuals:
-                for task in range(len(scalars)):
-                    delta = vectors[task]
+
+            def dots(vectors: TaskVectors) -> Tensor:
+                sums = torch.zeros(3, len(scalars), dtype=torch.float64)
+                for task, delta in enumerate(vectors):
                     sums[2, task] += delta.square().sum(dtype=torch.float64)
                     coded = deltas.delta(task, vectors.name, vectors.shape)
                     if coded is not None:
                         sums[:2, task] += _dots(delta, coded)
+                return sums
+
+            sums = residuals.total(dots)
+        assert sums is not None
         dot, square, whole = sums
         scale = torch.where(square > 0, dot / square, 1.0)
         return list(zip((whole - scale * dot).tolist(), scale.tolist(), strict=True))
@@ -219,14 +232,16 @@ def combine(
 
 def shifted(family: Family, shift: Payload, scalars: Sequence[Scalars]) -> Family:
     """The family's task vectors from the shifted bases: τ_t − α_t u_t."""
+    return family.changed(lambda vectors: _changes(vectors, shift, scalars))
 
-    def changes(vectors: TaskVectors) -> list[Change | None]:
-        return [
-            _Shift(shift, vectors, task, alpha) if alpha else None
-            for task, (alpha, _) in enumerate(scalars)
-        ]
 
-    return family.changed(changes)
+def _changes(
+    vectors: TaskVectors, shift: Payload, scalars: Sequence[Scalars]
+) -> list[Change | None]:
+    return [
+        _Shift(shift, vectors, task, alpha) if alpha else None
+        for task, (alpha, _) in enumerate(scalars)
+    ]
 
 
 class _Shift:
@@ -261,7 +276,7 @@ def _together(shift: Encoded, delta: Encoded, level: str) -> Encoded:
         )
     ]
     shared = {**_over(shift.shared, "shift" + level), **_over(delta.shared, "delta" + level)}
-    return Encoded(delta.name, shared, own)
+    return Encoded(delta.name, shared, own, delta.sums)
 
 
 def _view(shared: SharedParts | None, kind: str) -> SharedParts | None:

@@ -1,14 +1,13 @@
 """EMR-Merging: elect one unified vector, then a mask and a rescaler per task (2405.17461)."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from fusionkit.codec import WHOLE_MODEL, DeltaCodec, Encoded, Parts, SharedParts
+from fusionkit.codec import WHOLE_MODEL, DeltaCodec, Encoded, Encoder, Parts, SharedParts
 from fusionkit.family import Family
 from fusionkit.merge import elect
 from fusionkit.packing import pack_bits, unpack_bits
@@ -37,23 +36,28 @@ class EMR(DeltaCodec):
     scope: Literal["model", "tensor"] = "model"
     dtype: ValueDtype = "fp16"
 
-    def encode(self, family: Family, shared: SharedParts | None = None) -> Iterator[Encoded]:
-        """One pass: masks and shared vector as they come, the rescalers at the end."""
-        total = torch.zeros(2, len(family.tasks), dtype=torch.float64)
-        for vectors in family:
+    def prepare(self, family: Family, shared: SharedParts | None = None) -> Encoder:
+        """Nothing to prepare: masks and shared vector as they come, the rescalers at the end."""
+
+        def encode(vectors: TaskVectors) -> Encoded:
             stored = None if shared is None else self._unified(shared(vectors.name), vectors.shape)
             unified, masks, ratio = self._tensor(vectors, stored)
-            total += ratio
+            sums = ratio if self.scope == "model" else None
             if not (ratio[1] if stored is None else stored).any():
-                continue
+                return Encoded(vectors.name, sums=sums)
             own: list[dict[str, Tensor]] = [{"mask": mask} for mask in masks]
             if self.scope == "tensor":
                 for parts, rescaler in zip(own, self._rescaler(ratio), strict=True):
                     parts["rescaler"] = rescaler
-            yield Encoded(vectors.name, unified, own)
-        if self.scope == "model":
+            return Encoded(vectors.name, unified, own, sums)
+
+        def finish(total: Tensor | None) -> Encoded | None:
+            if total is None:
+                return None
             rescalers = self._rescaler(total)
-            yield Encoded(WHOLE_MODEL, tasks=[{"rescaler": rescaler} for rescaler in rescalers])
+            return Encoded(WHOLE_MODEL, tasks=[{"rescaler": rescaler} for rescaler in rescalers])
+
+        return Encoder(encode, finish)
 
     def decode(self, parts: Parts, shape: torch.Size) -> Tensor:
         """λ_t M_t ⊙ τ_uni."""
@@ -94,9 +98,11 @@ class EMR(DeltaCodec):
         magnitude = elected.abs()
         if self.rescale == "l2":
             block, magnitude = block.to(torch.float64), magnitude.to(torch.float64)
-            sums = (masks * block.abs()) @ magnitude, masks.to(magnitude.dtype) @ magnitude.square()
+            masks = masks.view(torch.uint8).to(torch.float64)
+            sums = (masks * block.abs()) @ magnitude, masks @ magnitude.square()
         else:
-            sums = block.abs().sum(1), masks.to(magnitude.dtype) @ magnitude
+            # Through uint8, which is several times faster than from bool.
+            sums = block.abs().sum(1), masks.view(torch.uint8).to(torch.float32) @ magnitude
         return torch.stack(sums).to(torch.float64)
 
     def _rescaler(self, ratio: Tensor) -> Tensor:

@@ -1,13 +1,12 @@
 """Linearized LoRA adapters, kept or fused (L-LoRA, Tang et al., 2310.04742)."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from fusionkit.codec import DeltaCodec, Encoded, Parts, SharedParts
+from fusionkit.codec import DeltaCodec, Encoder, Parts, SharedParts
 from fusionkit.codecs.dense import Dense
 from fusionkit.codecs.merged import Merged
 from fusionkit.errors import CodecError
@@ -34,8 +33,8 @@ class LinearizedLoRA(DeltaCodec):
     merge: Merge | None = None
     dtype: ValueDtype = "fp16"
 
-    def encode(self, family: Family, shared: SharedParts | None = None) -> Iterator[Encoded]:
-        """One pass, after those that the merge itself needs.
+    def prepare(self, family: Family, shared: SharedParts | None = None) -> Encoder:
+        """The passes that the merge itself needs.
 
         Raises:
             CodecError: the family's adapters are not reused themselves, or not linearized.
@@ -47,7 +46,7 @@ class LinearizedLoRA(DeltaCodec):
                 "LinearizedLoRA is for adapters that were trained linearized (fusionkit fit "
                 "--model.method linearized_lora); keep these by Dense, or merge them by Merged"
             )
-        yield from self._codec.encode(family, shared)
+        return self._codec.prepare(family, shared)
 
     def decode(self, parts: Parts, shape: torch.Size) -> Tensor:
         """φ_t − φ₀, or the merged vector."""

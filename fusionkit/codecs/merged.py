@@ -1,13 +1,12 @@
 """A merged model for every task, and the shared vector that other codecs build on."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fusionkit.codec import DeltaCodec, Encoded, Parts, SharedParts
+from fusionkit.codec import DeltaCodec, Encoded, Encoder, Parts, SharedParts
 from fusionkit.family import Family
 from fusionkit.merge import Mean, Merge
 from fusionkit.task_vectors import TaskVectors
@@ -29,11 +28,10 @@ class Merged(DeltaCodec):
     merge: Merge = field(default_factory=Mean)
     dtype: ValueDtype = "fp16"
 
-    def encode(self, family: Family, shared: SharedParts | None = None) -> Iterator[Encoded]:
-        """One pass, after those that the merge itself needs."""
+    def prepare(self, family: Family, shared: SharedParts | None = None) -> Encoder:
+        """The passes that the merge itself needs."""
         vector = SharedVector(self.merge, self.dtype, family, shared)
-        for vectors in family:
-            yield Encoded(vectors.name, vector.of(vectors).parts)
+        return Encoder(lambda vectors: Encoded(vectors.name, vector.of(vectors).parts))
 
     def decode(self, parts: Parts, shape: torch.Size) -> Tensor:
         """τ*."""

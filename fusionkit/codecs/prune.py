@@ -1,20 +1,20 @@
 """Magnitude pruning: PERU-FFT on a merged model, Post-Pruning without one (2310.01886)."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from fusionkit.codec import DeltaCodec, Encoded, Parts, SharedParts
+from fusionkit.codec import DeltaCodec, Encoded, Encoder, Parts, SharedParts
 from fusionkit.codecs.merged import SharedVector, decode_shared
 from fusionkit.errors import CodecError
 from fusionkit.family import Family
 from fusionkit.merge import Merge
 from fusionkit.packing import decode_positions, encode_positions
 from fusionkit.task_vectors import TaskVectors
-from fusionkit.topk import Thresholds, top_k
+from fusionkit.topk import Kept, Thresholds, top_k, top_k_of
 from fusionkit.values import ValueDtype, pack_values, unpack_values
 
 
@@ -48,22 +48,23 @@ class MagnitudePrune(DeltaCodec):
         if not 0 <= self.density <= 1:
             raise CodecError(f"expected MagnitudePrune's density in [0, 1], got {self.density}")
 
-    def encode(self, family: Family, shared: SharedParts | None = None) -> Iterator[Encoded]:
-        """One pass per tensor; over the whole model, two passes more to find the thresholds."""
+    def prepare(self, family: Family, shared: SharedParts | None = None) -> Encoder:
+        """What the merge needs; over the whole model, two or three passes for the thresholds."""
         vector = SharedVector(self.merge, self.dtype, family, shared)
         thresholds = None
         if self.scope == "model":
             counts = [round(self.density * family.parameters)] * len(family.tasks)
             thresholds = Thresholds.over(
-                lambda: (_residuals(v, vector.of(v).values) for v in family), counts
+                family, counts, lambda vectors: _residuals(vectors, vector.of(vectors).values)
             )
-        for vectors in family:
+
+        def encode(vectors: TaskVectors) -> Encoded:
             merged = vector.of(vectors)
-            own = [
-                self._prune(residual, t, thresholds)
-                for t, residual in enumerate(_residuals(vectors, merged.values))
-            ]
-            yield Encoded(vectors.name, merged.parts, own)
+            kept = self._kept(vectors, merged.values, thresholds)
+            own = [self._coded(each, vectors.shape.numel()) for each in kept]
+            return Encoded(vectors.name, merged.parts, own)
+
+        return Encoder(encode)
 
     def decode(self, parts: Parts, shape: torch.Size) -> Tensor:
         """τ* + v̂_t."""
@@ -76,20 +77,30 @@ class MagnitudePrune(DeltaCodec):
             delta[positions] = values
         return delta.view(shape)
 
-    def _prune(self, residual: Tensor, task: int, thresholds: Thresholds | None) -> Parts:
-        if thresholds is None:
-            positions = top_k(residual, round(self.density * residual.numel()))
-        else:
-            positions = thresholds.positions(residual, task)
-        if not positions.numel():
+    def _kept(
+        self, vectors: TaskVectors, merged: Tensor | None, thresholds: Thresholds | None
+    ) -> Iterator[Kept]:
+        """Per task the entries that are kept."""
+        count = round(self.density * vectors.shape.numel())
+        if thresholds is None and merged is None:
+            yield from top_k_of(vectors, count)
+            return
+        for task, residual in enumerate(_residuals(vectors, merged)):
+            if thresholds is None:
+                positions = top_k(residual, count)
+            else:
+                positions = thresholds.positions(residual, task, vectors.name)
+            yield Kept(positions, residual.view(-1)[positions])
+
+    def _coded(self, kept: Kept, total: int) -> Parts:
+        if not len(kept.positions):
             return {}
-        kept = residual.view(-1)[positions]
         return {
-            "positions": encode_positions(positions, residual.numel()),
-            **pack_values(kept, self.dtype),
+            "positions": encode_positions(kept.positions, total),
+            **pack_values(kept.values, self.dtype),
         }
 
 
-def _residuals(vectors: TaskVectors, merged: Tensor | None) -> Iterable[Tensor]:
-    for task in range(len(vectors)):
-        yield vectors[task] if merged is None else vectors[task].sub_(merged)
+def _residuals(vectors: TaskVectors, merged: Tensor | None) -> Iterator[Tensor]:
+    for vector in vectors:
+        yield vector if merged is None else vector.sub_(merged)

@@ -1,6 +1,5 @@
 """Truncated SVD of each matrix delta: PERU-LoRA (2310.01886) where the delta is an adapter's."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import ClassVar, Literal
@@ -8,7 +7,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fusionkit.codec import Encoded, Parts, SharedParts, TensorCodec
+from fusionkit.codec import Encoded, Encoder, Parts, SharedParts, TensorCodec
 from fusionkit.errors import CodecError
 from fusionkit.family import Family
 from fusionkit.lowrank import LowRank, Spectral, svd_exact, svd_gram, svd_randomized
@@ -88,19 +87,21 @@ class SVD(TensorCodec):
                 f"SVD's {next(iter(given))} needs the whole spectrum: use method gram or exact"
             )
 
-    def encode(self, family: Family, shared: SharedParts | None = None) -> Iterator[Encoded]:
-        """Tensor by tensor; a pass before that where the whole model's spectrum decides."""
-        tasks = range(len(family.tasks))
+    def prepare(self, family: Family, shared: SharedParts | None = None) -> Encoder:
+        """A pass where the whole model's spectrum decides."""
         ranks: list[Ranks] | None = None
         if self.budget is not None or self.scope == "model":
             ranks = self._shared_out(family)
-        for vectors in family:
+
+        def encode(vectors: TaskVectors) -> Encoded:
             name, shape = vectors.name, vectors.shape
-            given = [None if ranks is None else ranks[t][name] for t in tasks]
-            yield Encoded(
-                name,
-                tasks=[self._encode(_delta(vectors, t), name, shape, given[t]) for t in tasks],
-            )
+            own = [
+                self._encode(_delta(vectors, t), name, shape, ranks[t][name] if ranks else None)
+                for t in range(len(vectors))
+            ]
+            return Encoded(name, tasks=own)
+
+        return Encoder(encode)
 
     def encode_tensor(self, delta: Tensor, name: str) -> Parts:
         """Factors of a matrix, or the values of a vector; none where the delta is zero."""
@@ -175,30 +176,49 @@ class SVD(TensorCodec):
             method = "gram" if small else "randomized"
         return _METHODS[method](delta.reshape(rows, columns), rank)
 
+    def _is_cut(self, shape: torch.Size) -> bool:
+        """Whether a tensor is a matrix, and fewer directions than all may be kept of it."""
+        rows, columns = _matrix(shape)
+        saves = rows * columns > rows + columns
+        return min(rows, columns) > 1 and (self.budget is None or saves)
+
+    def _spectra(self, vectors: TaskVectors) -> list[Tensor | None]:
+        """Per task the squared singular values, float64; none of a vector; None of a zero delta."""
+        found: list[Tensor | None] = []
+        rows, columns = _matrix(vectors.shape)
+        for task in range(len(vectors)):
+            delta = _delta(vectors, task)
+            if not _is_nonzero(delta):
+                found.append(None)
+            elif self._is_cut(vectors.shape):
+                s = self._spectral(delta, rows, columns, min(rows, columns)).s
+                found.append(s.to(torch.float64).square())
+            else:
+                found.append(torch.empty(0, dtype=torch.float64))
+        return found
+
     def _shared_out(self, family: Family) -> list[Ranks]:
         """Each task's ranks, from the spectra of its whole delta: most held per byte first."""
         spectra: list[dict[str, Tensor]] = [{} for _ in family.tasks]
         fixed = [0] * len(family.tasks)
         ranks: list[Ranks] = [{} for _ in family.tasks]
         cost: dict[str, int] = {}
-        for vectors in family:
-            rows, columns = _matrix(vectors.shape)
+        for name, found in family.each(self._spectra).items():
+            shape = torch.Size(family.base.specs[name].shape)
+            rows, columns = _matrix(shape)
             gain = (rows * columns - 1) // (rows + columns)  # the last rank that saves space
-            cost[vectors.name] = stored_bytes((rows, 1), self.dtype) + stored_bytes(
+            cost[name] = stored_bytes((rows, 1), self.dtype) + stored_bytes(
                 (columns, 1), self.dtype
             )
-            for task in range(len(family.tasks)):
-                delta = _delta(vectors, task)
-                if not _is_nonzero(delta):
-                    ranks[task][vectors.name] = 0
-                elif min(rows, columns) == 1 or (self.budget is not None and not gain):
-                    ranks[task][vectors.name] = 1  # kept whole, or dropped
-                    if self.vectors == "whole" or len(vectors.shape) > 1:
-                        fixed[task] += stored_bytes((vectors.shape.numel(),), self.dtype)
+            for task, own in enumerate(found):
+                if own is None:
+                    ranks[task][name] = 0
+                elif not self._is_cut(shape):
+                    ranks[task][name] = 1  # kept whole, or dropped
+                    if self.vectors == "whole" or len(shape) > 1:
+                        fixed[task] += stored_bytes((shape.numel(),), self.dtype)
                 else:
-                    s = self._spectral(delta, rows, columns, min(rows, columns)).s
-                    s = s if self.budget is None else s[:gain]
-                    spectra[task][vectors.name] = s.to(torch.float64).square()
+                    spectra[task][name] = own if self.budget is None else own[:gain]
         for task, squares in enumerate(spectra):
             least = fixed[task] + min((cost[name] for name in squares), default=0)
             if self.budget is not None and least > self.budget:

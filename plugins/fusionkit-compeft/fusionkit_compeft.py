@@ -1,13 +1,21 @@
 """ComPEFT: signs of the largest entries, times one scalar a task (Yadav et al., 2311.13171)."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from fusionkit import WHOLE_MODEL, DeltaCodec, Encoded, Family, Parts, SharedParts
+from fusionkit import (
+    WHOLE_MODEL,
+    DeltaCodec,
+    Encoded,
+    Encoder,
+    Family,
+    Parts,
+    SharedParts,
+    TaskVectors,
+)
 from fusionkit.errors import CodecError
 from fusionkit.packing import decode_positions, encode_positions, pack_bits, unpack_bits
 from fusionkit.topk import Thresholds
@@ -38,31 +46,37 @@ class ComPEFT(DeltaCodec):
         if not 0 < self.density <= 1:
             raise CodecError(f"expected ComPEFT's density in (0, 1], got {self.density}")
 
-    def encode(self, family: Family, shared: SharedParts | None = None) -> Iterator[Encoded]:
-        """Two passes to find the thresholds, one to encode; the scalars at the end."""
-        tasks = range(len(family.tasks))
-        counts = [round(self.density * family.parameters)] * len(tasks)
-        thresholds = Thresholds.over(lambda: ((v[t] for t in tasks) for v in family), counts)
-        kept = torch.zeros(2, len(tasks), dtype=torch.float64)  # count, Σ|τ|
-        moments = torch.zeros(2, len(tasks), dtype=torch.float64)  # Σ τ, Σ τ²
-        for vectors in family:
+    def prepare(self, family: Family, shared: SharedParts | None = None) -> Encoder:
+        """Two or three passes to find the thresholds; the scalars come at the end."""
+        counts = [round(self.density * family.parameters)] * len(family.tasks)
+        thresholds = Thresholds.over(family, counts)
+
+        def encode(vectors: TaskVectors) -> Encoded:
+            sums = torch.zeros(4, len(vectors), dtype=torch.float64)  # count, Σ|τ|; Σ τ, Σ τ²
             own = []
-            for task in tasks:
-                flat = vectors[task].view(-1)
-                double = flat.to(torch.float64)
-                moments[:, task] += torch.stack([double.sum(), double.square().sum()])
-                positions = thresholds.positions(flat, task)
+            for task, vector in enumerate(vectors):
+                flat = vector.view(-1)
+                positions = thresholds.positions(flat, task, vectors.name)
                 values = flat[positions]
-                kept[0, task] += len(values)
-                kept[1, task] += values.abs().sum(dtype=torch.float64)
+                double = flat.to(torch.float64)
+                sums[0, task] = len(values)
+                sums[1, task] = values.abs().sum(dtype=torch.float64)
+                sums[2:, task] = torch.stack([double.sum(), double.square().sum()])
                 own.append(_ternary(positions, values, flat.numel()) if len(values) else {})
-            yield Encoded(vectors.name, tasks=own)
-        magnitudes = kept[1] / kept[0].clamp(min=1)
-        if self.scale is not None:
-            mean, square = moments / family.parameters
-            magnitudes = self.scale * (square - mean.square()).clamp(min=0).sqrt()
-        scales = magnitudes.to(torch.float32)[:, None]
-        yield Encoded(WHOLE_MODEL, tasks=[{"scale": scale} for scale in scales])
+            return Encoded(vectors.name, tasks=own, sums=sums)
+
+        def finish(total: Tensor | None) -> Encoded | None:
+            if total is None:
+                return None
+            kept, moments = total[:2], total[2:]
+            magnitudes = kept[1] / kept[0].clamp(min=1)
+            if self.scale is not None:
+                mean, square = moments / family.parameters
+                magnitudes = self.scale * (square - mean.square()).clamp(min=0).sqrt()
+            scales = magnitudes.to(torch.float32)[:, None]
+            return Encoded(WHOLE_MODEL, tasks=[{"scale": scale} for scale in scales])
+
+        return Encoder(encode, finish)
 
     def decode(self, parts: Parts, shape: torch.Size) -> Tensor:
         """A σ sgn(τ_t) where it was kept; differentiable in a σ."""

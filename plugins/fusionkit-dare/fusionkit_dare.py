@@ -1,7 +1,7 @@
 """DARE: drop most of a task vector at random, and rescale the rest (Yu et al., 2311.03099)."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from fusionkit import (
     DeltaCodec,
     Encoded,
+    Encoder,
     Family,
     Mean,
     Merge,
@@ -55,17 +56,9 @@ class DARE(DeltaCodec):
     def __post_init__(self) -> None:
         _check(self.drop, "DARE")
 
-    def encode(self, family: Family, shared: SharedParts | None = None) -> Iterator[Encoded]:
-        """Tensor by tensor, task by task."""
-        for vectors in family:
-            own = []
-            for task, name in enumerate(vectors.tasks):
-                flat = vectors[task].view(-1)
-                key = key_of(self.seed, name, vectors.name)
-                values = flat[kept(key, flat.numel(), self.drop, flat.device)]
-                parts = {"key": torch.tensor([key]), **pack_values(values, self.dtype)}
-                own.append(parts if values.any() else {})
-            yield Encoded(vectors.name, tasks=own)
+    def prepare(self, family: Family, shared: SharedParts | None = None) -> Encoder:
+        """Nothing to prepare: tensor by tensor, task by task."""
+        return Encoder(self._encode)
 
     def decode(self, parts: Parts, shape: torch.Size) -> Tensor:
         """τ_t / (1 − p) where it was kept."""
@@ -75,6 +68,16 @@ class DARE(DeltaCodec):
         values = unpack_values(parts, int(mask.sum()), self.dtype)
         delta[mask] = values.div_(1 - self.drop)
         return delta.view(shape)
+
+    def _encode(self, vectors: TaskVectors) -> Encoded:
+        own = []
+        for task, name in enumerate(vectors.tasks):
+            flat = vectors[task].view(-1)
+            key = key_of(self.seed, name, vectors.name)
+            values = flat[kept(key, flat.numel(), self.drop, flat.device)]
+            parts = {"key": torch.tensor([key]), **pack_values(values, self.dtype)}
+            own.append(parts if values.any() else {})
+        return Encoded(vectors.name, tasks=own)
 
 
 @dataclass(frozen=True)

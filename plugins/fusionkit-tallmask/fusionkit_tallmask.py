@@ -1,6 +1,6 @@
 """TALL-masks and consensus merging: where tasks live in a merged vector (2405.07813)."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from fusionkit import (
     DeltaCodec,
     Encoded,
+    Encoder,
     Family,
     Merge,
     MergeTensor,
@@ -67,23 +68,26 @@ class TALLMask(DeltaCodec):
         object.__setattr__(self, "merge", self.merge or TaskArithmetic(1.0))
         _check(self.threshold, "TALLMask")
 
-    def encode(self, family: Family, shared: SharedParts | None = None) -> Iterator[Encoded]:
-        """One pass, after those that the merge itself needs.
+    def prepare(self, family: Family, shared: SharedParts | None = None) -> Encoder:
+        """What the merge itself needs.
 
         Raises:
             CodecError: a task has no threshold.
         """
         thresholds = _per_task(self.threshold, family.tasks, "TALLMask")
         vector = SharedVector(self.merge, self.dtype, family, shared)
-        for vectors in family:
+
+        def encode(vectors: TaskVectors) -> Encoded:
             merged = vector.of(vectors)
             if merged.values is None:
-                continue
+                return Encoded(vectors.name)
             masks = [
                 {"mask": pack_bits(tall_mask(vectors[task], merged.values, threshold))}
                 for task, threshold in enumerate(thresholds)
             ]
-            yield Encoded(vectors.name, merged.parts, masks)
+            return Encoded(vectors.name, merged.parts, masks)
+
+        return Encoder(encode)
 
     def decode(self, parts: Parts, shape: torch.Size) -> Tensor:
         """M_t ⊙ τ*."""

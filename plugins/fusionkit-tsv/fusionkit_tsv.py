@@ -1,13 +1,12 @@
 """Task singular vectors: what of a matrix's delta is the task's (Gargiulo et al., 2412.00081)."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from fusionkit import SVD, DeltaCodec, Encoded, Family, Parts, SharedParts, TensorMerge
+from fusionkit import SVD, DeltaCodec, Encoder, Family, Parts, SharedParts, TensorMerge
 from fusionkit.errors import CodecError
 from fusionkit.lowrank import LowRank, Spectral, svd_gram, svd_randomized
 from fusionkit.values import ValueDtype
@@ -38,9 +37,9 @@ class TSVCompress(DeltaCodec):
         if self.tasks is not None and self.tasks < 1:
             raise CodecError(f"expected TSVCompress's tasks to be at least 1, got {self.tasks}")
 
-    def encode(self, family: Family, shared: SharedParts | None = None) -> Iterator[Encoded]:
-        """Tensor by tensor, as truncated SVD at 1/T of the full rank."""
-        yield from self._svd(self.tasks or len(family.tasks)).encode(family, shared)
+    def prepare(self, family: Family, shared: SharedParts | None = None) -> Encoder:
+        """Nothing: tensor by tensor, as truncated SVD at 1/T of the full rank."""
+        return self._svd(self.tasks or len(family.tasks)).prepare(family, shared)
 
     def decode(self, parts: Parts, shape: torch.Size) -> Tensor:
         """U_k Σ_k V_kᵀ."""

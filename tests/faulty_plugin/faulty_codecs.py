@@ -1,14 +1,14 @@
 """Codecs that break the contract, one fault each, and one that tests its edge."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from fusionkit.codec import DeltaCodec, Encoded, Parts, SharedParts, TensorCodec
+from fusionkit.codec import DeltaCodec, Encoded, Encoder, Parts, SharedParts, TensorCodec
 from fusionkit.family import Family
+from fusionkit.task_vectors import TaskVectors
 
 KEPT: dict[int, Tensor] = {}
 """What a codec must not have: a memory beside its payload."""
@@ -25,10 +25,13 @@ class Faulty(DeltaCodec):
     id: ClassVar[str] = "faulty"
     fault: str = "none"
 
-    def encode(self, family: Family, shared: SharedParts | None = None) -> Iterator[Encoded]:
-        for place, vectors in enumerate(family):
+    def prepare(self, family: Family, shared: SharedParts | None = None) -> Encoder:
+        calls: list[str] = []
+
+        def encode(vectors: TaskVectors) -> Encoded:
             parts: list[dict[str, Tensor]] = [{"values": v} for v in vectors.stack()]
             name, common = vectors.name, {}
+            calls.append(name)
             if self.fault == "name":
                 name = "nowhere.weight"
             elif self.fault == "tasks":
@@ -39,17 +42,19 @@ class Faulty(DeltaCodec):
                 parts = [{"values": v["values"].to(torch.complex128)} for v in parts]
             elif self.fault == "shared":
                 common = {"common": torch.zeros(1)}
-            elif self.fault == "raise" and place == 2:
+            elif self.fault == "raise" and name == list(family.sizes)[2]:
                 raise ZeroDivisionError("in the third tensor")
             elif self.fault == "random":
                 parts = [{"values": v["values"] + torch.rand(())} for v in parts]
+            elif self.fault == "order":
+                parts = [{"values": v["values"] + len(calls)} for v in parts]
             elif self.fault == "writes to the base":
                 vectors.base.add_(1)
             elif self.fault == "memory":
                 KEPT.update({id(v["values"]): v["values"] for v in parts})
-            yield Encoded(name, common, parts)
-            if self.fault == "twice":
-                yield Encoded(name, common, parts)
+            return Encoded(name, common, parts)
+
+        return Encoder(encode)
 
     def decode(self, parts: Parts, shape: torch.Size) -> Tensor:
         values = parts["values"].clone()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import fusionkit
 from fusionkit import DBMS, Bundle, MagnitudePrune, ReuseModule
 from fusionkit.errors import BundleError, CodecError
-from fusionkit.partfile import PartWriter
+from fusionkit.partfile import Part, PartWriter
 from fusionkit.testing import CodecContract, models
 
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -131,7 +131,7 @@ def test_a_plane_that_is_no_frame_is_named(bad: bytes, said: str, tmp_path: Path
     writer = PartWriter(tmp_path / "b" / "task-a.safetensors")
     for part, tensor in sound.items():
         cut = torch.frombuffer(bytearray(bad), dtype=torch.uint8)
-        writer.add(f"w/{part}", cut if part == "bfloat16.1" else tensor)
+        writer.add(Part.of(f"w/{part}", cut if part == "bfloat16.1" else tensor))
     record = replace(bundle.manifest.tasks["a"], file=writer.finish())
     bundle.update(replace(bundle.manifest, tasks={"a": record}))
     with pytest.raises(BundleError, match=rf"'w' of task 'a' can't be decoded by .*{said}"):

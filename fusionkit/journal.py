@@ -1,0 +1,168 @@
+"""What an interrupted run has written, so that the next one goes on from there."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusionkit.bundle_folder import LOCK
+from fusionkit.checkpoint import Checkpoint
+from fusionkit.family import Family
+from fusionkit.partfile import Entry, PartWriter
+from fusionkit.processes import Processes
+from fusionkit.registry import Config
+
+FILE = "journal.jsonl"
+PROCESS = "process-"
+"""With its rank, the folder of a process that is not the first."""
+_DUE = 1 << 24
+"""Bytes written after which the journal is brought up to date."""
+
+
+class Record(NamedTuple):
+    """One tensor that is on disk.
+
+    Attributes:
+        name: the tensor's name; None for all tensors that are stored whole, which come first.
+        files: its parts in each file.
+        sums: see `fusionkit.codec.Encoded`.
+    """
+
+    name: str | None
+    files: list[list[Entry]]
+    sums: Tensor | None = None
+
+
+class Journal:
+    """Keeps a record of each tensor that was written, behind the data themselves.
+
+    Args:
+        folder: where the files are written.
+        identity: of the run; a journal of another one is of no use.
+        writers: of the files, in the order of a record's `files`.
+    """
+
+    def __init__(self, folder: Path, identity: str, writers: Sequence[PartWriter]) -> None:
+        self._path = folder / FILE
+        self._identity = identity
+        self._writers = writers
+        self._due: list[Record] = []
+        self._bytes = 0
+
+    def resume(self) -> list[Record]:
+        """Bring the writers to where an interrupted run was; the records of what is there."""
+        kept: list[Record] = []
+        for writer in self._writers:
+            writer.resume()
+        for record in self._read():
+            pairs = list(zip(self._writers, record.files, strict=True))
+            if not all(writer.holds(entries) for writer, entries in pairs):
+                break
+            for writer, entries in pairs:
+                writer.keep(entries)
+            kept.append(record)
+        for writer in self._writers:
+            writer.cut()
+        if not kept:
+            for writer in self._writers:
+                writer.clear()
+        lines = [json.dumps(self._identity), *map(_line, kept)]
+        self._path.write_text("\n".join(lines) + "\n")
+        return kept
+
+    def add(self, record: Record) -> None:
+        """Note a tensor that was handed to the writers."""
+        self._due.append(record)
+        self._bytes += sum(entry.nbytes for entries in record.files for entry in entries)
+        if self._bytes >= _DUE:
+            self.flush()
+
+    def flush(self) -> None:
+        """Bring data and journal up to date."""
+        for writer in self._writers:
+            writer.flush()
+        with self._path.open("a") as file:
+            file.writelines(_line(record) + "\n" for record in self._due)
+        self._due, self._bytes = [], 0
+
+    def _read(self) -> list[Record]:
+        if _identity(self._path) != self._identity:
+            return []
+        records = []
+        for line in self._path.read_text().splitlines()[1:]:
+            try:
+                name, files, sums = json.loads(line)
+            except ValueError:
+                break  # the last line, half written
+            entries = [[Entry(*entry) for entry in each] for each in files]
+            records.append(Record(name, entries, _tensor(sums)))
+        return records
+
+
+def is_resumable(family: Family) -> bool:
+    """Whether another run can be told to be the same: all its models are files."""
+    return all(checkpoint.files for checkpoint in (family.base, *family.finetuned.values()))
+
+
+def identity(family: Family, codec: Config, processes: Processes) -> str:
+    """What tells one run from another: codec, settings, and the files that are read."""
+    checkpoints: Mapping[str, Checkpoint] = {"": family.base, **family.finetuned}
+    read = {}
+    for task, checkpoint in checkpoints.items():
+        stats = [(path, path.stat()) for path in checkpoint.files]
+        files = [[str(path.absolute()), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+        read[task] = [checkpoint.strip_prefix, checkpoint.add_prefix, *files]
+    patterns = [family.private_patterns, family.frozen_patterns, bool(family.space)]
+    own = [processes.rank, processes.count]
+    return json.dumps([version("fusionkit"), codec, read, patterns, own])
+
+
+def claim(folder: Path, identity: str) -> None:
+    """Empty a folder, unless what it holds is of the same run."""
+    known = _identity(folder / FILE)
+    for path in folder.iterdir() if known != identity else ():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
+
+
+def tidy(folder: Path) -> None:
+    """Remove what is not of the bundle."""
+    (folder / FILE).unlink(missing_ok=True)
+    for own in folder.glob(f"{PROCESS}*"):
+        shutil.rmtree(own)
+
+
+def _identity(path: Path) -> object:
+    try:
+        with path.open() as file:
+            return json.loads(file.readline())
+    except (OSError, ValueError):
+        return None
+
+
+def _line(record: Record) -> str:
+    sums = record.sums
+    coded = None
+    if sums is not None:
+        coded = [str(sums.dtype).removeprefix("torch."), list(sums.shape), _hex(sums)]
+    return json.dumps([record.name, record.files, coded])
+
+
+def _hex(sums: Tensor) -> str:
+    return sums.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes().hex()
+
+
+def _tensor(coded: tuple[str, list[int], str] | None) -> Tensor | None:
+    if coded is None:
+        return None
+    dtype, shape, text = coded
+    data = torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
+    found: torch.dtype = getattr(torch, dtype)
+    return data.view(found).view(shape)

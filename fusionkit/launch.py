@@ -1,0 +1,32 @@
+"""Several processes by Lightning's own launchers: subprocesses, torchrun, SLURM."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+
+from fusionkit.processes import ALONE, Group, Processes
+
+
+@contextmanager
+def launched(trainer: Mapping[str, Any]) -> Iterator[Processes]:
+    """The processes that a Trainer of these settings would run in; the others are started first.
+
+    Args:
+        trainer: a recipe's `trainer`: its `accelerator`, `devices` and `num_nodes` are used.
+    """
+    fabric = Fabric(
+        accelerator=trainer["accelerator"],
+        devices=trainer["devices"],
+        num_nodes=trainer["num_nodes"],
+    )
+    fabric.launch()
+    if fabric.world_size == 1:
+        yield ALONE
+        return
+    try:
+        yield Group()
+    finally:
+        torch.distributed.destroy_process_group()
