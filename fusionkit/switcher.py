@@ -29,7 +29,7 @@ class TaskSource(Protocol):
     def write_into(self, task: str, base: Mapping[str, Tensor], out: Mapping[str, Tensor]) -> None:
         """Write a task's weights into `out`, all but private and frozen ones.
 
-        Each tensor of `out` is written before the next is asked for.
+        A tensor of `out` is written before another is asked for, or asked for again.
         """
         ...
 
