@@ -16,6 +16,7 @@ from fusionkit.checkpoint import Checkpoint
 from fusionkit.errors import CheckpointError, FusionKitError
 from fusionkit.family import matches
 from fusionkit.paths import resolve_package_path
+from fusionkit.sharded import aliases, put
 
 MetricOfClasses = Callable[[int], Metric]
 """Number of classes → a fresh metric."""
@@ -48,11 +49,13 @@ def predict(model: Callable[..., Any], batch: Any) -> tuple[Tensor, Tensor]:
 def load_base(model: nn.Module, base: Checkpoint, private: list[str]) -> None:
     """Load a base's weights into a model, in place; what the base lacks must be private.
 
+    A model on the meta device is checked, and not filled.
+
     Raises:
         FusionKitError: the base lacks a tensor of the model, or has it in another shape.
     """
     state = model.state_dict()
-    tied = Checkpoint(model).aliases
+    tied = aliases(model)
     missing = [
         name
         for name in state
@@ -72,7 +75,8 @@ def load_base(model: nn.Module, base: Checkpoint, private: list[str]) -> None:
                         f"{base.label}: '{name}' has shape {list(base.specs[name].shape)}, the "
                         f"model wants {list(tensor.shape)}"
                     )
-                tensor.copy_(base[name])
+                if not tensor.is_meta:
+                    put(tensor, base[name])
 
 
 def sequence_classifier(path: str, num_labels: int = 2, pretrained: bool = True) -> nn.Module:

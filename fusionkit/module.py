@@ -7,8 +7,10 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torchmetrics import Metric
 
 from fusionkit.bundle import Bundle
@@ -21,11 +23,12 @@ from fusionkit.codec import DeltaCodec
 from fusionkit.codecs.dbms import DBMS
 from fusionkit.compress import compress
 from fusionkit.errors import BundleError, DataError, FusionKitError
-from fusionkit.family import Family
+from fusionkit.family import Family, matches
 from fusionkit.models import MetricOfClasses, accuracy, load_base, predict
 from fusionkit.processes import ALONE, Processes
 from fusionkit.registry import to_config
 from fusionkit.report import Scores
+from fusionkit.sharded import ShardedBase, check_strategy, is_sharded, on_meta, shard
 from fusionkit.space import Adapters
 from fusionkit.spread import real_rows
 from fusionkit.switcher import Switcher, TaskSource
@@ -44,7 +47,8 @@ class ReuseModule(LightningModule):
     once beside the model's, so that every switch starts from them.
 
     Args:
-        model: the base model; its weights are the base's unless `base` is given.
+        model: the base model; its weights are the base's unless `base` is given. It may be on
+            the meta device, to be filled from there as it is sharded.
         bundle: a bundle, or its folder. With a codec given too, the bundle must be made by it.
         codec: how the fine-tuned checkpoints are compressed; none: they are used as they are.
         finetuned: task name → fine-tuned checkpoint; or one path with a `*` that stands for the
@@ -107,7 +111,9 @@ class ReuseModule(LightningModule):
         self.base_source = None if base is None else Checkpoint.of(base)
         if self.base_source is not None:
             load_base(model, self.base_source, self.private)
-        self._switcher = Switcher(model, cache_bytes)
+        elif on_meta(model):
+            raise FusionKitError("the model is on the meta device; give `base`, to fill it from")
+        self._switcher = Switcher(model, cache_bytes, self.base_source)
         self._source: TaskSource | None = None
         if isinstance(bundle, Bundle):
             self.reuse(bundle)
@@ -226,6 +232,38 @@ class ReuseModule(LightningModule):
         self.task = None
         self._switcher.become(task, family, set() if deltas else set(family.names("delta")))
 
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Shard the model, and the base's weights beside it, over several processes (FSDP2).
+
+        All ranks call this, and from then on `switch` together, to the same task; tensors that
+        are each task's own stay whole. A model that is sharded already stays as it is.
+
+        Args:
+            mesh: of one dimension, the ranks to shard over.
+
+        Raises:
+            FusionKitError: the model is on the meta device, and was sharded there already, or has
+                a buffer that no checkpoint holds.
+        """
+        base = self._switcher.base
+        if isinstance(base, ShardedBase):
+            return
+        empty = on_meta(self.model)
+        if not empty:
+            self.switch(None)
+        if empty or not is_sharded(self.model):
+            shard(self.model, mesh, self._own_tensors(), self.base_source if empty else None)
+        self._switcher.base = ShardedBase(self.model, None if empty else base)
+        if isinstance(self._source, Family) and self._source.base is base:
+            self.reuse(self.family())
+        elif self._source is not None:
+            self.reuse(self._source)
+
+    def configure_model(self) -> None:
+        """Shard the model, where the Trainer's strategy is ModelParallelStrategy."""
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            self.shard(self.trainer.strategy.device_mesh["data_parallel"])
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The active task's model, called as it is."""
         return self.model(*args, **kwargs)
@@ -235,6 +273,7 @@ class ReuseModule(LightningModule):
 
         To fit is to calibrate: everything but the scalars is put beyond the reach of gradients.
         """
+        check_strategy(self.trainer, self.model)
         if stage == "fit":
             self._start_calibration()
             return
@@ -403,6 +442,14 @@ class ReuseModule(LightningModule):
         if self.scores.share is not None:
             logged[f"{stage}/share"] = self.scores.share
         self.log_dict(logged, rank_zero_only=True)
+
+    def _own_tensors(self) -> set[str]:
+        """Names of the tensors that are a task's own."""
+        own = {name for name in self.model.state_dict() if matches(name, self.private)}
+        if self._source is not None:
+            tasks = self._source.tasks
+            own.update(name for task in tasks for name, _ in self._source.private_tensors(task))
+        return own
 
     def _evaluated(self) -> list[str]:
         """The tasks in the order of the dataloaders."""

@@ -6,9 +6,11 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from fusionkit.checkpoint import Checkpoint
-from fusionkit.errors import BundleError
+from fusionkit.errors import BundleError, FusionKitError
+from fusionkit.sharded import beside, kept, kept_bytes, on_meta, put, whole
 
 
 class TaskSource(Protocol):
@@ -25,7 +27,10 @@ class TaskSource(Protocol):
         ...
 
     def write_into(self, task: str, base: Mapping[str, Tensor], out: Mapping[str, Tensor]) -> None:
-        """Write a task's weights into `out`, all but private and frozen ones."""
+        """Write a task's weights into `out`, all but private and frozen ones.
+
+        A tensor of `out` is written before another is asked for, or asked for again.
+        """
         ...
 
     def private_tensors(self, task: str) -> Iterator[tuple[str, Tensor]]:
@@ -40,15 +45,20 @@ class Switcher:
         model: the model, with the base's weights.
         cache_bytes: of this size, the weights of the tasks used last are kept, beside the model
             and on its device; a switch to one of them is a copy.
+        base: where the weights of a model on the meta device are; it can be switched once it has
+            them.
 
     Attributes:
-        base: the base's weights, on the model's device, in their own dtype.
+        base: the base's weights, on the model's device, in their own dtype; sharded, where the
+            model is (`sharded.py`).
         cached: the tasks whose weights are kept, the one used last at the end.
     """
 
-    def __init__(self, model: nn.Module, cache_bytes: int = 0) -> None:
+    def __init__(
+        self, model: nn.Module, cache_bytes: int = 0, base: Checkpoint | None = None
+    ) -> None:
         self.model = model
-        self.base = Checkpoint(model).in_memory()
+        self.base = base if base is not None and on_meta(model) else beside(model)
         self.cached: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
         self._cached_of: tuple[object, object] = (None, None)
         self._cache_bytes = cache_bytes
@@ -71,9 +81,15 @@ class Switcher:
         Raises:
             BundleError: the source has no such task, a file of it was changed, or a private
                 tensor has no place in the model, which is then the base.
+            FusionKitError: the model is on the meta device.
         """
         # Weights made under inference mode could never be trained again.
         with torch.inference_mode(False), torch.no_grad():
+            if on_meta(self.model):
+                raise FusionKitError(
+                    "the model is on the meta device and can't be switched; first call "
+                    "`ReuseModule.shard`, or let a Trainer with ModelParallelStrategy do that"
+                )
             try:
                 self._become(task, source, left_out)
             except BaseException:
@@ -82,7 +98,8 @@ class Switcher:
 
     def to(self, device: torch.device) -> None:
         """Follow the model, which was moved to a device, or cast."""
-        if self.base[next(iter(self.base))].device != device:
+        held = kept(self.base)
+        if device.type != "meta" and held[next(iter(held))].device != device:
             self.base = self.base.in_memory(device)
         self.forget()
 
@@ -90,13 +107,13 @@ class Switcher:
         state = _state(self.model)
         private: dict[str, Tensor] = {}
         if task is None or source is None:
-            self._place(state, self.base)
+            self._place(state, kept(self.base))
         else:
             private = dict(source.private_tensors(task))
             out = {name: tensor for name, tensor in state.items() if name not in left_out}
             self._write(task, source, out, keep=not left_out)
             # A head that the last task had and this one lacks goes back to the base's.
-            left = {name: self.base[name] for name in self._private - private.keys()}
+            left = {name: kept(self.base)[name] for name in self._private - private.keys()}
             self._place(state, {**left, **private})
         self._private = private.keys()
 
@@ -111,9 +128,10 @@ class Switcher:
             for name, value in self.cached[task].items():
                 out[name].copy_(value)
             return
-        source.write_into(task, self.base, out)
+        with whole(out) as targets:
+            source.write_into(task, self.base, targets)
         names = [name for name in source.written if name in out] if self._cache_bytes else []
-        size = sum(out[name].nbytes for name in names)
+        size = sum(kept_bytes(out[name]) for name in names)
         if not keep or not 0 < size <= self._cache_bytes:
             return
         while self.cached and (len(self.cached) + 1) * size > self._cache_bytes:
@@ -133,8 +151,13 @@ class Switcher:
             )
         old = state[name]
         if old.shape == value.shape:
-            old.copy_(value)
+            put(old, value)
             return
+        if isinstance(old, DTensor):
+            raise BundleError(
+                f"the task's private tensor '{name}' has another shape than the model's, which is "
+                "sharded; name it in `private` before the model is sharded, or leave it unsharded"
+            )
         path, _, leaf = name.rpartition(".")
         parent = self.model.get_submodule(path)
         fresh = value.to(device=old.device, dtype=old.dtype, copy=True)
