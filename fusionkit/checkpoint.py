@@ -66,11 +66,14 @@ class Checkpoint(Mapping[str, Tensor]):
         buffers: names known to be buffers (a live module's; empty for files).
         nbytes: bytes on disk of the source's files; of its tensors where it is not a file.
         files: the files that it is read from; none of a live source.
+        serial: reading involves other processes, so that all read the same tensors in one order.
         live: others can change the tensors while they are read from here: a module or mapping.
 
     Raises:
         CheckpointError: the source can't be read; the message names the file and the mend.
     """
+
+    serial = False
 
     def __init__(
         self,

@@ -80,7 +80,7 @@ def compress(
             raise CodecError(f"expected a DeltaCodec, got {codec!r}")
         to_config(codec)
         family = Family(base, finetuned, private, frozen, adapters)
-        family.workers = Workers(processes, progress)
+        family.workers = Workers(processes, progress, family.workers.threads)
         if out is None:
             return _temporary(family, codec)
         out = Path(out)

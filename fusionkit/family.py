@@ -111,7 +111,7 @@ class Family:
                 f"{listing(findings)}{self._hint()}"
             )
         self._changes: tuple[Callable[[TaskVectors], Sequence[Change | None]], ...] = ()
-        self.workers = Workers()
+        self.workers = Workers(threads=1 if self.base.serial else None)
         self.sizes = {name: self.base.specs[name].numel for name in self.names("delta")}
         self.parameters = sum(self.sizes.values())
 

@@ -229,9 +229,12 @@ def elect(vectors: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         τ_uni, float32 `(*shape)`, and the masks, bool `(T, *shape)`: where τ_t ⊙ τ_uni > 0.
     """
-    positive = above(vectors.sum(0), 0)
-    # ±1; torch.where would take several times as long.
-    sign = positive.view(torch.uint8).to(torch.float32).mul_(2).sub_(1)
+    sign = signs(vectors.sum(0))
     aligned = vectors * sign
-    magnitude = aligned.amax(0).clamp_(min=0.0)
-    return magnitude.mul_(sign), above(aligned, 0)
+    return aligned.amax(0).clamp_(min=0.0).mul_(sign), above(aligned, 0)
+
+
+def signs(values: Tensor) -> Tensor:
+    """1 where a value is positive, else −1: float32, of the same shape."""
+    # torch.where would take several times as long.
+    return above(values, 0).view(torch.uint8).to(torch.float32).mul_(2).sub_(1)

@@ -26,7 +26,7 @@ class Overlay(Checkpoint):
     def __init__(self, base: Checkpoint, specs: Mapping[str, TensorSpec]) -> None:
         super().__init__(base)
         self.below = base
-        self.label, self.live = base.label, base.live
+        self.label, self.live, self.serial = base.label, base.live, base.serial
         self.strip_prefix, self.add_prefix = base.strip_prefix, base.add_prefix
         self.specs = {**self.specs, **specs}
         self.aliases = {name: to for name, to in self.aliases.items() if name not in specs}

@@ -11,19 +11,32 @@ coded positions as 8 bytes little-endian, the unary stream, and the k streams of
 lowest bit first, as one; both padded to whole bytes.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
 _COMPLEMENT = 0x80
 _HEADER = 9
+_PIECE = 1 << 17
 
 
-def above(values: Tensor, limit: float) -> Tensor:
-    """Where values are larger than a limit: bool, of the same shape."""
+def above(values: Tensor, limit: float, out: Tensor | None = None) -> Tensor:
+    """Where values are larger than a limit: bool, of the same shape; into `out`, if given."""
     if values.device.type == "cpu":  # NumPy is several times faster
-        return torch.from_numpy(np.greater(values.numpy(), np.float32(limit)))
-    return values > limit
+        into = None if out is None else out.numpy()
+        found: Any = np.greater(values.numpy(), np.float32(limit), out=into)
+        return torch.from_numpy(found) if out is None else out
+    return torch.gt(values, limit, out=out)
+
+
+def kth_largest(values: Tensor, k: int) -> float:
+    """The k-th largest, from 1 on, of float32 `(n,)`."""
+    if values.device.type == "cpu":  # NumPy is several times faster
+        return float(np.partition(values.numpy(), -k)[-k])
+    return float(torch.kthvalue(values, len(values) - k + 1).values)
 
 
 def places(mask: Tensor) -> Tensor:
@@ -81,7 +94,7 @@ def encode_positions(positions: Tensor, total: int) -> Tensor:
     """Code sorted positions close to their entropy.
 
     Args:
-        positions: int64 `(count,)`, strictly increasing, each in `[0, total)`.
+        positions: int32 or int64 `(count,)`, strictly increasing, each in `[0, total)`.
         total: number of entries that the positions point into.
 
     Returns:
@@ -91,17 +104,19 @@ def encode_positions(positions: Tensor, total: int) -> Tensor:
     if complement:  # the rarer kind is always the cheaper one to code
         positions = _others(positions, total)
     count = positions.numel()
-    narrow = torch.int32 if total < 1 << 31 else torch.int64
-    gaps = torch.diff(positions, prepend=positions.new_tensor([-1])).sub_(1).to(narrow)
-    k = _rice_parameter(gaps)
-    ends = torch.cumsum((gaps >> k).add_(1), 0).sub_(1)
-    unary = torch.zeros(int(ends[-1]) + 1 if count else 0, dtype=torch.uint8, device=gaps.device)
-    unary.index_fill_(0, ends, 1)
+    gaps = _gaps(positions, total)
+    k, quotients = _rice_parameter(gaps, int(positions[-1]) + 1 - count if count else 0)
+    unary = torch.zeros(quotients + count, dtype=torch.uint8, device=gaps.device)
     remainders = torch.empty(k, count, dtype=torch.uint8, device=gaps.device)
-    for place in range(k):  # bit by bit, of one byte at a time
-        if place % 8 == 0:
-            byte = (gaps >> place).to(torch.uint8)
-        torch.bitwise_and(byte >> place % 8, 1, out=remainders[place])
+    start = 0
+    for place, piece in _split(gaps):
+        ends = torch.cumsum((piece >> k).add_(1), 0).add_(start - 1)
+        unary.index_fill_(0, ends, 1)
+        start = int(ends[-1]) + 1
+        for bit in range(k):  # of one byte at a time
+            if bit % 8 == 0:
+                byte = (piece >> bit).to(torch.uint8)
+            torch.bitwise_and(byte >> bit % 8, 1, out=remainders[bit, place])
     header = bytes([k | (_COMPLEMENT if complement else 0)]) + count.to_bytes(8, "little")
     head = torch.frombuffer(bytearray(header), dtype=torch.uint8).to(gaps.device)
     return torch.cat([head, pack_bits(unary), pack_bits(remainders)])
@@ -145,14 +160,42 @@ def decode_positions(coded: Tensor, total: int) -> Tensor:
     return _others(positions, total) if header[0] & _COMPLEMENT else positions
 
 
-def _rice_parameter(gaps: Tensor) -> int:
-    """The `k` with the shortest code; the best one lies next to log2 of the mean gap."""
+def _gaps(positions: Tensor, total: int) -> Tensor:
+    """How many entries lie between neighbouring positions: int32 where they fit, else int64."""
+    narrow = torch.int32 if total < 1 << 31 else torch.int64
+    gaps = torch.empty(positions.numel(), dtype=narrow, device=positions.device)
+    for place, piece in _split(positions):
+        gaps[place][1:] = piece[1:] - piece[:-1] - 1
+        gaps[place.start] = piece[0] - (positions[place.start - 1] if place.start else -1) - 1
+    return gaps
+
+
+def _rice_parameter(gaps: Tensor, whole: int) -> tuple[int, int]:
+    """The `k` with the shortest code, next to log2 of the mean gap; and the quotients' sum.
+
+    Args:
+        gaps: integers `(count,)`.
+        whole: their sum.
+    """
     count = gaps.numel()
     if not count:
-        return 0
-    near = (_sum(gaps) // count).bit_length()
-    costs = {k: k * count + _sum(gaps >> k) for k in range(max(0, near - 2), near + 2)}
-    return min(costs, key=costs.__getitem__)
+        return 0, 0
+    near = (whole // count).bit_length()
+    tried = range(max(0, near - 2), near + 2)
+    sums = dict.fromkeys(tried, 0)
+    for _, piece in _split(gaps):
+        for k in tried:
+            sums[k] += _sum(piece >> k)
+    k = min(tried, key=lambda k: k * count + sums[k])
+    return k, sums[k]
+
+
+def _split(values: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Pieces that stay in cache, on the CPU."""
+    size = _PIECE if values.device.type == "cpu" else max(values.numel(), 1)
+    for start in range(0, values.numel(), size):
+        place = slice(start, min(start + size, values.numel()))
+        yield place, values[place]
 
 
 def _sum(integers: Tensor) -> int:

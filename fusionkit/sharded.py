@@ -107,6 +107,8 @@ class ShardedBase(Checkpoint):
         shards: name → what this rank keeps of it; tied names share one.
     """
 
+    serial = True
+
     def __init__(self, model: nn.Module, base: Checkpoint | None = None) -> None:
         state = model.state_dict()
         tied = aliases(model) if base is None else base.aliases

@@ -1,8 +1,9 @@
 """The task vectors of one tensor: what merges and codecs see of a family."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -12,7 +13,9 @@ from fusionkit.lowrank import LowRank
 from fusionkit.overlay import MergedAdapter
 from fusionkit.tensorfile import Pieces
 
-BLOCK = 1 << 17
+Found = TypeVar("Found")
+
+BLOCK = 1 << 19
 """Entries per block of `TaskVectors.blocks`: small enough for eight tasks to stay in cache."""
 
 _RUN = 512
@@ -109,8 +112,8 @@ class TaskVectors:
             size: of a block.
 
         Yields:
-            the block's place in the flattened tensor, and float32 `(T, n)`; the memory is used
-            again for the next block.
+            the block's place in the flattened tensor, and float32 `(T, n)`; the caller's to
+            change, but used again for the next block.
 
         Raises:
             FamilyError: a block holds a NaN or an infinity.
@@ -129,15 +132,35 @@ class TaskVectors:
         buffer, start = torch.empty((len(self), width)), torch.empty(width)
         for place in self._places(size, step):
             block = buffer[:, : place.stop - place.start]
-            start[: block.shape[1]] = base(place)
+            before = start[: block.shape[1]].copy_(base(place))
             for task, values in enumerate(tuned):
                 block[task] = values(place)
                 if deltas[task] is None:
-                    block[task] -= start[: block.shape[1]]
+                    block[task] -= before
             if not torch.isfinite(block.sum()):
                 for task in range(len(self)):
                     self._check_finite(block[task], task)
             yield place, block
+
+    def only(self, places: range) -> "TaskVectors":
+        """Those of some of the tasks.
+
+        Args:
+            places: which, as indices.
+        """
+        first = places.start
+
+        def of(function: Callable[[int | None], Found]) -> Callable[[int | None], Found]:
+            return lambda task: function(None if task is None else first + task)
+
+        return replace(
+            self,
+            tasks=self.tasks[first : places.stop],
+            _read=of(self._read),
+            _pieces=of(self._pieces),
+            _label=of(self._label),
+            _adapter=lambda task: self._adapter(first + task),
+        )
 
     @property
     def base(self) -> Tensor:
@@ -148,10 +171,11 @@ class TaskVectors:
         """τ = θ − θ₀ in float32, in pieces that stay in cache: neither is copied whole."""
         delta = torch.empty(self.shape)
         flat, ours, base = delta.view(-1), self._pieces(task), self._pieces(None)
+        start = torch.empty(min(BLOCK, flat.numel()))
         for place in self._places(BLOCK, BLOCK):
             piece = flat[place]
             piece.copy_(ours(place))
-            piece -= base(place).to(torch.float32)
+            piece -= start[: len(piece)].copy_(base(place))
             self._check_finite(piece, task)
         return delta
 
@@ -212,6 +236,11 @@ class ChangedVectors(TaskVectors):
     def low_rank(self, task: int) -> LowRank | None:
         """As of the vectors themselves; None of one that is changed."""
         return None if self.changes[task] else super().low_rank(task)
+
+    def only(self, places: range) -> "TaskVectors":
+        """As of the vectors themselves, then changed."""
+        own = self.changes[places.start : places.stop]
+        return replace(cast(ChangedVectors, super().only(places)), changes=own)
 
     def _blocks(self, size: int, step: int) -> Iterator[tuple[slice, Tensor]]:
         """As of the vectors themselves, then changed."""

@@ -8,7 +8,7 @@ could be among the k largest, and the exact ones among these.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 
 from fusionkit.family import Family
-from fusionkit.packing import above, count_set, places
+from fusionkit.packing import above, count_set, kth_largest, places
 from fusionkit.task_vectors import TaskVectors
 
 _BINS = 1 << 16
 _PIECE = 1 << 17
-_SAMPLE = 1 << 16
+_SAMPLE = 1 << 17
+_AT_ONCE = 4
+"""Tasks whose candidates are in memory together; the base is read once for them."""
 _DEVIATIONS = 5.0
 """How far, in standard deviations, a sample's quantile may be from the tensor's."""
 
@@ -105,7 +107,7 @@ class Thresholds:
 
 
 class Kept(NamedTuple):
-    """Entries that are kept: flat positions, int64 and increasing, and their values."""
+    """Entries that are kept: flat positions, integers and increasing, and their values."""
 
     positions: Tensor
     values: Tensor
@@ -124,44 +126,63 @@ class TopK:
     def __init__(self, count: int, total: int, sample: Tensor) -> None:
         self._count = count
         self._low, self._high = _bracket(count, total, sample)  # exclusive, inclusive
-        self._positions: list[Tensor] = []
-        self._values: list[Tensor] = []
+        self._found: list[Kept] = []
+        self._magnitudes, self._mask = torch.empty(0), torch.empty(0, dtype=torch.bool)
+        self._narrow = torch.int32 if total < 1 << 31 else torch.int64
 
     def add(self, values: Tensor, start: int) -> None:
         """Take a block: float32 `(n,)`, the tensor's entries from `start` on."""
         if self._count <= 0:
             return
-        near = places(above(values.abs(), self._low))
-        self._values.append(values.index_select(0, near))
-        self._positions.append(near.add_(start))
+        if len(values) > self._magnitudes.numel():  # memory that is used again for each block
+            self._magnitudes = torch.empty_like(values)
+            self._mask = torch.empty_like(values, dtype=torch.bool)
+        magnitudes = torch.abs(values, out=self._magnitudes[: len(values)])
+        near = places(above(magnitudes, self._low, out=self._mask[: len(values)]))
+        self._found.append(Kept(near.add(start).to(self._narrow), values.index_select(0, near)))
 
     def result(self) -> Kept | None:
         """What is kept; None if the sample misled, and the blocks must come again, from the start.
 
         The second time all of them are looked at.
         """
-        if not self._positions:
+        found, self._found = self._found, []
+        size = sum(len(each.values) for each in found)
+        if size < self._count and self._low > 0:
+            self._low, self._high = 0.0, math.inf
+            return None
+        if size > max(self._count, 0):
+            found = self._largest(found)
+        if not found:
             empty = torch.empty(0)
             return Kept(empty.to(torch.int64), empty)
-        positions, values = torch.cat(self._positions), torch.cat(self._values)
-        self._positions, self._values = [], []
-        if len(positions) <= self._count:
-            if len(positions) < self._count and self._low > 0:
-                self._low, self._high = 0.0, math.inf
-                return None
-            return Kept(positions, values)
-        magnitudes = values.abs()
-        certain = above(magnitudes, self._high)
-        left = self._count - count_set(certain)
+        positions = torch.cat([each.positions for each in found])
+        return Kept(positions, torch.cat([each.values for each in found]))
+
+    def _largest(self, found: list[Kept]) -> list[Kept]:
+        """Of more entries than are kept, block by block: nothing large is allocated."""
+        magnitudes = [each.values.abs() for each in found]
+        certain = [above(each, self._high) for each in magnitudes]
+        left = self._count - sum(count_set(each) for each in certain)
         if left <= 0:  # the sample misled the other way: all of them are uncertain
-            certain, left = torch.zeros_like(certain), self._count
-        unsure = magnitudes.index_select(0, places(~certain))
-        limit = float(torch.kthvalue(unsure, len(unsure) - left + 1).values)
-        kept = above(magnitudes, limit)
-        ties = places(magnitudes == limit)[: self._count - count_set(kept)]
-        kept[ties] = True
-        chosen = places(kept)
-        return Kept(positions.index_select(0, chosen), values.index_select(0, chosen))
+            certain, left = [torch.zeros_like(each) for each in certain], self._count
+        unsure = torch.cat(
+            [m.index_select(0, places(~c)) for m, c in zip(magnitudes, certain, strict=True)]
+        )
+        limit = kth_largest(unsure, left)
+        kept = [above(each, limit) for each in magnitudes]
+        ties = self._count - sum(count_set(each) for each in kept)
+        chosen = []
+        for each, mask, sizes in zip(found, kept, magnitudes, strict=True):
+            if ties:
+                taken = places(sizes == limit)[:ties]
+                mask[taken] = True
+                ties -= len(taken)
+            own = places(mask)
+            chosen.append(
+                Kept(each.positions.index_select(0, own), each.values.index_select(0, own))
+            )
+        return chosen
 
 
 def top_k(values: Tensor, count: int) -> Tensor:
@@ -184,24 +205,26 @@ def top_k(values: Tensor, count: int) -> Tensor:
             start += piece.numel()
         found = search.result()
         if found is not None:
-            return found.positions
+            return found.positions.to(torch.int64)
 
 
-def top_k_of(vectors: TaskVectors, count: int) -> list[Kept]:
+def top_k_of(vectors: TaskVectors, count: int) -> Iterator[Kept]:
     """The `count` largest magnitudes of each task's vector of one tensor, formed in blocks."""
-    total = vectors.shape.numel()
-    sample = vectors.sample(_SAMPLE)
-    searches = dict(enumerate(TopK(count, total, each) for each in sample))
-    found: dict[int, Kept] = {}
-    while searches:
-        for place, block in vectors.blocks():
-            for task, search in searches.items():
-                search.add(block[task], place.start)
-        for task, search in list(searches.items()):
-            if (kept := search.result()) is not None:
-                found[task] = kept
-                del searches[task]
-    return [found[task] for task in range(len(vectors))]
+    total, samples = vectors.shape.numel(), vectors.sample(_SAMPLE)
+    for first in range(0, len(vectors), _AT_ONCE):
+        some = vectors.only(range(first, min(first + _AT_ONCE, len(vectors))))
+        searches = [TopK(count, total, sample) for sample in samples[first : first + _AT_ONCE]]
+        found: dict[int, Kept] = {}
+        while len(found) < len(some):
+            for place, block in some.blocks():
+                for task, search in enumerate(searches):
+                    if task not in found:
+                        search.add(block[task], place.start)
+            for task, search in enumerate(searches):
+                if task not in found and (kept := search.result()) is not None:
+                    found[task] = kept
+        for task in range(len(some)):
+            yield found.pop(task)
 
 
 def _bracket(count: int, total: int, sample: Tensor) -> tuple[float, float]:

@@ -17,7 +17,7 @@ Result = TypeVar("Result")
 Progress = Callable[[int, int, int], None]
 """Called as tensors are done: pass over the family (from 1), tensors done, tensors in all."""
 
-IN_FLIGHT = 1 << 27
+IN_FLIGHT = 1 << 28
 """Entries of the tensors that may be at work at once, unless one tensor alone is larger."""
 
 
@@ -27,10 +27,14 @@ class Workers:
     A thread computes with one core, whatever the machine: sums come out the same to the bit
     however many threads and processes there are.
 
-    Args:
+    Attributes:
         processes: among which the tensors are shared out.
+        threads: how many work at once; None: as many as PyTorch would use.
+
+    Args:
+        processes: see above.
         progress: called after each tensor of each pass of this process.
-        threads: how many at once; by default as many as PyTorch would use.
+        threads: see above.
     """
 
     def __init__(
@@ -41,7 +45,7 @@ class Workers:
     ) -> None:
         self.processes = processes
         self._progress = progress
-        self._threads = threads
+        self.threads = threads
         self._passes = 0
 
     def share(self, sizes: Mapping[str, int]) -> list[str]:
@@ -75,7 +79,7 @@ class Workers:
         this_pass, done = self._passes, 0
         waiting: deque[tuple[str, Future[Result]]] = deque()
         held = 0
-        with _pool(self._threads or torch.get_num_threads()) as pool, full_precision():
+        with _pool(self.threads or torch.get_num_threads()) as pool, full_precision():
             names = deque(sizes)
             while names or waiting:
                 while names and (not waiting or held + sizes[names[0]] <= IN_FLIGHT):

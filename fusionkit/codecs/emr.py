@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fusionkit.codec import WHOLE_MODEL, DeltaCodec, Encoded, Encoder, Parts, SharedParts
 from fusionkit.family import Family
-from fusionkit.merge import elect
-from fusionkit.packing import pack_bits, unpack_bits
+from fusionkit.merge import signs
+from fusionkit.packing import above, pack_bits, unpack_bits
 from fusionkit.task_vectors import TaskVectors
 from fusionkit.values import ValueDtype, pack_values, unpack_values
 
@@ -76,33 +76,44 @@ class EMR(DeltaCodec):
         masks = [_Joined(vectors.shape.numel() / 8) for _ in range(len(vectors))]
         ratio = torch.zeros(2, len(vectors), dtype=torch.float64)
         for place, block in vectors.blocks():
+            # In the block's own memory: fresh memory costs more than what is computed in it.
             if stored is None:
-                elected, masked = elect(block)
-                for part, values in pack_values(elected, self.dtype, "elected").items():
-                    share = values.numel() / elected.numel()
-                    size = vectors.shape.numel() * share
-                    unified.setdefault(part, _Joined(size)).add(values)
+                sign = signs(block.sum(0))
+                magnitude = block.mul_(sign).amax(0).clamp_(min=0.0)
+                masked = above(block, 0)
             else:
-                elected = stored[place]
-                masked = block * elected > 0
+                magnitude = stored[place].abs()
+                sign = signs(stored[place])
+                masked = above(block.mul_(sign), 0) & above(magnitude, 0)
             for own, mask in zip(masks, masked, strict=True):
                 own.add(pack_bits(mask))
-            ratio += self._ratio(block, masked, elected)
+            ratio += self._ratio(block.abs_(), masked, magnitude)
+            if stored is not None:
+                continue
+            elected = magnitude.mul_(sign)
+            for part, values in pack_values(elected, self.dtype, "elected").items():
+                share = values.numel() / elected.numel()
+                size = vectors.shape.numel() * share
+                unified.setdefault(part, _Joined(size)).add(values)
         if self.rescale == "l1_mean":
             ratio /= max(vectors.shape.numel(), 1)
         joined = {part: each.tensor for part, each in unified.items()}
         return joined, [own.tensor for own in masks], ratio
 
-    def _ratio(self, block: Tensor, masks: Tensor, elected: Tensor) -> Tensor:
-        """Numerator and denominator of the rescalers over a block: float64 `(2, T)`."""
-        magnitude = elected.abs()
+    def _ratio(self, block: Tensor, masks: Tensor, magnitude: Tensor) -> Tensor:
+        """Numerator and denominator of the rescalers over a block: float64 `(2, T)`.
+
+        Args:
+            block: |τ_t|, float32 `(T, n)`.
+            masks: bool `(T, n)`.
+            magnitude: |τ_uni|, float32 `(n,)`.
+        """
+        kept = masks.view(torch.uint8)  # several times faster to convert than bool
         if self.rescale == "l2":
-            block, magnitude = block.to(torch.float64), magnitude.to(torch.float64)
-            masks = masks.view(torch.uint8).to(torch.float64)
-            sums = (masks * block.abs()) @ magnitude, masks @ magnitude.square()
+            kept, magnitude = kept.to(torch.float64), magnitude.to(torch.float64)
+            sums = (kept * block) @ magnitude, kept @ magnitude.square()
         else:
-            # Through uint8, which is several times faster than from bool.
-            sums = block.abs().sum(1), masks.view(torch.uint8).to(torch.float32) @ magnitude
+            sums = block.sum(1), kept.to(torch.float32) @ magnitude
         return torch.stack(sums).to(torch.float64)
 
     def _rescaler(self, ratio: Tensor) -> Tensor:
