@@ -31,6 +31,7 @@ from fusionkit.errors import BundleError, WrongBaseError, listing
 from fusionkit.lowrank import LowRank
 from fusionkit.manifest import FILE, Manifest, reopen_base
 from fusionkit.overlay import WithStart
+from fusionkit.paths import is_remote, open_path
 from fusionkit.payload import decoding
 from fusionkit.registry import from_config
 from fusionkit.stored import StoredParts
@@ -58,7 +59,7 @@ class Bundle:
     """
 
     def __init__(self, path: str | Path, base: Source | Checkpoint | None = None) -> None:
-        self.path = Path(path)
+        self.path = open_path(path)
         self.manifest = Manifest.read(self.path)
         codec = from_config(self.manifest.codec)
         if not isinstance(codec, DeltaCodec):
@@ -341,10 +342,22 @@ class Bundle:
         Raises:
             BundleError: the folder exists (and `overwrite` is not set), or the disk is full.
         """
-        with new_folder(Path(path), overwrite) as folder:
+        with new_folder(open_path(path), overwrite) as folder:
             shared = [SHARED] if self.manifest.shared else []
             for name in (FILE, *shared, *map(task_file, self.tasks)):
-                shutil.copyfile(self.path / name, folder / name)
+                with (self.path / name).open("rb") as source, (folder / name).open("wb") as target:
+                    shutil.copyfileobj(source, target, 1 << 24)
+
+    def check_writable(self) -> None:
+        """Check that tasks can be added and removed.
+
+        Raises:
+            BundleError: the bundle is not on the local disk.
+        """
+        if is_remote(self.path):
+            raise BundleError(
+                f"{self.path}: can only be read where it is; save it to a local folder to change it"
+            )
 
     def remove(self, task: str) -> None:
         """Remove a task; the other tasks' files are not touched.
@@ -352,6 +365,7 @@ class Bundle:
         Raises:
             BundleError: the bundle has no such task, or it is the last one.
         """
+        self.check_writable()
         tasks = dict(self.manifest.tasks)
         del tasks[self._known(task)]
         if not tasks:

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from urllib.parse import quote
 from uuid import uuid4
 
@@ -11,6 +12,7 @@ from filelock import FileLock, Timeout
 
 from fusionkit.errors import BundleError, FusionKitError, ProcessError
 from fusionkit.manifest import FILE
+from fusionkit.paths import is_remote, upload
 
 SHARED = "shared.safetensors"
 WHOLE = "tensor"
@@ -45,15 +47,22 @@ def new_folder(
         BundleError: it exists and `overwrite` is not set, or is of another kind, or the disk is
             full, or another run is making it.
     """
-    path = path if path.name else path.absolute()
+    path = path if path.name or is_remote(path) else path.absolute()
     if path.exists() and not overwrite:
         raise BundleError(f"{path}: exists; choose another folder, or set overwrite to replace it")
-    if path.exists() and (path.is_symlink() or not (path / known_by).is_file()):
+    if path.exists() and (
+        (not is_remote(path) and path.is_symlink()) or not (path / known_by).is_file()
+    ):
         kind = "a bundle's own folder" if known_by == FILE else f"a folder with {known_by}"
         raise BundleError(
             f"{path}: exists and is not {kind}, so it is not overwritten; choose another folder, "
             "or delete it first"
         )
+    if is_remote(path):
+        with disk_errors(path), TemporaryDirectory(prefix="fusionkit-") as temporary:
+            yield Path(temporary)
+            upload(Path(temporary), path, last=known_by)
+        return
     with disk_errors(path, keep):
         path.parent.mkdir(parents=True, exist_ok=True)
         folder = path.with_name(f".{path.name}.{_PARTIAL if keep else uuid4().hex[:8] + '.tmp'}")

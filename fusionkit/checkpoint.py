@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fusionkit.errors import CheckpointError, listing
-from fusionkit.paths import resolve_package_path
+from fusionkit.paths import glob_remote, is_remote, open_path, resolve_package_path
 from fusionkit.tensorfile import Pieces, TensorFile, TensorSpec
 
 Source = str | Path | nn.Module | Mapping[str, Tensor]
@@ -48,8 +48,10 @@ class Checkpoint(Mapping[str, Tensor]):
 
     Reads a safetensors file, a (sharded) Hugging Face folder or its index, a PyTorch
     `.pt`/`.pth`/`.bin` file, a Lightning `.ckpt`, a live module or a mapping of tensors. Pickles
-    are only opened with `weights_only=True` and memory-mapped. Names that share one tensor (tied
-    weights) are listed in `aliases`; they are entries of the mapping like any other.
+    are only opened with `weights_only=True` and memory-mapped. Files may be anywhere that fsspec
+    reaches (`s3://…`, `hf://…`): of safetensors, what is asked for is fetched as it is needed.
+    Names that share one tensor (tied weights) are listed in `aliases`; they are entries of the
+    mapping like any other.
 
     Args:
         source: a path, module or mapping. `package:NAME/FOLDER` is a folder of an installed
@@ -181,6 +183,11 @@ def find_checkpoints(pattern: str) -> dict[str, str]:
     if pattern.count("*") != 1 or "**" in pattern:
         raise CheckpointError(f"{pattern}: expected exactly one '*', for the task's name")
     before, after = resolve_package_path(pattern).split("*")
+    if is_remote(pattern):
+        names = glob_remote(pattern)
+        if not names:
+            raise CheckpointError(f"{pattern}: nothing matches")
+        return {name: before + name + after for name in names}
     found = sorted(glob(glob_escape(before) + "*" + glob_escape(after)))
     if not found:
         raise CheckpointError(f"{pattern}: nothing matches (relative to {Path.cwd()})")
@@ -215,7 +222,7 @@ def _open(source: object, label: str) -> _Opened:
         raise CheckpointError(
             f"expected a path, a module or a mapping of tensors, got {type(source).__name__}"
         )
-    path = Path(resolve_package_path(str(source)))
+    path = open_path(str(source))
     if path.is_dir():
         path = _file_of_folder(path)
     if not path.is_file():
@@ -318,6 +325,9 @@ def _open_pickle(path: Path) -> _Opened:
 
 
 def _load_pickle(path: Path) -> Any:
+    if is_remote(path):
+        with path.open("rb") as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except RuntimeError as error:

@@ -17,6 +17,7 @@ from fusionkit.family import Family
 from fusionkit.journal import claim, identity, is_resumable, tidy
 from fusionkit.manifest import BaseRecord, Manifest
 from fusionkit.overlay import WithStart
+from fusionkit.paths import is_remote, open_path
 from fusionkit.processes import ALONE, Processes
 from fusionkit.registry import to_config
 from fusionkit.space import Adapters
@@ -83,9 +84,9 @@ def compress(
         family.workers = Workers(processes, progress, family.workers.threads)
         if out is None:
             return _temporary(family, codec)
-        out = Path(out)
+        out = open_path(out)
         if processes.rank == 0:
-            resumable = is_resumable(family)
+            resumable = is_resumable(family) and not is_remote(out)
             with new_folder(out, overwrite, keep=resumable) as folder:
                 if resumable:
                     claim(folder, identity(family, to_config(codec), processes))
@@ -136,6 +137,7 @@ def add_tasks(
         CheckpointError: a checkpoint can't be read.
         FamilyError: a checkpoint does not fit the base.
     """
+    bundle.check_writable()
     present = sorted(set(finetuned) & set(bundle.tasks))
     if present:
         raise BundleError(f"{bundle.path}: has task '{present[0]}' already; remove it first")

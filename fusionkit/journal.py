@@ -115,7 +115,7 @@ def identity(family: Family, codec: Config, processes: Processes) -> str:
     read = {}
     for task, checkpoint in checkpoints.items():
         stats = [(path, path.stat()) for path in checkpoint.files]
-        files = [[str(path.absolute()), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+        files = [[str(path.absolute()), stat.st_size, stat.st_mtime] for path, stat in stats]
         read[task] = [checkpoint.strip_prefix, checkpoint.add_prefix, *files]
     patterns = [family.private_patterns, family.frozen_patterns, bool(family.space)]
     own = [processes.rank, processes.count]

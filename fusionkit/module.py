@@ -25,6 +25,7 @@ from fusionkit.compress import compress
 from fusionkit.errors import BundleError, DataError, FusionKitError
 from fusionkit.family import Family, matches
 from fusionkit.models import MetricOfClasses, accuracy, load_base, predict
+from fusionkit.paths import open_path
 from fusionkit.processes import ALONE, Processes
 from fusionkit.registry import to_config
 from fusionkit.report import Scores
@@ -103,7 +104,9 @@ class ReuseModule(LightningModule):
         self.scalars: nn.Parameter | None = None
         self._trained: frozenset[str] = frozenset()
         self.strict_loading = False  # a calibration's checkpoints hold its scalars only
-        self.bundle_path = None if bundle is None or isinstance(bundle, Bundle) else Path(bundle)
+        self.bundle_path: Path | None = None
+        if bundle is not None and not isinstance(bundle, Bundle):
+            self.bundle_path = open_path(bundle)
         self.task: str | None = None
         self._rows = 0
         self.scores: Scores | None = None

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fusionkit.errors import BundleError
+from fusionkit.paths import local_copy
 from fusionkit.tensorfile import SAFETENSORS_DTYPES
 
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
@@ -285,7 +286,8 @@ class PartFile:
 
     def _open(self) -> dict[str, dict[str, str]]:
         if self._index is None:
-            with self.path.open("rb") as file:
+            path = local_copy(self.path, self._record.header_sha256)
+            with path.open("rb") as file:
                 length = int.from_bytes(file.read(8), "little")
                 text = file.read(min(length, self._record.bytes))
             if hashlib.sha256(text).hexdigest() != self._record.header_sha256:
@@ -300,7 +302,7 @@ class PartFile:
                 self._places[key] = (start, end, SAFETENSORS_DTYPES[entry["dtype"]], entry["shape"])
                 self._digests[key] = digests[place * _DIGEST : (place + 1) * _DIGEST]
             self._data = torch.from_file(
-                str(self.path), shared=False, size=self._record.bytes, dtype=torch.uint8
+                str(path), shared=False, size=self._record.bytes, dtype=torch.uint8
             )
             self._index = index
         return self._index

@@ -1,11 +1,49 @@
-"""Paths that recipes may name."""
+"""Paths that recipes and calls may name: local, in an installed package, or anywhere by fsspec."""
 
+import os
+import re
+import shutil
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, cast
 
 from fusionkit.errors import FusionKitError
 
 _SCHEME = "package:"
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+
+
+def is_remote(path: str | Path) -> bool:
+    """Whether a path is an fsspec URL: `s3://…`, `hf://…`."""
+    return _URL.match(str(path)) is not None
+
+
+def open_path(path: str | Path) -> Path:
+    """A path to read or write at, wherever it is.
+
+    Args:
+        path: of the local disk; `package:NAME/FOLDER`, the folder of an installed package; or an
+            fsspec URL, for which `pip install 'fusionkit[remote]'` and what its protocol needs
+            (`s3fs`, `huggingface_hub`, …) must be installed.
+
+    Returns:
+        a `pathlib.Path`; for a URL what acts like one.
+
+    Raises:
+        FusionKitError: the package, or what the URL needs, is not installed.
+    """
+    if not isinstance(path, str) or not is_remote(path):
+        return Path(resolve_package_path(path)) if isinstance(path, str) else path
+    try:
+        from upath import UPath
+
+        return cast(Path, UPath(path))
+    except ImportError as error:
+        missing = error.name if error.name and error.name != "upath" else "'fusionkit[remote]'"
+        raise FusionKitError(f"{path}: needs more: {error}; pip install {missing}") from error
+    except ValueError as error:
+        raise FusionKitError(f"{path}: can't be opened ({error})") from error
 
 
 def resolve_package_path(path: str) -> str:
@@ -23,3 +61,52 @@ def resolve_package_path(path: str) -> str:
             f"{path}: no package '{name}' is installed; pip install {name.replace('_', '-')}"
         )
     return str(Path(spec.submodule_search_locations[0]) / inside)
+
+
+def glob_remote(pattern: str) -> list[str]:
+    """What a URL's one `*` stands for, sorted."""
+    before = cast(Any, open_path(pattern.partition("*")[0] + "x"))
+    inside = before.path[:-1] + "*" + pattern.partition("*")[2]
+    head, _, tail = inside.partition("*")
+    found = [str(each) for each in before.fs.glob(inside)]
+    return sorted(each[len(head) : len(each) - len(tail) or None] for each in found)
+
+
+def local_copy(path: Path, key: str) -> Path:
+    """A file as one of the local disk: itself, or what was fetched of it.
+
+    Args:
+        path: the file.
+        key: tells its content; what was fetched once under a key is not fetched again.
+    """
+    if not is_remote(path):
+        return path
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fusionkit" / "remote"
+    copy = cache / f"{key}-{path.name}"
+    if not copy.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=cache, delete=False) as target:
+            try:
+                with path.open("rb") as source:
+                    shutil.copyfileobj(source, target, 1 << 24)
+                target.close()
+                Path(target.name).replace(copy)
+            except BaseException:
+                Path(target.name).unlink(missing_ok=True)
+                raise
+    return copy
+
+
+def upload(folder: Path, target: Path, last: str) -> None:
+    """Copy a folder's files to a remote one.
+
+    Args:
+        folder: of the local disk.
+        target: where to.
+        last: the file that says the others are there.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    files = sorted((path for path in folder.iterdir()), key=lambda path: path.name == last)
+    for path in files:
+        with path.open("rb") as source, (target / path.name).open("wb") as sink:
+            shutil.copyfileobj(source, sink, 1 << 24)

@@ -19,7 +19,7 @@ from typing import Any
 from fusionkit.adapter import AdapterLayout, Ia3Module, LoraModule, Module
 from fusionkit.checkpoint import Checkpoint
 from fusionkit.errors import CheckpointError, FamilyError, listing
-from fusionkit.paths import resolve_package_path
+from fusionkit.paths import open_path
 
 CONFIG = "adapter_config.json"
 TENSORS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -70,7 +70,7 @@ def is_adapter(source: object) -> bool:
     """Whether a source is the path of a PEFT adapter's folder."""
     if not isinstance(source, str | Path):
         return False
-    return (Path(resolve_package_path(str(source))) / CONFIG).is_file()
+    return (open_path(str(source)) / CONFIG).is_file()
 
 
 class PeftFolder:
@@ -91,7 +91,7 @@ class PeftFolder:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(resolve_package_path(str(path)))
+        self.path = open_path(str(path))
         self.label = str(path)
         self.config = _read_json(self.path / CONFIG)
         self._refuse_unknown()

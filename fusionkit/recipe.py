@@ -24,6 +24,7 @@ from fusionkit.errors import BundleError, DataError, FusionKitError
 from fusionkit.family import Family
 from fusionkit.launch import launched
 from fusionkit.module import ReuseModule
+from fusionkit.paths import open_path
 from fusionkit.spread import Spread, TasksSpread
 from fusionkit.workers import Progress as ProgressCallback
 
@@ -168,7 +169,7 @@ class CompressCLI(RecipeCLI):
         self.config["model"]["bundle"] = None
         if self._bundle is None:
             raise FusionKitError("where to? give the bundle's folder: --model.bundle FOLDER")
-        if Path(self._bundle).exists() and not self.config["overwrite"]:
+        if open_path(self._bundle).exists() and not self.config["overwrite"]:
             raise BundleError(f"{self._bundle}: exists; replace it with --overwrite true")
 
     def compress(self) -> Bundle:

@@ -6,6 +6,7 @@ is cut short while it is mapped ends the process.
 
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fusionkit.errors import CheckpointError
+from fusionkit.paths import is_remote
 
 Pieces = Callable[[slice], Tensor]
 """Reads some neighbouring entries of one tensor, flattened, in its own dtype; not to be changed,
@@ -39,6 +41,10 @@ SAFETENSORS_DTYPES = {
     "BOOL": torch.bool,
     "C64": torch.complex64,
 }
+
+
+_LONGEST = 100 << 20
+"""Bytes of a header, as safetensors has it."""
 
 
 @dataclass(frozen=True)
@@ -76,12 +82,13 @@ class TensorFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
-            with safe_open(path, framework="np"):
-                pass  # looks at all of the header
-            header, start = _header(path)
-            stat = path.stat()
-            self.nbytes, self._stamp = stat.st_size, (stat.st_size, stat.st_mtime_ns)
-        except (SafetensorError, OSError) as error:
+            if not is_remote(path):
+                with safe_open(path, framework="np"):
+                    pass  # looks at all of the header
+            self.nbytes = path.stat().st_size
+            header, start = _header(path, self.nbytes)
+            self._stamp = None if is_remote(path) else _stamp(path.stat())
+        except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(
                 f"{path}: not a whole safetensors file ({error}); fetch or save it again"
             ) from error
@@ -110,7 +117,10 @@ class TensorFile:
         Raises:
             CheckpointError: the file was changed since it was opened.
         """
-        pieces = _Pieces(self._path, name, self._starts[name], self.specs[name].dtype)
+        place = self._path, name, self._starts[name], self.specs[name].dtype
+        if self._stamp is None:
+            return _RemotePieces(*place)
+        pieces = _LocalPieces(*place)
         if pieces.stamp != self._stamp:
             raise CheckpointError(
                 f"{self._path}: tensor '{name}' can't be read: the file was changed after it was "
@@ -119,14 +129,21 @@ class TensorFile:
         return pieces
 
 
-class _Pieces:
+class _Pieces(ABC):
     """Reads parts of one tensor into memory that is used again."""
 
     def __init__(self, path: Path, name: str, start: int, dtype: torch.dtype) -> None:
         self._path, self._name, self._start, self._dtype = path, name, start, dtype
         self._memory = torch.empty(0, dtype=dtype)
-        self._file = -1
-        self._file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        self._open()
+
+    @abstractmethod
+    def _open(self) -> None:
+        """Open the file."""
+
+    @abstractmethod
+    def _read(self, memory: memoryview, offset: int) -> int:
+        """Read some bytes from an offset on; how many."""
 
     def __call__(self, place: slice) -> Tensor:
         count = place.stop - place.start
@@ -136,7 +153,7 @@ class _Pieces:
         left = values.view(torch.uint8).numpy().data
         offset = self._start + place.start * self._dtype.itemsize
         while left.nbytes:
-            read = os.preadv(self._file, [left[: 1 << 30]], offset)
+            read = self._read(left, offset)
             if not read:
                 raise CheckpointError(
                     f"{self._path}: tensor '{self._name}' can't be read: the file was cut short "
@@ -145,21 +162,54 @@ class _Pieces:
             left, offset = left[read:], offset + read
         return values
 
+
+class _LocalPieces(_Pieces):
+    _file = -1
+
+    def _open(self) -> None:
+        self._file = os.open(self._path, os.O_RDONLY)
+
+    def _read(self, memory: memoryview, offset: int) -> int:
+        return os.preadv(self._file, [memory[: 1 << 30]], offset)
+
     @property
     def stamp(self) -> tuple[int, int]:
         """Size and time of the file's last change."""
-        stat = os.fstat(self._file)
-        return stat.st_size, stat.st_mtime_ns
+        return _stamp(os.fstat(self._file))
 
     def __del__(self) -> None:
         if self._file >= 0:
             os.close(self._file)
 
 
-def _header(path: Path) -> tuple[Mapping[str, Any], int]:
+class _RemotePieces(_Pieces):
+    def _open(self) -> None:
+        self._file: Any = self._path.open("rb")
+
+    def _read(self, memory: memoryview, offset: int) -> int:
+        self._file.seek(offset)
+        return int(self._file.readinto(memory))
+
+
+def _stamp(stat: os.stat_result) -> tuple[int, int]:
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _header(path: Path, size: int) -> tuple[Mapping[str, Any], int]:
     """What the header says of each tensor, and where the data start."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
+        if length > min(size - 8, _LONGEST):
+            raise ValueError("its header is longer than the file")
         header = json.loads(file.read(length))
     header.pop("__metadata__", None)
+    end = 0
+    for name, entry in header.items():
+        start, stop = entry["data_offsets"]
+        dtype = SAFETENSORS_DTYPES.get(entry["dtype"])
+        if dtype and stop - start != TensorSpec(tuple(entry["shape"]), dtype).nbytes:
+            raise ValueError(f"'{name}' has another size than its shape says")
+        end = max(end, stop)
+    if 8 + length + end != size:
+        raise ValueError(f"it should have {8 + length + end} bytes and has {size}")
     return header, 8 + length
