@@ -8,6 +8,8 @@ from dataclasses import replace
 from glob import escape
 from pathlib import Path
 
+import torch
+
 from fusionkit.bundle import Bundle
 from fusionkit.bundle_folder import disk_errors, new_folder, task_file
 from fusionkit.checkpoint import Checkpoint, Source
@@ -42,6 +44,7 @@ def compress(
     overwrite: bool = False,
     progress: Progress | None = None,
     processes: Processes = ALONE,
+    device: torch.device | str = "cpu",
 ) -> Bundle:
     """Compress fine-tuned models of one base into a bundle.
 
@@ -64,6 +67,10 @@ def compress(
         progress: called after each tensor of each pass.
         processes: among which the tensors are shared out, all calling this with the same
             arguments; the bundle is, to the byte, the one that one process alone writes.
+        device: where to compute. Masks, positions and all that is stored is the same on every
+            device, but for sums, products and decompositions, whose float32 rounding differs, and
+            for what hangs on them: a sign where a sum is 0 but for rounding, a choice among
+            merged values that are equal but for rounding.
 
     Returns:
         the bundle, opened, with the base at hand.
@@ -82,6 +89,7 @@ def compress(
         to_config(codec)
         family = Family(base, finetuned, private, frozen, adapters)
         family.workers = Workers(processes, progress, family.workers.threads)
+        family.device = torch.device(device)
         if out is None:
             return _temporary(family, codec)
         out = open_path(out)

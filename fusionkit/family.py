@@ -61,6 +61,7 @@ class Family:
         space: how adapters' own tensors make the base's weights; None where they are merged.
         sizes: name of a tensor to compress (of role delta) → its number of entries.
         parameters: number of compressible parameters of one task.
+        device: where task vectors are formed, and so encoded: the CPU, unless it is changed.
         workers: who does the passes over it: some threads, by default.
 
     Raises:
@@ -111,6 +112,7 @@ class Family:
                 f"{listing(findings)}{self._hint()}"
             )
         self._changes: tuple[Callable[[TaskVectors], Sequence[Change | None]], ...] = ()
+        self.device = torch.device("cpu")
         self.workers = Workers(threads=1 if self.base.serial else None)
         self.sizes = {name: self.base.specs[name].numel for name in self.names("delta")}
         self.parameters = sum(self.sizes.values())
@@ -225,7 +227,7 @@ class Family:
             return checkpoint if isinstance(checkpoint, MergedAdapter) else None
 
         shape = torch.Size(self.base.specs[name].shape)
-        return TaskVectors(name, shape, self.tasks, read, pieces, label, adapter)
+        return TaskVectors(name, shape, self.tasks, self.device, read, pieces, label, adapter)
 
     def exact(self, task: str) -> Iterator[tuple[str, Tensor]]:
         """A task's exact tensors that differ from the base's, in their own dtype."""

@@ -11,11 +11,14 @@ from fusionkit.processes import ALONE, Group, Processes
 
 
 @contextmanager
-def launched(trainer: Mapping[str, Any]) -> Iterator[Processes]:
+def launched(trainer: Mapping[str, Any]) -> Iterator[tuple[Processes, torch.device]]:
     """The processes that a Trainer of these settings would run in; the others are started first.
 
     Args:
         trainer: a recipe's `trainer`: its `accelerator`, `devices` and `num_nodes` are used.
+
+    Yields:
+        the processes, and this one's device.
     """
     fabric = Fabric(
         accelerator=trainer["accelerator"],
@@ -24,9 +27,9 @@ def launched(trainer: Mapping[str, Any]) -> Iterator[Processes]:
     )
     fabric.launch()
     if fabric.world_size == 1:
-        yield ALONE
+        yield ALONE, fabric.device
         return
     try:
-        yield Group()
+        yield Group(), fabric.device
     finally:
         torch.distributed.destroy_process_group()

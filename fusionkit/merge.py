@@ -47,7 +47,7 @@ class Merge(Plugin, ABC):
         """The shared vector of one tensor: float32 `(*shape)`."""
         if not self.elementwise:
             return merge_tensor(vectors.name, vectors.stack())
-        merged = torch.empty(vectors.shape.numel())
+        merged = torch.empty(vectors.shape.numel(), device=vectors.device)
         for place, block in vectors.blocks():
             merged[place] = merge_tensor(vectors.name, block)
         return merged.view(vectors.shape)
@@ -111,7 +111,7 @@ class Weighted(Merge):
         if missing := [task for task in family.tasks if task not in self.weights]:
             raise CodecError(f"Weighted has no weight of task '{missing[0]}'; add it to `weights`")
         weights = torch.tensor([self.weights[task] for task in family.tasks])
-        return lambda _, vectors: torch.tensordot(weights, vectors, 1)
+        return lambda _, vectors: torch.tensordot(weights.to(vectors.device), vectors, 1)
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class Normalized(Merge):
         def squares(vectors: TaskVectors) -> Tensor:
             sums = torch.zeros(len(vectors), dtype=torch.float64)
             for _, block in vectors.blocks():
-                sums += block.square().sum(1)
+                sums += block.square().sum(1).cpu()
             return sums
 
         total = family.total(squares)
@@ -148,7 +148,8 @@ class Normalized(Merge):
         merge_tensor = self.merge.prepare(scaled)
 
         def merge(name: str, vectors: Tensor) -> Tensor:
-            return merge_tensor(name, vectors * scales.view(-1, *[1] * (vectors.ndim - 1)))
+            own = scales.to(vectors.device).view(-1, *[1] * (vectors.ndim - 1))
+            return merge_tensor(name, vectors * own)
 
         return merge
 
@@ -195,7 +196,7 @@ class TIES(Merge):
         limits = Thresholds.over(family, counts, ties=False).magnitudes
 
         def merge_tensor(_: str, vectors: Tensor) -> Tensor:
-            limit = limits.view(-1, *[1] * (vectors.ndim - 1))
+            limit = limits.to(vectors.device).view(-1, *[1] * (vectors.ndim - 1))
             trimmed = torch.where(vectors.abs() >= limit, vectors, 0.0)
             sign = torch.sign(trimmed.sum(0))
             agreed = torch.where(trimmed * sign > 0, trimmed, 0.0)

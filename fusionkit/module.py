@@ -173,6 +173,7 @@ class ReuseModule(LightningModule):
         progress: Progress | None = None,
         codec: DeltaCodec | None = None,
         processes: Processes = ALONE,
+        device: torch.device | str | None = None,
     ) -> Bundle:
         """Compress the fine-tuned checkpoints; see `fusionkit.compress`.
 
@@ -182,6 +183,7 @@ class ReuseModule(LightningModule):
             progress: called after each tensor of each pass.
             codec: by default the module's own.
             processes: among which the work is shared out.
+            device: where to compute; by default the module's own.
         """
         codec = codec or self.codec
         if codec is None or not self.finetuned:
@@ -200,6 +202,7 @@ class ReuseModule(LightningModule):
             overwrite=overwrite,
             progress=progress,
             processes=processes,
+            device=device or self.device,
         )
 
     def switch(self, task: str | None) -> None:

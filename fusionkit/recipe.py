@@ -174,9 +174,16 @@ class CompressCLI(RecipeCLI):
 
     def compress(self) -> Bundle:
         """Compress, with a progress bar; among the processes that the recipe's trainer has."""
-        with launched(self.config["trainer"]) as processes, progress_bar("compressing") as callback:
+        with (
+            launched(self.config["trainer"]) as (processes, device),
+            progress_bar("compressing") as callback,
+        ):
             bundle: Bundle = self.model.compress(
-                self._bundle, self.config["overwrite"], callback, processes=processes
+                self._bundle,
+                self.config["overwrite"],
+                callback,
+                processes=processes,
+                device=device,
             )
         return bundle
 

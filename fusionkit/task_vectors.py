@@ -16,7 +16,10 @@ from fusionkit.tensorfile import Pieces
 Found = TypeVar("Found")
 
 BLOCK = 1 << 19
-"""Entries per block of `TaskVectors.blocks`: small enough for eight tasks to stay in cache."""
+"""Entries per block of `TaskVectors.blocks`: few enough to stay in cache, and enough for threads
+not to be in each other's way."""
+BLOCK_ELSEWHERE = 1 << 23
+"""The same on a GPU."""
 
 _RUN = 512
 """Neighbouring entries of a sample."""
@@ -36,11 +39,13 @@ class TaskVectors:
         name: the tensor's name.
         shape: its shape.
         tasks: the tasks' names, in the order of the indices.
+        device: where they are formed.
     """
 
     name: str
     shape: torch.Size
     tasks: tuple[str, ...]
+    device: torch.device
     _read: Callable[[int | None], Tensor]  # a task's tensor; None: the base's
     _pieces: Callable[[int | None], Pieces]
     _label: Callable[[int | None], str]
@@ -58,8 +63,9 @@ class TaskVectors:
         delta = self._of_adapter(task)
         if delta is None:
             return self._difference(task)
+        delta = delta.to(self.device).contiguous()
         self._check_finite(delta, task)
-        return delta.contiguous()
+        return delta
 
     def low_rank(self, task: int) -> LowRank | None:
         """One task's vector as a product of two factors, where an adapter has it as one.
@@ -72,6 +78,7 @@ class TaskVectors:
         if factors:
             self._check_finite(factors.left, task)
             self._check_finite(factors.right, task)
+            factors = LowRank(*(factor.to(self.device) for factor in factors))
         return factors
 
     def tuned(self, task: int) -> Tensor:
@@ -86,7 +93,7 @@ class TaskVectors:
 
     def stack(self) -> Tensor:
         """All tasks' vectors: float32 `(T, *shape)`."""
-        stacked = torch.empty((len(self), *self.shape))
+        stacked = torch.empty((len(self), *self.shape), device=self.device)
         for task in range(len(self)):
             stacked[task] = self[task]
         return stacked
@@ -103,13 +110,13 @@ class TaskVectors:
         """
         total = self.shape.numel()
         runs = [block.clone() for place, block in self._blocks(_RUN, max(total // count, 1) * _RUN)]
-        return torch.cat(runs, 1) if runs else torch.empty(len(self), 0)
+        return torch.cat(runs, 1) if runs else torch.empty(len(self), 0, device=self.device)
 
-    def blocks(self, size: int = BLOCK) -> Iterator[tuple[slice, Tensor]]:
+    def blocks(self, size: int | None = None) -> Iterator[tuple[slice, Tensor]]:
         """All tasks' vectors, flattened, a block of at most `size` entries at a time.
 
         Args:
-            size: of a block.
+            size: of a block; by default what suits the device.
 
         Yields:
             the block's place in the flattened tensor, and float32 `(T, n)`; the caller's to
@@ -118,6 +125,7 @@ class TaskVectors:
         Raises:
             FamilyError: a block holds a NaN or an infinity.
         """
+        size = size or self._block
         return self._blocks(size, size)
 
     def _blocks(self, size: int, step: int) -> Iterator[tuple[slice, Tensor]]:
@@ -129,7 +137,8 @@ class TaskVectors:
             for task, delta in enumerate(deltas)
         ]
         width = min(size, self.shape.numel())
-        buffer, start = torch.empty((len(self), width)), torch.empty(width)
+        buffer = torch.empty((len(self), width), device=self.device)
+        start = torch.empty(width, device=self.device)
         for place in self._places(size, step):
             block = buffer[:, : place.stop - place.start]
             before = start[: block.shape[1]].copy_(base(place))
@@ -169,15 +178,19 @@ class TaskVectors:
 
     def _difference(self, task: int) -> Tensor:
         """τ = θ − θ₀ in float32, in pieces that stay in cache: neither is copied whole."""
-        delta = torch.empty(self.shape)
+        delta = torch.empty(self.shape, device=self.device)
         flat, ours, base = delta.view(-1), self._pieces(task), self._pieces(None)
-        start = torch.empty(min(BLOCK, flat.numel()))
-        for place in self._places(BLOCK, BLOCK):
+        start = torch.empty(min(self._block, flat.numel()), device=self.device)
+        for place in self._places(self._block, self._block):
             piece = flat[place]
             piece.copy_(ours(place))
             piece -= start[: len(piece)].copy_(base(place))
             self._check_finite(piece, task)
         return delta
+
+    @property
+    def _block(self) -> int:
+        return BLOCK if self.device.type == "cpu" else BLOCK_ELSEWHERE
 
     def _places(self, size: int, step: int) -> Iterator[slice]:
         count = self.shape.numel()

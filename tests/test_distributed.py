@@ -52,7 +52,13 @@ CODECS: dict[str, DeltaCodec] = {
     "DBMS of EMR": DBMS(EMR(), shift=MagnitudePrune(0.05)),
     "dense": Dense("bf16"),
 }
-FAMILIES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+FAMILIES: dict[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "large files": torch.float32,
+}
+LARGE = 256
+"""Bytes from which files count as large, in that family."""
 
 
 def save(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
@@ -112,6 +118,7 @@ def run(count: int, job: str, folder: Path) -> list[str]:
 
 def all_codecs(folder: Path, processes: Processes) -> None:
     for family, dtype in FAMILIES.items():
+        partfile._LARGE = LARGE if family == "large files" else 1 << 26
         inputs = folder / family
         if processes.rank == 0:
             inputs.mkdir()
@@ -194,8 +201,10 @@ def by_several(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", CODECS)
 def test_the_bundle_is_that_of_one_process(
-    by_several: Path, family: str, name: str, tmp_path: Path
+    by_several: Path, family: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if family == "large files":
+        monkeypatch.setattr(partfile, "_LARGE", LARGE)
     inputs = by_several / family
     compress(
         inputs / "base.safetensors",

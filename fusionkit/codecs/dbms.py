@@ -174,7 +174,7 @@ class DBMS(DeltaCodec):
         def project(vectors: TaskVectors) -> Tensor:
             sums = torch.zeros(2, count, dtype=torch.float64)
             for task in range(count):
-                u = shift.delta(task, vectors.name, vectors.shape)
+                u = shift.delta(task, vectors.name, vectors.shape, vectors.device)
                 if u is not None:
                     sums[:, task] += _dots(vectors[task], u)
             return sums
@@ -207,7 +207,7 @@ class DBMS(DeltaCodec):
                 sums = torch.zeros(3, len(scalars), dtype=torch.float64)
                 for task, delta in enumerate(vectors):
                     sums[2, task] += delta.square().sum(dtype=torch.float64)
-                    coded = deltas.delta(task, vectors.name, vectors.shape)
+                    coded = deltas.delta(task, vectors.name, vectors.shape, vectors.device)
                     if coded is not None:
                         sums[:2, task] += _dots(delta, coded)
                 return sums
@@ -254,7 +254,7 @@ class _Shift:
     def __call__(self, values: Tensor, place: slice) -> None:
         if not self._decoded:
             name, shape = self._vectors.name, self._vectors.shape
-            self._decoded.append(self._shift.delta(self._task, name, shape))
+            self._decoded.append(self._shift.delta(self._task, name, shape, values.device))
         direction = self._decoded[0]
         if direction is not None:
             values.sub_(direction.reshape(-1)[place], alpha=self._alpha)
@@ -263,7 +263,8 @@ class _Shift:
 def _dots(one: Tensor, other: Tensor) -> Tensor:
     """⟨x, y⟩ and ⟨y, y⟩: float64 `(2,)`."""
     one, other = one.reshape(-1), other.reshape(-1)
-    return torch.stack([torch.dot(one, other), torch.dot(other, other)]).to(torch.float64)
+    dots = torch.stack([torch.dot(one, other), torch.dot(other, other)])
+    return dots.to(torch.float64).cpu()
 
 
 def _together(shift: Encoded, delta: Encoded, level: str) -> Encoded:

@@ -40,7 +40,7 @@ class EMR(DeltaCodec):
         """Nothing to prepare: masks and shared vector as they come, the rescalers at the end."""
 
         def encode(vectors: TaskVectors) -> Encoded:
-            stored = None if shared is None else self._unified(shared(vectors.name), vectors.shape)
+            stored = None if shared is None else self._unified(shared(vectors.name), vectors)
             unified, masks, ratio = self._tensor(vectors, stored)
             sums = ratio if self.scope == "model" else None
             if not (ratio[1] if stored is None else stored).any():
@@ -114,7 +114,7 @@ class EMR(DeltaCodec):
             sums = (kept * block) @ magnitude, kept @ magnitude.square()
         else:
             sums = block.sum(1), kept.to(torch.float32) @ magnitude
-        return torch.stack(sums).to(torch.float64)
+        return torch.stack(sums).to(torch.float64).cpu()
 
     def _rescaler(self, ratio: Tensor) -> Tensor:
         """λ per task: float32 `(T, 1)`; 1 where nothing is masked in."""
@@ -123,10 +123,11 @@ class EMR(DeltaCodec):
             top, bottom = torch.ones_like(top), torch.ones_like(top)
         return torch.where(bottom > 0, top / bottom, 1.0).to(torch.float32)[:, None]
 
-    def _unified(self, parts: Parts, shape: torch.Size) -> Tensor:
+    def _unified(self, parts: Parts, vectors: TaskVectors) -> Tensor:
+        count = vectors.shape.numel()
         if not parts:
-            return torch.zeros(shape.numel())
-        return unpack_values(parts, shape.numel(), self.dtype, "elected")
+            return torch.zeros(count, device=vectors.device)
+        return unpack_values(parts, count, self.dtype, "elected").to(vectors.device)
 
 
 class _Joined:
@@ -143,7 +144,7 @@ class _Joined:
     def add(self, block: Tensor) -> None:
         """Put a block after the last one."""
         if not self._filled:
-            self._memory = torch.empty(self._size, dtype=block.dtype)
+            self._memory = torch.empty(self._size, dtype=block.dtype, device=block.device)
         end = self._filled + block.numel()
         self._memory[self._filled : end] = block
         self._filled = end

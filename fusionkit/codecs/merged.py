@@ -69,7 +69,8 @@ class SharedVector:
             return Stored(None, {})
         if self._merge_tensor is None:
             assert self._shared is not None
-            return Stored(decode_shared(self._shared(vectors.name), vectors.shape, self._dtype), {})
+            stored = decode_shared(self._shared(vectors.name), vectors.shape, self._dtype)
+            return Stored(stored.to(vectors.device), {})
         merged = self._merge.vector(self._merge_tensor, vectors)
         if not merged.any():
             return Stored(None, {})

@@ -192,7 +192,7 @@ class SVD(TensorCodec):
                 found.append(None)
             elif self._is_cut(vectors.shape):
                 s = self._spectral(delta, rows, columns, min(rows, columns)).s
-                found.append(s.to(torch.float64).square())
+                found.append(s.to(torch.float64).square().cpu())
             else:
                 found.append(torch.empty(0, dtype=torch.float64))
         return found

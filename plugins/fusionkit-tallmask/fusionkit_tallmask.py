@@ -134,7 +134,8 @@ class Consensus(Merge):
 
         def merge(name: str, vectors: Tensor) -> Tensor:
             merged = merge_tensor(name, vectors)
-            masks = tall_mask(vectors, merged, limits.view(-1, *[1] * merged.ndim))
+            own = limits.to(merged.device).view(-1, *[1] * merged.ndim)
+            masks = tall_mask(vectors, merged, own)
             return merged.mul_(self.scale).mul_(masks.sum(0) >= self.agree)
 
         return merge
