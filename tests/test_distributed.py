@@ -30,6 +30,7 @@ from fusionkit import (
     Normalized,
     compress,
     journal,
+    partfile,
 )
 from fusionkit.codec import DeltaCodec
 from fusionkit.errors import FusionKitError
