@@ -66,11 +66,8 @@ def encode(
 def _encode(
     encoder: Encoder, codec: DeltaCodec, family: Family, sums: dict[str, Tensor | None]
 ) -> Iterator[Packed]:
-    def one(name: str) -> Packed:
-        return _packed(encoder.encode(family.vectors(name)), name, codec, family)
-
     left = {name: size for name, size in family.share.items() if name not in sums}
-    for name, packed in family.workers.run(one, left):
+    for name, packed in family.workers.run(lambda n: _one(n, encoder, codec, family), left):
         sums[name] = packed.sums
         yield packed
     gathered = {n: s for each in family.workers.processes.gather(sums) for n, s in each.items()}
@@ -79,6 +76,10 @@ def _encode(
         whole = encoder.finish(total(each for each in found if each is not None))
         if whole is not None:
             yield _packed(whole, WHOLE_MODEL, codec, family)
+
+
+def _one(name: str, encoder: Encoder, codec: DeltaCodec, family: Family) -> Packed:
+    return _packed(encoder.encode(family.vectors(name)), name, codec, family)
 
 
 def _packed(encoded: Encoded, name: str, codec: DeltaCodec, family: Family) -> Packed:

@@ -1,9 +1,8 @@
 """The task vectors of one tensor: what merges and codecs see of a family."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -13,9 +12,7 @@ from fusionkit.lowrank import LowRank
 from fusionkit.overlay import MergedAdapter
 from fusionkit.tensorfile import Pieces
 
-Found = TypeVar("Found")
-
-BLOCK = 1 << 19
+BLOCK = 1 << 18
 """Entries per block of `TaskVectors.blocks`: few enough to stay in cache, and enough for threads
 not to be in each other's way."""
 BLOCK_ELSEWHERE = 1 << 23
@@ -151,25 +148,19 @@ class TaskVectors:
                     self._check_finite(block[task], task)
             yield place, block
 
-    def only(self, places: range) -> "TaskVectors":
-        """Those of some of the tasks.
-
-        Args:
-            places: which, as indices.
-        """
-        first = places.start
-
-        def of(function: Callable[[int | None], Found]) -> Callable[[int | None], Found]:
-            return lambda task: function(None if task is None else first + task)
-
-        return replace(
-            self,
-            tasks=self.tasks[first : places.stop],
-            _read=of(self._read),
-            _pieces=of(self._pieces),
-            _label=of(self._label),
-            _adapter=lambda task: self._adapter(first + task),
-        )
+    def blocks_of(self, task: int, size: int | None = None) -> Iterator[tuple[slice, Tensor]]:
+        """As `blocks`, of one task: float32 `(n,)`."""
+        size = size or self._block
+        delta = self._of_adapter(task)
+        ours = self._pieces(task) if delta is None else delta.reshape(-1).__getitem__
+        base = self._pieces(None)
+        buffer, start = torch.empty((2, min(size, self.shape.numel())), device=self.device)
+        for place in self._places(size, size):
+            block = buffer[: place.stop - place.start].copy_(ours(place))
+            if delta is None:
+                block -= start[: len(block)].copy_(base(place))
+            self._check_finite(block, task)
+            yield place, block
 
     @property
     def base(self) -> Tensor:
@@ -250,10 +241,13 @@ class ChangedVectors(TaskVectors):
         """As of the vectors themselves; None of one that is changed."""
         return None if self.changes[task] else super().low_rank(task)
 
-    def only(self, places: range) -> "TaskVectors":
+    def blocks_of(self, task: int, size: int | None = None) -> Iterator[tuple[slice, Tensor]]:
         """As of the vectors themselves, then changed."""
-        own = self.changes[places.start : places.stop]
-        return replace(cast(ChangedVectors, super().only(places)), changes=own)
+        change = self.changes[task]
+        for place, block in super().blocks_of(task, size):
+            if change is not None:
+                change(block, place)
+            yield place, block
 
     def _blocks(self, size: int, step: int) -> Iterator[tuple[slice, Tensor]]:
         """As of the vectors themselves, then changed."""

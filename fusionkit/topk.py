@@ -8,6 +8,7 @@ could be among the k largest, and the exact ones among these.
 """
 
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,14 +18,12 @@ import torch
 from torch import Tensor
 
 from fusionkit.family import Family
-from fusionkit.packing import above, count_set, kth_largest, places
+from fusionkit.packing import above, kth_largest, places
 from fusionkit.task_vectors import TaskVectors
 
 _BINS = 1 << 16
 _PIECE = 1 << 17
 _SAMPLE = 1 << 17
-_AT_ONCE = 4
-"""Tasks whose candidates are in memory together; the base is read once for them."""
 _DEVIATIONS = 5.0
 """How far, in standard deviations, a sample's quantile may be from the tensor's."""
 
@@ -116,6 +115,8 @@ class Kept(NamedTuple):
 class TopK:
     """The largest magnitudes of one tensor, whose values come block by block.
 
+    It works in memory that its thread uses for one tensor after another.
+
     Args:
         count: how many to keep; of equal magnitudes the first win, and zeros are never kept.
         total: number of the tensor's entries.
@@ -126,63 +127,110 @@ class TopK:
     def __init__(self, count: int, total: int, sample: Tensor) -> None:
         self._count = count
         self._low, self._high = _bracket(count, total, sample)  # exclusive, inclusive
-        self._found: list[Kept] = []
-        self._magnitudes, self._mask = torch.empty(0), torch.empty(0, dtype=torch.bool)
-        self._narrow = torch.int32 if total < 1 << 31 else torch.int64
+        narrow = torch.int32 if total < 1 << 31 else torch.int64
+        self._positions = _Growing("positions", narrow, sample.device)
+        self._values = _Growing("values", torch.float32, sample.device)
+        self._magnitudes = _Growing("magnitudes", torch.float32, sample.device)
+        self._mask = _Growing("mask", torch.bool, sample.device)
 
     def add(self, values: Tensor, start: int) -> None:
         """Take a block: float32 `(n,)`, the tensor's entries from `start` on."""
         if self._count <= 0:
             return
-        if len(values) > self._magnitudes.numel():  # memory that is used again for each block
-            self._magnitudes = torch.empty_like(values)
-            self._mask = torch.empty_like(values, dtype=torch.bool)
-        magnitudes = torch.abs(values, out=self._magnitudes[: len(values)])
-        near = places(above(magnitudes, self._low, out=self._mask[: len(values)]))
-        self._found.append(Kept(near.add(start).to(self._narrow), values.index_select(0, near)))
+        near = self._above(values, self._low)
+        torch.index_select(values, 0, near, out=self._values.more(len(near)))
+        self._positions.more(len(near)).copy_(near.add_(start))
 
     def result(self) -> Kept | None:
-        """What is kept; None if the sample misled, and the blocks must come again, from the start.
+        """What is kept, until the next tensor; None if the sample misled.
 
-        The second time all of them are looked at.
+        Then the blocks must come again, from the start; the second time all of them are looked at.
         """
-        found, self._found = self._found, []
-        size = sum(len(each.values) for each in found)
+        size = self._values.size
         if size < self._count and self._low > 0:
             self._low, self._high = 0.0, math.inf
+            self._values.size = self._positions.size = 0
             return None
         if size > max(self._count, 0):
-            found = self._largest(found)
-        if not found:
-            empty = torch.empty(0)
-            return Kept(empty.to(torch.int64), empty)
-        positions = torch.cat([each.positions for each in found])
-        return Kept(positions, torch.cat([each.values for each in found]))
+            self._drop_smaller()
+        return Kept(self._positions.filled, self._values.filled)
 
-    def _largest(self, found: list[Kept]) -> list[Kept]:
-        """Of more entries than are kept, block by block: nothing large is allocated."""
-        magnitudes = [each.values.abs() for each in found]
-        certain = [above(each, self._high) for each in magnitudes]
-        left = self._count - sum(count_set(each) for each in certain)
+    def _above(self, values: Tensor, limit: float) -> Tensor:
+        """Where magnitudes are above a limit; `_magnitudes` are theirs from here on."""
+        self._magnitudes.size = self._mask.size = 0
+        magnitudes = torch.abs(values, out=self._magnitudes.more(len(values)))
+        return places(above(magnitudes, limit, out=self._mask.more(len(values))))
+
+    def _drop_smaller(self) -> None:
+        """Of more entries than are kept, keep the largest, in place."""
+        left, unsure = self._count, []
+        for values in _pieces(self._values.filled):
+            left -= len(self._above(values, self._high))
+            unsure.append(self._magnitudes.filled[places(~self._mask.filled)])
         if left <= 0:  # the sample misled the other way: all of them are uncertain
-            certain, left = [torch.zeros_like(each) for each in certain], self._count
-        unsure = torch.cat(
-            [m.index_select(0, places(~c)) for m, c in zip(magnitudes, certain, strict=True)]
+            left, unsure = self._count, [self._values.filled.abs()]
+        limit = kth_largest(torch.cat(unsure), left)
+        ties = self._count - sum(
+            len(self._above(values, limit)) for values in _pieces(self._values.filled)
         )
-        limit = kth_largest(unsure, left)
-        kept = [above(each, limit) for each in magnitudes]
-        ties = self._count - sum(count_set(each) for each in kept)
-        chosen = []
-        for each, mask, sizes in zip(found, kept, magnitudes, strict=True):
+        found = list(
+            zip(_pieces(self._values.filled), _pieces(self._positions.filled), strict=True)
+        )
+        self._values.size = self._positions.size = 0
+        for values, positions in found:
+            kept = self._above(values, limit)
             if ties:
-                taken = places(sizes == limit)[:ties]
-                mask[taken] = True
+                taken = places(self._magnitudes.filled == limit)[:ties]
+                self._mask.filled[taken] = True
                 ties -= len(taken)
-            own = places(mask)
-            chosen.append(
-                Kept(each.positions.index_select(0, own), each.values.index_select(0, own))
-            )
-        return chosen
+                kept = places(self._mask.filled)
+            # Through copies: what is kept moves towards the front of the same memory.
+            self._values.more(len(kept)).copy_(values.index_select(0, kept))
+            self._positions.more(len(kept)).copy_(positions.index_select(0, kept))
+
+
+class _Memory(threading.local):
+    """Memory that a thread uses again: fresh pages cost more than what is computed in them."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+
+
+_MEMORY = _Memory()
+
+
+class _Growing:
+    """A tensor that grows, in its thread's memory.
+
+    Args:
+        name: tells it from others that are used at the same time.
+        dtype: its dtype.
+        device: where it is.
+
+    Attributes:
+        size: how many entries are filled.
+    """
+
+    def __init__(self, name: str, dtype: torch.dtype, device: torch.device) -> None:
+        self._key = name, dtype, device
+        self.size = 0
+        _MEMORY.buffers.setdefault(self._key, torch.empty(0, dtype=dtype, device=device))
+
+    @property
+    def filled(self) -> Tensor:
+        """What is filled."""
+        return _MEMORY.buffers[self._key][: self.size]
+
+    def more(self, count: int) -> Tensor:
+        """The next entries, to be filled."""
+        end = self.size + count
+        memory = _MEMORY.buffers[self._key]
+        if end > len(memory):
+            grown = memory.new_empty(max(end, 3 * len(memory) // 2))
+            grown[: self.size] = memory[: self.size]
+            memory = _MEMORY.buffers[self._key] = grown
+        self.size = end
+        return memory[end - count : end]
 
 
 def top_k(values: Tensor, count: int) -> Tensor:
@@ -205,26 +253,23 @@ def top_k(values: Tensor, count: int) -> Tensor:
             start += piece.numel()
         found = search.result()
         if found is not None:
-            return found.positions.to(torch.int64)
+            return found.positions.to(torch.int64, copy=True)
 
 
 def top_k_of(vectors: TaskVectors, count: int) -> Iterator[Kept]:
-    """The `count` largest magnitudes of each task's vector of one tensor, formed in blocks."""
-    total, samples = vectors.shape.numel(), vectors.sample(_SAMPLE)
-    for first in range(0, len(vectors), _AT_ONCE):
-        some = vectors.only(range(first, min(first + _AT_ONCE, len(vectors))))
-        searches = [TopK(count, total, sample) for sample in samples[first : first + _AT_ONCE]]
-        found: dict[int, Kept] = {}
-        while len(found) < len(some):
-            for place, block in some.blocks():
-                for task, search in enumerate(searches):
-                    if task not in found:
-                        search.add(block[task], place.start)
-            for task, search in enumerate(searches):
-                if task not in found and (kept := search.result()) is not None:
-                    found[task] = kept
-        for task in range(len(some)):
-            yield found.pop(task)
+    """The `count` largest magnitudes of each task's vector of one tensor, formed in blocks.
+
+    Yields:
+        per task what is kept, valid until the next one.
+    """
+    for task, sample in enumerate(vectors.sample(_SAMPLE)):
+        search = TopK(count, vectors.shape.numel(), sample)
+        found: Kept | None = None
+        while found is None:
+            for place, block in vectors.blocks_of(task):
+                search.add(block, place.start)
+            found = search.result()
+        yield found
 
 
 def _bracket(count: int, total: int, sample: Tensor) -> tuple[float, float]:

@@ -95,10 +95,10 @@ class MagnitudePrune(DeltaCodec):
     def _coded(self, kept: Kept, total: int) -> Parts:
         if not len(kept.positions):
             return {}
-        return {
-            "positions": encode_positions(kept.positions, total),
-            **pack_values(kept.values, self.dtype),
-        }
+        packed = pack_values(kept.values, self.dtype)
+        if self.dtype == "fp32":  # else they are converted, and so copied
+            packed = {part: values.clone() for part, values in packed.items()}
+        return {"positions": encode_positions(kept.positions, total), **packed}
 
 
 def _residuals(vectors: TaskVectors, merged: Tensor | None) -> Iterator[Tensor]:

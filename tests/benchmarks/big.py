@@ -3,9 +3,10 @@
 A synthetic family in bf16, shards of safetensors with an index, layers of the shapes of a model of
 7 billion parameters, as many as make the size asked for. The rival reads every input tensor with
 safetensors (a copy of each, as any use needs) and writes as many bytes as the bundle has. Each way
-runs in a process of its own, in turns; files in the cache as far as memory allows.
+runs in a process of its own, in turns; files in the cache as far as memory allows. Then the seconds
+that each stage takes, added up over the threads.
 
-    python tests/benchmarks/big.py [GB per checkpoint] [tasks] [folder]
+    python tests/benchmarks/big.py [GB per checkpoint] [tasks] [folder] [codec …]
 """
 
 import json
@@ -13,14 +14,19 @@ import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 import fusionkit
+from fusionkit import manifest, partfile, payload, tensorfile
 
 HIDDEN, INNER, WORDS = 4096, 11008, 32000
 LAYER = {
@@ -80,8 +86,38 @@ def read_and_write(folder: Path, tasks: int, nbytes: int) -> None:
         save_file({"x": chunk[:size].contiguous()}, folder / f"written-{place}.safetensors")
 
 
+STAGES = {
+    "read": (tensorfile._Pieces, "__call__"),
+    "fingerprint": (manifest, "_sha256"),
+    "checksum": (partfile, "_digest"),
+    "write": (partfile.PartWriter, "_write"),
+    "finish": (partfile.PartWriter, "finish"),
+    "encode, all of it": (payload, "_one"),
+}
+
+
+def timed(seconds: dict[str, float]) -> None:
+    """Have the stages add up their seconds, over all threads."""
+    lock = threading.Lock()
+
+    def wrap(stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any, **named: Any) -> Any:
+            started = time.perf_counter()
+            result = function(*given, **named)
+            with lock:
+                seconds[stage] += time.perf_counter() - started
+            return result
+
+        return call
+
+    for stage, (owner, name) in STAGES.items():
+        setattr(owner, name, wrap(stage, getattr(owner, name)))
+
+
 def run(folder: Path, tasks: int, way: str, nbytes: int) -> None:
-    """One way, in this process; prints seconds, peak memory and bytes written."""
+    """One way, in this process; prints seconds, peak memory, bytes written, and the stages."""
+    stages: dict[str, float] = defaultdict(float)
+    timed(stages)
     started = time.perf_counter()
     if way == "read and write":
         read_and_write(folder, tasks, nbytes)
@@ -93,16 +129,16 @@ def run(folder: Path, tasks: int, way: str, nbytes: int) -> None:
         nbytes = bundle.nbytes
     seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps([seconds, peak, nbytes]))
+    print(json.dumps([seconds, peak, nbytes, stages]))
 
 
-def main(gigabytes: float, tasks: int, parent: str | None) -> None:
+def main(gigabytes: float, tasks: int, parent: str | None, codecs: list[str]) -> None:
     with tempfile.TemporaryDirectory(dir=parent) as temporary:
         folder = Path(temporary)
         make(folder, gigabytes, tasks)
         size = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
         print(f"{tasks} tasks, {size / 1e9:.1f} GB of inputs, {torch.get_num_threads()} threads")
-        for codec in CODECS:
+        for codec in codecs or CODECS:
             found = {}
             nbytes = 0
             for way in (codec, "read and write"):
@@ -112,13 +148,22 @@ def main(gigabytes: float, tasks: int, parent: str | None) -> None:
                 )
                 found[way] = json.loads(done.stdout.splitlines()[-1])
                 nbytes = found[codec][2]
-            seconds, peak, _ = found[codec]
+            seconds, peak, _, stages = found[codec]
             rival = found["read and write"][0]
             print(
                 f"{codec:24} {seconds:7.1f} s, {size / 1e6 / seconds:6.0f} MB/s, peak "
                 f"{peak / 1e9:.2f} GB, bundle {nbytes / 1e9:.2f} GB; read and write {rival:.1f} s: "
                 f"{rival / seconds:.0%} of its speed"
             )
+            for stage in (
+                "encode, all of it",
+                "read",
+                "checksum",
+                "fingerprint",
+                "write",
+                "finish",
+            ):
+                print(f"  {stage:20} {stages.get(stage, 0):7.1f} s")
 
 
 if __name__ == "__main__":
@@ -130,4 +175,5 @@ if __name__ == "__main__":
             float(given[0]) if given else 4.0,
             int(given[1]) if len(given) > 1 else 3,
             given[2] if len(given) > 2 else None,
+            given[3:],
         )
