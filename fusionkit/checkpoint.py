@@ -3,6 +3,7 @@
 import json
 import pickle
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from glob import escape as glob_escape
 from glob import glob
@@ -41,6 +42,7 @@ class _Opened:
     pieces: Callable[[str], Pieces] | None = None
     """How to read a tensor in pieces, where it need not be read whole for that."""
     files: tuple[Path, ...] = ()
+    prefetch: Callable[[str], None] = lambda name: None
 
 
 class Checkpoint(Mapping[str, Tensor]):
@@ -100,7 +102,7 @@ class Checkpoint(Mapping[str, Tensor]):
             )
         new = {old: name for name, old in renamed.items()}
         self._names = renamed
-        self._read, self._pieces = opened.read, opened.pieces
+        self._read, self._pieces, self._prefetch = opened.read, opened.pieces, opened.prefetch
         self.specs = {name: opened.specs[old] for name, old in renamed.items()}
         self.aliases = {
             new[alias]: new[target]
@@ -132,6 +134,11 @@ class Checkpoint(Mapping[str, Tensor]):
             raise CheckpointError(
                 f"{self.label}: tensor '{name}' can't be read: {error}"
             ) from error
+
+    def prefetch(self, name: str) -> None:
+        """Have a tensor's bytes read ahead, where that can be; nothing waits for it."""
+        with suppress(OSError):  # it will be met again, and reported, when the tensor is read
+            self._prefetch(self._names[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.specs)
@@ -212,6 +219,7 @@ def _open(source: object, label: str) -> _Opened:
             source.buffers,
             source.pieces,
             source.files,
+            source.prefetch,
         )
     if isinstance(source, nn.Module):
         buffers = frozenset(name for name, _ in source.named_buffers(remove_duplicate=False))
@@ -258,7 +266,14 @@ def _open_file(path: Path) -> _Opened:
 
 def _open_safetensors(path: Path) -> _Opened:
     file = TensorFile(path)
-    return _Opened(file.specs, file.read, file.nbytes, pieces=file.pieces, files=(path,))
+    return _Opened(
+        file.specs,
+        file.read,
+        file.nbytes,
+        pieces=file.pieces,
+        files=(path,),
+        prefetch=file.prefetch,
+    )
 
 
 def _open_shards(index: Path) -> _Opened:
@@ -286,6 +301,7 @@ def _open_shards(index: Path) -> _Opened:
         aliases={a: t for shard in shards.values() for a, t in shard.aliases.items()},
         pieces=lambda name: _pieces(shards[weight_map[name]], name),
         files=(index, *paths.values()),
+        prefetch=lambda name: shards[weight_map[name]].prefetch(name),
     )
 
 

@@ -154,7 +154,7 @@ class Family:
         Returns:
             tensor's name → result, in the base's order, the same in every process.
         """
-        own = dict(self.workers.run(lambda name: function(self.vectors(name)), self.share))
+        own = dict(self.run(lambda name: function(self.vectors(name)), self.share))
         return {
             name: result
             for results in self.workers.processes.gather(own)
@@ -173,13 +173,19 @@ class Family:
         """
         count: Tensor | None = None
         floats: list[Tensor] = []
-        for _, value in self.workers.run(lambda name: function(self.vectors(name)), self.share):
+        for _, value in self.run(lambda name: function(self.vectors(name)), self.share):
             if value.is_floating_point():
                 floats.append(value)
             else:
                 count = value if count is None else count.add_(value)
         own = floats if count is None else [count]
         return total(value for each in self.workers.processes.gather(own) for value in each)
+
+    def run(
+        self, function: Callable[[str], Result], sizes: Mapping[str, int]
+    ) -> Iterator[tuple[str, Result]]:
+        """Call a function with each name, as `Workers.run`; the tensors are read ahead."""
+        return self.workers.run(function, sizes, ahead=self._prefetch)
 
     @property
     def share(self) -> dict[str, int]:
@@ -290,6 +296,11 @@ class Family:
                 base,
                 out,
             )
+
+    def _prefetch(self, name: str) -> None:
+        self.base.prefetch(name)
+        for checkpoint in self.finetuned.values():
+            checkpoint.prefetch(self._name_in(checkpoint, name))
 
     def _open(self, source: Source | Checkpoint) -> Checkpoint:
         if isinstance(source, str | Path) and is_adapter(source):

@@ -40,6 +40,11 @@ class Overlay(Checkpoint):
         top = self.top(name)
         return self.below[name] if top is None else top
 
+    def prefetch(self, name: str) -> None:
+        """Have a tensor of the base read ahead."""
+        if name in self.below:
+            self.below.prefetch(name)
+
     def pieces(self, name: str) -> Pieces:
         """Read one tensor piece by piece; what lies on top is made whole."""
         top = self.top(name)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 _COMPLEMENT = 0x80
 _HEADER = 9
-_PIECE = 1 << 17
+_PIECE = 1 << 18
 
 
 def above(values: Tensor, limit: float, out: Tensor | None = None) -> Tensor:

@@ -67,7 +67,7 @@ def _encode(
     encoder: Encoder, codec: DeltaCodec, family: Family, sums: dict[str, Tensor | None]
 ) -> Iterator[Packed]:
     left = {name: size for name, size in family.share.items() if name not in sums}
-    for name, packed in family.workers.run(lambda n: _one(n, encoder, codec, family), left):
+    for name, packed in family.run(lambda n: _one(n, encoder, codec, family), left):
         sums[name] = packed.sums
         yield packed
     gathered = {n: s for each in family.workers.processes.gather(sums) for n, s in each.items()}

@@ -106,14 +106,20 @@ class TaskVectors:
             count: about how many; all of them, if there are not more.
         """
         total = self.shape.numel()
-        runs = [block.clone() for place, block in self._blocks(_RUN, max(total // count, 1) * _RUN)]
+        runs = [
+            block.clone()
+            for place, block in self._blocks(_RUN, max(total // count, 1) * _RUN, range(len(self)))
+        ]
         return torch.cat(runs, 1) if runs else torch.empty(len(self), 0, device=self.device)
 
-    def blocks(self, size: int | None = None) -> Iterator[tuple[slice, Tensor]]:
-        """All tasks' vectors, flattened, a block of at most `size` entries at a time.
+    def blocks(
+        self, size: int | None = None, tasks: Sequence[int] | None = None
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """The tasks' vectors, flattened, a block of at most `size` entries at a time.
 
         Args:
             size: of a block; by default what suits the device.
+            tasks: which tasks' (T of them); by default all.
 
         Yields:
             the block's place in the flattened tensor, and float32 `(T, n)`; the caller's to
@@ -123,43 +129,29 @@ class TaskVectors:
             FamilyError: a block holds a NaN or an infinity.
         """
         size = size or self._block
-        return self._blocks(size, size)
+        return self._blocks(size, size, range(len(self)) if tasks is None else tasks)
 
-    def _blocks(self, size: int, step: int) -> Iterator[tuple[slice, Tensor]]:
+    def _blocks(self, size: int, step: int, tasks: Sequence[int]) -> Iterator[tuple[slice, Tensor]]:
         """Blocks that start every `step` entries."""
         base = self._pieces(None)
-        deltas = [self._of_adapter(task) for task in range(len(self))]
+        deltas = [self._of_adapter(task) for task in tasks]
         tuned = [
             self._pieces(task) if delta is None else delta.reshape(-1).__getitem__
-            for task, delta in enumerate(deltas)
+            for task, delta in zip(tasks, deltas, strict=True)
         ]
         width = min(size, self.shape.numel())
-        buffer = torch.empty((len(self), width), device=self.device)
+        buffer = torch.empty((len(tuned), width), device=self.device)
         start = torch.empty(width, device=self.device)
         for place in self._places(size, step):
             block = buffer[:, : place.stop - place.start]
             before = start[: block.shape[1]].copy_(base(place))
-            for task, values in enumerate(tuned):
-                block[task] = values(place)
-                if deltas[task] is None:
-                    block[task] -= before
+            for row, values, delta in zip(block, tuned, deltas, strict=True):
+                row.copy_(values(place))
+                if delta is None:
+                    row.sub_(before)
             if not torch.isfinite(block.sum()):
-                for task in range(len(self)):
-                    self._check_finite(block[task], task)
-            yield place, block
-
-    def blocks_of(self, task: int, size: int | None = None) -> Iterator[tuple[slice, Tensor]]:
-        """As `blocks`, of one task: float32 `(n,)`."""
-        size = size or self._block
-        delta = self._of_adapter(task)
-        ours = self._pieces(task) if delta is None else delta.reshape(-1).__getitem__
-        base = self._pieces(None)
-        buffer, start = torch.empty((2, min(size, self.shape.numel())), device=self.device)
-        for place in self._places(size, size):
-            block = buffer[: place.stop - place.start].copy_(ours(place))
-            if delta is None:
-                block -= start[: len(block)].copy_(base(place))
-            self._check_finite(block, task)
+                for row, task in zip(block, tasks, strict=True):
+                    self._check_finite(row, task)
             yield place, block
 
     @property
@@ -241,18 +233,11 @@ class ChangedVectors(TaskVectors):
         """As of the vectors themselves; None of one that is changed."""
         return None if self.changes[task] else super().low_rank(task)
 
-    def blocks_of(self, task: int, size: int | None = None) -> Iterator[tuple[slice, Tensor]]:
+    def _blocks(self, size: int, step: int, tasks: Sequence[int]) -> Iterator[tuple[slice, Tensor]]:
         """As of the vectors themselves, then changed."""
-        change = self.changes[task]
-        for place, block in super().blocks_of(task, size):
-            if change is not None:
-                change(block, place)
-            yield place, block
-
-    def _blocks(self, size: int, step: int) -> Iterator[tuple[slice, Tensor]]:
-        """As of the vectors themselves, then changed."""
-        for place, block in super()._blocks(size, step):
-            for change, values in zip(self.changes, block, strict=True):
+        changes = [self.changes[task] for task in tasks]
+        for place, block in super()._blocks(size, step, tasks):
+            for change, values in zip(changes, block, strict=True):
                 if change is not None:
                     change(values, place)
             yield place, block

@@ -22,8 +22,13 @@ from fusionkit.packing import above, kth_largest, places
 from fusionkit.task_vectors import TaskVectors
 
 _BINS = 1 << 16
-_PIECE = 1 << 17
+_PIECE = 1 << 18
+_BLOCK = 1 << 20
+"""Entries per block of a tensor: more than fit into a cache, so that threads, which take turns
+between any two steps, take few."""
 _SAMPLE = 1 << 17
+_AT_ONCE = 4
+"""Tasks whose candidates are in memory together; the base is read once for them."""
 _DEVIATIONS = 5.0
 """How far, in standard deviations, a sample's quantile may be from the tensor's."""
 
@@ -122,14 +127,15 @@ class TopK:
         total: number of the tensor's entries.
         sample: float32 `(m,)`, some of them, from all over the tensor; what is found does not
             depend on it, but how much is looked at does.
+        slot: tells it from others that are used at the same time.
     """
 
-    def __init__(self, count: int, total: int, sample: Tensor) -> None:
+    def __init__(self, count: int, total: int, sample: Tensor, slot: int = 0) -> None:
         self._count = count
         self._low, self._high = _bracket(count, total, sample)  # exclusive, inclusive
         narrow = torch.int32 if total < 1 << 31 else torch.int64
-        self._positions = _Growing("positions", narrow, sample.device)
-        self._values = _Growing("values", torch.float32, sample.device)
+        self._positions = _Growing(f"positions{slot}", narrow, sample.device)
+        self._values = _Growing(f"values{slot}", torch.float32, sample.device)
         self._magnitudes = _Growing("magnitudes", torch.float32, sample.device)
         self._mask = _Growing("mask", torch.bool, sample.device)
 
@@ -262,14 +268,20 @@ def top_k_of(vectors: TaskVectors, count: int) -> Iterator[Kept]:
     Yields:
         per task what is kept, valid until the next one.
     """
-    for task, sample in enumerate(vectors.sample(_SAMPLE)):
-        search = TopK(count, vectors.shape.numel(), sample)
-        found: Kept | None = None
-        while found is None:
-            for place, block in vectors.blocks_of(task):
-                search.add(block, place.start)
-            found = search.result()
-        yield found
+    total, samples = vectors.shape.numel(), vectors.sample(_SAMPLE)
+    for first in range(0, len(vectors), _AT_ONCE):
+        tasks = range(first, min(first + _AT_ONCE, len(vectors)))
+        searches = {task: TopK(count, total, samples[task], slot=task - first) for task in tasks}
+        found: dict[int, Kept] = {}
+        while len(found) < len(tasks):
+            left = [task for task in tasks if task not in found]
+            for place, block in vectors.blocks(_BLOCK, left):
+                for task, values in zip(left, block, strict=True):
+                    searches[task].add(values, place.start)
+            for task in left:
+                if (kept := searches[task].result()) is not None:
+                    found[task] = kept
+        yield from (found[task] for task in tasks)
 
 
 def _bracket(count: int, total: int, sample: Tensor) -> tuple[float, float]:

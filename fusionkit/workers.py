@@ -63,7 +63,11 @@ class Workers:
         return own
 
     def run(
-        self, function: Callable[[str], Result], sizes: Mapping[str, int], counted: bool = True
+        self,
+        function: Callable[[str], Result],
+        sizes: Mapping[str, int],
+        counted: bool = True,
+        ahead: Callable[[str], None] | None = None,
     ) -> Iterator[tuple[str, Result]]:
         """Call a function with each name; while the results are used, the next are at work.
 
@@ -71,6 +75,7 @@ class Workers:
             function: called in several threads.
             sizes: tensor's name → its number of entries, which bounds how many are at work.
             counted: whether it is a pass of which progress is told.
+            ahead: called with each name before its turn, so that it can be read ahead.
 
         Yields:
             name and result, in the order of the names.
@@ -84,6 +89,8 @@ class Workers:
             while names or waiting:
                 while names and (not waiting or held + sizes[names[0]] <= IN_FLIGHT):
                     name = names.popleft()
+                    if ahead:
+                        ahead(name)
                     held += sizes[name]
                     waiting.append((name, pool.submit(function, name)))
                 name, future = waiting.popleft()
