@@ -136,7 +136,7 @@ class Checkpoint(Mapping[str, Tensor]):
             ) from error
 
     def prefetch(self, name: str) -> None:
-        """Have a tensor's bytes read ahead, where that can be; nothing waits for it."""
+        """Have a tensor's bytes read ahead, where that can be."""
         with suppress(OSError):  # it will be met again, and reported, when the tensor is read
             self._prefetch(self._names[name])
 

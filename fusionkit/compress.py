@@ -97,14 +97,15 @@ def compress(
             resumable = is_resumable(family) and not is_remote(out)
             with new_folder(out, overwrite, keep=resumable) as folder:
                 if resumable:
-                    claim(folder, identity(family, to_config(codec), processes))
+                    claim(folder, identity(family, codec, processes))
                 processes.gather((str(folder), resumable))
                 _write(folder, family, codec, resumable)
                 processes.gather(None)  # nobody writes any more
                 tidy(folder)
         else:
             path, resumable = processes.gather(("", False))[0]
-            _write(Path(path), family, codec, resumable)
+            with disk_errors(out, resumable):
+                _write(Path(path), family, codec, resumable)
             processes.gather(None)
     processes.gather(None)  # it is there
     return Bundle(out, family.base)

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from fusionkit.bundle_folder import LOCK
 from fusionkit.checkpoint import Checkpoint
+from fusionkit.codec import DeltaCodec
 from fusionkit.family import Family
 from fusionkit.partfile import Entry, PartWriter
 from fusionkit.processes import Processes
-from fusionkit.registry import Config
+from fusionkit.registry import to_config
 
 FILE = "journal.jsonl"
 PROCESS = "process-"
@@ -109,7 +110,7 @@ def is_resumable(family: Family) -> bool:
     return all(checkpoint.files for checkpoint in (family.base, *family.finetuned.values()))
 
 
-def identity(family: Family, codec: Config, processes: Processes) -> str:
+def identity(family: Family, codec: DeltaCodec, processes: Processes) -> str:
     """What tells one run from another: codec, settings, and the files that are read."""
     checkpoints: Mapping[str, Checkpoint] = {"": family.base, **family.finetuned}
     read = {}
@@ -119,7 +120,8 @@ def identity(family: Family, codec: Config, processes: Processes) -> str:
         read[task] = [checkpoint.strip_prefix, checkpoint.add_prefix, *files]
     patterns = [family.private_patterns, family.frozen_patterns, bool(family.space)]
     own = [processes.rank, processes.count]
-    return json.dumps([version("fusionkit"), codec, read, patterns, own])
+    settings = [to_config(codec), repr(vars(codec))]  # and what is no setting, but set
+    return json.dumps([version("fusionkit"), settings, read, patterns, own])
 
 
 def claim(folder: Path, identity: str) -> None:

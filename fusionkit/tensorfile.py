@@ -6,6 +6,7 @@ is cut short while it is mapped ends the process.
 
 import json
 import os
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ SAFETENSORS_DTYPES = {
 }
 
 
+_AHEAD = 1 << 17
 _LONGEST = 100 << 20
 """Bytes of a header, as safetensors has it."""
 
@@ -112,11 +114,13 @@ class TensorFile:
         return self.pieces(name)(slice(0, spec.numel)).view(spec.shape)
 
     def prefetch(self, name: str) -> None:
-        """Have the system read a tensor ahead, where it can; nothing waits for it."""
+        """Have the system read a tensor ahead into its cache, where it can."""
         if self._stamp is not None and hasattr(os, "posix_fadvise"):
+            start, size = self._starts[name], self.specs[name].nbytes
             with self._path.open("rb") as file:
-                place = file.fileno(), self._starts[name], self.specs[name].nbytes
-                os.posix_fadvise(*place, os.POSIX_FADV_WILLNEED)
+                for offset in range(start, start + size, _AHEAD):  # Linux reads no more at once
+                    left = min(_AHEAD, start + size - offset)
+                    os.posix_fadvise(file.fileno(), offset, left, os.POSIX_FADV_WILLNEED)
 
     def pieces(self, name: str) -> Pieces:
         """A tensor, to be read in pieces; the file stays open for as long as they are kept.
@@ -171,22 +175,34 @@ class _Pieces(ABC):
 
 
 class _LocalPieces(_Pieces):
+    """Of a file of the local disk; among many tasks' files, few stay open."""
+
     _file = -1
+    _spare = threading.Semaphore(256)
 
     def _open(self) -> None:
-        self._file = os.open(self._path, os.O_RDONLY)
+        if self._spare.acquire(blocking=False):
+            try:
+                self._file = os.open(self._path, os.O_RDONLY)
+            except OSError:
+                self._spare.release()
+                raise
 
     def _read(self, memory: memoryview, offset: int) -> int:
-        return os.preadv(self._file, [memory[: 1 << 30]], offset)
+        if self._file >= 0:
+            return os.preadv(self._file, [memory[: 1 << 30]], offset)
+        with self._path.open("rb") as file:
+            return os.preadv(file.fileno(), [memory[: 1 << 30]], offset)
 
     @property
     def stamp(self) -> tuple[int, int]:
         """Size and time of the file's last change."""
-        return _stamp(os.fstat(self._file))
+        return _stamp(self._path.stat() if self._file < 0 else os.fstat(self._file))
 
     def __del__(self) -> None:
         if self._file >= 0:
             os.close(self._file)
+            self._spare.release()
 
 
 class _RemotePieces(_Pieces):

@@ -75,7 +75,8 @@ class Workers:
             function: called in several threads.
             sizes: tensor's name → its number of entries, which bounds how many are at work.
             counted: whether it is a pass of which progress is told.
-            ahead: called with each name before its turn, so that it can be read ahead.
+            ahead: called with each name before its turn, in a thread beside, so that the disk is
+                at work while tensors are.
 
         Yields:
             name and result, in the order of the names.
@@ -84,13 +85,17 @@ class Workers:
         this_pass, done = self._passes, 0
         waiting: deque[tuple[str, Future[Result]]] = deque()
         held = 0
-        with _pool(self.threads or torch.get_num_threads()) as pool, full_precision():
+        with (
+            _pool(1) as reader,
+            _pool(self.threads or torch.get_num_threads()) as pool,
+            full_precision(),
+        ):
             names = deque(sizes)
             while names or waiting:
                 while names and (not waiting or held + sizes[names[0]] <= IN_FLIGHT):
                     name = names.popleft()
                     if ahead:
-                        ahead(name)
+                        reader.submit(ahead, name)
                     held += sizes[name]
                     waiting.append((name, pool.submit(function, name)))
                 name, future = waiting.popleft()

@@ -12,7 +12,6 @@ from fusionkit.journal import PROCESS, Journal, Record, identity
 from fusionkit.manifest import TaskRecord
 from fusionkit.partfile import Entry, FileRecord, Part, PartWriter
 from fusionkit.payload import Packed, encode
-from fusionkit.registry import to_config
 
 Stored = tuple[str, int, list[Entry]]
 """A file of parts: its path, where in it the data start, and its entries."""
@@ -42,7 +41,7 @@ class Writing:
         self._writers = [PartWriter(own / file, names) for file in files]
         self._journal: Journal | None = None
         if resumable:
-            known = identity(family, to_config(codec), self._processes)
+            known = identity(family, codec, self._processes)
             self._journal = Journal(own, known, self._writers)
 
     def write(

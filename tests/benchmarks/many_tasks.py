@@ -2,10 +2,14 @@
 
 Bundles of 10 and of many tasks of one small network, by EMR. The rival of the kept weights is the
 switch that decodes; of the many tasks the few. All take turns in one process, files in the cache.
+Then what is in memory, on the CPU or (`cuda`) on a GPU, once every task was switched to: the bytes
+of all live tensors, against the base's weights; and of the process, against those before.
 
-    python tests/benchmarks/many_tasks.py [tasks] [rounds]
+    python tests/benchmarks/many_tasks.py [tasks] [rounds] [device]
 """
 
+import gc
+import resource
 import statistics
 import sys
 import tempfile
@@ -25,7 +29,7 @@ def network() -> nn.Module:
     return nn.Sequential(*(nn.Linear(512, 512) for _ in range(8)))
 
 
-def main(many: int, rounds: int) -> None:
+def main(many: int, rounds: int, device: str) -> None:
     model = network()
     base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     torch.manual_seed(1)
@@ -55,6 +59,41 @@ def main(many: int, rounds: int) -> None:
             kept.switch(f"task{place}")
         ways = {"decoded anew": switcher(modules[many]), "kept": switcher(kept)}
         report(f"switch among 10 of {many}", ways, rounds)
+        del modules, kept, ways, few, all_of, added, kinds, model
+        weights = sum(tensor.nbytes for tensor in base.values())
+        base.clear()
+        memory(paths, weights, torch.device(device))
+
+
+def memory(paths: dict[int, Path], weights: int, device: torch.device) -> None:
+    """What is there beside the base's weights, in multiples of them."""
+    for count, path in paths.items():
+        before = live(device)
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        module = ReuseModule(network(), bundle=path).to(device)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        for place in range(count):
+            module.switch(f"task{place}")
+        kept = (live(device) - before) / weights
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - resident) * 1024 / weights
+        line = f"{count} tasks, each switched to: {kept:.2f} times the base in live tensors"
+        if device.type == "cuda":
+            line += f", peak {torch.cuda.max_memory_allocated() / weights:.2f}"
+        print(f"{line}; the process grew by {grown:.2f}, its files' pages included")
+        del module
+
+
+def live(device: torch.device) -> int:
+    """Bytes of all tensors that are alive on a device, but for those that are files."""
+    gc.collect()
+    storages = {}
+    for each in gc.get_objects():
+        if isinstance(each, torch.Tensor) and each.device.type == device.type:
+            storage = each.untyped_storage()
+            if storage.filename is None:
+                storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
 
 
 def switcher(module: ReuseModule) -> Callable[[], None]:
@@ -82,4 +121,5 @@ def report(what: str, ways: dict[object, Callable[[], object]], rounds: int) -> 
 
 
 if __name__ == "__main__":
-    main(*(int(argument) for argument in (*sys.argv[1:], *("1000", "40")[len(sys.argv) - 1 :])))
+    given = (*sys.argv[1:], *("1000", "40", "cpu")[len(sys.argv) - 1 :])
+    main(int(given[0]), int(given[1]), given[2])
