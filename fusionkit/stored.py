@@ -1,5 +1,6 @@
 """What a bundle's files hold, by task and tensor; each file is opened when it is first needed."""
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,10 @@ from fusionkit.bundle_folder import SHARED, START, task_file
 from fusionkit.codec import WHOLE_MODEL, Parts
 from fusionkit.manifest import Manifest
 from fusionkit.partfile import PartFile
+
+_OPEN = 32
+"""Task files that are kept open, those used last. What stays open of each lies among the memory
+that tensors are decoded into, which the system's allocator then can't use again."""
 
 
 class StoredParts:
@@ -25,7 +30,7 @@ class StoredParts:
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self._shared = PartFile(path / SHARED, manifest.shared) if manifest.shared else None
         self._path, self._manifest = path, manifest
-        self._tasks: dict[str, PartFile] = {}
+        self._tasks: OrderedDict[str, PartFile] = OrderedDict()
         self._whole: tuple[tuple[str, torch.device | None], Parts] | None = None
 
     @property
@@ -63,7 +68,12 @@ class StoredParts:
         return self._whole[1]
 
     def _file(self, task: str) -> PartFile:
-        if task not in self._tasks:
+        file = self._tasks.get(task)
+        if file is None:
             record = self._manifest.tasks[task].file
-            self._tasks[task] = PartFile(self._path / task_file(task), record)
-        return self._tasks[task]
+            file = self._tasks[task] = PartFile(self._path / task_file(task), record)
+            if len(self._tasks) > _OPEN:
+                self._tasks.popitem(last=False)
+        else:
+            self._tasks.move_to_end(task)
+        return file

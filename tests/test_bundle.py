@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fusionkit import EMR, Bundle, Checkpoint, MagnitudePrune, Mean, compress
+from fusionkit import EMR, Bundle, Checkpoint, Dense, MagnitudePrune, Mean, compress
 from fusionkit.errors import BundleError, FusionKitError, WrongBaseError
 from fusionkit.export import export_task
 
@@ -370,3 +370,16 @@ def test_what_export_refuses(folder: Path, base: TinyNet, tmp_path: Path) -> Non
 
 def test_the_repr_says_what_it_is(folder: Path) -> None:
     assert repr(Bundle.load(folder)) == f"Bundle({str(folder)!r}, {EMR()!r}, 3 tasks)"
+
+
+def test_of_many_tasks_few_files_stay_open(tmp_path: Path) -> None:
+    """Those used last; what is read from the others is right all the same."""
+    base = {"w": torch.zeros(300)}
+    tuned = {f"task{place}": {"w": torch.full((300,), float(place + 1))} for place in range(50)}
+    bundle = compress(base, tuned, Dense("fp32"), tmp_path / "b")
+    for _ in range(2):
+        for task, state in tuned.items():
+            delta = bundle.delta(task, "w")
+            assert delta is not None
+            assert torch.equal(delta, state["w"])
+    assert list(bundle._stored._tasks) == list(tuned)[-32:]

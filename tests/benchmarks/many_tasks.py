@@ -2,15 +2,15 @@
 
 Bundles of 10 and of many tasks of one small network, by EMR. The rival of the kept weights is the
 switch that decodes; of the many tasks the few. All take turns in one process, files in the cache.
-Then what is in memory, on the CPU or (`cuda`) on a GPU, once every task was switched to: the bytes
-of all live tensors, against the base's weights; and of the process, against those before.
+Then what is in memory, on the CPU or (`cuda`) on a GPU, once every task was switched to, against
+the base's weights.
 
     python tests/benchmarks/many_tasks.py [tasks] [rounds] [device]
 """
 
 import gc
-import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -59,41 +59,29 @@ def main(many: int, rounds: int, device: str) -> None:
             kept.switch(f"task{place}")
         ways = {"decoded anew": switcher(modules[many]), "kept": switcher(kept)}
         report(f"switch among 10 of {many}", ways, rounds)
-        del modules, kept, ways, few, all_of, added, kinds, model
-        weights = sum(tensor.nbytes for tensor in base.values())
-        base.clear()
-        memory(paths, weights, torch.device(device))
+        for count, path in paths.items():  # each in a process of its own
+            call = [sys.executable, __file__, "--memory", str(path), str(count), device]
+            subprocess.run(call, check=True)
 
 
-def memory(paths: dict[int, Path], weights: int, device: torch.device) -> None:
-    """What is there beside the base's weights, in multiples of them."""
-    for count, path in paths.items():
-        before = live(device)
-        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        module = ReuseModule(network(), bundle=path).to(device)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        for place in range(count):
-            module.switch(f"task{place}")
-        kept = (live(device) - before) / weights
-        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - resident) * 1024 / weights
-        line = f"{count} tasks, each switched to: {kept:.2f} times the base in live tensors"
-        if device.type == "cuda":
-            line += f", peak {torch.cuda.max_memory_allocated() / weights:.2f}"
-        print(f"{line}; the process grew by {grown:.2f}, its files' pages included")
-        del module
+def memory(path: str, count: int, device: torch.device) -> None:
+    """What the module takes, in this process, in multiples of the base's weights."""
+    weights = sum(tensor.nbytes for tensor in network().state_dict().values())
+    before = anonymous()
+    module = ReuseModule(network(), bundle=path).to(device)
+    for place in range(count):
+        module.switch(f"task{place}")
+    line = f"{(anonymous() - before) / weights:.2f} times the base"
+    if device.type == "cuda":
+        line += f", on the GPU {torch.cuda.max_memory_allocated() / weights:.2f} at the peak"
+    payload = sum(file.stat().st_size for file in Path(path).glob("*.safetensors")) / weights
+    print(f"memory, {count} tasks, each switched to: {line}; payloads on disk {payload:.2f}")
 
 
-def live(device: torch.device) -> int:
-    """Bytes of all tensors that are alive on a device, but for those that are files."""
+def anonymous() -> int:
+    """Bytes of this process's memory that are not a file's."""
     gc.collect()
-    storages = {}
-    for each in gc.get_objects():
-        if isinstance(each, torch.Tensor) and each.device.type == device.type:
-            storage = each.untyped_storage()
-            if storage.filename is None:
-                storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
+    return 1024 * int(Path("/proc/self/status").read_text().partition("RssAnon:")[2].split()[0])
 
 
 def switcher(module: ReuseModule) -> Callable[[], None]:
@@ -121,5 +109,8 @@ def report(what: str, ways: dict[object, Callable[[], object]], rounds: int) -> 
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["--memory"]:
+        memory(sys.argv[2], int(sys.argv[3]), torch.device(sys.argv[4]))
+        sys.exit()
     given = (*sys.argv[1:], *("1000", "40", "cpu")[len(sys.argv) - 1 :])
     main(int(given[0]), int(given[1]), given[2])
