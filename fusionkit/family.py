@@ -185,7 +185,8 @@ class Family:
         self, function: Callable[[str], Result], sizes: Mapping[str, int]
     ) -> Iterator[tuple[str, Result]]:
         """Call a function with each name, as `Workers.run`; the tensors are read ahead."""
-        return self.workers.run(function, sizes, ahead=self._prefetch)
+        entries = {name: size * len(self.tasks) for name, size in sizes.items()}
+        return self.workers.run(function, entries, ahead=self._prefetch)
 
     @property
     def share(self) -> dict[str, int]:

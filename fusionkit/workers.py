@@ -17,8 +17,9 @@ Result = TypeVar("Result")
 Progress = Callable[[int, int, int], None]
 """Called as tensors are done: pass over the family (from 1), tensors done, tensors in all."""
 
-IN_FLIGHT = 1 << 28
-"""Entries of the tensors that may be at work at once, unless one tensor alone is larger."""
+IN_FLIGHT = 3 << 28
+"""Entries, over all tasks, that may be at work at once, unless one tensor alone has more: 1.6 GB
+where all of them are stored in fp16, a fraction of that by most codecs."""
 
 
 class Workers:
@@ -73,7 +74,8 @@ class Workers:
 
         Args:
             function: called in several threads.
-            sizes: tensor's name → its number of entries, which bounds how many are at work.
+            sizes: tensor's name → its number of entries, over all tasks, which bounds how many
+                tensors are at work.
             counted: whether it is a pass of which progress is told.
             ahead: called with each name before its turn, in a thread beside, so that the disk is
                 at work while tensors are.
