@@ -129,8 +129,8 @@ class TensorFile:
             CheckpointError: the file was changed since it was opened.
         """
         place = self._path, name, self._starts[name], self.specs[name].dtype
-        if self._stamp is None:
-            return _RemotePieces(*place)
+        if self._stamp is None or not hasattr(os, "preadv"):
+            return _SeekingPieces(*place)
         pieces = _LocalPieces(*place)
         if pieces.stamp != self._stamp:
             raise CheckpointError(
@@ -205,7 +205,9 @@ class _LocalPieces(_Pieces):
             self._spare.release()
 
 
-class _RemotePieces(_Pieces):
+class _SeekingPieces(_Pieces):
+    """Of a remote file, or where the system can't read at an offset."""
+
     def _open(self) -> None:
         self._file: Any = self._path.open("rb")
 

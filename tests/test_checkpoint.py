@@ -157,7 +157,12 @@ def test_a_file_that_was_changed_is_refused(tmp_path: Path, state: States) -> No
         checkpoint["a.weight"]
 
 
-def test_pieces_are_those_of_the_tensor(tmp_path: Path, state: States) -> None:
+@pytest.mark.parametrize("positioned", [True, False])
+def test_pieces_are_those_of_the_tensor(
+    tmp_path: Path, state: States, positioned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not positioned:
+        monkeypatch.delattr(os, "preadv", raising=False)
     path = tmp_path / "model.safetensors"
     save_file(state, path)
     for checkpoint in (Checkpoint(path), Checkpoint(state), Checkpoint(Checkpoint(path))):

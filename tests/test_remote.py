@@ -55,13 +55,13 @@ def _saved(state: dict[str, torch.Tensor]) -> bytes:
 
 def test_only_what_is_asked_for_is_fetched(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     fetched: list[int] = []
-    read = tensorfile._RemotePieces._read
+    read = tensorfile._SeekingPieces._read
 
     def count(self: Any, memory: memoryview, offset: int) -> int:
         fetched.append(memory.nbytes)
         return read(self, memory, offset)
 
-    monkeypatch.setattr(tensorfile._RemotePieces, "_read", count)
+    monkeypatch.setattr(tensorfile._SeekingPieces, "_read", count)
     checkpoint = Checkpoint("memory://zoo/tasks/bee/model.safetensors")
     assert not fetched
     tensor = checkpoint["hidden.weight"]
