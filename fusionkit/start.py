@@ -7,6 +7,7 @@ otherwise their task vectors are taken from 0.
 
 import hashlib
 import re
+import threading
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from fusionkit.errors import CheckpointError
 from fusionkit.peft_folder import START, PeftFolder
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+_ALONE = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,8 @@ class Seeded:
             init_lora_weights=self.init,  # type: ignore[arg-type]
             lora_bias=any(module.bias for module in modules.values()),
         )
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # The random state and the warnings' filters are all threads'.
+        with _ALONE, torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.manual_seed(self.seed)
             inject_adapter_in_model(config, skeleton)

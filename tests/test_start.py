@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,17 @@ def test_a_seed_replays_pefts_draw_exactly(settings: dict[str, Any], tmp_path: P
     assert kind["seed"] == 5
     assert found.keys() == start.keys()
     assert all(torch.equal(found[name], start[name]) for name in start)
+
+
+def test_several_threads_replay_the_same_draw(tmp_path: Path) -> None:
+    """Each from the random state that all of them have."""
+    _, start = trained(tmp_path / "a", seed=5, move=1)
+    folder = PeftFolder(tmp_path / "a")
+    layout = folder.layout(Checkpoint(net()))
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: start_of(folder, layout)[1], range(40)))
+    for each in found:
+        assert all(torch.equal(each[name], start[name]) for name in start)
 
 
 @pytest.mark.parametrize("changes", [{"seed": 6}, {"sha256": "0" * 64}])
