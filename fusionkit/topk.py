@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fusionkit.family import Family
-from fusionkit.packing import above, kth_largest, places
+from fusionkit.packing import above, count_set, kth_largest, places
 from fusionkit.task_vectors import TaskVectors
 
 _BINS = 1 << 16
@@ -34,6 +34,13 @@ _DEVIATIONS = 5.0
 
 Values = Callable[[TaskVectors], Iterable[Tensor]]
 """One tensor's task vectors → the T tensors whose entries are compared."""
+
+
+class Kept(NamedTuple):
+    """Entries that are kept: flat positions, integers and increasing, and their values."""
+
+    positions: Tensor
+    values: Tensor
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,7 @@ class Thresholds:
 
     @classmethod
     def over(
-        cls, family: Family, counts: list[int], values: Values = iter, ties: bool = True
+        cls, family: Family, counts: list[int], values: Values | None = None, ties: bool = True
     ) -> "Thresholds":
         """Find what keeps exactly `counts[t]` entries of task t's vector (zeros excepted).
 
@@ -66,11 +73,11 @@ class Thresholds:
             values: what is compared, if not the task vectors.
             ties: whether ties are told apart; else all are kept.
         """
-        upper = family.total(lambda vectors: _histogram(values(vectors), counts))
+        upper = family.total(lambda vectors: _histogram(_by_task(vectors, values), counts))
         if upper is None:
             return cls(torch.full((len(counts),), torch.inf), {})
         bins = [_descend(upper[t], count) for t, count in enumerate(counts)]
-        lower = family.total(lambda vectors: _histogram(values(vectors), counts, bins))
+        lower = family.total(lambda vectors: _histogram(_by_task(vectors, values), counts, bins))
         assert lower is not None
         found = [_descend(lower[t], wanted) for t, (_, wanted) in enumerate(bins)]
         bits = [bin_ << 16 | low for (bin_, _), (low, _) in zip(bins, found, strict=True)]
@@ -79,7 +86,7 @@ class Thresholds:
         partly = [left < int(lower[t][low]) for t, (low, left) in enumerate(found)]
         if not ties or not any(partly):
             return cls(magnitudes, {})
-        present = family.each(lambda vectors: _ties(values(vectors), magnitudes))
+        present = family.each(lambda vectors: _ties(_by_task(vectors, values), magnitudes))
         left = torch.tensor([left for _, left in found])
         kept = {}
         for name, there in present.items():
@@ -95,26 +102,45 @@ class Thresholds:
             task: whose they are.
             name: the tensor's name.
         """
-        limit = float(self.magnitudes[task])
-        left = int(self.ties[name][task]) if name in self.ties else values.numel()
-        found, start = [], 0
+        left, found, start = self._left(name, task, values.numel()), [], 0
         for piece in _pieces(values):
-            magnitudes = piece.abs()
-            kept = above(magnitudes, limit)
-            if limit > 0 and left:
-                taken = places(magnitudes == limit)[:left]
-                left -= taken.numel()
-                kept[taken] = True
-            found.append(places(kept).add_(start))
+            kept, left = self._kept(piece, task, left)
+            found.append(kept.add_(start))
             start += piece.numel()
         return torch.cat(found)
 
+    def of(self, vectors: TaskVectors) -> Iterator[Kept]:
+        """The kept entries of each task's vector of one tensor, formed in blocks.
 
-class Kept(NamedTuple):
-    """Entries that are kept: flat positions, integers and increasing, and their values."""
+        Yields:
+            per task what is kept, valid until the next one.
+        """
+        total = vectors.shape.numel()
+        narrow = torch.int32 if total < 1 << 31 else torch.int64
+        for task in range(len(vectors)):
+            positions = _Growing("positions0", narrow, vectors.device)
+            values = _Growing("values0", torch.float32, vectors.device)
+            left = self._left(vectors.name, task, total)
+            for place, block in vectors.blocks(_BLOCK, [task]):
+                kept, left = self._kept(block[0], task, left)
+                torch.index_select(block[0], 0, kept, out=values.more(len(kept)))
+                positions.more(len(kept)).copy_(kept.add_(place.start))
+            yield Kept(positions.filled, values.filled)
 
-    positions: Tensor
-    values: Tensor
+    def _left(self, name: str, task: int, total: int) -> int:
+        """How many ties of a tensor are kept, at most."""
+        return int(self.ties[name][task]) if name in self.ties else total
+
+    def _kept(self, values: Tensor, task: int, left: int) -> tuple[Tensor, int]:
+        """Positions of the kept entries of a piece, and how many ties may still be kept."""
+        limit = float(self.magnitudes[task])
+        magnitudes = values.abs()
+        kept = above(magnitudes, limit)
+        if limit > 0 and left:
+            taken = places(magnitudes == limit)[:left]
+            left -= taken.numel()
+            kept[taken] = True
+        return places(kept), left
 
 
 class TopK:
@@ -303,13 +329,22 @@ def _bracket(count: int, total: int, sample: Tensor) -> tuple[float, float]:
     )
 
 
+def _by_task(vectors: TaskVectors, values: Values | None) -> Iterator[Iterable[Tensor]]:
+    """Each task's entries of one tensor, in pieces."""
+    if values is not None:
+        yield from map(_pieces, values(vectors))
+        return
+    for task in range(len(vectors)):
+        yield (piece for _, block in vectors.blocks(_BLOCK, [task]) for piece in _pieces(block))
+
+
 def _histogram(
-    tensors: Iterable[Tensor], counts: list[int], bins: list[tuple[int, int]] | None = None
+    tasks: Iterable[Iterable[Tensor]], counts: list[int], bins: list[tuple[int, int]] | None = None
 ) -> Tensor:
     """How often the upper 16 bits occur, or the lower ones of a bin: int64 `(T, 65536)`."""
     found = torch.zeros(len(counts), _BINS, dtype=torch.int64)
-    for task, values in enumerate(tensors):
-        for piece in _pieces(values):
+    for task, pieces in enumerate(tasks):
+        for piece in pieces:
             bits = piece.abs().view(torch.int32)
             if bins is None:
                 bits >>= 16
@@ -319,11 +354,11 @@ def _histogram(
     return found
 
 
-def _ties(tensors: Iterable[Tensor], magnitudes: Tensor) -> Tensor:
+def _ties(tasks: Iterable[Iterable[Tensor]], magnitudes: Tensor) -> Tensor:
     """How many entries are of exactly these magnitudes: int64 `(T,)`."""
     found = [
-        sum(int((piece.abs() == limit).sum()) for piece in _pieces(values))
-        for limit, values in zip(magnitudes, tensors, strict=True)
+        sum(count_set(piece.abs() == float(limit)) for piece in pieces)
+        for limit, pieces in zip(magnitudes, tasks, strict=True)
     ]
     return torch.tensor(found)
 

@@ -54,9 +54,10 @@ class MagnitudePrune(DeltaCodec):
         thresholds = None
         if self.scope == "model":
             counts = [round(self.density * family.parameters)] * len(family.tasks)
-            thresholds = Thresholds.over(
-                family, counts, lambda vectors: _residuals(vectors, vector.of(vectors).values)
-            )
+            residuals = None
+            if self.merge is not None:
+                residuals = lambda v: _residuals(v, vector.of(v).values)  # noqa: E731
+            thresholds = Thresholds.over(family, counts, residuals)
 
         def encode(vectors: TaskVectors) -> Encoded:
             merged = vector.of(vectors)
@@ -82,8 +83,8 @@ class MagnitudePrune(DeltaCodec):
     ) -> Iterator[Kept]:
         """Per task the entries that are kept."""
         count = round(self.density * vectors.shape.numel())
-        if thresholds is None and merged is None:
-            yield from top_k_of(vectors, count)
+        if merged is None:
+            yield from thresholds.of(vectors) if thresholds else top_k_of(vectors, count)
             return
         for task, residual in enumerate(_residuals(vectors, merged)):
             if thresholds is None:
