@@ -95,7 +95,10 @@ def compress(
         out = open_path(out)
         if processes.rank == 0:
             resumable = is_resumable(family) and not is_remote(out)
-            with new_folder(out, overwrite, keep=resumable) as folder:
+            with (
+                new_folder(out, overwrite, keep=resumable) as folder,
+                processes.together(),  # the others know before the folder is removed
+            ):
                 if resumable:
                     claim(folder, identity(family, codec, processes))
                 processes.gather((str(folder), resumable))

@@ -16,6 +16,9 @@ _PATIENCE = timedelta(days=7)
 """How long a process waits for the others; one that has ended is noticed at once."""
 
 
+_TOLD = "told to the other processes"
+
+
 class Processes:
     """One process alone.
 
@@ -73,9 +76,11 @@ class Group(Processes):
         except ProcessError:
             raise  # the others know
         except BaseException as error:
-            # Wherever the others are, they will meet next, and find this instead of a value.
-            with suppress(ProcessError):
-                self._exchange((str(error) or type(error).__name__, None))
+            if not _is_told(error):
+                error.__dict__[_TOLD] = True
+                # Wherever the others are, they will meet next, and find this instead of a value.
+                with suppress(ProcessError):
+                    self._exchange((str(error) or type(error).__name__, None))
             raise
 
     def _exchange(self, message: Any) -> list[Any]:
@@ -88,3 +93,12 @@ class Group(Processes):
                 f"another of the {self.count} processes has ended ({reason}); run it again"
             ) from error
         return messages
+
+
+def _is_told(error: BaseException | None) -> bool:
+    """Whether the others know of an error, or of what it came from."""
+    while error is not None:
+        if _TOLD in error.__dict__:
+            return True
+        error = error.__cause__
+    return False
