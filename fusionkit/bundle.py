@@ -31,7 +31,7 @@ from fusionkit.errors import BundleError, WrongBaseError, listing
 from fusionkit.lowrank import LowRank
 from fusionkit.manifest import FILE, Manifest, reopen_base
 from fusionkit.overlay import WithStart
-from fusionkit.paths import is_remote, open_path
+from fusionkit.paths import copy_file, is_remote, open_path
 from fusionkit.payload import decoding
 from fusionkit.registry import from_config
 from fusionkit.stored import StoredParts
@@ -345,8 +345,7 @@ class Bundle:
         with new_folder(open_path(path), overwrite) as folder:
             shared = [SHARED] if self.manifest.shared else []
             for name in (FILE, *shared, *map(task_file, self.tasks)):
-                with (self.path / name).open("rb") as source, (folder / name).open("wb") as target:
-                    shutil.copyfileobj(source, target, 1 << 24)
+                copy_file(self.path / name, folder / name)
 
     def check_writable(self) -> None:
         """Check that tasks can be added and removed.

@@ -165,7 +165,6 @@ class Checkpoint(Mapping[str, Tensor]):
                 copies[name] = tensor.to(device or tensor.device, copy=True)
         copied = Checkpoint({name: copies[self.aliases.get(name, name)] for name in self})
         copied.label, copied.buffers, copied.live = self.label, self.buffers, False
-        copied.files = self.files
         copied.strip_prefix, copied.add_prefix = self.strip_prefix, self.add_prefix
         return copied
 

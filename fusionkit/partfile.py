@@ -99,7 +99,7 @@ class PartWriter:
         self._room = 0
 
     def clear(self) -> None:
-        """Begin anew: nothing of what an interrupted run has left is used."""
+        """Remove the data that are not in place, an interrupted run's or this one's."""
         self._room = 0
         self._spool.unlink(missing_ok=True)
         self._whole.unlink(missing_ok=True)
@@ -196,8 +196,7 @@ class PartWriter:
                     path, start = self.stored
                     with path.open("rb") as stored:
                         _copy(stored, file, start, offset)
-        self._spool.unlink(missing_ok=True)
-        self._whole.unlink(missing_ok=True)
+        self.clear()
         return FileRecord(8 + len(text) + offset, hashlib.sha256(text).hexdigest())
 
     def flush(self) -> None:

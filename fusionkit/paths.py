@@ -85,16 +85,20 @@ def local_copy(path: Path, key: str) -> Path:
     copy = cache / f"{key}-{path.name}"
     if not copy.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=cache, delete=False) as target:
-            try:
-                with path.open("rb") as source:
-                    shutil.copyfileobj(source, target, 1 << 24)
-                target.close()
-                Path(target.name).replace(copy)
-            except BaseException:
-                Path(target.name).unlink(missing_ok=True)
-                raise
+        with tempfile.TemporaryDirectory(dir=cache) as temporary:
+            fetched = Path(temporary) / path.name
+            copy_file(path, fetched)
+            fetched.replace(copy)
     return copy
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file, from and to wherever it is."""
+    if not is_remote(source) and not is_remote(target):
+        shutil.copyfile(source, target)  # within the kernel, where it can
+        return
+    with source.open("rb") as read, target.open("wb") as written:
+        shutil.copyfileobj(read, written, 1 << 24)
 
 
 def upload(folder: Path, target: Path, last: str) -> None:
@@ -106,7 +110,5 @@ def upload(folder: Path, target: Path, last: str) -> None:
         last: the file that says the others are there.
     """
     target.mkdir(parents=True, exist_ok=True)
-    files = sorted((path for path in folder.iterdir()), key=lambda path: path.name == last)
-    for path in files:
-        with path.open("rb") as source, (target / path.name).open("wb") as sink:
-            shutil.copyfileobj(source, sink, 1 << 24)
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == last):
+        copy_file(path, target / path.name)

@@ -313,9 +313,7 @@ def top_k_of(vectors: TaskVectors, count: int) -> Iterator[Kept]:
 def _bracket(count: int, total: int, sample: Tensor) -> tuple[float, float]:
     """Between which magnitudes the count-th largest one almost surely lies."""
     size = sample.numel()
-    if size == total or not size or not 0 < count < total:
-        size = 0
-    if not size:
+    if size in (0, total) or not 0 < count < total:
         return 0.0, math.inf
     share = count / total
     place = size * (1 - share)

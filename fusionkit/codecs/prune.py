@@ -54,10 +54,11 @@ class MagnitudePrune(DeltaCodec):
         thresholds = None
         if self.scope == "model":
             counts = [round(self.density * family.parameters)] * len(family.tasks)
-            residuals = None
-            if self.merge is not None:
-                residuals = lambda v: _residuals(v, vector.of(v).values)  # noqa: E731
-            thresholds = Thresholds.over(family, counts, residuals)
+
+            def residuals(vectors: TaskVectors) -> Iterator[Tensor]:
+                return _residuals(vectors, vector.of(vectors).values)
+
+            thresholds = Thresholds.over(family, counts, residuals if self.merge else None)
 
         def encode(vectors: TaskVectors) -> Encoded:
             merged = vector.of(vectors)
