@@ -11,16 +11,16 @@ coded positions as 8 bytes little-endian, the unary stream, and the k streams of
 lowest bit first, as one; both padded to whole bytes.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fusionkit import kernels
+
 _COMPLEMENT = 0x80
 _HEADER = 9
-_PIECE = 1 << 18
 
 
 def above(values: Tensor, limit: float, out: Tensor | None = None) -> Tensor:
@@ -103,23 +103,14 @@ def encode_positions(positions: Tensor, total: int) -> Tensor:
     complement = 2 * positions.numel() > total
     if complement:  # the rarer kind is always the cheaper one to code
         positions = _others(positions, total)
-    count = positions.numel()
-    gaps = _gaps(positions, total)
-    k, quotients = _rice_parameter(gaps, int(positions[-1]) + 1 - count if count else 0)
-    unary = torch.zeros(quotients + count, dtype=torch.uint8, device=gaps.device)
-    remainders = torch.empty(k, count, dtype=torch.uint8, device=gaps.device)
-    start = 0
-    for place, piece in _split(gaps):
-        ends = torch.cumsum((piece >> k).add_(1), 0).add_(start - 1)
-        unary.index_fill_(0, ends, 1)
-        start = int(ends[-1]) + 1
-        for bit in range(k):  # of one byte at a time
-            if bit % 8 == 0:
-                byte = (piece >> bit).to(torch.uint8)
-            torch.bitwise_and(byte >> bit % 8, 1, out=remainders[bit, place])
+    positions, count = positions.contiguous(), positions.numel()
+    whole = int(positions[-1]) + 1 - count if count else 0  # the gaps' sum
+    near = (whole // count).bit_length() if count else 0
+    streams = _rice if positions.device.type == "cpu" else _rice_on_device
+    k, unary, remainders = streams(positions, max(near - 2, 0))
     header = bytes([k | (_COMPLEMENT if complement else 0)]) + count.to_bytes(8, "little")
-    head = torch.frombuffer(bytearray(header), dtype=torch.uint8).to(gaps.device)
-    return torch.cat([head, pack_bits(unary), pack_bits(remainders)])
+    head = torch.frombuffer(bytearray(header), dtype=torch.uint8).to(positions.device)
+    return torch.cat([head, unary, remainders])
 
 
 def decode_positions(coded: Tensor, total: int) -> Tensor:
@@ -160,48 +151,42 @@ def decode_positions(coded: Tensor, total: int) -> Tensor:
     return _others(positions, total) if header[0] & _COMPLEMENT else positions
 
 
-def _gaps(positions: Tensor, total: int) -> Tensor:
-    """How many entries lie between neighbouring positions: int32 where they fit, else int64."""
-    narrow = torch.int32 if total < 1 << 31 else torch.int64
-    gaps = torch.empty(positions.numel(), dtype=narrow, device=positions.device)
-    for place, piece in _split(positions):
-        gaps[place][1:] = piece[1:] - piece[:-1] - 1
-        gaps[place.start] = piece[0] - (positions[place.start - 1] if place.start else -1) - 1
-    return gaps
+def _rice(positions: Tensor, least: int) -> tuple[int, Tensor, Tensor]:
+    """The `k` from `least` on with the shortest code, the quotients' stream, the remainders'."""
+    count = positions.numel()
+    if not count:
+        return 0, *positions.new_empty(2, 0, dtype=torch.uint8)
+    sums = kernels.quotients(positions.numpy(), least).tolist()
+    k, length = _shortest(sums, count, least)
+    unary = torch.zeros(-(-length // 8), dtype=torch.uint8)
+    remainders = torch.zeros(-(-count * k // 8), dtype=torch.uint8)
+    kernels.rice(positions.numpy(), k, unary.numpy(), remainders.numpy())
+    return k, unary, remainders
 
 
-def _rice_parameter(gaps: Tensor, whole: int) -> tuple[int, int]:
-    """The `k` with the shortest code, next to log2 of the mean gap; and the quotients' sum.
+def _rice_on_device(positions: Tensor, least: int) -> tuple[int, Tensor, Tensor]:
+    """The same in PyTorch."""
+    gaps = torch.diff(positions, prepend=positions.new_tensor([-1])) - 1
+    if not len(gaps):
+        return 0, *gaps.new_empty(2, 0, dtype=torch.uint8)
+    k, length = _shortest([int((gaps >> (least + k)).sum()) for k in range(4)], len(gaps), least)
+    unary = torch.zeros(length, dtype=torch.uint8, device=gaps.device)
+    unary[torch.cumsum((gaps >> k).add_(1), 0) - 1] = 1
+    bits = [((gaps >> bit) & 1).to(torch.uint8) for bit in range(k)]
+    return k, pack_bits(unary), pack_bits(torch.cat([*bits, unary[:0]]))
+
+
+def _shortest(sums: list[int], count: int, least: int) -> tuple[int, int]:
+    """The `k` with the shortest code, and the length of its quotients' stream.
 
     Args:
-        gaps: integers `(count,)`.
-        whole: their sum.
+        sums: the sums of the quotients, for each `k` from `least` on.
+        count: how many gaps there are.
+        least: the least `k`.
     """
-    count = gaps.numel()
-    if not count:
-        return 0, 0
-    near = (whole // count).bit_length()
-    tried = range(max(0, near - 2), near + 2)
-    sums = dict.fromkeys(tried, 0)
-    for _, piece in _split(gaps):
-        for k in tried:
-            sums[k] += _sum(piece >> k)
-    k = min(tried, key=lambda k: k * count + sums[k])
-    return k, sums[k]
-
-
-def _split(values: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Pieces that stay in cache, on the CPU."""
-    size = _PIECE if values.device.type == "cpu" else max(values.numel(), 1)
-    for start in range(0, values.numel(), size):
-        place = slice(start, min(start + size, values.numel()))
-        yield place, values[place]
-
-
-def _sum(integers: Tensor) -> int:
-    if integers.device.type == "cpu":  # NumPy is several times faster on int32
-        return int(np.sum(integers.numpy(), dtype=np.int64))
-    return int(integers.sum())
+    lengths = [total + count for total in sums]
+    best = min(range(len(sums)), key=lambda more: (least + more) * count + lengths[more])
+    return least + best, lengths[best]
 
 
 def _others(positions: Tensor, total: int) -> Tensor:

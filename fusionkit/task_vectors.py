@@ -7,6 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from fusionkit import kernels
 from fusionkit.errors import FamilyError
 from fusionkit.lowrank import LowRank
 from fusionkit.overlay import MergedAdapter
@@ -122,8 +123,8 @@ class TaskVectors:
             tasks: which tasks' (T of them); by default all.
 
         Yields:
-            the block's place in the flattened tensor, and float32 `(T, n)`; the caller's to
-            change, but used again for the next block.
+            the block's place in the flattened tensor, and contiguous float32 `(T, n)`; the
+            caller's to change, but used again for the next block.
 
         Raises:
             FamilyError: a block holds a NaN or an infinity.
@@ -140,17 +141,17 @@ class TaskVectors:
             for task, delta in zip(tasks, deltas, strict=True)
         ]
         width = min(size, self.shape.numel())
-        buffer = torch.empty((len(tuned), width), device=self.device)
+        buffer = torch.empty(len(tuned) * width, device=self.device)
         start = torch.empty(width, device=self.device)
         for place in self._places(size, step):
-            block = buffer[:, : place.stop - place.start]
-            before = start[: block.shape[1]].copy_(base(place))
-            for row, values, delta in zip(block, tuned, deltas, strict=True):
-                row.copy_(values(place))
+            count = place.stop - place.start
+            block = buffer[: len(tuned) * count].view(len(tuned), count)
+            before = start[:count].copy_(base(place))
+            for row, values, delta, task in zip(block, tuned, deltas, tasks, strict=True):
                 if delta is None:
-                    row.sub_(before)
-            if not torch.isfinite(block.sum()):
-                for row, task in zip(block, tasks, strict=True):
+                    self._subtract(values(place), before, row, task)
+                else:
+                    row.copy_(values(place))
                     self._check_finite(row, task)
             yield place, block
 
@@ -166,10 +167,23 @@ class TaskVectors:
         start = torch.empty(min(self._block, flat.numel()), device=self.device)
         for place in self._places(self._block, self._block):
             piece = flat[place]
-            piece.copy_(ours(place))
-            piece -= start[: len(piece)].copy_(base(place))
-            self._check_finite(piece, task)
+            before = start[: len(piece)].copy_(base(place))
+            self._subtract(ours(place), before, piece, task)
         return delta
+
+    def _subtract(self, tuned: Tensor, base: Tensor, out: Tensor, task: int) -> None:
+        """θ − θ₀ of some entries, into `out`."""
+        if out.device.type != "cpu":
+            out.copy_(tuned).sub_(base)
+            self._check_finite(out, task)
+        elif tuned.dtype == torch.bfloat16:
+            bits = tuned.view(torch.uint16).numpy()
+            if not kernels.difference_of_bfloat16(bits, base.numpy(), out.numpy()):
+                self._check_finite(out, task)
+        else:
+            values = tuned if tuned.dtype == torch.float32 else out.copy_(tuned)
+            if not kernels.difference(values.numpy(), base.numpy(), out.numpy()):
+                self._check_finite(out, task)
 
     @property
     def _block(self) -> int:

@@ -8,24 +8,21 @@ could be among the k largest, and the exact ones among these.
 """
 
 import math
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fusionkit import kernels
+from fusionkit.collected import Collected, Kept
 from fusionkit.family import Family
-from fusionkit.packing import above, count_set, kth_largest, places
+from fusionkit.packing import above, count_set, kth_largest
 from fusionkit.task_vectors import TaskVectors
 
 _BINS = 1 << 16
 _PIECE = 1 << 18
-_BLOCK = 1 << 20
-"""Entries per block of a tensor: more than fit into a cache, so that threads, which take turns
-between any two steps, take few."""
 _SAMPLE = 1 << 17
 _AT_ONCE = 4
 """Tasks whose candidates are in memory together; the base is read once for them."""
@@ -34,13 +31,6 @@ _DEVIATIONS = 5.0
 
 Values = Callable[[TaskVectors], Iterable[Tensor]]
 """One tensor's task vectors → the T tensors whose entries are compared."""
-
-
-class Kept(NamedTuple):
-    """Entries that are kept: flat positions, integers and increasing, and their values."""
-
-    positions: Tensor
-    values: Tensor
 
 
 @dataclass(frozen=True)
@@ -102,12 +92,8 @@ class Thresholds:
             task: whose they are.
             name: the tensor's name.
         """
-        left, found, start = self._left(name, task, values.numel()), [], 0
-        for piece in _pieces(values):
-            kept, left = self._kept(piece, task, left)
-            found.append(kept.add_(start))
-            start += piece.numel()
-        return torch.cat(found)
+        found = self._kept(_placed(_pieces(values)), task, name, values.numel(), values.device)
+        return found.positions.to(torch.int64, copy=True)
 
     def of(self, vectors: TaskVectors) -> Iterator[Kept]:
         """The kept entries of each task's vector of one tensor, formed in blocks.
@@ -116,31 +102,23 @@ class Thresholds:
             per task what is kept, valid until the next one.
         """
         total = vectors.shape.numel()
-        narrow = torch.int32 if total < 1 << 31 else torch.int64
         for task in range(len(vectors)):
-            positions = _Growing("positions0", narrow, vectors.device)
-            values = _Growing("values0", torch.float32, vectors.device)
-            left = self._left(vectors.name, task, total)
-            for place, block in vectors.blocks(_BLOCK, [task]):
-                kept, left = self._kept(block[0], task, left)
-                torch.index_select(block[0], 0, kept, out=values.more(len(kept)))
-                positions.more(len(kept)).copy_(kept.add_(place.start))
-            yield Kept(positions.filled, values.filled)
+            blocks = ((place.start, block[0]) for place, block in vectors.blocks(tasks=[task]))
+            yield self._kept(blocks, task, vectors.name, total, vectors.device)
 
-    def _left(self, name: str, task: int, total: int) -> int:
-        """How many ties of a tensor are kept, at most."""
-        return int(self.ties[name][task]) if name in self.ties else total
-
-    def _kept(self, values: Tensor, task: int, left: int) -> tuple[Tensor, int]:
-        """Positions of the kept entries of a piece, and how many ties may still be kept."""
-        limit = float(self.magnitudes[task])
-        magnitudes = values.abs()
-        kept = above(magnitudes, limit)
-        if limit > 0 and left:
-            taken = places(magnitudes == limit)[:left]
-            left -= taken.numel()
-            kept[taken] = True
-        return places(kept), left
+    def _kept(
+        self,
+        blocks: Iterable[tuple[int, Tensor]],
+        task: int,
+        name: str,
+        total: int,
+        device: torch.device,
+    ) -> Kept:
+        kept, limit = Collected("0", total, device), float(self.magnitudes[task])
+        left = int(self.ties[name][task]) if name in self.ties else total
+        for start, values in blocks:
+            left = kept.add(values, start, limit, left if limit > 0 else 0)
+        return kept.all
 
 
 class TopK:
@@ -159,110 +137,34 @@ class TopK:
     def __init__(self, count: int, total: int, sample: Tensor, slot: int = 0) -> None:
         self._count = count
         self._low, self._high = _bracket(count, total, sample)  # exclusive, inclusive
-        narrow = torch.int32 if total < 1 << 31 else torch.int64
-        self._positions = _Growing(f"positions{slot}", narrow, sample.device)
-        self._values = _Growing(f"values{slot}", torch.float32, sample.device)
-        self._magnitudes = _Growing("magnitudes", torch.float32, sample.device)
-        self._mask = _Growing("mask", torch.bool, sample.device)
+        self._near = Collected(str(slot), total, sample.device)
 
     def add(self, values: Tensor, start: int) -> None:
         """Take a block: float32 `(n,)`, the tensor's entries from `start` on."""
-        if self._count <= 0:
-            return
-        near = self._above(values, self._low)
-        torch.index_select(values, 0, near, out=self._values.more(len(near)))
-        self._positions.more(len(near)).copy_(near.add_(start))
+        if self._count > 0:
+            self._near.add(values, start, self._low)
 
     def result(self) -> Kept | None:
         """What is kept, until the next tensor; None if the sample misled.
 
         Then the blocks must come again, from the start; the second time all of them are looked at.
         """
-        size = self._values.size
-        if size < self._count and self._low > 0:
+        values = self._near.all.values
+        if len(values) < self._count and self._low > 0:
             self._low, self._high = 0.0, math.inf
-            self._values.size = self._positions.size = 0
+            self._near.clear()
             return None
-        if size > max(self._count, 0):
-            self._drop_smaller()
-        return Kept(self._positions.filled, self._values.filled)
+        return self._largest(values) if len(values) > self._count > 0 else self._near.all
 
-    def _above(self, values: Tensor, limit: float) -> Tensor:
-        """Where magnitudes are above a limit; `_magnitudes` are theirs from here on."""
-        self._magnitudes.size = self._mask.size = 0
-        magnitudes = torch.abs(values, out=self._magnitudes.more(len(values)))
-        return places(above(magnitudes, limit, out=self._mask.more(len(values))))
-
-    def _drop_smaller(self) -> None:
-        """Of more entries than are kept, keep the largest, in place."""
-        left, unsure = self._count, []
-        for values in _pieces(self._values.filled):
-            left -= len(self._above(values, self._high))
-            unsure.append(self._magnitudes.filled[places(~self._mask.filled)])
+    def _largest(self, values: Tensor) -> Kept:
+        """Of more entries than are kept, the largest."""
+        unsure = self._near.up_to(self._high)
+        left = self._count - (len(values) - len(unsure))
         if left <= 0:  # the sample misled the other way: all of them are uncertain
-            left, unsure = self._count, [self._values.filled.abs()]
-        limit = kth_largest(torch.cat(unsure), left)
-        ties = self._count - sum(
-            len(self._above(values, limit)) for values in _pieces(self._values.filled)
-        )
-        found = list(
-            zip(_pieces(self._values.filled), _pieces(self._positions.filled), strict=True)
-        )
-        self._values.size = self._positions.size = 0
-        for values, positions in found:
-            kept = self._above(values, limit)
-            if ties:
-                taken = places(self._magnitudes.filled == limit)[:ties]
-                self._mask.filled[taken] = True
-                ties -= len(taken)
-                kept = places(self._mask.filled)
-            # Through copies: what is kept moves towards the front of the same memory.
-            self._values.more(len(kept)).copy_(values.index_select(0, kept))
-            self._positions.more(len(kept)).copy_(positions.index_select(0, kept))
-
-
-class _Memory(threading.local):
-    """Memory that a thread uses again: fresh pages cost more than what is computed in them."""
-
-    def __init__(self) -> None:
-        self.buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
-
-
-_MEMORY = _Memory()
-
-
-class _Growing:
-    """A tensor that grows, in its thread's memory.
-
-    Args:
-        name: tells it from others that are used at the same time.
-        dtype: its dtype.
-        device: where it is.
-
-    Attributes:
-        size: how many entries are filled.
-    """
-
-    def __init__(self, name: str, dtype: torch.dtype, device: torch.device) -> None:
-        self._key = name, dtype, device
-        self.size = 0
-        _MEMORY.buffers.setdefault(self._key, torch.empty(0, dtype=dtype, device=device))
-
-    @property
-    def filled(self) -> Tensor:
-        """What is filled."""
-        return _MEMORY.buffers[self._key][: self.size]
-
-    def more(self, count: int) -> Tensor:
-        """The next entries, to be filled."""
-        end = self.size + count
-        memory = _MEMORY.buffers[self._key]
-        if end > len(memory):
-            grown = memory.new_empty(max(end, 3 * len(memory) // 2))
-            grown[: self.size] = memory[: self.size]
-            memory = _MEMORY.buffers[self._key] = grown
-        self.size = end
-        return memory[end - count : end]
+            left, unsure = self._count, values.abs()
+        limit = kth_largest(unsure, left)
+        self._near.drop(limit, left - count_set(above(unsure, limit)))
+        return self._near.all
 
 
 def top_k(values: Tensor, count: int) -> Tensor:
@@ -279,10 +181,8 @@ def top_k(values: Tensor, count: int) -> Tensor:
     stride = max(flat.numel() // _SAMPLE, 1) | 1  # odd: not in step with a matrix's rows
     search = TopK(count, flat.numel(), flat[::stride])
     while True:
-        start = 0
-        for piece in _pieces(flat):
+        for start, piece in _placed(_pieces(flat)):
             search.add(piece, start)
-            start += piece.numel()
         found = search.result()
         if found is not None:
             return found.positions.to(torch.int64, copy=True)
@@ -301,7 +201,7 @@ def top_k_of(vectors: TaskVectors, count: int) -> Iterator[Kept]:
         found: dict[int, Kept] = {}
         while len(found) < len(tasks):
             left = [task for task in tasks if task not in found]
-            for place, block in vectors.blocks(_BLOCK, left):
+            for place, block in vectors.blocks(tasks=left):
                 for task, values in zip(left, block, strict=True):
                     searches[task].add(values, place.start)
             for task in left:
@@ -333,7 +233,7 @@ def _by_task(vectors: TaskVectors, values: Values | None) -> Iterator[Iterable[T
         yield from map(_pieces, values(vectors))
         return
     for task in range(len(vectors)):
-        yield (piece for _, block in vectors.blocks(_BLOCK, [task]) for piece in _pieces(block))
+        yield (piece for _, block in vectors.blocks(tasks=[task]) for piece in _pieces(block))
 
 
 def _histogram(
@@ -342,13 +242,16 @@ def _histogram(
     """How often the upper 16 bits occur, or the lower ones of a bin: int64 `(T, 65536)`."""
     found = torch.zeros(len(counts), _BINS, dtype=torch.int64)
     for task, pieces in enumerate(tasks):
+        bin_ = -1 if bins is None else bins[task][0]
         for piece in pieces:
+            if piece.device.type == "cpu":
+                bits = piece.contiguous().view(torch.int32)
+                kernels.histogram(bits.numpy(), bin_, found[task].numpy())
+                continue
             bits = piece.abs().view(torch.int32)
-            if bins is None:
-                bits >>= 16
-            else:
-                bits = bits[(bits >> 16) == bins[task][0]] & (_BINS - 1)
-            found[task] += torch.bincount(bits, minlength=_BINS).cpu()
+            upper = bits >> 16
+            inside = upper if bins is None else bits[upper == bin_] & (_BINS - 1)
+            found[task] += torch.bincount(inside, minlength=_BINS).cpu()
     return found
 
 
@@ -364,6 +267,14 @@ def _ties(tasks: Iterable[Iterable[Tensor]], magnitudes: Tensor) -> Tensor:
 def _pieces(values: Tensor) -> tuple[Tensor, ...]:
     """The flat entries, in pieces that stay in cache."""
     return torch.split(values.reshape(-1), _PIECE)
+
+
+def _placed(pieces: Iterable[Tensor]) -> Iterator[tuple[int, Tensor]]:
+    """Neighbouring pieces, each with its place."""
+    start = 0
+    for piece in pieces:
+        yield start, piece
+        start += piece.numel()
 
 
 def _descend(histogram: Tensor, count: int) -> tuple[int, int]:

@@ -7,10 +7,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from fusionkit import kernels
 from fusionkit.codec import WHOLE_MODEL, DeltaCodec, Encoded, Encoder, Parts, SharedParts
 from fusionkit.family import Family
 from fusionkit.merge import signs
-from fusionkit.packing import above, pack_bits, unpack_bits
+from fusionkit.packing import pack_bits, unpack_bits
 from fusionkit.task_vectors import TaskVectors
 from fusionkit.values import ValueDtype, pack_values, unpack_values
 
@@ -72,49 +73,29 @@ class EMR(DeltaCodec):
 
         Block by block, each stored at once: never is one of them whole in float32.
         """
+        total = vectors.shape.numel()
         unified: dict[str, _Joined] = {}
-        masks = [_Joined(vectors.shape.numel() / 8) for _ in range(len(vectors))]
+        masks = torch.empty(len(vectors), -(-total // 8), dtype=torch.uint8, device=vectors.device)
         ratio = torch.zeros(2, len(vectors), dtype=torch.float64)
+        memory = torch.empty(0, device=vectors.device)
+        flags = stored is not None, self.rescale == "l2"
         for place, block in vectors.blocks():
-            # In the block's own memory: fresh memory costs more than what is computed in it.
-            if stored is None:
-                sign = signs(block.sum(0))
-                magnitude = block.mul_(sign).amax(0).clamp_(min=0.0)
-                masked = above(block, 0)
+            if stored is not None:
+                elected = stored[place]
             else:
-                magnitude = stored[place].abs()
-                sign = signs(stored[place])
-                masked = above(block.mul_(sign), 0) & above(magnitude, 0)
-            for own, mask in zip(masks, masked, strict=True):
-                own.add(pack_bits(mask))
-            ratio += self._ratio(block.abs_(), masked, magnitude)
+                if block.shape[1] > len(memory):
+                    memory = block.new_empty(block.shape[1])
+                elected = memory[: block.shape[1]]
+            _elect(block, elected, masks, ratio, place.start, *flags)
             if stored is not None:
                 continue
-            elected = magnitude.mul_(sign)
             for part, values in pack_values(elected, self.dtype, "elected").items():
-                share = values.numel() / elected.numel()
-                size = vectors.shape.numel() * share
+                size = math.ceil(total * (values.numel() / elected.numel())) + 1
                 unified.setdefault(part, _Joined(size)).add(values)
         if self.rescale == "l1_mean":
-            ratio /= max(vectors.shape.numel(), 1)
+            ratio /= max(total, 1)
         joined = {part: each.tensor for part, each in unified.items()}
-        return joined, [own.tensor for own in masks], ratio
-
-    def _ratio(self, block: Tensor, masks: Tensor, magnitude: Tensor) -> Tensor:
-        """Numerator and denominator of the rescalers over a block: float64 `(2, T)`.
-
-        Args:
-            block: |τ_t|, float32 `(T, n)`.
-            masks: bool `(T, n)`.
-            magnitude: |τ_uni|, float32 `(n,)`.
-        """
-        kept = masks.view(torch.uint8)  # several times faster to convert than bool
-        if self.rescale == "l2":
-            kept, magnitude = kept.to(torch.float64), magnitude.to(torch.float64)
-            sums = (kept * block) @ magnitude, kept @ magnitude.square()
-        else:
-            sums = block.sum(1), kept.to(torch.float32) @ magnitude
-        return torch.stack(sums).to(torch.float64).cpu()
+        return joined, list(masks), ratio
 
     def _rescaler(self, ratio: Tensor) -> Tensor:
         """λ per task: float32 `(T, 1)`; 1 where nothing is masked in."""
@@ -134,11 +115,11 @@ class _Joined:
     """Blocks put after each other, in memory taken once.
 
     Args:
-        size: how many entries there will be, up to rounding per block.
+        size: how many entries there will be, at most.
     """
 
-    def __init__(self, size: float) -> None:
-        self._size, self._filled = math.ceil(size) + 1, 0
+    def __init__(self, size: int) -> None:
+        self._size, self._filled = size, 0
         self._memory = torch.empty(0)
 
     def add(self, block: Tensor) -> None:
@@ -153,3 +134,47 @@ class _Joined:
     def tensor(self) -> Tensor:
         """All blocks, one axis."""
         return self._memory[: self._filled]
+
+
+def _elect(
+    vectors: Tensor,
+    elected: Tensor,
+    masks: Tensor,
+    sums: Tensor,
+    first: int,
+    given: bool,
+    squared: bool,
+) -> None:
+    """`kernels.elect` on any device; `vectors` may be changed."""
+    if vectors.device.type == "cpu":
+        arrays = vectors.numpy(), elected.numpy(), masks.numpy(), sums.numpy()
+        kernels.elect(*arrays, first, given, squared)
+    else:
+        _elect_in_torch(vectors, elected, masks, sums, first, given, squared)
+
+
+def _elect_in_torch(
+    vectors: Tensor,
+    elected: Tensor,
+    masks: Tensor,
+    sums: Tensor,
+    first: int,
+    given: bool,
+    squared: bool,
+) -> None:
+    sign = signs(elected if given else vectors.sum(0))
+    vectors.mul_(sign)
+    if not given:
+        torch.mul(vectors.amax(0).clamp_(min=0.0), sign, out=elected)
+    magnitude = elected.abs()
+    kept = (vectors > 0) & (magnitude > 0)
+    for mask, bits in zip(masks, kept, strict=True):
+        packed = pack_bits(bits)
+        mask[first // 8 :][: len(packed)] = packed
+    vectors.abs_()
+    if squared:
+        masked = kept * magnitude.to(torch.float64)
+        found = (masked * vectors).sum(1), masked.square().sum(1)
+    else:
+        found = vectors.sum(1), kept.to(torch.float32) @ magnitude
+    sums += torch.stack([each.to(torch.float64) for each in found]).cpu()
