@@ -224,28 +224,43 @@ def quotients(positions: NDArray[np.integer[Any]], least: int) -> NDArray[np.int
 def rice(
     positions: NDArray[np.integer[Any]],
     k: int,
-    unary: NDArray[np.uint8],
-    remainders: NDArray[np.uint8],
+    unary: NDArray[np.uint64],
+    remainders: NDArray[np.uint64],
 ) -> None:
     """Code the gaps between positions; see `packing`.
 
     Args:
         positions: increasing, `(count,)`.
         k: bits of a remainder.
-        unary: zeros, into which the quotients' bits are set.
-        remainders: zeros, into which those of the remainders are, `k` streams of `count` bits.
+        unary: zeros, into which the quotients' bits are set; 64 bits each, one more than needed.
+        remainders: the same of the remainders' bits, `k` streams of `count` bits.
     """
     count = len(positions)
-    end = np.int64(-1)
-    before = np.int64(-1)
-    for i in range(count):
-        gap = positions[i] - before - 1
-        before = np.int64(positions[i])
-        end += (gap >> k) + 1
-        unary[end >> 3] |= np.uint8(1 << (end & 7))
+    gaps = np.empty(64, np.uint64)
+    end, before = np.int64(-1), np.int64(-1)
+    for start in range(0, count, 64):
+        size = min(64, count - start)
+        for i in range(size):
+            gaps[i] = positions[start + i] - before - 1
+            before = np.int64(positions[start + i])
+        word, place = np.uint64(0), end >> 6  # in a register until the next is begun
+        for i in range(size):
+            end += np.int64(gaps[i] >> np.uint64(k)) + 1
+            if end >> 6 != place:
+                if place >= 0:
+                    unary[place] |= word
+                word, place = np.uint64(0), end >> 6
+            word |= np.uint64(1) << np.uint64(end & 63)
+        unary[place] |= word
         for bit in range(k):
-            place = bit * count + i
-            remainders[place >> 3] |= np.uint8(((gap >> bit) & 1) << (place & 7))
+            word = np.uint64(0)
+            for i in range(size):
+                word |= ((gaps[i] >> np.uint64(bit)) & np.uint64(1)) << np.uint64(i)
+            first = bit * count + start
+            shift = np.uint64(first & 63)
+            remainders[first >> 6] |= word << shift
+            if shift:
+                remainders[(first >> 6) + 1] |= word >> (np.uint64(64) - shift)
 
 
 @_compiled

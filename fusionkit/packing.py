@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fusionkit import kernels
@@ -158,10 +159,14 @@ def _rice(positions: Tensor, least: int) -> tuple[int, Tensor, Tensor]:
         return 0, *positions.new_empty(2, 0, dtype=torch.uint8)
     sums = kernels.quotients(positions.numpy(), least).tolist()
     k, length = _shortest(sums, count, least)
-    unary = torch.zeros(-(-length // 8), dtype=torch.uint8)
-    remainders = torch.zeros(-(-count * k // 8), dtype=torch.uint8)
-    kernels.rice(positions.numpy(), k, unary.numpy(), remainders.numpy())
-    return k, unary, remainders
+    unary, remainders = (np.zeros(bits // 64 + 2, "<u8") for bits in (length, count * k))
+    kernels.rice(positions.numpy(), k, unary, remainders)
+    return k, _first_bits(unary, length), _first_bits(remainders, count * k)
+
+
+def _first_bits(words: NDArray[np.uint64], count: int) -> Tensor:
+    """The bytes that hold the first bits."""
+    return torch.from_numpy(words.view(np.uint8)[: -(-count // 8)])
 
 
 def _rice_on_device(positions: Tensor, least: int) -> tuple[int, Tensor, Tensor]:

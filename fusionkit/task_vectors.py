@@ -173,17 +173,18 @@ class TaskVectors:
 
     def _subtract(self, tuned: Tensor, base: Tensor, out: Tensor, task: int) -> None:
         """θ − θ₀ of some entries, into `out`."""
+        near = tuned.device == out.device
         if out.device.type != "cpu":
             out.copy_(tuned).sub_(base)
-            self._check_finite(out, task)
-        elif tuned.dtype == torch.bfloat16:
+            finite = False  # or not known yet
+        elif near and tuned.dtype == torch.bfloat16:
             bits = tuned.view(torch.uint16).numpy()
-            if not kernels.difference_of_bfloat16(bits, base.numpy(), out.numpy()):
-                self._check_finite(out, task)
+            finite = kernels.difference_of_bfloat16(bits, base.numpy(), out.numpy())
         else:
-            values = tuned if tuned.dtype == torch.float32 else out.copy_(tuned)
-            if not kernels.difference(values.numpy(), base.numpy(), out.numpy()):
-                self._check_finite(out, task)
+            values = tuned if near and tuned.dtype == torch.float32 else out.copy_(tuned)
+            finite = kernels.difference(values.numpy(), base.numpy(), out.numpy())
+        if not finite:
+            self._check_finite(out, task)
 
     @property
     def _block(self) -> int:

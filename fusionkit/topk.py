@@ -23,7 +23,7 @@ from fusionkit.task_vectors import TaskVectors
 
 _BINS = 1 << 16
 _PIECE = 1 << 18
-_SAMPLE = 1 << 17
+_SAMPLE = 1 << 16
 _AT_ONCE = 4
 """Tasks whose candidates are in memory together; the base is read once for them."""
 _DEVIATIONS = 5.0
