@@ -66,7 +66,7 @@ def elect(
     given: bool,
     squared: bool,
 ) -> None:
-    """EMR's election over a block, the tasks' masks, and the rescalers' sums (2405.17461, eq. 2).
+    """EMR's election over a block, the tasks' masks, and the rescalers' sums (2405.17461).
 
     Args:
         vectors: the task vectors, `(T, n)`.
