@@ -94,20 +94,23 @@ def elect(
         bits[size:] = 0
         for task in range(tasks):
             row = vectors[task, start : start + size]
-            top, bottom = np.float32(0), np.float32(0)
             for i in range(size):
                 bits[i] = (row[i] * sign[i] > 0) & (magnitude[i] > 0)
             if squared:
+                product, square = 0.0, 0.0  # float64: squares would overflow
                 for i in range(size):
-                    kept = magnitude[i] if bits[i] else np.float32(0)
-                    top += abs(row[i]) * kept
-                    bottom += kept * kept
+                    kept = np.float64(magnitude[i] if bits[i] else np.float32(0))
+                    product += abs(row[i]) * kept
+                    square += kept * kept
+                sums[0, task] += product
+                sums[1, task] += square
             else:
+                top, bottom = np.float32(0), np.float32(0)
                 for i in range(size):
                     top += abs(row[i])
                     bottom += magnitude[i] if bits[i] else np.float32(0)
-            sums[0, task] += top
-            sums[1, task] += bottom
+                sums[0, task] += top
+                sums[1, task] += bottom
             mask = masks[task, (first + start) // 8 :]
             for i in range((size + 7) // 8):
                 mask[i] = (words[i] * _GATHER) >> _TOP
