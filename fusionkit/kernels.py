@@ -86,11 +86,12 @@ def elect(
     for start in range(0, count, _TILE):
         size = min(_TILE, count - start)
         unified = elected[start : start + size]
-        if not given:
+        if given:
+            for i in range(size):
+                sign[i] = 1 if unified[i] > 0 else -1
+                magnitude[i] = abs(unified[i])
+        else:
             _unify(vectors, start, unified, sign, magnitude)
-        for i in range(size):
-            sign[i] = 1 if unified[i] > 0 else -1
-            magnitude[i] = abs(unified[i])
         bits[size:] = 0
         for task in range(tasks):
             row = vectors[task, start : start + size]

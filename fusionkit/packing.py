@@ -24,13 +24,12 @@ _COMPLEMENT = 0x80
 _HEADER = 9
 
 
-def above(values: Tensor, limit: float, out: Tensor | None = None) -> Tensor:
-    """Where values are larger than a limit: bool, of the same shape; into `out`, if given."""
+def above(values: Tensor, limit: float) -> Tensor:
+    """Where values are larger than a limit: bool, of the same shape."""
     if values.device.type == "cpu":  # NumPy is several times faster
-        into = None if out is None else out.numpy()
-        found: Any = np.greater(values.numpy(), np.float32(limit), out=into)
-        return torch.from_numpy(found) if out is None else out
-    return torch.gt(values, limit, out=out)
+        found: Any = np.greater(values.numpy(), np.float32(limit))
+        return torch.from_numpy(found)
+    return values > limit
 
 
 def kth_largest(values: Tensor, k: int) -> float:

@@ -233,7 +233,7 @@ def _by_task(vectors: TaskVectors, values: Values | None) -> Iterator[Iterable[T
         yield from map(_pieces, values(vectors))
         return
     for task in range(len(vectors)):
-        yield (piece for _, block in vectors.blocks(tasks=[task]) for piece in _pieces(block))
+        yield (block[0] for _, block in vectors.blocks(tasks=[task]))
 
 
 def _histogram(

@@ -39,7 +39,7 @@ def test_election_is_the_same_in_both(block: Tensor, given_: bool, squared: bool
     masks = torch.zeros(3, first // 8 + -(-count // 8) + 2, dtype=torch.uint8)
     sums = torch.ones(2, 3, dtype=torch.float64)
     found = [each.clone() for each in (block, elected, masks, sums)]
-    emr._elect(*found, first, given_, squared)
+    kernels.elect(*(each.numpy() for each in found), first, given_, squared)
     assert torch.equal(found[0], block)
     wanted = [each.clone() for each in (block, elected, masks, sums)]
     emr._elect_in_torch(*wanted, first, given_, squared)
@@ -54,7 +54,8 @@ def test_sums_of_many_entries_are_precise() -> None:
     block = torch.rand(1, 4_000_000) + 1
     sums = torch.zeros(2, 1, dtype=torch.float64)
     masks = torch.empty(1, block.shape[1] // 8, dtype=torch.uint8)
-    emr._elect(block, torch.empty(block.shape[1]), masks, sums, 0, False, False)
+    arrays = (each.numpy() for each in (block, torch.empty(block.shape[1]), masks, sums))
+    kernels.elect(*arrays, 0, False, False)
     torch.testing.assert_close(sums[:, 0], block.double().sum().expand(2), rtol=1e-7, atol=0)
 
 

@@ -86,7 +86,11 @@ class EMR(DeltaCodec):
                 if block.shape[1] > len(memory):
                     memory = block.new_empty(block.shape[1])
                 elected = memory[: block.shape[1]]
-            _elect(block, elected, masks, ratio, place.start, *flags)
+            if block.device.type == "cpu":
+                arrays = block.numpy(), elected.numpy(), masks.numpy(), ratio.numpy()
+                kernels.elect(*arrays, place.start, *flags)
+            else:
+                _elect_in_torch(block, elected, masks, ratio, place.start, *flags)
             if stored is not None:
                 continue
             for part, values in pack_values(elected, self.dtype, "elected").items():
@@ -136,23 +140,6 @@ class _Joined:
         return self._memory[: self._filled]
 
 
-def _elect(
-    vectors: Tensor,
-    elected: Tensor,
-    masks: Tensor,
-    sums: Tensor,
-    first: int,
-    given: bool,
-    squared: bool,
-) -> None:
-    """`kernels.elect` on any device; `vectors` may be changed."""
-    if vectors.device.type == "cpu":
-        arrays = vectors.numpy(), elected.numpy(), masks.numpy(), sums.numpy()
-        kernels.elect(*arrays, first, given, squared)
-    else:
-        _elect_in_torch(vectors, elected, masks, sums, first, given, squared)
-
-
 def _elect_in_torch(
     vectors: Tensor,
     elected: Tensor,
@@ -162,6 +149,7 @@ def _elect_in_torch(
     given: bool,
     squared: bool,
 ) -> None:
+    """`kernels.elect` on any device; `vectors` are changed."""
     sign = signs(elected if given else vectors.sum(0))
     vectors.mul_(sign)
     if not given:
