@@ -81,7 +81,16 @@ def test_what_pytorch_is_set_to_stays() -> None:
 
 def test_tensors_are_read_ahead_in_their_order() -> None:
     ahead: list[str] = []
-    list(Workers(threads=2).run(str.upper, SIZES, ahead=ahead.append))
+    there = {name: threading.Event() for name in SIZES}
+
+    def read(name: str) -> None:
+        ahead.append(name)
+        there[name].set()
+
+    def use(name: str) -> None:  # else what isn't read yet when all is done never is
+        assert there[name].wait(60)
+
+    list(Workers(threads=2).run(use, SIZES, ahead=read))
     assert ahead == list(SIZES)
 
 
