@@ -7,9 +7,9 @@ user's cache folder.
 """
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, TypeVar, cast
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
@@ -27,37 +27,34 @@ _COUNT = _BITS.sum(1)
 
 
 def _compiled(function: Function) -> Function:
-    """Compile; sums may be taken in another order, so that they are vectorised."""
+    """Compile at the first call, before which Numba is not even imported.
+
+    Sums may be taken in another order, so that they are vectorised.
+    """
+    made: Function | None = None
+
+    @wraps(function)
+    def call(*arguments: Any) -> Any:
+        nonlocal made
+        if made is None:
+            made = _compile(function)
+        return made(*arguments)
+
+    return cast(Function, call)
+
+
+def _compile(function: Function) -> Function:
+    import numba
+
     options: dict[str, Any] = {"nogil": True, "fastmath": {"reassoc"}}
     try:
-        made = numba.njit(cache=True, **options)(function)
+        return cast(Function, numba.njit(cache=True, **options)(function))
     except RuntimeError:  # no folder that can be written to
-        made = numba.njit(**options)(function)
-    return cast(Function, made)
+        return cast(Function, numba.njit(**options)(function))
 
 
 @_compiled
-def _unify(vectors: Floats, start: int, unified: Floats, sign: Floats, magnitude: Floats) -> None:
-    """Elect a tile's vector: the sum's sign, and the largest magnitude of that sign."""
-    size = len(unified)
-    sign[:size] = vectors[0, start : start + size]
-    for task in range(1, len(vectors)):
-        row = vectors[task, start : start + size]
-        for i in range(size):
-            sign[i] += row[i]
-    for i in range(size):
-        sign[i] = 1 if sign[i] > 0 else -1
-        magnitude[i] = 0
-    for task in range(len(vectors)):
-        row = vectors[task, start : start + size]
-        for i in range(size):
-            magnitude[i] = max(magnitude[i], row[i] * sign[i])
-    for i in range(size):
-        unified[i] = magnitude[i] * sign[i]
-
-
-@_compiled
-def elect(
+def elect(  # noqa: PLR0912
     vectors: Floats,
     elected: Floats,
     masks: NDArray[np.uint8],
@@ -91,7 +88,20 @@ def elect(
                 sign[i] = 1 if unified[i] > 0 else -1
                 magnitude[i] = abs(unified[i])
         else:
-            _unify(vectors, start, unified, sign, magnitude)
+            sign[:size] = vectors[0, start : start + size]
+            for task in range(1, tasks):
+                row = vectors[task, start : start + size]
+                for i in range(size):
+                    sign[i] += row[i]
+            for i in range(size):
+                sign[i] = 1 if sign[i] > 0 else -1
+                magnitude[i] = 0
+            for task in range(tasks):
+                row = vectors[task, start : start + size]
+                for i in range(size):
+                    magnitude[i] = max(magnitude[i], row[i] * sign[i])
+            for i in range(size):
+                unified[i] = magnitude[i] * sign[i]
         bits[size:] = 0
         for task in range(tasks):
             row = vectors[task, start : start + size]
