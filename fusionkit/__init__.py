@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from fusionkit.bundle import Bundle as Bundle
-from fusionkit.checkpoint import Checkpoint as Checkpoint
+from fusionkit.checkpoints.checkpoint import Checkpoint as Checkpoint
 from fusionkit.codec import WHOLE_MODEL as WHOLE_MODEL
 from fusionkit.codec import DeltaCodec as DeltaCodec
 from fusionkit.codec import Encoded as Encoded

@@ -23,15 +23,15 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from fusionkit.adapter import fold_into
 from fusionkit.bundle_folder import SHARED, START, WHOLE, disk_errors, new_folder, task_file
-from fusionkit.checkpoint import Checkpoint, Source
+from fusionkit.checkpoints.adapters.layout import fold_into
+from fusionkit.checkpoints.adapters.lowrank import LowRank
+from fusionkit.checkpoints.checkpoint import Checkpoint, Source
+from fusionkit.checkpoints.overlay import WithStart
+from fusionkit.checkpoints.paths import copy_file, is_remote, open_path
 from fusionkit.codec import DeltaCodec, Parts, RestoringCodec
 from fusionkit.errors import BundleError, WrongBaseError, listing
-from fusionkit.lowrank import LowRank
 from fusionkit.manifest import FILE, Manifest, reopen_base
-from fusionkit.overlay import WithStart
-from fusionkit.paths import copy_file, is_remote, open_path
 from fusionkit.payload import decoding
 from fusionkit.registry import from_config
 from fusionkit.stored import StoredParts

@@ -10,9 +10,9 @@ from uuid import uuid4
 
 from filelock import FileLock, Timeout
 
+from fusionkit.checkpoints.paths import is_remote, upload
 from fusionkit.errors import BundleError, FusionKitError, ProcessError
 from fusionkit.manifest import FILE
-from fusionkit.paths import is_remote, upload
 
 SHARED = "shared.safetensors"
 WHOLE = "tensor"

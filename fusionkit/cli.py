@@ -150,7 +150,7 @@ def export(
     """
     from fusionkit import report
     from fusionkit.bundle import Bundle
-    from fusionkit.checkpoint import Checkpoint
+    from fusionkit.checkpoints.checkpoint import Checkpoint
     from fusionkit.export import export_task
     from fusionkit.export_peft import export_adapter
 

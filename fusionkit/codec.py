@@ -27,9 +27,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fusionkit.checkpoints.adapters.lowrank import LowRank
 from fusionkit.errors import CodecError
 from fusionkit.family import Family
-from fusionkit.lowrank import LowRank
 from fusionkit.registry import Plugin
 from fusionkit.task_vectors import TaskVectors
 

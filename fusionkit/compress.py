@@ -12,17 +12,17 @@ import torch
 
 from fusionkit.bundle import Bundle
 from fusionkit.bundle_folder import disk_errors, new_folder, task_file
-from fusionkit.checkpoint import Checkpoint, Source
+from fusionkit.checkpoints.adapters.modules import Adapters
+from fusionkit.checkpoints.checkpoint import Checkpoint, Source
+from fusionkit.checkpoints.overlay import WithStart
+from fusionkit.checkpoints.paths import is_remote, open_path
 from fusionkit.codec import DeltaCodec
 from fusionkit.errors import BundleError, CodecError
 from fusionkit.family import Family
 from fusionkit.journal import claim, identity, is_resumable, tidy
 from fusionkit.manifest import BaseRecord, Manifest
-from fusionkit.overlay import WithStart
-from fusionkit.paths import is_remote, open_path
 from fusionkit.processes import ALONE, Processes
 from fusionkit.registry import to_config
-from fusionkit.space import Adapters
 from fusionkit.workers import Progress, Workers
 from fusionkit.writing import Writing
 

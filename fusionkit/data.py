@@ -18,8 +18,8 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
+from fusionkit.checkpoints.paths import resolve_package_path
 from fusionkit.errors import DataError
-from fusionkit.paths import resolve_package_path
 
 Split = Literal["train", "test"]
 

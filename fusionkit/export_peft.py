@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fusionkit.adapter import Form, LoraModule
 from fusionkit.bundle import Bundle
 from fusionkit.bundle_folder import new_folder
+from fusionkit.checkpoints.adapters.folder import CONFIG, LINEARIZED, PREFIX, TENSORS
+from fusionkit.checkpoints.adapters.layout import Form, LoraModule
+from fusionkit.checkpoints.adapters.lowrank import LowRank, svd_gram
 from fusionkit.codec import DeltaCodec
 from fusionkit.errors import BundleError, listing
 from fusionkit.export import DTYPES
-from fusionkit.lowrank import LowRank, svd_gram
-from fusionkit.peft_folder import CONFIG, LINEARIZED, PREFIX, TENSORS
 
 _EMBEDDINGS = re.compile(r"embed|(^|[._])w[tp]e$", re.IGNORECASE)
 

@@ -21,14 +21,14 @@ from typing import Literal, Self, TypeVar
 import torch
 from torch import Tensor
 
-from fusionkit.adapter import fold_into
-from fusionkit.checkpoint import Checkpoint, Source
+from fusionkit.checkpoints.adapters.folder import is_adapter
+from fusionkit.checkpoints.adapters.layout import fold_into
+from fusionkit.checkpoints.adapters.modules import Adapters, AdapterSpace, open_space
+from fusionkit.checkpoints.checkpoint import Checkpoint, Source
+from fusionkit.checkpoints.overlay import MergedAdapter
+from fusionkit.checkpoints.safetensors_file import Pieces, TensorSpec
 from fusionkit.errors import CheckpointError, FamilyError, listing
-from fusionkit.overlay import MergedAdapter
-from fusionkit.peft_folder import is_adapter
-from fusionkit.space import Adapters, AdapterSpace, open_space
 from fusionkit.task_vectors import Change, ChangedVectors, TaskVectors
-from fusionkit.tensorfile import Pieces, TensorSpec
 from fusionkit.workers import Workers, total
 
 Role = Literal["delta", "exact", "frozen"]

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from fusionkit.bundle_folder import new_folder
-from fusionkit.checkpoint import Checkpoint
+from fusionkit.checkpoints.adapters.folder import CONFIG, LINEARIZED, START, TENSORS, PeftFolder
+from fusionkit.checkpoints.adapters.start import Seeded, digest
+from fusionkit.checkpoints.checkpoint import Checkpoint
 from fusionkit.errors import DataError, FusionKitError
 from fusionkit.family import matches
 from fusionkit.linearize import linearize
 from fusionkit.models import MetricOfClasses, accuracy, load_base, predict
-from fusionkit.peft_folder import CONFIG, LINEARIZED, START, TENSORS, PeftFolder
-from fusionkit.start import Seeded, digest
 
 Method = Literal["full", "lora", "linearized_lora", "ia3"]
 WEIGHTS = "model.safetensors"

@@ -5,7 +5,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule
 
-from fusionkit.checkpoint import Checkpoint
+from fusionkit.checkpoints.checkpoint import Checkpoint
 from fusionkit.errors import FusionKitError
 
 

@@ -11,7 +11,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from fusionkit import report
-from fusionkit.checkpoint import find_checkpoints
+from fusionkit.checkpoints.checkpoint import find_checkpoints
 from fusionkit.errors import DataError, FusionKitError
 from fusionkit.family import Family
 from fusionkit.fit import FINETUNED, FitCLI, train

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusionkit.adapter import fold_into
+from fusionkit.checkpoints.adapters.layout import fold_into
 from fusionkit.errors import FusionKitError
 from fusionkit.family import Family
 from fusionkit.merge import Merge, Weighted

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fusionkit.bundle_folder import LOCK
-from fusionkit.checkpoint import Checkpoint
+from fusionkit.checkpoints.checkpoint import Checkpoint
 from fusionkit.codec import DeltaCodec
 from fusionkit.family import Family
 from fusionkit.partfile import Entry, PartWriter

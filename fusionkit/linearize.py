@@ -23,8 +23,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
+from fusionkit.checkpoints.adapters.lowrank import first_order
 from fusionkit.errors import FusionKitError
-from fusionkit.lowrank import first_order
 
 _PREFIX = "initial_"
 

@@ -10,12 +10,12 @@ from typing import Any, get_args
 
 import torch
 
-from fusionkit.checkpoint import Checkpoint
+from fusionkit.checkpoints.adapters.modules import AdapterSpace
+from fusionkit.checkpoints.checkpoint import Checkpoint
 from fusionkit.errors import BundleError, WrongBaseError, listing
 from fusionkit.family import Family, Role
 from fusionkit.partfile import FileRecord, tensor_bytes
 from fusionkit.registry import Config
-from fusionkit.space import AdapterSpace
 
 _PIECE = 1 << 20
 FILE = "manifest.json"

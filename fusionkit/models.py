@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from fusionkit.checkpoint import Checkpoint
+from fusionkit.checkpoints.checkpoint import Checkpoint
+from fusionkit.checkpoints.paths import resolve_package_path
 from fusionkit.errors import CheckpointError, FusionKitError
 from fusionkit.family import matches
-from fusionkit.paths import resolve_package_path
 from fusionkit.sharded import aliases, put
 
 MetricOfClasses = Callable[[int], Metric]

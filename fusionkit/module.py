@@ -18,19 +18,19 @@ from fusionkit.calibration import Calibration
 from fusionkit.calibrator import Calibrator
 from fusionkit.calibrator_dbms import DBMSCalibrator
 from fusionkit.calibrator_parts import PartCalibrator
-from fusionkit.checkpoint import Checkpoint, find_checkpoints
+from fusionkit.checkpoints.adapters.modules import Adapters
+from fusionkit.checkpoints.checkpoint import Checkpoint, find_checkpoints
+from fusionkit.checkpoints.paths import open_path
 from fusionkit.codec import DeltaCodec
 from fusionkit.codecs.dbms import DBMS
 from fusionkit.compress import compress
 from fusionkit.errors import BundleError, DataError, FusionKitError
 from fusionkit.family import Family, matches
 from fusionkit.models import MetricOfClasses, accuracy, load_base, predict
-from fusionkit.paths import open_path
 from fusionkit.processes import ALONE, Processes
 from fusionkit.registry import to_config
 from fusionkit.report import Scores
 from fusionkit.sharded import ShardedBase, check_strategy, is_sharded, on_meta, shard
-from fusionkit.space import Adapters
 from fusionkit.spread import real_rows
 from fusionkit.switcher import Switcher, TaskSource
 from fusionkit.workers import Progress

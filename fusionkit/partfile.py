@@ -20,9 +20,9 @@ from typing import IO, NamedTuple
 import torch
 from torch import Tensor
 
+from fusionkit.checkpoints.paths import local_copy
+from fusionkit.checkpoints.safetensors_file import SAFETENSORS_DTYPES
 from fusionkit.errors import BundleError
-from fusionkit.paths import local_copy
-from fusionkit.tensorfile import SAFETENSORS_DTYPES
 
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 _BUFFERED = 256 * 1024

@@ -18,13 +18,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fusionkit import registry, report
 from fusionkit.bundle import Bundle
 from fusionkit.calibrating import EPOCHS, calibrate
+from fusionkit.checkpoints.paths import open_path
 from fusionkit.codec import DeltaCodec
 from fusionkit.codecs.dbms import DBMS
 from fusionkit.errors import BundleError, DataError, FusionKitError
 from fusionkit.family import Family
 from fusionkit.launch import launched
 from fusionkit.module import ReuseModule
-from fusionkit.paths import open_path
 from fusionkit.spread import Spread, TasksSpread
 from fusionkit.workers import Progress as ProgressCallback
 

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from fusionkit.checkpoint import Checkpoint
+from fusionkit.checkpoints.checkpoint import Checkpoint
 from fusionkit.errors import FusionKitError
 from fusionkit.spread import TasksSpread
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from fusionkit.checkpoint import Checkpoint
+from fusionkit.checkpoints.checkpoint import Checkpoint
 from fusionkit.errors import BundleError, FusionKitError
 from fusionkit.sharded import beside, kept, kept_bytes, on_meta, put, whole
 

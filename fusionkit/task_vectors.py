@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from fusionkit import kernels
+from fusionkit.checkpoints.adapters.lowrank import LowRank
+from fusionkit.checkpoints.overlay import MergedAdapter
+from fusionkit.checkpoints.safetensors_file import Pieces
 from fusionkit.errors import FamilyError
-from fusionkit.lowrank import LowRank
-from fusionkit.overlay import MergedAdapter
-from fusionkit.tensorfile import Pieces
 
 BLOCK = 1 << 18
 """Entries per block of `TaskVectors.blocks`: few enough to stay in cache, and enough for threads

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fusionkit import Checkpoint
-from fusionkit.checkpoint import TensorSpec, find_checkpoints
+from fusionkit.checkpoints.checkpoint import TensorSpec, find_checkpoints
 from fusionkit.errors import CheckpointError
 
 States = dict[str, Tensor]

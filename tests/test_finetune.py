@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fusionkit import Checkpoint, Family
+from fusionkit.checkpoints.adapters.folder import PeftFolder
+from fusionkit.checkpoints.adapters.start import Seeded, start_of
 from fusionkit.errors import BundleError, CheckpointError, DataError, FamilyError, FusionKitError
 from fusionkit.finetune import Finetune
 from fusionkit.module import ReuseModule
-from fusionkit.peft_folder import PeftFolder
-from fusionkit.start import Seeded, start_of
 
 pytest_plugins = ["fits"]
 

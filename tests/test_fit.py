@@ -19,10 +19,10 @@ from test_cli import PROGRAM, run
 from torch.utils.data import DataLoader
 
 from fusionkit import Checkpoint, Family
+from fusionkit.checkpoints.adapters.folder import PeftFolder
+from fusionkit.checkpoints.adapters.start import start_of
 from fusionkit.fit import FitCLI
 from fusionkit.module import ReuseModule
-from fusionkit.peft_folder import PeftFolder
-from fusionkit.start import start_of
 
 pytest_plugins = ["fits"]
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from peft import IA3Config, LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+from fusionkit.checkpoints.adapters.lowrank import first_order
 from fusionkit.errors import FusionKitError
 from fusionkit.linearize import LinearizedLinear, linearize
-from fusionkit.lowrank import first_order
 
 METHODS = ["closed_form", "jvp"]
 STARTS = [True, False]  # PEFT's init_lora_weights: B0 = 0, or random

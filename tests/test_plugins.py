@@ -17,7 +17,7 @@ PUBLIC = {
     "fusionkit",
     "fusionkit.codecs.merged",
     "fusionkit.errors",
-    "fusionkit.lowrank",
+    "fusionkit.checkpoints.adapters.lowrank",
     "fusionkit.packing",
     "fusionkit.task_vectors",
     "fusionkit.testing",

@@ -15,9 +15,9 @@ from test_cli import run
 
 import fusionkit
 from fusionkit import demo
+from fusionkit.checkpoints.paths import resolve_package_path
 from fusionkit.fit import FitCLI
 from fusionkit.fuse import FuseCLI
-from fusionkit.paths import resolve_package_path
 from fusionkit.recipe import CompareCLI, RecipeCLI, TestCLI, recipes_folder
 
 RECIPES = sorted(recipes_folder().rglob("*.yaml"))

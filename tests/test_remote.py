@@ -13,8 +13,9 @@ from checks import check_same, contents
 from conftest import TASKS, Files
 from safetensors.torch import load_file, save_file
 
-from fusionkit import EMR, Bundle, Checkpoint, MagnitudePrune, add_tasks, compress, tensorfile
-from fusionkit.checkpoint import find_checkpoints
+from fusionkit import EMR, Bundle, Checkpoint, MagnitudePrune, add_tasks, compress
+from fusionkit.checkpoints import safetensors_file as tensorfile
+from fusionkit.checkpoints.checkpoint import find_checkpoints
 from fusionkit.errors import BundleError, CheckpointError, FusionKitError
 from fusionkit.module import ReuseModule
 

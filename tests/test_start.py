@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fusionkit import EMR, Bundle, Checkpoint, Dense, LinearizedLoRA, Mean, add_tasks, compress
+from fusionkit.checkpoints.adapters.folder import PeftFolder
+from fusionkit.checkpoints.adapters.start import Seeded, digest, start_of
 from fusionkit.errors import BundleError, CheckpointError, FamilyError
 from fusionkit.linearize import linearize
-from fusionkit.peft_folder import PeftFolder
-from fusionkit.start import Seeded, digest, start_of
 
 
 class Net(nn.Module):

@@ -9,11 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fusionkit.checkpoints.adapters.lowrank import LowRank
 from fusionkit.codec import WHOLE_MODEL, DeltaCodec, Encoded, Encoder, Parts, SharedParts
 from fusionkit.codecs.merged import Merged
 from fusionkit.errors import CodecError
 from fusionkit.family import Family
-from fusionkit.lowrank import LowRank
 from fusionkit.merge import Normalized
 from fusionkit.payload import Payload
 from fusionkit.task_vectors import Change, ChangedVectors, TaskVectors

@@ -7,10 +7,16 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from fusionkit.checkpoints.adapters.lowrank import (
+    LowRank,
+    Spectral,
+    svd_exact,
+    svd_gram,
+    svd_randomized,
+)
 from fusionkit.codec import Encoded, Encoder, Parts, SharedParts, TensorCodec
 from fusionkit.errors import CodecError
 from fusionkit.family import Family
-from fusionkit.lowrank import LowRank, Spectral, svd_exact, svd_gram, svd_randomized
 from fusionkit.task_vectors import TaskVectors
 from fusionkit.values import ValueDtype, pack_values, stored_bytes, unpack_values
 

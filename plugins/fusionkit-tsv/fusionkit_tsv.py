@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from fusionkit import SVD, DeltaCodec, Encoder, Family, Parts, SharedParts, TensorMerge
+from fusionkit.checkpoints.adapters.lowrank import LowRank, Spectral, svd_gram, svd_randomized
 from fusionkit.errors import CodecError
-from fusionkit.lowrank import LowRank, Spectral, svd_gram, svd_randomized
 from fusionkit.values import ValueDtype
 
 _GRAM_LIMIT = 2048

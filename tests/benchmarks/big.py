@@ -29,7 +29,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import fusionkit
-from fusionkit import manifest, partfile, payload, tensorfile
+from fusionkit import manifest, partfile, payload
+from fusionkit.checkpoints import safetensors_file as tensorfile
 
 HIDDEN, INNER, WORDS = 4096, 11008, 32000
 LAYER = {

@@ -39,7 +39,7 @@ def naive_emr(out: Path) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
-    from fusionkit.paths import resolve_package_path
+    from fusionkit.checkpoints.paths import resolve_package_path
 
     base = load_file(Path(resolve_package_path(BASE)) / "model.safetensors")
     tuned = [load_file(folder / "model.safetensors") for folder in sorted(ZOO.iterdir())]

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fusionkit.lowrank import LowRank, svd_exact
+from fusionkit.checkpoints.adapters.lowrank import LowRank, svd_exact
 
 WIDTH, RANK, CUT = 4096, 64, 8
 

@@ -25,11 +25,11 @@ from fusionkit import (
     add_tasks,
     export_adapter,
 )
+from fusionkit.checkpoints.adapters.folder import PeftFolder
+from fusionkit.checkpoints.adapters.start import start_of
 from fusionkit.errors import CodecError
 from fusionkit.finetune import Finetune
 from fusionkit.module import ReuseModule
-from fusionkit.peft_folder import PeftFolder
-from fusionkit.start import start_of
 from fusionkit.testing import Arguments, CodecContract
 
 pytest_plugins = ["fits"]

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fusionkit import SVD, Bundle, compress
+from fusionkit.checkpoints.adapters.lowrank import LowRank, svd_exact, svd_gram
 from fusionkit.errors import CodecError
-from fusionkit.lowrank import LowRank, svd_exact, svd_gram
 from fusionkit.values import ValueDtype, pack_values, stored_bytes
 
 SHAPES = {"a.weight": (20, 30), "b.weight": (30, 12), "c.weight": (16, 16)}

@@ -17,8 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fusionkit.checkpoints.paths import is_remote
 from fusionkit.errors import CheckpointError
-from fusionkit.paths import is_remote
 
 Pieces = Callable[[slice], Tensor]
 """Reads some neighbouring entries of one tensor, flattened, in its own dtype; not to be changed,

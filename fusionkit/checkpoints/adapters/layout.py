@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fusionkit.lowrank import LowRank, first_order
+from fusionkit.checkpoints.adapters.lowrank import LowRank, first_order
 
 Form = Literal["linear", "transposed", "embedding", "conv"]
 Tensors = Mapping[str, Tensor]

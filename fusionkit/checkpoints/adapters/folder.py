@@ -16,10 +16,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fusionkit.adapter import AdapterLayout, Ia3Module, LoraModule, Module
-from fusionkit.checkpoint import Checkpoint
+from fusionkit.checkpoints.adapters.layout import AdapterLayout, Ia3Module, LoraModule, Module
+from fusionkit.checkpoints.checkpoint import Checkpoint
+from fusionkit.checkpoints.paths import open_path
 from fusionkit.errors import CheckpointError, FamilyError, listing
-from fusionkit.paths import open_path
 
 CONFIG = "adapter_config.json"
 TENSORS = ("adapter_model.safetensors", "adapter_model.bin")

@@ -13,9 +13,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fusionkit.checkpoints.paths import glob_remote, is_remote, open_path, resolve_package_path
+from fusionkit.checkpoints.safetensors_file import Pieces, TensorFile, TensorSpec
 from fusionkit.errors import CheckpointError, listing
-from fusionkit.paths import glob_remote, is_remote, open_path, resolve_package_path
-from fusionkit.tensorfile import Pieces, TensorFile, TensorSpec
 
 Source = str | Path | nn.Module | Mapping[str, Tensor]
 """What a checkpoint can be read from; a `Checkpoint` is such a mapping itself."""

@@ -6,13 +6,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fusionkit.adapter import LoraModule, Module
-from fusionkit.checkpoint import Checkpoint
+from fusionkit.checkpoints.adapters.folder import PeftFolder
+from fusionkit.checkpoints.adapters.layout import LoraModule, Module
+from fusionkit.checkpoints.adapters.lowrank import LowRank
+from fusionkit.checkpoints.adapters.start import start_of
+from fusionkit.checkpoints.checkpoint import Checkpoint
+from fusionkit.checkpoints.safetensors_file import Pieces, TensorSpec
 from fusionkit.errors import FamilyError
-from fusionkit.lowrank import LowRank
-from fusionkit.peft_folder import PeftFolder
-from fusionkit.start import start_of
-from fusionkit.tensorfile import Pieces, TensorSpec
 
 
 class Overlay(Checkpoint):

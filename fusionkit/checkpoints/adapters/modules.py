@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from fusionkit.adapter import AdapterLayout
-from fusionkit.checkpoint import Checkpoint, Source
+from fusionkit.checkpoints.adapters.folder import PeftFolder, is_adapter
+from fusionkit.checkpoints.adapters.layout import AdapterLayout
+from fusionkit.checkpoints.adapters.start import Seeded, Shapes, constant, start_of
+from fusionkit.checkpoints.checkpoint import Checkpoint, Source
+from fusionkit.checkpoints.overlay import WithStart
 from fusionkit.errors import BundleError, FamilyError, listing
-from fusionkit.overlay import WithStart
-from fusionkit.peft_folder import PeftFolder, is_adapter
-from fusionkit.start import Seeded, Shapes, constant, start_of
 
 Adapters = Literal["merged", "modules"]
 """What is taken of PEFT adapters; see `Family`."""
@@ -31,7 +31,7 @@ class AdapterSpace:
 
     Attributes:
         layout: what they do to the base.
-        start: how their initial tensors are known; see `fusionkit.start.start_of`.
+        start: how their initial tensors are known; see `fusionkit.checkpoints.adapters.start.start_of`.
         config: PEFT's config, of which an export is made.
         still: names of the tensors that never move: A, where a linearized LoRA starts at B = 0.
     """

@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fusionkit.adapter import AdapterLayout, LoraModule
+from fusionkit.checkpoints.adapters.folder import START, PeftFolder
+from fusionkit.checkpoints.adapters.layout import AdapterLayout, LoraModule
 from fusionkit.errors import CheckpointError
-from fusionkit.peft_folder import START, PeftFolder
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -1,0 +1,1 @@
+"""Weights by name, wherever they are: files, folders, URLs, live models, PEFT adapters."""

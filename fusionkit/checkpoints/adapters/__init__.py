@@ -1,0 +1,1 @@
+"""PEFT adapters: how they are laid out, read, started and merged into a base."""
