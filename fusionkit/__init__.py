@@ -23,7 +23,6 @@ from fusionkit.codecs.svd import SVD as SVD
 from fusionkit.compress import add_tasks as add_tasks
 from fusionkit.compress import compress as compress
 from fusionkit.export_peft import export_adapter as export_adapter
-from fusionkit.family import Family as Family
 from fusionkit.merge import TIES as TIES
 from fusionkit.merge import Elect as Elect
 from fusionkit.merge import Mean as Mean
@@ -33,7 +32,8 @@ from fusionkit.merge import Normalized as Normalized
 from fusionkit.merge import TaskArithmetic as TaskArithmetic
 from fusionkit.merge import TensorMerge as TensorMerge
 from fusionkit.merge import Weighted as Weighted
-from fusionkit.task_vectors import TaskVectors as TaskVectors
+from fusionkit.task_vectors.family import Family as Family
+from fusionkit.task_vectors.vectors import TaskVectors as TaskVectors
 
 if TYPE_CHECKING:
     from fusionkit.calibrating import calibrate as calibrate

@@ -13,7 +13,7 @@ from fusionkit.calibrator import Calibrator, Values
 from fusionkit.codecs.dbms import DBMS, PLAIN, Scalars, shifted
 from fusionkit.payload import Payload
 from fusionkit.search import PROBES, PairSearch
-from fusionkit.task_vectors import TaskVectors
+from fusionkit.task_vectors.vectors import TaskVectors
 
 if TYPE_CHECKING:
     from fusionkit.module import ReuseModule

@@ -29,9 +29,9 @@ from torch import Tensor
 
 from fusionkit.checkpoints.adapters.lowrank import LowRank
 from fusionkit.errors import CodecError
-from fusionkit.family import Family
 from fusionkit.registry import Plugin
-from fusionkit.task_vectors import TaskVectors
+from fusionkit.task_vectors.family import Family
+from fusionkit.task_vectors.vectors import TaskVectors
 
 Parts = Mapping[str, Tensor]
 """Payload tensors by name."""

@@ -18,12 +18,12 @@ from fusionkit.checkpoints.overlay import WithStart
 from fusionkit.checkpoints.paths import is_remote, open_path
 from fusionkit.codec import DeltaCodec
 from fusionkit.errors import BundleError, CodecError
-from fusionkit.family import Family
 from fusionkit.journal import claim, identity, is_resumable, tidy
 from fusionkit.manifest import BaseRecord, Manifest
-from fusionkit.processes import ALONE, Processes
 from fusionkit.registry import to_config
-from fusionkit.workers import Progress, Workers
+from fusionkit.task_vectors.family import Family
+from fusionkit.task_vectors.processes import ALONE, Processes
+from fusionkit.task_vectors.workers import Progress, Workers
 from fusionkit.writing import Writing
 
 _SHARES = (

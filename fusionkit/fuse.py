@@ -13,12 +13,12 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from fusionkit import report
 from fusionkit.checkpoints.checkpoint import find_checkpoints
 from fusionkit.errors import DataError, FusionKitError
-from fusionkit.family import Family
 from fusionkit.fit import FINETUNED, FitCLI, train
 from fusionkit.fused import Batches, Fused, LoraHub, search_scale
 from fusionkit.fusion_report import Fusion, FusionReport
 from fusionkit.merge import Merge
 from fusionkit.module import ReuseModule
+from fusionkit.task_vectors.family import Family
 
 _SINGLE = "single"
 _THERE = "finetuned"

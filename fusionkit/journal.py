@@ -13,10 +13,10 @@ from torch import Tensor
 from fusionkit.bundle_folder import LOCK
 from fusionkit.checkpoints.checkpoint import Checkpoint
 from fusionkit.codec import DeltaCodec
-from fusionkit.family import Family
 from fusionkit.partfile import Entry, PartWriter
-from fusionkit.processes import Processes
 from fusionkit.registry import to_config
+from fusionkit.task_vectors.family import Family
+from fusionkit.task_vectors.processes import Processes
 
 FILE = "journal.jsonl"
 PROCESS = "process-"

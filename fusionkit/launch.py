@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from lightning.fabric import Fabric
 
-from fusionkit.processes import ALONE, Group, Processes
+from fusionkit.task_vectors.processes import ALONE, Group, Processes
 
 
 @contextmanager

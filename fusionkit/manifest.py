@@ -13,9 +13,9 @@ import torch
 from fusionkit.checkpoints.adapters.modules import AdapterSpace
 from fusionkit.checkpoints.checkpoint import Checkpoint
 from fusionkit.errors import BundleError, WrongBaseError, listing
-from fusionkit.family import Family, Role
 from fusionkit.partfile import FileRecord, tensor_bytes
 from fusionkit.registry import Config
+from fusionkit.task_vectors.family import Family, Role
 
 _PIECE = 1 << 20
 FILE = "manifest.json"
@@ -32,7 +32,7 @@ class BaseTensor:
     Attributes:
         dtype: torch's name for it, `float32`.
         shape: its shape.
-        role: how its deltas are kept; see `fusionkit.family`.
+        role: how its deltas are kept; see `fusionkit.task_vectors.family`.
         sha256: the first 16 hex digits of the SHA-256 of its bytes.
     """
 

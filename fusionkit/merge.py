@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from fusionkit.errors import CodecError
-from fusionkit.family import Family
 from fusionkit.packing import above
 from fusionkit.registry import Plugin
-from fusionkit.task_vectors import Change, TaskVectors
-from fusionkit.topk import Thresholds
+from fusionkit.task_vectors.family import Family
+from fusionkit.task_vectors.topk import Thresholds
+from fusionkit.task_vectors.vectors import Change, TaskVectors
 
 MergeTensor = Callable[[str, Tensor], Tensor]
 """A tensor's name and its task vectors `(T, *shape)` → the shared vector `(*shape)`, float32."""

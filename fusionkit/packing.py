@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fusionkit import kernels
+from fusionkit.task_vectors import kernels
 
 _COMPLEMENT = 0x80
 _HEADER = 9

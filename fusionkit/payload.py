@@ -12,10 +12,10 @@ from torch import Tensor
 from fusionkit.bundle_folder import SHARED, WHOLE, task_file
 from fusionkit.codec import WHOLE_MODEL, DeltaCodec, Encoded, Encoder, Parts, SharedParts
 from fusionkit.errors import BundleError, CodecError
-from fusionkit.family import Family
 from fusionkit.partfile import Part, PartFile, PartWriter
+from fusionkit.task_vectors.family import Family
+from fusionkit.task_vectors.workers import total
 from fusionkit.values import full_precision
-from fusionkit.workers import total
 
 
 class Packed(NamedTuple):

@@ -22,11 +22,11 @@ from fusionkit.checkpoints.paths import open_path
 from fusionkit.codec import DeltaCodec
 from fusionkit.codecs.dbms import DBMS
 from fusionkit.errors import BundleError, DataError, FusionKitError
-from fusionkit.family import Family
 from fusionkit.launch import launched
 from fusionkit.module import ReuseModule
 from fusionkit.spread import Spread, TasksSpread
-from fusionkit.workers import Progress as ProgressCallback
+from fusionkit.task_vectors.family import Family
+from fusionkit.task_vectors.workers import Progress as ProgressCallback
 
 
 class _Parser(LightningArgumentParser):

@@ -21,7 +21,7 @@ from fusionkit import (
     compress,
 )
 from fusionkit.codec import WHOLE_MODEL, DeltaCodec
-from fusionkit.family import Family
+from fusionkit.task_vectors.family import Family
 from fusionkit.testing import models
 
 META = torch.device("meta")

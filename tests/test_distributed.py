@@ -34,10 +34,10 @@ from fusionkit import (
 )
 from fusionkit.codec import DeltaCodec
 from fusionkit.errors import FusionKitError
-from fusionkit.family import Family
-from fusionkit.processes import ALONE, Group, Processes
+from fusionkit.task_vectors.family import Family
+from fusionkit.task_vectors.processes import ALONE, Group, Processes
+from fusionkit.task_vectors.workers import Workers
 from fusionkit.testing import models
-from fusionkit.workers import Workers
 
 CODECS: dict[str, DeltaCodec] = {
     "EMR": EMR(),

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fusionkit import kernels, packing
+from fusionkit import packing
 from fusionkit.codecs import emr
-from fusionkit.collected import Collected, places_above
-from fusionkit.topk import _histogram
+from fusionkit.task_vectors import kernels
+from fusionkit.task_vectors.kept import Collected, places_above
+from fusionkit.task_vectors.topk import _histogram
 
 CPU = torch.device("cpu")
 LENGTHS = st.sampled_from([0, 1, 7, 8, 9, 1023, 1024, 1025, 2049, 5000])

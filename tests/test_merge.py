@@ -14,7 +14,7 @@ from torch import Tensor
 import fusionkit
 from fusionkit import TIES, Elect, Family, Mean, Merge, Merged, Normalized, TaskArithmetic
 from fusionkit.errors import CodecError
-from fusionkit.task_vectors import BLOCK
+from fusionkit.task_vectors.vectors import BLOCK
 
 PRIVATE = ["head.*"]
 DELTAS = [name for name, _ in TinyNet().named_parameters() if not name.startswith("head")]

@@ -19,9 +19,9 @@ PUBLIC = {
     "fusionkit.errors",
     "fusionkit.checkpoints.adapters.lowrank",
     "fusionkit.packing",
-    "fusionkit.task_vectors",
+    "fusionkit.task_vectors.vectors",
     "fusionkit.testing",
-    "fusionkit.topk",
+    "fusionkit.task_vectors.topk",
     "fusionkit.values",
 }
 """As the README lists them."""

@@ -19,7 +19,7 @@ from fusionkit import DBMS, EMR, Bundle, Dense, MagnitudePrune, Mean, compress, 
 from fusionkit.bundle_folder import LOCK
 from fusionkit.codec import DeltaCodec
 from fusionkit.errors import BundleError, FamilyError
-from fusionkit.family import Family
+from fusionkit.task_vectors.family import Family
 
 PRIVATE = ["head.*"]
 CODECS: dict[str, DeltaCodec] = {

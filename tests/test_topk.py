@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fusionkit.family import Family
-from fusionkit.topk import Thresholds, TopK, top_k, top_k_of
+from fusionkit.task_vectors.family import Family
+from fusionkit.task_vectors.topk import Thresholds, TopK, top_k, top_k_of
 
 Vector = list[Tensor]
 """One vector's values, tensor by tensor."""

@@ -8,11 +8,12 @@ import pytest
 import torch
 from checks import contents
 
-from fusionkit import DBMS, EMR, SVD, TIES, MagnitudePrune, Merged, compress, workers
-from fusionkit.family import Family
-from fusionkit.task_vectors import TaskVectors
+from fusionkit import DBMS, EMR, SVD, TIES, MagnitudePrune, Merged, compress
+from fusionkit.task_vectors import workers
+from fusionkit.task_vectors.family import Family
+from fusionkit.task_vectors.vectors import TaskVectors
+from fusionkit.task_vectors.workers import Workers
 from fusionkit.testing import models
-from fusionkit.workers import Workers
 
 SIZES = {f"w{place}": 10 + place for place in range(20)}
 

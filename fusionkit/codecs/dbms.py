@@ -13,10 +13,10 @@ from fusionkit.checkpoints.adapters.lowrank import LowRank
 from fusionkit.codec import WHOLE_MODEL, DeltaCodec, Encoded, Encoder, Parts, SharedParts
 from fusionkit.codecs.merged import Merged
 from fusionkit.errors import CodecError
-from fusionkit.family import Family
 from fusionkit.merge import Normalized
 from fusionkit.payload import Payload
-from fusionkit.task_vectors import Change, ChangedVectors, TaskVectors
+from fusionkit.task_vectors.family import Family
+from fusionkit.task_vectors.vectors import Change, ChangedVectors, TaskVectors
 
 Scalars = tuple[float, float]
 """One task's α, the magnitude of its base's shift, and β, the scale of its delta."""

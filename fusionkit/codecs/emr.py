@@ -7,12 +7,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fusionkit import kernels
 from fusionkit.codec import WHOLE_MODEL, DeltaCodec, Encoded, Encoder, Parts, SharedParts
-from fusionkit.family import Family
 from fusionkit.merge import signs
 from fusionkit.packing import pack_bits, unpack_bits
-from fusionkit.task_vectors import TaskVectors
+from fusionkit.task_vectors import kernels
+from fusionkit.task_vectors.family import Family
+from fusionkit.task_vectors.vectors import TaskVectors
 from fusionkit.values import ValueDtype, pack_values, unpack_values
 
 

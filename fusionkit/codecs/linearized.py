@@ -10,8 +10,8 @@ from fusionkit.codec import DeltaCodec, Encoder, Parts, SharedParts
 from fusionkit.codecs.dense import Dense
 from fusionkit.codecs.merged import Merged
 from fusionkit.errors import CodecError
-from fusionkit.family import Family
 from fusionkit.merge import Merge
+from fusionkit.task_vectors.family import Family
 from fusionkit.values import ValueDtype
 
 

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from fusionkit.codec import DeltaCodec, Encoded, Encoder, Parts, SharedParts
 from fusionkit.codecs.merged import SharedVector, decode_shared
-from fusionkit.collected import Kept
 from fusionkit.errors import CodecError
-from fusionkit.family import Family
 from fusionkit.merge import Merge
 from fusionkit.packing import decode_positions, encode_positions
-from fusionkit.task_vectors import TaskVectors
-from fusionkit.topk import Thresholds, top_k, top_k_of
+from fusionkit.task_vectors.family import Family
+from fusionkit.task_vectors.kept import Kept
+from fusionkit.task_vectors.topk import Thresholds, top_k, top_k_of
+from fusionkit.task_vectors.vectors import TaskVectors
 from fusionkit.values import ValueDtype, pack_values, unpack_values
 
 

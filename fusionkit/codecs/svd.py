@@ -16,8 +16,8 @@ from fusionkit.checkpoints.adapters.lowrank import (
 )
 from fusionkit.codec import Encoded, Encoder, Parts, SharedParts, TensorCodec
 from fusionkit.errors import CodecError
-from fusionkit.family import Family
-from fusionkit.task_vectors import TaskVectors
+from fusionkit.task_vectors.family import Family
+from fusionkit.task_vectors.vectors import TaskVectors
 from fusionkit.values import ValueDtype, pack_values, stored_bytes, unpack_values
 
 _GRAM_LIMIT = 2048

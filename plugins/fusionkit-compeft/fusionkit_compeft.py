@@ -18,7 +18,7 @@ from fusionkit import (
 )
 from fusionkit.errors import CodecError
 from fusionkit.packing import decode_positions, encode_positions, pack_bits, unpack_bits
-from fusionkit.topk import Thresholds
+from fusionkit.task_vectors import Thresholds
 
 
 @dataclass(frozen=True)

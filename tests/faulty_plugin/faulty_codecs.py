@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from fusionkit.codec import DeltaCodec, Encoded, Encoder, Parts, SharedParts, TensorCodec
-from fusionkit.family import Family
-from fusionkit.task_vectors import TaskVectors
+from fusionkit.task_vectors.family import Family
+from fusionkit.task_vectors.vectors import TaskVectors
 
 KEPT: dict[int, Tensor] = {}
 """What a codec must not have: a memory beside its payload."""

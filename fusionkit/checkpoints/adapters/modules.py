@@ -31,7 +31,7 @@ class AdapterSpace:
 
     Attributes:
         layout: what they do to the base.
-        start: how their initial tensors are known; see `fusionkit.checkpoints.adapters.start.start_of`.
+        start: how their initial tensors are known; see `start.start_of`.
         config: PEFT's config, of which an export is made.
         still: names of the tensors that never move: A, where a linearized LoRA starts at B = 0.
     """

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fusionkit import kernels
-from fusionkit.collected import Collected, Kept
-from fusionkit.family import Family
 from fusionkit.packing import above, count_set, kth_largest
-from fusionkit.task_vectors import TaskVectors
+from fusionkit.task_vectors import kernels
+from fusionkit.task_vectors.family import Family
+from fusionkit.task_vectors.kept import Collected, Kept
+from fusionkit.task_vectors.vectors import TaskVectors
 
 _BINS = 1 << 16
 _PIECE = 1 << 18

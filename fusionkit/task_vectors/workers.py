@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from fusionkit.processes import ALONE, Processes
+from fusionkit.task_vectors.processes import ALONE, Processes
 from fusionkit.values import full_precision
 
 Result = TypeVar("Result")

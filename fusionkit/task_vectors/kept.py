@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusionkit import kernels
 from fusionkit.packing import places
+from fusionkit.task_vectors import kernels
 
 
 class Kept(NamedTuple):

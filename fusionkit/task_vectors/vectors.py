@@ -7,11 +7,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fusionkit import kernels
 from fusionkit.checkpoints.adapters.lowrank import LowRank
 from fusionkit.checkpoints.overlay import MergedAdapter
 from fusionkit.checkpoints.safetensors_file import Pieces
 from fusionkit.errors import FamilyError
+from fusionkit.task_vectors import kernels
 
 BLOCK = 1 << 18
 """Entries per block of `TaskVectors.blocks`: few enough to stay in cache, and enough for threads

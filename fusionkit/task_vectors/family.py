@@ -28,8 +28,8 @@ from fusionkit.checkpoints.checkpoint import Checkpoint, Source
 from fusionkit.checkpoints.overlay import MergedAdapter
 from fusionkit.checkpoints.safetensors_file import Pieces, TensorSpec
 from fusionkit.errors import CheckpointError, FamilyError, listing
-from fusionkit.task_vectors import Change, ChangedVectors, TaskVectors
-from fusionkit.workers import Workers, total
+from fusionkit.task_vectors.vectors import Change, ChangedVectors, TaskVectors
+from fusionkit.task_vectors.workers import Workers, total
 
 Role = Literal["delta", "exact", "frozen"]
 Result = TypeVar("Result")
