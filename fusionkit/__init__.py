@@ -23,15 +23,15 @@ from fusionkit.codecs.svd import SVD as SVD
 from fusionkit.compress import add_tasks as add_tasks
 from fusionkit.compress import compress as compress
 from fusionkit.export_peft import export_adapter as export_adapter
-from fusionkit.merge import TIES as TIES
-from fusionkit.merge import Elect as Elect
-from fusionkit.merge import Mean as Mean
-from fusionkit.merge import Merge as Merge
-from fusionkit.merge import MergeTensor as MergeTensor
-from fusionkit.merge import Normalized as Normalized
-from fusionkit.merge import TaskArithmetic as TaskArithmetic
-from fusionkit.merge import TensorMerge as TensorMerge
-from fusionkit.merge import Weighted as Weighted
+from fusionkit.merges.base import TIES as TIES
+from fusionkit.merges.base import Elect as Elect
+from fusionkit.merges.base import Mean as Mean
+from fusionkit.merges.base import Merge as Merge
+from fusionkit.merges.base import MergeTensor as MergeTensor
+from fusionkit.merges.base import Normalized as Normalized
+from fusionkit.merges.base import TaskArithmetic as TaskArithmetic
+from fusionkit.merges.base import TensorMerge as TensorMerge
+from fusionkit.merges.base import Weighted as Weighted
 from fusionkit.task_vectors.family import Family as Family
 from fusionkit.task_vectors.vectors import TaskVectors as TaskVectors
 

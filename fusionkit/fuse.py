@@ -16,7 +16,7 @@ from fusionkit.errors import DataError, FusionKitError
 from fusionkit.fit import FINETUNED, FitCLI, train
 from fusionkit.fused import Batches, Fused, LoraHub, search_scale
 from fusionkit.fusion_report import Fusion, FusionReport
-from fusionkit.merge import Merge
+from fusionkit.merges.base import Merge
 from fusionkit.module import ReuseModule
 from fusionkit.task_vectors.family import Family
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fusionkit.checkpoints.adapters.layout import fold_into
 from fusionkit.errors import FusionKitError
-from fusionkit.merge import Merge, Weighted
+from fusionkit.merges.base import Merge, Weighted
 from fusionkit.models import predict
 from fusionkit.module import ReuseModule
 from fusionkit.task_vectors.family import Family

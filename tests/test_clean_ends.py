@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fusionkit import EMR, Bundle, Dense, MagnitudePrune, add_tasks, compress
 from fusionkit.errors import BundleError, FamilyError
-from fusionkit.merge import Mean
+from fusionkit.merges.base import Mean
 
 PRIVATE = ["head.*"]
 States = dict[str, dict[str, Tensor]]

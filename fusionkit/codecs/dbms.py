@@ -13,7 +13,7 @@ from fusionkit.checkpoints.adapters.lowrank import LowRank
 from fusionkit.codec import WHOLE_MODEL, DeltaCodec, Encoded, Encoder, Parts, SharedParts
 from fusionkit.codecs.merged import Merged
 from fusionkit.errors import CodecError
-from fusionkit.merge import Normalized
+from fusionkit.merges.base import Normalized
 from fusionkit.payload import Payload
 from fusionkit.task_vectors.family import Family
 from fusionkit.task_vectors.vectors import Change, ChangedVectors, TaskVectors

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fusionkit.codec import WHOLE_MODEL, DeltaCodec, Encoded, Encoder, Parts, SharedParts
-from fusionkit.merge import signs
+from fusionkit.merges.base import signs
 from fusionkit.packing import pack_bits, unpack_bits
 from fusionkit.task_vectors import kernels
 from fusionkit.task_vectors.family import Family

@@ -10,7 +10,7 @@ from fusionkit.codec import DeltaCodec, Encoder, Parts, SharedParts
 from fusionkit.codecs.dense import Dense
 from fusionkit.codecs.merged import Merged
 from fusionkit.errors import CodecError
-from fusionkit.merge import Merge
+from fusionkit.merges.base import Merge
 from fusionkit.task_vectors.family import Family
 from fusionkit.values import ValueDtype
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fusionkit.codec import DeltaCodec, Encoded, Encoder, Parts, SharedParts
-from fusionkit.merge import Mean, Merge
+from fusionkit.merges.base import Mean, Merge
 from fusionkit.task_vectors.family import Family
 from fusionkit.task_vectors.vectors import TaskVectors
 from fusionkit.values import ValueDtype, pack_values, unpack_values

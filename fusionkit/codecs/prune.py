@@ -10,7 +10,7 @@ from torch import Tensor
 from fusionkit.codec import DeltaCodec, Encoded, Encoder, Parts, SharedParts
 from fusionkit.codecs.merged import SharedVector, decode_shared
 from fusionkit.errors import CodecError
-from fusionkit.merge import Merge
+from fusionkit.merges.base import Merge
 from fusionkit.packing import decode_positions, encode_positions
 from fusionkit.task_vectors.family import Family
 from fusionkit.task_vectors.kept import Kept

@@ -1,0 +1,1 @@
+"""Many task vectors become one."""
