@@ -29,13 +29,13 @@ from fusionkit.checkpoints.adapters.lowrank import LowRank
 from fusionkit.checkpoints.checkpoint import Checkpoint, Source
 from fusionkit.checkpoints.overlay import WithStart
 from fusionkit.checkpoints.paths import copy_file, is_remote, open_path
-from fusionkit.codec import DeltaCodec, Parts, RestoringCodec
+from fusionkit.codecs.base import DeltaCodec, Parts, RestoringCodec
+from fusionkit.codecs.payload import decoding
+from fusionkit.codecs.values import full_precision
 from fusionkit.errors import BundleError, WrongBaseError, listing
 from fusionkit.manifest import FILE, Manifest, reopen_base
-from fusionkit.payload import decoding
 from fusionkit.registry import from_config
 from fusionkit.stored import StoredParts
-from fusionkit.values import full_precision
 
 Decoded = TypeVar("Decoded")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fusionkit.bundle import Bundle
 from fusionkit.calibration import Calibration, head_of, loss, outputs
-from fusionkit.codec import DeltaCodec
+from fusionkit.codecs.base import DeltaCodec
 from fusionkit.errors import DataError, FusionKitError
 from fusionkit.manifest import CalibrationRecord
 from fusionkit.spread import real_rows

@@ -11,7 +11,7 @@ from fusionkit.bundle import Bundle
 from fusionkit.calibration import Calibration, Directions, formed
 from fusionkit.calibrator import Calibrator, Values
 from fusionkit.codecs.dbms import DBMS, PLAIN, Scalars, shifted
-from fusionkit.payload import Payload
+from fusionkit.codecs.payload import Payload
 from fusionkit.search import PROBES, PairSearch
 from fusionkit.task_vectors.vectors import TaskVectors
 

@@ -13,10 +13,10 @@ from fusionkit.bundle import Bundle
 from fusionkit.bundle_folder import task_file
 from fusionkit.calibration import Calibration
 from fusionkit.calibrator import Calibrator, Values
-from fusionkit.codec import WHOLE_MODEL, Parts
+from fusionkit.codecs.base import WHOLE_MODEL, Parts
+from fusionkit.codecs.values import full_precision
 from fusionkit.errors import FusionKitError
 from fusionkit.partfile import Part, PartWriter
-from fusionkit.values import full_precision
 
 if TYPE_CHECKING:
     from fusionkit.module import ReuseModule

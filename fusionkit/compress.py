@@ -16,7 +16,7 @@ from fusionkit.checkpoints.adapters.modules import Adapters
 from fusionkit.checkpoints.checkpoint import Checkpoint, Source
 from fusionkit.checkpoints.overlay import WithStart
 from fusionkit.checkpoints.paths import is_remote, open_path
-from fusionkit.codec import DeltaCodec
+from fusionkit.codecs.base import DeltaCodec
 from fusionkit.errors import BundleError, CodecError
 from fusionkit.journal import claim, identity, is_resumable, tidy
 from fusionkit.manifest import BaseRecord, Manifest

@@ -16,7 +16,7 @@ from fusionkit.bundle_folder import new_folder
 from fusionkit.checkpoints.adapters.folder import CONFIG, LINEARIZED, PREFIX, TENSORS
 from fusionkit.checkpoints.adapters.layout import Form, LoraModule
 from fusionkit.checkpoints.adapters.lowrank import LowRank, svd_gram
-from fusionkit.codec import DeltaCodec
+from fusionkit.codecs.base import DeltaCodec
 from fusionkit.errors import BundleError, listing
 from fusionkit.export import DTYPES
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fusionkit.bundle_folder import LOCK
 from fusionkit.checkpoints.checkpoint import Checkpoint
-from fusionkit.codec import DeltaCodec
+from fusionkit.codecs.base import DeltaCodec
 from fusionkit.partfile import Entry, PartWriter
 from fusionkit.registry import to_config
 from fusionkit.task_vectors.family import Family
@@ -31,7 +31,7 @@ class Record(NamedTuple):
     Attributes:
         name: the tensor's name; None for all tensors that are stored whole, which come first.
         files: its parts in each file.
-        sums: see `fusionkit.codec.Encoded`.
+        sums: see `fusionkit.codecs.base.Encoded`.
     """
 
     name: str | None

@@ -21,7 +21,7 @@ from fusionkit.calibrator_parts import PartCalibrator
 from fusionkit.checkpoints.adapters.modules import Adapters
 from fusionkit.checkpoints.checkpoint import Checkpoint, find_checkpoints
 from fusionkit.checkpoints.paths import open_path
-from fusionkit.codec import DeltaCodec
+from fusionkit.codecs.base import DeltaCodec
 from fusionkit.codecs.dbms import DBMS
 from fusionkit.compress import compress
 from fusionkit.errors import BundleError, DataError, FusionKitError

@@ -19,7 +19,7 @@ from fusionkit import registry, report
 from fusionkit.bundle import Bundle
 from fusionkit.calibrating import EPOCHS, calibrate
 from fusionkit.checkpoints.paths import open_path
-from fusionkit.codec import DeltaCodec
+from fusionkit.codecs.base import DeltaCodec
 from fusionkit.codecs.dbms import DBMS
 from fusionkit.errors import BundleError, DataError, FusionKitError
 from fusionkit.launch import launched

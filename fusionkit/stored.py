@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from fusionkit.bundle_folder import SHARED, START, task_file
-from fusionkit.codec import WHOLE_MODEL, Parts
+from fusionkit.codecs.base import WHOLE_MODEL, Parts
 from fusionkit.manifest import Manifest
 from fusionkit.partfile import PartFile
 

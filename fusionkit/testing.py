@@ -23,12 +23,12 @@ from torch import Tensor
 
 from fusionkit import registry
 from fusionkit.bundle import Bundle
-from fusionkit.codec import WHOLE_MODEL, DeltaCodec, Encoded, Parts, RestoringCodec
+from fusionkit.codecs.base import WHOLE_MODEL, DeltaCodec, Encoded, Parts, RestoringCodec
+from fusionkit.codecs.values import full_precision
 from fusionkit.compress import add_tasks, compress
 from fusionkit.errors import FamilyError, FusionKitError
 from fusionkit.task_vectors.family import Family
 from fusionkit.task_vectors.workers import total
-from fusionkit.values import full_precision
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 """The dtypes of checkpoints that a codec must take."""

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fusionkit import EMR, SVD, TIES, Bundle, Dense, Family, Mean, Merged, TaskArithmetic, compress
 from fusionkit.checkpoints.adapters.modules import Adapters
-from fusionkit.codec import DeltaCodec
+from fusionkit.codecs.base import DeltaCodec
 from fusionkit.errors import CheckpointError, FamilyError
 from fusionkit.module import ReuseModule
 

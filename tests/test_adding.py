@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fusionkit import EMR, SVD, Bundle, Dense, MagnitudePrune, Mean, Merged, add_tasks, compress
-from fusionkit.codec import DeltaCodec
+from fusionkit.codecs.base import DeltaCodec
 from fusionkit.errors import BundleError, FamilyError
 
 PRIVATE = ["head.*"]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fusionkit import EMR, Bundle, MagnitudePrune, Mean, compress
-from fusionkit.codec import DeltaCodec
+from fusionkit.codecs.base import DeltaCodec
 from fusionkit.errors import BundleError, FusionKitError, PluginError
 
 Json = dict[str, Any]

@@ -21,7 +21,7 @@ from fusionkit import (
     TaskArithmetic,
     compress,
 )
-from fusionkit.codec import DeltaCodec
+from fusionkit.codecs.base import DeltaCodec
 
 PRIVATE = ["head.*"]
 BUFFERS = ("norm.running_mean", "norm.running_var", "norm.num_batches_tracked")

@@ -20,7 +20,7 @@ from fusionkit import (
     TaskArithmetic,
     compress,
 )
-from fusionkit.codec import WHOLE_MODEL, DeltaCodec
+from fusionkit.codecs.base import WHOLE_MODEL, DeltaCodec
 from fusionkit.task_vectors.family import Family
 from fusionkit.testing import models
 

@@ -32,7 +32,7 @@ from fusionkit import (
     journal,
     partfile,
 )
-from fusionkit.codec import DeltaCodec
+from fusionkit.codecs.base import DeltaCodec
 from fusionkit.errors import FusionKitError
 from fusionkit.task_vectors.family import Family
 from fusionkit.task_vectors.processes import ALONE, Group, Processes

@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fusionkit import packing
-from fusionkit.codecs import emr
+from fusionkit.codecs import emr, packing
 from fusionkit.task_vectors import kernels
 from fusionkit.task_vectors.kept import Collected, places_above
 from fusionkit.task_vectors.topk import _histogram

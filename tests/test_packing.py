@@ -9,8 +9,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fusionkit import packing
-from fusionkit.packing import decode_positions, encode_positions, pack_bits, unpack_bits
+from fusionkit.codecs import packing
+from fusionkit.codecs.packing import decode_positions, encode_positions, pack_bits, unpack_bits
 
 LENGTHS = [0, 1, 7, 8, 9, 31, 32, 33, 64, 1000, 1_000_003]
 quick = settings(deadline=None, max_examples=200)

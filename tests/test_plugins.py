@@ -18,11 +18,11 @@ PUBLIC = {
     "fusionkit.codecs.merged",
     "fusionkit.errors",
     "fusionkit.checkpoints.adapters.lowrank",
-    "fusionkit.packing",
+    "fusionkit.codecs.packing",
     "fusionkit.task_vectors.vectors",
     "fusionkit.testing",
     "fusionkit.task_vectors.topk",
-    "fusionkit.values",
+    "fusionkit.codecs.values",
 }
 """As the README lists them."""
 

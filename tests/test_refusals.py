@@ -10,7 +10,7 @@ from conftest import TASKS, TinyNet
 from torch import Tensor
 
 from fusionkit import EMR, Dense, Mean, add_tasks, compress
-from fusionkit.codec import DeltaCodec
+from fusionkit.codecs.base import DeltaCodec
 from fusionkit.errors import BundleError, CodecError, FamilyError, PluginError
 
 PRIVATE = ["head.*"]

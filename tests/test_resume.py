@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fusionkit import DBMS, EMR, Bundle, Dense, MagnitudePrune, Mean, compress, journal, partfile
 from fusionkit.bundle_folder import LOCK
-from fusionkit.codec import DeltaCodec
+from fusionkit.codecs.base import DeltaCodec
 from fusionkit.errors import BundleError, FamilyError
 from fusionkit.task_vectors.family import Family
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fusionkit.codecs.values import GROUP, ValueDtype, pack_values, unpack_values
 from fusionkit.errors import CodecError
-from fusionkit.values import GROUP, ValueDtype, pack_values, unpack_values
 
 DTYPES: tuple[ValueDtype, ...] = get_args(ValueDtype)
 INTEGERS: tuple[ValueDtype, ...] = ("int8", "int4")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fusionkit
 from fusionkit import EMR
-from fusionkit.packing import unpack_bits
+from fusionkit.codecs.packing import unpack_bits
 
 
 def emr(tau: Tensor) -> tuple[Tensor, Tensor, Tensor]:

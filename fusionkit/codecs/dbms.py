@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from fusionkit.checkpoints.adapters.lowrank import LowRank
-from fusionkit.codec import WHOLE_MODEL, DeltaCodec, Encoded, Encoder, Parts, SharedParts
+from fusionkit.codecs.base import WHOLE_MODEL, DeltaCodec, Encoded, Encoder, Parts, SharedParts
 from fusionkit.codecs.merged import Merged
+from fusionkit.codecs.payload import Payload
 from fusionkit.errors import CodecError
 from fusionkit.merges.base import Normalized
-from fusionkit.payload import Payload
 from fusionkit.task_vectors.family import Family
 from fusionkit.task_vectors.vectors import Change, ChangedVectors, TaskVectors
 

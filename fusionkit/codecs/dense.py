@@ -6,8 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fusionkit.codec import Parts, TensorCodec
-from fusionkit.values import ValueDtype, pack_values, unpack_values
+from fusionkit.codecs.base import Parts, TensorCodec
+from fusionkit.codecs.values import ValueDtype, pack_values, unpack_values
 
 
 @dataclass(frozen=True)

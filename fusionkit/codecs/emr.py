@@ -7,13 +7,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fusionkit.codec import WHOLE_MODEL, DeltaCodec, Encoded, Encoder, Parts, SharedParts
+from fusionkit.codecs.base import WHOLE_MODEL, DeltaCodec, Encoded, Encoder, Parts, SharedParts
+from fusionkit.codecs.packing import pack_bits, unpack_bits
+from fusionkit.codecs.values import ValueDtype, pack_values, unpack_values
 from fusionkit.merges.base import signs
-from fusionkit.packing import pack_bits, unpack_bits
 from fusionkit.task_vectors import kernels
 from fusionkit.task_vectors.family import Family
 from fusionkit.task_vectors.vectors import TaskVectors
-from fusionkit.values import ValueDtype, pack_values, unpack_values
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from fusionkit.codec import DeltaCodec, Encoded, Encoder, Parts, SharedParts
+from fusionkit.codecs.base import DeltaCodec, Encoded, Encoder, Parts, SharedParts
+from fusionkit.codecs.values import ValueDtype, pack_values, unpack_values
 from fusionkit.merges.base import Mean, Merge
 from fusionkit.task_vectors.family import Family
 from fusionkit.task_vectors.vectors import TaskVectors
-from fusionkit.values import ValueDtype, pack_values, unpack_values
 
 _PART = "merged"
 

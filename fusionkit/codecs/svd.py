@@ -14,11 +14,11 @@ from fusionkit.checkpoints.adapters.lowrank import (
     svd_gram,
     svd_randomized,
 )
-from fusionkit.codec import Encoded, Encoder, Parts, SharedParts, TensorCodec
+from fusionkit.codecs.base import Encoded, Encoder, Parts, SharedParts, TensorCodec
+from fusionkit.codecs.values import ValueDtype, pack_values, stored_bytes, unpack_values
 from fusionkit.errors import CodecError
 from fusionkit.task_vectors.family import Family
 from fusionkit.task_vectors.vectors import TaskVectors
-from fusionkit.values import ValueDtype, pack_values, stored_bytes, unpack_values
 
 _GRAM_LIMIT = 2048
 

@@ -13,8 +13,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from fusionkit.codecs.packing import above
 from fusionkit.errors import CodecError
-from fusionkit.packing import above
 from fusionkit.registry import Plugin
 from fusionkit.task_vectors.family import Family
 from fusionkit.task_vectors.topk import Thresholds

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusionkit.packing import places
+from fusionkit.codecs.packing import places
 from fusionkit.task_vectors import kernels
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fusionkit.packing import above, count_set, kth_largest
+from fusionkit.codecs.packing import above, count_set, kth_largest
 from fusionkit.task_vectors import kernels
 from fusionkit.task_vectors.family import Family
 from fusionkit.task_vectors.kept import Collected, Kept

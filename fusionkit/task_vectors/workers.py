@@ -9,8 +9,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from fusionkit.codecs.values import full_precision
 from fusionkit.task_vectors.processes import ALONE, Processes
-from fusionkit.values import full_precision
 
 Result = TypeVar("Result")
 

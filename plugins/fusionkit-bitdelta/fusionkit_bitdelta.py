@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fusionkit import Parts, TensorCodec
-from fusionkit.packing import pack_bits, unpack_bits
-from fusionkit.values import ValueDtype, pack_values, unpack_values
+from fusionkit.codecs.packing import pack_bits, unpack_bits
+from fusionkit.codecs.values import ValueDtype, pack_values, unpack_values
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from fusionkit import (
     SharedParts,
     TaskVectors,
 )
+from fusionkit.codecs.packing import decode_positions, encode_positions, pack_bits, unpack_bits
 from fusionkit.errors import CodecError
-from fusionkit.packing import decode_positions, encode_positions, pack_bits, unpack_bits
 from fusionkit.task_vectors import Thresholds
 
 

@@ -20,9 +20,9 @@ from fusionkit import (
     SharedParts,
     TaskVectors,
 )
+from fusionkit.codecs.values import ValueDtype, pack_values, unpack_values
 from fusionkit.errors import CodecError
 from fusionkit.task_vectors import Change, ChangedVectors
-from fusionkit.values import ValueDtype, pack_values, unpack_values
 
 _BITS = 53
 """Of each hash, so many bits are compared; the probability is exact to 2⁻⁵³."""

@@ -21,9 +21,9 @@ from fusionkit import (
     TaskVectors,
 )
 from fusionkit.codecs.merged import SharedVector, decode_shared
+from fusionkit.codecs.packing import pack_bits, unpack_bits
+from fusionkit.codecs.values import ValueDtype
 from fusionkit.errors import CodecError
-from fusionkit.packing import pack_bits, unpack_bits
-from fusionkit.values import ValueDtype
 
 Threshold = float | dict[str, float]
 """λ; or λ per task."""

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from fusionkit import SVD, DeltaCodec, Encoder, Family, Parts, SharedParts, TensorMerge
 from fusionkit.checkpoints.adapters.lowrank import LowRank, Spectral, svd_gram, svd_randomized
+from fusionkit.codecs.values import ValueDtype
 from fusionkit.errors import CodecError
-from fusionkit.values import ValueDtype
 
 _GRAM_LIMIT = 2048
 """Rows or columns up to which the Gram matrix is the fastest way to all directions."""

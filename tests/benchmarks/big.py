@@ -29,8 +29,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import fusionkit
-from fusionkit import manifest, partfile, payload
+from fusionkit import manifest, partfile
 from fusionkit.checkpoints import safetensors_file as tensorfile
+from fusionkit.codecs import payload
 
 HIDDEN, INNER, WORDS = 4096, 11008, 32000
 LAYER = {

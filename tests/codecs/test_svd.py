@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fusionkit
 from fusionkit import SVD, Checkpoint
-from fusionkit.codec import Parts
+from fusionkit.codecs.base import Parts
 from fusionkit.errors import CodecError
 
 

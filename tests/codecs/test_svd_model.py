@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fusionkit import SVD, Bundle, compress
 from fusionkit.checkpoints.adapters.lowrank import LowRank, svd_exact, svd_gram
+from fusionkit.codecs.values import ValueDtype, pack_values, stored_bytes
 from fusionkit.errors import CodecError
-from fusionkit.values import ValueDtype, pack_values, stored_bytes
 
 SHAPES = {"a.weight": (20, 30), "b.weight": (30, 12), "c.weight": (16, 16)}
 RANK = 6

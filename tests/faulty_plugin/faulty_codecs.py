@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fusionkit.codec import DeltaCodec, Encoded, Encoder, Parts, SharedParts, TensorCodec
+from fusionkit.codecs.base import DeltaCodec, Encoded, Encoder, Parts, SharedParts, TensorCodec
 from fusionkit.task_vectors.family import Family
 from fusionkit.task_vectors.vectors import TaskVectors
 

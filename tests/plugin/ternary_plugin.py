@@ -6,8 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fusionkit.codec import Parts, TensorCodec
-from fusionkit.packing import pack_bits, unpack_bits
+from fusionkit.codecs.base import Parts, TensorCodec
+from fusionkit.codecs.packing import pack_bits, unpack_bits
 
 
 @dataclass(frozen=True)

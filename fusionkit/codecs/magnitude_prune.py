@@ -7,16 +7,16 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fusionkit.codec import DeltaCodec, Encoded, Encoder, Parts, SharedParts
+from fusionkit.codecs.base import DeltaCodec, Encoded, Encoder, Parts, SharedParts
 from fusionkit.codecs.merged import SharedVector, decode_shared
+from fusionkit.codecs.packing import decode_positions, encode_positions
+from fusionkit.codecs.values import ValueDtype, pack_values, unpack_values
 from fusionkit.errors import CodecError
 from fusionkit.merges.base import Merge
-from fusionkit.packing import decode_positions, encode_positions
 from fusionkit.task_vectors.family import Family
 from fusionkit.task_vectors.kept import Kept
 from fusionkit.task_vectors.topk import Thresholds, top_k, top_k_of
 from fusionkit.task_vectors.vectors import TaskVectors
-from fusionkit.values import ValueDtype, pack_values, unpack_values
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fusionkit.codec import DeltaCodec, Encoder, Parts, SharedParts
+from fusionkit.codecs.base import DeltaCodec, Encoder, Parts, SharedParts
 from fusionkit.codecs.dense import Dense
 from fusionkit.codecs.merged import Merged
+from fusionkit.codecs.values import ValueDtype
 from fusionkit.errors import CodecError
 from fusionkit.merges.base import Merge
 from fusionkit.task_vectors.family import Family
-from fusionkit.values import ValueDtype
 
 
 @dataclass(frozen=True)

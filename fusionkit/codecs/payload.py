@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from fusionkit.bundle_folder import SHARED, WHOLE, task_file
-from fusionkit.codec import WHOLE_MODEL, DeltaCodec, Encoded, Encoder, Parts, SharedParts
+from fusionkit.codecs.base import WHOLE_MODEL, DeltaCodec, Encoded, Encoder, Parts, SharedParts
+from fusionkit.codecs.values import full_precision
 from fusionkit.errors import BundleError, CodecError
 from fusionkit.partfile import Part, PartFile, PartWriter
 from fusionkit.task_vectors.family import Family
 from fusionkit.task_vectors.workers import total
-from fusionkit.values import full_precision
 
 
 class Packed(NamedTuple):
