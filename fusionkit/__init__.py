@@ -3,7 +3,10 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from fusionkit.bundle import Bundle as Bundle
+from fusionkit.bundles.bundle import Bundle as Bundle
+from fusionkit.bundles.compress import add_tasks as add_tasks
+from fusionkit.bundles.compress import compress as compress
+from fusionkit.bundles.export_peft import export_adapter as export_adapter
 from fusionkit.checkpoints.checkpoint import Checkpoint as Checkpoint
 from fusionkit.codecs.base import WHOLE_MODEL as WHOLE_MODEL
 from fusionkit.codecs.base import DeltaCodec as DeltaCodec
@@ -20,9 +23,6 @@ from fusionkit.codecs.linearized_lora import LinearizedLoRA as LinearizedLoRA
 from fusionkit.codecs.magnitude_prune import MagnitudePrune as MagnitudePrune
 from fusionkit.codecs.merged import Merged as Merged
 from fusionkit.codecs.svd import SVD as SVD
-from fusionkit.compress import add_tasks as add_tasks
-from fusionkit.compress import compress as compress
-from fusionkit.export_peft import export_adapter as export_adapter
 from fusionkit.merges.base import TIES as TIES
 from fusionkit.merges.base import Elect as Elect
 from fusionkit.merges.base import Mean as Mean

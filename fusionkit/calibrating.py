@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import DataLoader, Subset
 
-from fusionkit.bundle import Bundle
+from fusionkit.bundles.bundle import Bundle
 from fusionkit.errors import BundleError, DataError
 from fusionkit.fitting import fit
 from fusionkit.module import ReuseModule

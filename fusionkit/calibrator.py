@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fusionkit.bundle import Bundle
+from fusionkit.bundles.bundle import Bundle
+from fusionkit.bundles.manifest import CalibrationRecord
 from fusionkit.calibration import Calibration, head_of, loss, outputs
 from fusionkit.codecs.base import DeltaCodec
 from fusionkit.errors import DataError, FusionKitError
-from fusionkit.manifest import CalibrationRecord
 from fusionkit.spread import real_rows
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from fusionkit.bundle import Bundle
+from fusionkit.bundles.bundle import Bundle
 from fusionkit.calibration import Calibration, Directions, formed
 from fusionkit.calibrator import Calibrator, Values
 from fusionkit.codecs.dbms import DBMS, PLAIN, Scalars, shifted

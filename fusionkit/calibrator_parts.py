@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fusionkit.bundle import Bundle
-from fusionkit.bundle_folder import task_file
+from fusionkit.bundles.bundle import Bundle
+from fusionkit.bundles.format import task_file
+from fusionkit.bundles.part_file import Part, PartWriter
 from fusionkit.calibration import Calibration
 from fusionkit.calibrator import Calibrator, Values
 from fusionkit.codecs.base import WHOLE_MODEL, Parts
 from fusionkit.codecs.values import full_precision
 from fusionkit.errors import FusionKitError
-from fusionkit.partfile import Part, PartWriter
 
 if TYPE_CHECKING:
     from fusionkit.module import ReuseModule

@@ -101,7 +101,7 @@ def inspect(bundle: str) -> None:
         bundle: the bundle's folder.
     """
     from fusionkit import report
-    from fusionkit.bundle import Bundle
+    from fusionkit.bundles.bundle import Bundle
 
     opened = Bundle.load(bundle)
     base = opened.manifest.base
@@ -149,10 +149,10 @@ def export(
         overwrite: replace what is there.
     """
     from fusionkit import report
-    from fusionkit.bundle import Bundle
+    from fusionkit.bundles.bundle import Bundle
+    from fusionkit.bundles.export_model import export_task
+    from fusionkit.bundles.export_peft import export_adapter
     from fusionkit.checkpoints.checkpoint import Checkpoint
-    from fusionkit.export import export_task
-    from fusionkit.export_peft import export_adapter
 
     source = None if base is None else Checkpoint(base, strip_prefix, add_prefix)
     if format == "peft":

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from fusionkit.bundle_folder import new_folder
+from fusionkit.bundles.format import new_folder
 from fusionkit.checkpoints.adapters.folder import CONFIG, LINEARIZED, START, TENSORS, PeftFolder
 from fusionkit.checkpoints.adapters.start import Seeded, digest
 from fusionkit.checkpoints.checkpoint import Checkpoint

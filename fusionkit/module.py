@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torchmetrics import Metric
 
-from fusionkit.bundle import Bundle
+from fusionkit.bundles.bundle import Bundle
+from fusionkit.bundles.compress import compress
 from fusionkit.calibration import Calibration
 from fusionkit.calibrator import Calibrator
 from fusionkit.calibrator_dbms import DBMSCalibrator
@@ -23,7 +24,6 @@ from fusionkit.checkpoints.checkpoint import Checkpoint, find_checkpoints
 from fusionkit.checkpoints.paths import open_path
 from fusionkit.codecs.base import DeltaCodec
 from fusionkit.codecs.dbms import DBMS
-from fusionkit.compress import compress
 from fusionkit.errors import BundleError, DataError, FusionKitError
 from fusionkit.models import MetricOfClasses, accuracy, load_base, predict
 from fusionkit.registry import to_config
@@ -175,7 +175,7 @@ class ReuseModule(LightningModule):
         processes: Processes = ALONE,
         device: torch.device | str | None = None,
     ) -> Bundle:
-        """Compress the fine-tuned checkpoints; see `fusionkit.compress`.
+        """Compress the fine-tuned checkpoints; see `fusionkit.bundles.compress`.
 
         Args:
             out: the bundle's folder; by default a temporary one.

@@ -16,7 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fusionkit import registry, report
-from fusionkit.bundle import Bundle
+from fusionkit.bundles.bundle import Bundle
 from fusionkit.calibrating import EPOCHS, calibrate
 from fusionkit.checkpoints.paths import open_path
 from fusionkit.codecs.base import DeltaCodec

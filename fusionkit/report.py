@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fusionkit.bundle import Bundle
+from fusionkit.bundles.bundle import Bundle
 
 
 @dataclass(frozen=True)

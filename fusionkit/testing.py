@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from fusionkit import registry
-from fusionkit.bundle import Bundle
+from fusionkit.bundles.bundle import Bundle
+from fusionkit.bundles.compress import add_tasks, compress
 from fusionkit.codecs.base import WHOLE_MODEL, DeltaCodec, Encoded, Parts, RestoringCodec
 from fusionkit.codecs.values import full_precision
-from fusionkit.compress import add_tasks, compress
 from fusionkit.errors import FamilyError, FusionKitError
 from fusionkit.task_vectors.family import Family
 from fusionkit.task_vectors.workers import total
@@ -34,7 +34,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 """The dtypes of checkpoints that a codec must take."""
 
 Arguments = dict[str, Any]
-"""What `fusionkit.compress` takes beside the codec: `base`, `finetuned`, `private`, …"""
+"""What `fusionkit.bundles.compress` takes beside the codec: `base`, `finetuned`, `private`, …"""
 
 _SHAPES = {
     "scalar": (),
@@ -72,7 +72,7 @@ class CodecContract:
             metafunc.parametrize("codec", self.codecs, ids=_brief)
 
     def models(self, folder: Path, dtype: torch.dtype) -> Arguments:
-        """A base and three fine-tuned models, for `fusionkit.compress`.
+        """A base and three fine-tuned models, for `fusionkit.bundles.compress`.
 
         Override it for a codec that takes only a certain kind of model.
 

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fusionkit import EMR, SVD, TIES, Bundle, Dense, Family, Mean, Merged, TaskArithmetic, compress
+from fusionkit import EMR, SVD, TIES, Bundle, Dense, Family, Mean, Merged, TaskArithmetic
+from fusionkit.bundles import compress
 from fusionkit.checkpoints.adapters.modules import Adapters
 from fusionkit.codecs.base import DeltaCodec
 from fusionkit.errors import CheckpointError, FamilyError

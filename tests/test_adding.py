@@ -9,7 +9,8 @@ from conftest import TASKS, Files, TinyNet
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fusionkit import EMR, SVD, Bundle, Dense, MagnitudePrune, Mean, Merged, add_tasks, compress
+from fusionkit import EMR, SVD, Bundle, Dense, MagnitudePrune, Mean, Merged, add_tasks
+from fusionkit.bundles import compress
 from fusionkit.codecs.base import DeltaCodec
 from fusionkit.errors import BundleError, FamilyError
 

@@ -18,7 +18,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusionkit import EMR, Bundle, MagnitudePrune, Mean, compress
+from fusionkit import EMR, Bundle, MagnitudePrune, Mean
+from fusionkit.bundles import compress
 from fusionkit.codecs.base import DeltaCodec
 from fusionkit.errors import BundleError, FusionKitError, PluginError
 

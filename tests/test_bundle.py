@@ -15,9 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fusionkit import EMR, Bundle, Checkpoint, Dense, MagnitudePrune, Mean, compress
+from fusionkit import EMR, Bundle, Checkpoint, Dense, MagnitudePrune, Mean
+from fusionkit.bundles import compress
+from fusionkit.bundles.export_model import export_task
 from fusionkit.errors import BundleError, FusionKitError, WrongBaseError
-from fusionkit.export import export_task
 
 PRIVATE = ["head.*"]
 States = dict[str, dict[str, Tensor]]

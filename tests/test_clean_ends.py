@@ -11,7 +11,8 @@ from checks import contents
 from conftest import Files, TinyNet
 from torch import Tensor
 
-from fusionkit import EMR, Bundle, Dense, MagnitudePrune, add_tasks, compress
+from fusionkit import EMR, Bundle, Dense, MagnitudePrune, add_tasks
+from fusionkit.bundles import compress
 from fusionkit.errors import BundleError, FamilyError
 from fusionkit.merges.base import Mean
 
@@ -75,7 +76,7 @@ from pathlib import Path
 import torch
 from fusionkit import Bundle, Dense, add_tasks, compress
 from fusionkit.errors import BundleError
-from fusionkit.export import export_task
+from fusionkit.bundles.export_model import export_task
 
 folder, limit = Path(sys.argv[1]), int(sys.argv[2])
 models = {"a": {"w": torch.randn(30_000)}, "b": {"w": torch.randn(30_000)}}

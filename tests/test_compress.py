@@ -19,8 +19,8 @@ from fusionkit import (
     MagnitudePrune,
     Merged,
     TaskArithmetic,
-    compress,
 )
+from fusionkit.bundles import compress
 from fusionkit.codecs.base import DeltaCodec
 
 PRIVATE = ["head.*"]

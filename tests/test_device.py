@@ -18,8 +18,8 @@ from fusionkit import (
     Merged,
     Normalized,
     TaskArithmetic,
-    compress,
 )
+from fusionkit.bundles import compress
 from fusionkit.codecs.base import WHOLE_MODEL, DeltaCodec
 from fusionkit.task_vectors.family import Family
 from fusionkit.testing import models

@@ -19,9 +19,10 @@ from transformers import (
     GPT2ForSequenceClassification,
 )
 
-from fusionkit import EMR, SVD, Bundle, Dense, Family, MagnitudePrune, cli, compress
+from fusionkit import EMR, SVD, Bundle, Dense, Family, MagnitudePrune, cli
+from fusionkit.bundles import compress
+from fusionkit.bundles.export_peft import export_adapter
 from fusionkit.errors import BundleError
-from fusionkit.export_peft import export_adapter
 
 TINY: dict[str, Any] = {"num_labels": 3, "attn_implementation": "eager"}
 

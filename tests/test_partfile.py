@@ -14,8 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fusionkit.bundles.part_file import FileRecord, Part, PartFile, PartWriter
 from fusionkit.errors import BundleError
-from fusionkit.partfile import FileRecord, Part, PartFile, PartWriter
 
 RANDOM = torch.Generator().manual_seed(0)
 PARTS: dict[str, Tensor] = {

@@ -9,7 +9,8 @@ from checks import check_same, contents
 from conftest import TASKS, TinyNet
 from torch import Tensor
 
-from fusionkit import EMR, Dense, Mean, add_tasks, compress
+from fusionkit import EMR, Dense, Mean, add_tasks
+from fusionkit.bundles import compress
 from fusionkit.codecs.base import DeltaCodec
 from fusionkit.errors import BundleError, CodecError, FamilyError, PluginError
 

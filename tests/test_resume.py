@@ -15,8 +15,10 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fusionkit import DBMS, EMR, Bundle, Dense, MagnitudePrune, Mean, compress, journal, partfile
-from fusionkit.bundle_folder import LOCK
+from fusionkit import DBMS, EMR, Bundle, Dense, MagnitudePrune, Mean
+from fusionkit.bundles import compress, journal
+from fusionkit.bundles import part_file as partfile
+from fusionkit.bundles.format import LOCK
 from fusionkit.codecs.base import DeltaCodec
 from fusionkit.errors import BundleError, FamilyError
 from fusionkit.task_vectors.family import Family

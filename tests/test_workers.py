@@ -8,7 +8,8 @@ import pytest
 import torch
 from checks import contents
 
-from fusionkit import DBMS, EMR, SVD, TIES, MagnitudePrune, Merged, compress
+from fusionkit import DBMS, EMR, SVD, TIES, MagnitudePrune, Merged
+from fusionkit.bundles import compress
 from fusionkit.task_vectors import workers
 from fusionkit.task_vectors.family import Family
 from fusionkit.task_vectors.vectors import TaskVectors

@@ -9,11 +9,11 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from fusionkit.bundle_folder import SHARED, WHOLE, task_file
+from fusionkit.bundles.format import SHARED, WHOLE, task_file
+from fusionkit.bundles.part_file import Part, PartFile, PartWriter
 from fusionkit.codecs.base import WHOLE_MODEL, DeltaCodec, Encoded, Encoder, Parts, SharedParts
 from fusionkit.codecs.values import full_precision
 from fusionkit.errors import BundleError, CodecError
-from fusionkit.partfile import Part, PartFile, PartWriter
 from fusionkit.task_vectors.family import Family
 from fusionkit.task_vectors.workers import total
 

@@ -29,7 +29,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import fusionkit
-from fusionkit import manifest, partfile
+from fusionkit.bundles import manifest
+from fusionkit.bundles import part_file as partfile
 from fusionkit.checkpoints import safetensors_file as tensorfile
 from fusionkit.codecs import payload
 
@@ -145,7 +146,7 @@ def run(folder: Path, tasks: int, way: str, nbytes: int) -> None:
         read_and_write(folder, tasks, nbytes)
     else:
         finetuned = {f"task{place + 1}": folder / f"task{place + 1}" for place in range(tasks)}
-        bundle = fusionkit.compress(
+        bundle = fusionkit.bundles.compress(
             folder / "base", finetuned, CODECS[way], folder / "bundle", overwrite=True
         )
         nbytes = bundle.nbytes

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fusionkit import SVD, Bundle, compress
+from fusionkit import SVD, Bundle
+from fusionkit.bundles import compress
 from fusionkit.checkpoints.adapters.lowrank import LowRank, svd_exact, svd_gram
 from fusionkit.codecs.values import ValueDtype, pack_values, stored_bytes
 from fusionkit.errors import CodecError

@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusionkit.bundle_folder import LOCK
+from fusionkit.bundles.format import LOCK
+from fusionkit.bundles.part_file import Entry, PartWriter
 from fusionkit.checkpoints.checkpoint import Checkpoint
 from fusionkit.codecs.base import DeltaCodec
-from fusionkit.partfile import Entry, PartWriter
 from fusionkit.registry import to_config
 from fusionkit.task_vectors.family import Family
 from fusionkit.task_vectors.processes import Processes

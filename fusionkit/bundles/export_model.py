@@ -7,7 +7,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from fusionkit.bundle import Bundle
+from fusionkit.bundles.bundle import Bundle
 from fusionkit.errors import BundleError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

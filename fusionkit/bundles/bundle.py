@@ -23,7 +23,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from fusionkit.bundle_folder import SHARED, START, WHOLE, disk_errors, new_folder, task_file
+from fusionkit.bundles.format import SHARED, START, WHOLE, disk_errors, new_folder, task_file
+from fusionkit.bundles.manifest import FILE, Manifest, reopen_base
+from fusionkit.bundles.reader import StoredParts
 from fusionkit.checkpoints.adapters.layout import fold_into
 from fusionkit.checkpoints.adapters.lowrank import LowRank
 from fusionkit.checkpoints.checkpoint import Checkpoint, Source
@@ -33,9 +35,7 @@ from fusionkit.codecs.base import DeltaCodec, Parts, RestoringCodec
 from fusionkit.codecs.payload import decoding
 from fusionkit.codecs.values import full_precision
 from fusionkit.errors import BundleError, WrongBaseError, listing
-from fusionkit.manifest import FILE, Manifest, reopen_base
 from fusionkit.registry import from_config
-from fusionkit.stored import StoredParts
 
 Decoded = TypeVar("Decoded")
 

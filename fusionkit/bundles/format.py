@@ -10,9 +10,9 @@ from uuid import uuid4
 
 from filelock import FileLock, Timeout
 
+from fusionkit.bundles.manifest import FILE
 from fusionkit.checkpoints.paths import is_remote, upload
 from fusionkit.errors import BundleError, FusionKitError, ProcessError
-from fusionkit.manifest import FILE
 
 SHARED = "shared.safetensors"
 WHOLE = "tensor"

@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fusionkit.bundle import Bundle
-from fusionkit.bundle_folder import new_folder
+from fusionkit.bundles.bundle import Bundle
+from fusionkit.bundles.export_model import DTYPES
+from fusionkit.bundles.format import new_folder
 from fusionkit.checkpoints.adapters.folder import CONFIG, LINEARIZED, PREFIX, TENSORS
 from fusionkit.checkpoints.adapters.layout import Form, LoraModule
 from fusionkit.checkpoints.adapters.lowrank import LowRank, svd_gram
 from fusionkit.codecs.base import DeltaCodec
 from fusionkit.errors import BundleError, listing
-from fusionkit.export import DTYPES
 
 _EMBEDDINGS = re.compile(r"embed|(^|[._])w[tp]e$", re.IGNORECASE)
 

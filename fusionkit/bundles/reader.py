@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from fusionkit.bundle_folder import SHARED, START, task_file
+from fusionkit.bundles.format import SHARED, START, task_file
+from fusionkit.bundles.manifest import Manifest
+from fusionkit.bundles.part_file import PartFile
 from fusionkit.codecs.base import WHOLE_MODEL, Parts
-from fusionkit.manifest import Manifest
-from fusionkit.partfile import PartFile
 
 _OPEN = 32
 """Task files that are kept open, those used last. What stays open of each lies among the memory

@@ -10,21 +10,21 @@ from pathlib import Path
 
 import torch
 
-from fusionkit.bundle import Bundle
-from fusionkit.bundle_folder import disk_errors, new_folder, task_file
+from fusionkit.bundles.bundle import Bundle
+from fusionkit.bundles.format import disk_errors, new_folder, task_file
+from fusionkit.bundles.journal import claim, identity, is_resumable, tidy
+from fusionkit.bundles.manifest import BaseRecord, Manifest
+from fusionkit.bundles.writer import Writing
 from fusionkit.checkpoints.adapters.modules import Adapters
 from fusionkit.checkpoints.checkpoint import Checkpoint, Source
 from fusionkit.checkpoints.overlay import WithStart
 from fusionkit.checkpoints.paths import is_remote, open_path
 from fusionkit.codecs.base import DeltaCodec
 from fusionkit.errors import BundleError, CodecError
-from fusionkit.journal import claim, identity, is_resumable, tidy
-from fusionkit.manifest import BaseRecord, Manifest
 from fusionkit.registry import to_config
 from fusionkit.task_vectors.family import Family
 from fusionkit.task_vectors.processes import ALONE, Processes
 from fusionkit.task_vectors.workers import Progress, Workers
-from fusionkit.writing import Writing
 
 _SHARES = (
     "its tasks share a vector computed from all of them; compress all checkpoints again, or set "

@@ -10,10 +10,10 @@ from typing import Any, get_args
 
 import torch
 
+from fusionkit.bundles.part_file import FileRecord, tensor_bytes
 from fusionkit.checkpoints.adapters.modules import AdapterSpace
 from fusionkit.checkpoints.checkpoint import Checkpoint
 from fusionkit.errors import BundleError, WrongBaseError, listing
-from fusionkit.partfile import FileRecord, tensor_bytes
 from fusionkit.registry import Config
 from fusionkit.task_vectors.family import Family, Role
 

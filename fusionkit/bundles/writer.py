@@ -4,13 +4,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fusionkit.bundle_folder import SHARED, START, WHOLE, task_file
+from fusionkit.bundles.format import SHARED, START, WHOLE, task_file
+from fusionkit.bundles.journal import PROCESS, Journal, Record, identity
+from fusionkit.bundles.manifest import TaskRecord
+from fusionkit.bundles.part_file import Entry, FileRecord, Part, PartWriter
 from fusionkit.codecs.base import WHOLE_MODEL, DeltaCodec, SharedParts
 from fusionkit.codecs.payload import Packed, encode
 from fusionkit.errors import BundleError, CodecError
-from fusionkit.journal import PROCESS, Journal, Record, identity
-from fusionkit.manifest import TaskRecord
-from fusionkit.partfile import Entry, FileRecord, Part, PartWriter
 from fusionkit.task_vectors.family import Family
 
 Stored = tuple[str, int, list[Entry]]

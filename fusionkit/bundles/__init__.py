@@ -1,0 +1,1 @@
+"""Parts on disk: the format, written, resumed, read, exported."""
