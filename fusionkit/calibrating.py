@@ -9,8 +9,8 @@ from torch.utils.data import DataLoader, Subset
 
 from fusionkit.bundles.bundle import Bundle
 from fusionkit.errors import BundleError, DataError
-from fusionkit.fitting import fit
 from fusionkit.module import ReuseModule
+from fusionkit.tasks.training import fit
 
 EPOCHS = 16
 """Epochs, where the Trainer was not told how many."""

@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 from fusionkit.codecs.dbms import combine
 from fusionkit.errors import FusionKitError
-from fusionkit.models import predict
+from fusionkit.tasks.models import predict
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from fusionkit.bundles.manifest import CalibrationRecord
 from fusionkit.calibration import Calibration, head_of, loss, outputs
 from fusionkit.codecs.base import DeltaCodec
 from fusionkit.errors import DataError, FusionKitError
-from fusionkit.spread import real_rows
+from fusionkit.tasks.spread import real_rows
 
 if TYPE_CHECKING:
     from fusionkit.module import ReuseModule

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fusionkit import report
-from fusionkit.finetune import WEIGHTS, Finetune
+from fusionkit.tasks.finetune import WEIGHTS, Finetune
 
 SETTINGS: dict[str, Any] = {
     "version": 3,

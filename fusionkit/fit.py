@@ -12,9 +12,9 @@ from lightning.pytorch.cli import LightningArgumentParser
 from fusionkit import report
 from fusionkit.calibrating import EPOCHS, calibrate
 from fusionkit.errors import BundleError
-from fusionkit.finetune import KINDS, Finetune
-from fusionkit.fitting import fit
 from fusionkit.recipe import RecipeCLI
+from fusionkit.tasks.finetune import KINDS, Finetune
+from fusionkit.tasks.training import fit
 
 FINETUNED = "finetuned"
 """The folder, inside `--out`, of what was fine-tuned."""

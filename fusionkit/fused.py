@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from fusionkit.checkpoints.adapters.layout import fold_into
 from fusionkit.errors import FusionKitError
 from fusionkit.merges.base import Merge, Weighted
-from fusionkit.models import predict
 from fusionkit.module import ReuseModule
 from fusionkit.task_vectors.family import Family
+from fusionkit.tasks.models import predict
 
 Batches = Mapping[str, Sequence[Any]]
 """Task → a few labelled batches of it."""

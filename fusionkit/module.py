@@ -25,15 +25,15 @@ from fusionkit.checkpoints.paths import open_path
 from fusionkit.codecs.base import DeltaCodec
 from fusionkit.codecs.dbms import DBMS
 from fusionkit.errors import BundleError, DataError, FusionKitError
-from fusionkit.models import MetricOfClasses, accuracy, load_base, predict
 from fusionkit.registry import to_config
 from fusionkit.report import Scores
 from fusionkit.sharded import ShardedBase, check_strategy, is_sharded, on_meta, shard
-from fusionkit.spread import real_rows
 from fusionkit.switcher import Switcher, TaskSource
 from fusionkit.task_vectors.family import Family, matches
 from fusionkit.task_vectors.processes import ALONE, Processes
 from fusionkit.task_vectors.workers import Progress
+from fusionkit.tasks.models import MetricOfClasses, accuracy, load_base, predict
+from fusionkit.tasks.spread import real_rows
 
 _CALIBRATION = Calibration()
 _STEPS = (1e-3, 2.0)

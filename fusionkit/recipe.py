@@ -24,9 +24,9 @@ from fusionkit.codecs.dbms import DBMS
 from fusionkit.errors import BundleError, DataError, FusionKitError
 from fusionkit.launch import launched
 from fusionkit.module import ReuseModule
-from fusionkit.spread import Spread, TasksSpread
 from fusionkit.task_vectors.family import Family
 from fusionkit.task_vectors.workers import Progress as ProgressCallback
+from fusionkit.tasks.spread import Spread, TasksSpread
 
 
 class _Parser(LightningArgumentParser):
@@ -69,7 +69,7 @@ class RecipeCLI(LightningCLI):
     def __init__(self, args: list[str]) -> None:
         # Imported so that recipes can use bare class names.
         registry.load_all()
-        import fusionkit.data  # noqa: F401
+        import fusionkit.tasks.data  # noqa: F401
 
         _quieten()
         summary = (type(self).__doc__ or "").partition("\n")[0]

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fusionkit.checkpoints.checkpoint import Checkpoint
 from fusionkit.errors import FusionKitError
-from fusionkit.spread import TasksSpread
+from fusionkit.tasks.spread import TasksSpread
 
 
 def is_sharded(model: nn.Module) -> bool:

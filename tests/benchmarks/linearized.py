@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from fusionkit.linearize import linearize
+from fusionkit.tasks.linearize import linearize
 
 WIDTH, DEPTH, ROWS, RANK = 768, 6, 32 * 64, 16
 

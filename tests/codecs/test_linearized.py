@@ -28,8 +28,8 @@ from fusionkit import (
 from fusionkit.checkpoints.adapters.folder import PeftFolder
 from fusionkit.checkpoints.adapters.start import start_of
 from fusionkit.errors import CodecError
-from fusionkit.finetune import Finetune
 from fusionkit.module import ReuseModule
+from fusionkit.tasks.finetune import Finetune
 from fusionkit.testing import Arguments, CodecContract
 
 pytest_plugins = ["fits"]

@@ -20,9 +20,9 @@ from fusionkit.checkpoints.adapters.folder import CONFIG, LINEARIZED, START, TEN
 from fusionkit.checkpoints.adapters.start import Seeded, digest
 from fusionkit.checkpoints.checkpoint import Checkpoint
 from fusionkit.errors import DataError, FusionKitError
-from fusionkit.linearize import linearize
-from fusionkit.models import MetricOfClasses, accuracy, load_base, predict
 from fusionkit.task_vectors.family import matches
+from fusionkit.tasks.linearize import linearize
+from fusionkit.tasks.models import MetricOfClasses, accuracy, load_base, predict
 
 Method = Literal["full", "lora", "linearized_lora", "ia3"]
 WEIGHTS = "model.safetensors"
