@@ -38,14 +38,14 @@ from fusionkit.task_vectors.vectors import TaskVectors as TaskVectors
 if TYPE_CHECKING:
     from fusionkit.calibrating import calibrate as calibrate
     from fusionkit.calibration import Calibration as Calibration
-    from fusionkit.module import ReuseModule as ReuseModule
+    from fusionkit.reuse.module import ReuseModule as ReuseModule
     from fusionkit.tasks.finetune import Finetune as Finetune
 
 _LIGHTNING = {
     "calibrate": "fusionkit.calibrating",
     "Calibration": "fusionkit.calibration",
     "Finetune": "fusionkit.tasks.finetune",
-    "ReuseModule": "fusionkit.module",
+    "ReuseModule": "fusionkit.reuse.module",
 }
 
 

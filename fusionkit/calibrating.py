@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Subset
 
 from fusionkit.bundles.bundle import Bundle
 from fusionkit.errors import BundleError, DataError
-from fusionkit.module import ReuseModule
+from fusionkit.reuse.module import ReuseModule
 from fusionkit.tasks.training import fit
 
 EPOCHS = 16

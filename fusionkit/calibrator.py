@@ -18,7 +18,7 @@ from fusionkit.errors import DataError, FusionKitError
 from fusionkit.tasks.spread import real_rows
 
 if TYPE_CHECKING:
-    from fusionkit.module import ReuseModule
+    from fusionkit.reuse.module import ReuseModule
 
 Values = tuple[float, ...]
 """What is learned of one task, as the optimiser has it."""

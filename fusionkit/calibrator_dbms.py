@@ -16,7 +16,7 @@ from fusionkit.search import PROBES, PairSearch
 from fusionkit.task_vectors.vectors import TaskVectors
 
 if TYPE_CHECKING:
-    from fusionkit.module import ReuseModule
+    from fusionkit.reuse.module import ReuseModule
 
 _LEAST_MOVE = 1e-2
 """Shifts that differ by less, in units of the task vector's length, say nothing of ∂D/∂α."""

@@ -19,7 +19,7 @@ from fusionkit.codecs.values import full_precision
 from fusionkit.errors import FusionKitError
 
 if TYPE_CHECKING:
-    from fusionkit.module import ReuseModule
+    from fusionkit.reuse.module import ReuseModule
 
 _UNIT = 0.1
 """A learned entry is its encoded value times exp(_UNIT · x); the optimiser steps x, from 0."""

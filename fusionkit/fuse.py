@@ -14,10 +14,10 @@ from fusionkit import report
 from fusionkit.checkpoints.checkpoint import find_checkpoints
 from fusionkit.errors import DataError, FusionKitError
 from fusionkit.fit import FINETUNED, FitCLI, train
-from fusionkit.fused import Batches, Fused, LoraHub, search_scale
 from fusionkit.fusion_report import Fusion, FusionReport
 from fusionkit.merges.base import Merge
-from fusionkit.module import ReuseModule
+from fusionkit.reuse.fused import Batches, Fused, LoraHub, search_scale
+from fusionkit.reuse.module import ReuseModule
 from fusionkit.task_vectors.family import Family
 
 _SINGLE = "single"

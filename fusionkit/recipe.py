@@ -23,7 +23,7 @@ from fusionkit.codecs.base import DeltaCodec
 from fusionkit.codecs.dbms import DBMS
 from fusionkit.errors import BundleError, DataError, FusionKitError
 from fusionkit.launch import launched
-from fusionkit.module import ReuseModule
+from fusionkit.reuse.module import ReuseModule
 from fusionkit.task_vectors.family import Family
 from fusionkit.task_vectors.workers import Progress as ProgressCallback
 from fusionkit.tasks.spread import Spread, TasksSpread

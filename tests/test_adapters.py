@@ -17,7 +17,7 @@ from fusionkit.bundles import compress
 from fusionkit.checkpoints.adapters.modules import Adapters
 from fusionkit.codecs.base import DeltaCodec
 from fusionkit.errors import CheckpointError, FamilyError
-from fusionkit.module import ReuseModule
+from fusionkit.reuse.module import ReuseModule
 
 
 class Net(nn.Module):

@@ -22,7 +22,7 @@ from fusionkit import DBMS, EMR, SVD, Bundle, Calibration, Dense, MagnitudePrune
 from fusionkit.calibration import formed, loss
 from fusionkit.calibrator_dbms import DBMSCalibrator as Calibrator
 from fusionkit.errors import BundleError, DataError, FusionKitError
-from fusionkit.module import ReuseModule
+from fusionkit.reuse.module import ReuseModule
 from fusionkit.search import PROBES, PairSearch
 from fusionkit.task_vectors.family import Family
 

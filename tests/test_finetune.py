@@ -20,7 +20,7 @@ from fusionkit import Checkpoint, Family
 from fusionkit.checkpoints.adapters.folder import PeftFolder
 from fusionkit.checkpoints.adapters.start import Seeded, start_of
 from fusionkit.errors import BundleError, CheckpointError, DataError, FamilyError, FusionKitError
-from fusionkit.module import ReuseModule
+from fusionkit.reuse.module import ReuseModule
 from fusionkit.tasks.finetune import Finetune
 
 pytest_plugins = ["fits"]

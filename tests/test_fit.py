@@ -22,7 +22,7 @@ from fusionkit import Checkpoint, Family
 from fusionkit.checkpoints.adapters.folder import PeftFolder
 from fusionkit.checkpoints.adapters.start import start_of
 from fusionkit.fit import FitCLI
-from fusionkit.module import ReuseModule
+from fusionkit.reuse.module import ReuseModule
 
 pytest_plugins = ["fits"]
 

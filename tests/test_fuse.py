@@ -18,9 +18,9 @@ from torch import nn
 
 from fusionkit import Family, Mean, TaskArithmetic
 from fusionkit.demo import DigitTasks, base_model
-from fusionkit.fused import Fused
 from fusionkit.fusion_report import Fusion, FusionReport
-from fusionkit.module import ReuseModule
+from fusionkit.reuse.fused import Fused
+from fusionkit.reuse.module import ReuseModule
 
 pytest_plugins = ["fits"]
 
@@ -55,7 +55,7 @@ def write(folder: Path, **changes: Any) -> Path:
             "sum": {"class_path": "TaskArithmetic"},
         },
         "scales": [0.3, 1.0],
-        "lorahub": {"class_path": "fusionkit.fused.LoraHub", "init_args": {"evaluations": 3}},
+        "lorahub": {"class_path": "fusionkit.reuse.fused.LoraHub", "init_args": {"evaluations": 3}},
         "search_batches": 1,
         "model": {
             "class_path": "Finetune",

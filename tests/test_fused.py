@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import fusionkit
 from fusionkit import TIES, Bundle, Elect, Family, Mean, Merge, Merged, TaskArithmetic, Weighted
 from fusionkit.errors import CodecError, FusionKitError
-from fusionkit.fused import Batches, Fused, LoraHub, evaluate, search_scale
-from fusionkit.module import ReuseModule
+from fusionkit.reuse.fused import Batches, Fused, LoraHub, evaluate, search_scale
+from fusionkit.reuse.module import ReuseModule
 
 pytest_plugins = ["fits"]
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import fusionkit
 from fusionkit import EMR, SVD, Dense, Family, MagnitudePrune, TaskArithmetic
 from fusionkit.errors import BundleError, DataError, FusionKitError, WrongBaseError
-from fusionkit.module import ReuseModule
+from fusionkit.reuse.module import ReuseModule
 
 PRIVATE = ["head.*"]
 CODECS = [

@@ -18,7 +18,7 @@ from fusionkit.bundles import compress
 from fusionkit.checkpoints import safetensors_file as tensorfile
 from fusionkit.checkpoints.checkpoint import find_checkpoints
 from fusionkit.errors import BundleError, CheckpointError, FusionKitError
-from fusionkit.module import ReuseModule
+from fusionkit.reuse.module import ReuseModule
 
 PRIVATE = ["head.*"]
 

@@ -24,10 +24,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import fusionkit
-from fusionkit import EMR, SVD, Bundle, Dense, MagnitudePrune, sharded
+from fusionkit import EMR, SVD, Bundle, Dense, MagnitudePrune
 from fusionkit.errors import BundleError, FusionKitError
-from fusionkit.module import ReuseModule
-from fusionkit.sharded import ShardedBase
+from fusionkit.reuse import sharded
+from fusionkit.reuse.module import ReuseModule
+from fusionkit.reuse.sharded import ShardedBase
 from fusionkit.tasks.spread import TasksSpread
 
 PRIVATE = ["head.*"]

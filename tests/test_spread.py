@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from fusionkit import EMR
 from fusionkit.errors import DataError
-from fusionkit.module import ReuseModule
+from fusionkit.reuse.module import ReuseModule
 from fusionkit.tasks.spread import TasksSpread, real_rows, share_out
 
 CASES = {

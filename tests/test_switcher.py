@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fusionkit
 from fusionkit import EMR, Bundle, Dense, MagnitudePrune
-from fusionkit.module import ReuseModule
+from fusionkit.reuse.module import ReuseModule
 
 PRIVATE = ["head.*"]
 States = dict[str, dict[str, Tensor]]

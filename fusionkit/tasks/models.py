@@ -15,7 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from fusionkit.checkpoints.checkpoint import Checkpoint
 from fusionkit.checkpoints.paths import resolve_package_path
 from fusionkit.errors import CheckpointError, FusionKitError
-from fusionkit.sharded import aliases, put
+from fusionkit.reuse.sharded import aliases, put
 from fusionkit.task_vectors.family import matches
 
 MetricOfClasses = Callable[[int], Metric]

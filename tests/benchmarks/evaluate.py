@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Trainer
 
-from fusionkit.module import ReuseModule
+from fusionkit.reuse.module import ReuseModule
 from fusionkit.tasks.data import TextClassification
 from fusionkit.tasks.models import sequence_classifier
 

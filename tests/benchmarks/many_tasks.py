@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 import fusionkit
-from fusionkit.module import ReuseModule
+from fusionkit.reuse.module import ReuseModule
 
 
 def network() -> nn.Module:

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fusionkit
-from fusionkit.module import ReuseModule
+from fusionkit.reuse.module import ReuseModule
 from fusionkit.tasks.models import sequence_classifier
 
 ZOO = Path(__file__).parents[3] / "shared" / "zoo" / "text"

@@ -28,7 +28,7 @@ from fusionkit import (
 from fusionkit.checkpoints.adapters.folder import PeftFolder
 from fusionkit.checkpoints.adapters.start import start_of
 from fusionkit.errors import CodecError
-from fusionkit.module import ReuseModule
+from fusionkit.reuse.module import ReuseModule
 from fusionkit.tasks.finetune import Finetune
 from fusionkit.testing import Arguments, CodecContract
 

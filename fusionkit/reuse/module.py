@@ -27,8 +27,8 @@ from fusionkit.codecs.dbms import DBMS
 from fusionkit.errors import BundleError, DataError, FusionKitError
 from fusionkit.registry import to_config
 from fusionkit.report import Scores
-from fusionkit.sharded import ShardedBase, check_strategy, is_sharded, on_meta, shard
-from fusionkit.switcher import Switcher, TaskSource
+from fusionkit.reuse.sharded import ShardedBase, check_strategy, is_sharded, on_meta, shard
+from fusionkit.reuse.switcher import Switcher, TaskSource
 from fusionkit.task_vectors.family import Family, matches
 from fusionkit.task_vectors.processes import ALONE, Processes
 from fusionkit.task_vectors.workers import Progress

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from fusionkit.checkpoints.checkpoint import Checkpoint
 from fusionkit.errors import BundleError, FusionKitError
-from fusionkit.sharded import beside, kept, kept_bytes, on_meta, put, whole
+from fusionkit.reuse.sharded import beside, kept, kept_bytes, on_meta, put, whole
 
 
 class TaskSource(Protocol):

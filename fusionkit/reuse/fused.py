@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fusionkit.checkpoints.adapters.layout import fold_into
 from fusionkit.errors import FusionKitError
 from fusionkit.merges.base import Merge, Weighted
-from fusionkit.module import ReuseModule
+from fusionkit.reuse.module import ReuseModule
 from fusionkit.task_vectors.family import Family
 from fusionkit.tasks.models import predict
 

@@ -1,0 +1,1 @@
+"""One model in memory that becomes any task's, and is evaluated by the Trainer."""
