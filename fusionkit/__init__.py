@@ -36,14 +36,14 @@ from fusionkit.task_vectors.family import Family as Family
 from fusionkit.task_vectors.vectors import TaskVectors as TaskVectors
 
 if TYPE_CHECKING:
-    from fusionkit.calibrating import calibrate as calibrate
-    from fusionkit.calibration import Calibration as Calibration
+    from fusionkit.calibration.calibrate import calibrate as calibrate
+    from fusionkit.calibration.settings import Calibration as Calibration
     from fusionkit.reuse.module import ReuseModule as ReuseModule
     from fusionkit.tasks.finetune import Finetune as Finetune
 
 _LIGHTNING = {
-    "calibrate": "fusionkit.calibrating",
-    "Calibration": "fusionkit.calibration",
+    "calibrate": "fusionkit.calibration.calibrate",
+    "Calibration": "fusionkit.calibration.settings",
     "Finetune": "fusionkit.tasks.finetune",
     "ReuseModule": "fusionkit.reuse.module",
 }

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser
 
 from fusionkit import report
-from fusionkit.calibrating import EPOCHS, calibrate
+from fusionkit.calibration.calibrate import EPOCHS, calibrate
 from fusionkit.errors import BundleError
 from fusionkit.recipe import RecipeCLI
 from fusionkit.tasks.finetune import KINDS, Finetune

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fusionkit import registry, report
 from fusionkit.bundles.bundle import Bundle
-from fusionkit.calibrating import EPOCHS, calibrate
+from fusionkit.calibration.calibrate import EPOCHS, calibrate
 from fusionkit.checkpoints.paths import open_path
 from fusionkit.codecs.base import DeltaCodec
 from fusionkit.codecs.dbms import DBMS

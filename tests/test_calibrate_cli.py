@@ -16,9 +16,9 @@ from test_calibration import EPOCHS
 from test_cli import PROGRAM, recipe, run
 
 from fusionkit import DBMS, Bundle, MagnitudePrune
+from fusionkit.calibration.pair_search import PROBES
 from fusionkit.fit import CalibrateCLI, FitCLI, fit_cli
 from fusionkit.recipe import recipes_folder
-from fusionkit.search import PROBES
 
 __all__ = ["recipe"]  # the fixture
 

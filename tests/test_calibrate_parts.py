@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fusionkit
 from fusionkit import Bundle, calibrate
-from fusionkit.calibrator_parts import PartCalibrator
+from fusionkit.calibration.learned_parts import PartCalibrator
 from fusionkit.codecs.base import DeltaCodec
 from fusionkit.errors import FusionKitError
 from fusionkit.registry import load

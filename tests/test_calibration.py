@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fusionkit import DBMS, EMR, SVD, Bundle, Calibration, Dense, MagnitudePrune, Merged, calibrate
-from fusionkit.calibration import formed, loss
-from fusionkit.calibrator_dbms import DBMSCalibrator as Calibrator
+from fusionkit.calibration.dbms import DBMSCalibrator as Calibrator
+from fusionkit.calibration.pair_search import PROBES, PairSearch
+from fusionkit.calibration.settings import formed, loss
 from fusionkit.errors import BundleError, DataError, FusionKitError
 from fusionkit.reuse.module import ReuseModule
-from fusionkit.search import PROBES, PairSearch
 from fusionkit.task_vectors.family import Family
 
 PRIVATE = ["head.*"]

@@ -15,10 +15,10 @@ from torchmetrics import Metric
 
 from fusionkit.bundles.bundle import Bundle
 from fusionkit.bundles.compress import compress
-from fusionkit.calibration import Calibration
-from fusionkit.calibrator import Calibrator
-from fusionkit.calibrator_dbms import DBMSCalibrator
-from fusionkit.calibrator_parts import PartCalibrator
+from fusionkit.calibration.dbms import DBMSCalibrator
+from fusionkit.calibration.learned_parts import PartCalibrator
+from fusionkit.calibration.module import Calibrator
+from fusionkit.calibration.settings import Calibration
 from fusionkit.checkpoints.adapters.modules import Adapters
 from fusionkit.checkpoints.checkpoint import Checkpoint, find_checkpoints
 from fusionkit.checkpoints.paths import open_path

@@ -25,9 +25,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fusionkit import DBMS, Calibration, Checkpoint, MagnitudePrune, ReuseModule, calibrate
-from fusionkit.calibrating import EPOCHS
+from fusionkit.calibration.calibrate import EPOCHS
+from fusionkit.calibration.pair_search import PROBES
 from fusionkit.recipe import _quieten
-from fusionkit.search import PROBES
 from fusionkit.tasks.data import TextClassification
 from fusionkit.tasks.models import sequence_classifier
 

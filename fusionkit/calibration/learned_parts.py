@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from fusionkit.bundles.bundle import Bundle
 from fusionkit.bundles.format import task_file
 from fusionkit.bundles.part_file import Part, PartWriter
-from fusionkit.calibration import Calibration
-from fusionkit.calibrator import Calibrator, Values
+from fusionkit.calibration.module import Calibrator, Values
+from fusionkit.calibration.settings import Calibration
 from fusionkit.codecs.base import WHOLE_MODEL, Parts
 from fusionkit.codecs.values import full_precision
 from fusionkit.errors import FusionKitError

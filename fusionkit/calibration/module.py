@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fusionkit.bundles.bundle import Bundle
 from fusionkit.bundles.manifest import CalibrationRecord
-from fusionkit.calibration import Calibration, head_of, loss, outputs
+from fusionkit.calibration.settings import Calibration, head_of, loss, outputs
 from fusionkit.codecs.base import DeltaCodec
 from fusionkit.errors import DataError, FusionKitError
 from fusionkit.tasks.spread import real_rows

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from fusionkit.bundles.bundle import Bundle
-from fusionkit.calibration import Calibration, Directions, formed
-from fusionkit.calibrator import Calibrator, Values
+from fusionkit.calibration.module import Calibrator, Values
+from fusionkit.calibration.pair_search import PROBES, PairSearch
+from fusionkit.calibration.settings import Calibration, Directions, formed
 from fusionkit.codecs.dbms import DBMS, PLAIN, Scalars, shifted
 from fusionkit.codecs.payload import Payload
-from fusionkit.search import PROBES, PairSearch
 from fusionkit.task_vectors.vectors import TaskVectors
 
 if TYPE_CHECKING:
