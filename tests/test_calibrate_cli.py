@@ -17,8 +17,8 @@ from test_cli import PROGRAM, recipe, run
 
 from fusionkit import DBMS, Bundle, MagnitudePrune
 from fusionkit.calibration.pair_search import PROBES
-from fusionkit.fit import CalibrateCLI, FitCLI, fit_cli
-from fusionkit.recipe import recipes_folder
+from fusionkit.cli.fit import CalibrateCLI, FitCLI, fit_cli
+from fusionkit.cli.recipe import recipes_folder
 
 __all__ = ["recipe"]  # the fixture
 

@@ -17,7 +17,7 @@ from conftest import TASKS, Files
 from safetensors.torch import load_file
 
 import fusionkit
-from fusionkit import cli
+from fusionkit.cli.main import main as cli
 
 PROGRAM = Path(sys.executable).with_name("fusionkit")
 

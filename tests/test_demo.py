@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fusionkit import Family, demo
-from fusionkit.demo import DigitTasks, base_model
+from fusionkit import Family
+from fusionkit.cli import demo
+from fusionkit.cli.demo import DigitTasks, base_model
 
 TASKS = DigitTasks().tasks
 

@@ -280,7 +280,7 @@ def test_the_command_line_starts_them(files: Files, tmp_path: Path) -> None:
     }
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     script = tmp_path / "run.py"
-    script.write_text("from fusionkit.cli import main; main()")
+    script.write_text("from fusionkit.cli.main import main; main()")
     command = [sys.executable, str(script), "compress", "--config", str(tmp_path / "recipe.yaml")]
     paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     done = subprocess.run(

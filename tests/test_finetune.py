@@ -394,7 +394,7 @@ class TestTraining:
 
     def test_base_is_loaded(self, base_file: Path) -> None:
         torch.manual_seed(99)
-        from fusionkit.demo import base_model
+        from fusionkit.cli.demo import base_model
 
         module = Finetune(base_model(), "digit", base=str(base_file), private=HEAD)
         wanted = tiny_vit().state_dict()

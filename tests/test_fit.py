@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from fusionkit import Checkpoint, Family
 from fusionkit.checkpoints.adapters.folder import PeftFolder
 from fusionkit.checkpoints.adapters.start import start_of
-from fusionkit.fit import FitCLI
+from fusionkit.cli.fit import FitCLI
 from fusionkit.reuse.module import ReuseModule
 
 pytest_plugins = ["fits"]

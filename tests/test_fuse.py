@@ -17,8 +17,8 @@ from test_cli import run
 from torch import nn
 
 from fusionkit import Family, Mean, TaskArithmetic
-from fusionkit.demo import DigitTasks, base_model
-from fusionkit.fusion_report import Fusion, FusionReport
+from fusionkit.cli.demo import DigitTasks, base_model
+from fusionkit.cli.fusion_report import Fusion, FusionReport
 from fusionkit.reuse.fused import Fused
 from fusionkit.reuse.module import ReuseModule
 
@@ -61,7 +61,7 @@ def write(folder: Path, **changes: Any) -> Path:
             "class_path": "Finetune",
             "init_args": {
                 # The demo's: drawn anew, by whatever the generator is at.
-                "model": {"class_path": "fusionkit.demo.base_model"},
+                "model": {"class_path": "fusionkit.cli.demo.base_model"},
                 "private": HEAD,
                 "target_modules": ["qkv", "fc1"],
                 "rank": 4,

@@ -12,7 +12,7 @@ from conftest import TinyNet
 from safetensors.torch import save_file
 
 import fusionkit
-from fusionkit import cli
+from fusionkit.cli.main import main as cli
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = dict.fromkeys(re.findall(r"```python\n(.*?)```", README, re.DOTALL))
@@ -83,7 +83,7 @@ def test_the_readmes_table_is_the_demos() -> None:
     """Names in the shown table are the demo recipe's."""
     import yaml
 
-    from fusionkit.recipe import recipes_folder
+    from fusionkit.cli.recipe import recipes_folder
 
     for recipe in ("demo.yaml", "demo_lora.yaml"):
         names = yaml.safe_load((recipes_folder() / recipe).read_text())["codecs"]

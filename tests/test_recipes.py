@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from test_cli import run
 
 import fusionkit
-from fusionkit import demo
 from fusionkit.checkpoints.paths import resolve_package_path
-from fusionkit.fit import FitCLI
-from fusionkit.fuse import FuseCLI
-from fusionkit.recipe import CompareCLI, RecipeCLI, TestCLI, recipes_folder
+from fusionkit.cli import demo
+from fusionkit.cli.fit import FitCLI
+from fusionkit.cli.fuse import FuseCLI
+from fusionkit.cli.recipe import CompareCLI, RecipeCLI, TestCLI, recipes_folder
 
 RECIPES = sorted(recipes_folder().rglob("*.yaml"))
 TEXT = recipes_folder() / "text"

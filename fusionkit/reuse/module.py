@@ -22,11 +22,11 @@ from fusionkit.calibration.settings import Calibration
 from fusionkit.checkpoints.adapters.modules import Adapters
 from fusionkit.checkpoints.checkpoint import Checkpoint, find_checkpoints
 from fusionkit.checkpoints.paths import open_path
+from fusionkit.cli.report import Scores
 from fusionkit.codecs.base import DeltaCodec
 from fusionkit.codecs.dbms import DBMS
 from fusionkit.errors import BundleError, DataError, FusionKitError
 from fusionkit.registry import to_config
-from fusionkit.report import Scores
 from fusionkit.reuse.sharded import ShardedBase, check_strategy, is_sharded, on_meta, shard
 from fusionkit.reuse.switcher import Switcher, TaskSource
 from fusionkit.task_vectors.family import Family, matches

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from fusionkit import DBMS, Calibration, Checkpoint, MagnitudePrune, ReuseModule, calibrate
 from fusionkit.calibration.calibrate import EPOCHS
 from fusionkit.calibration.pair_search import PROBES
-from fusionkit.recipe import _quieten
+from fusionkit.cli.recipe import _quieten
 from fusionkit.tasks.data import TextClassification
 from fusionkit.tasks.models import sequence_classifier
 

@@ -10,11 +10,11 @@ from typing import Any
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from fusionkit import report
 from fusionkit.checkpoints.checkpoint import find_checkpoints
+from fusionkit.cli import report
+from fusionkit.cli.fit import FINETUNED, FitCLI, train
+from fusionkit.cli.fusion_report import Fusion, FusionReport
 from fusionkit.errors import DataError, FusionKitError
-from fusionkit.fit import FINETUNED, FitCLI, train
-from fusionkit.fusion_report import Fusion, FusionReport
 from fusionkit.merges.base import Merge
 from fusionkit.reuse.fused import Batches, Fused, LoraHub, search_scale
 from fusionkit.reuse.module import ReuseModule

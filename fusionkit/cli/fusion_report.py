@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from fusionkit.report import percent, replace_file
+from fusionkit.cli.report import percent, replace_file
 
 
 @dataclass(frozen=True)

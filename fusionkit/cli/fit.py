@@ -9,10 +9,10 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser
 
-from fusionkit import report
 from fusionkit.calibration.calibrate import EPOCHS, calibrate
+from fusionkit.cli import report
+from fusionkit.cli.recipe import RecipeCLI
 from fusionkit.errors import BundleError
-from fusionkit.recipe import RecipeCLI
 from fusionkit.tasks.finetune import KINDS, Finetune
 from fusionkit.tasks.training import fit
 

@@ -56,7 +56,7 @@ def main(args: list[str] | None = None) -> None:
 
 def compress(args: list[str]) -> None:
     """Compress fine-tuned checkpoints into a bundle: the recipe's `model.bundle`."""
-    from fusionkit import recipe, report
+    from fusionkit.cli import recipe, report
 
     cli = recipe.CompressCLI(args)
     report.show(report.bundle_table(cli.compress()))
@@ -64,7 +64,7 @@ def compress(args: list[str]) -> None:
 
 def test(args: list[str]) -> None:
     """Score every task of a recipe; writes scores.csv and scores.json to `--out`."""
-    from fusionkit import recipe, report
+    from fusionkit.cli import recipe, report
 
     cli = recipe.TestCLI(args)
     scores = cli.test()
@@ -75,21 +75,21 @@ def test(args: list[str]) -> None:
 
 def compare(args: list[str]) -> None:
     """Score several codecs over the same checkpoints; writes table and plot to `--out`."""
-    from fusionkit import recipe
+    from fusionkit.cli import recipe
 
     recipe.CompareCLI(args).compare()
 
 
 def fit(args: list[str]) -> None:
     """Fine-tune one task of a recipe, in full or by an adapter; or calibrate all tasks' DBMS."""
-    from fusionkit.fit import fit_cli
+    from fusionkit.cli.fit import fit_cli
 
     fit_cli(args)(args).fit()
 
 
 def fuse(args: list[str]) -> None:
     """Train families of adapters, fuse every set of their tasks, and score the fusions."""
-    from fusionkit.fuse import FuseCLI
+    from fusionkit.cli.fuse import FuseCLI
 
     FuseCLI(args).fuse()
 
@@ -100,8 +100,8 @@ def inspect(bundle: str) -> None:
     Args:
         bundle: the bundle's folder.
     """
-    from fusionkit import report
     from fusionkit.bundles.bundle import Bundle
+    from fusionkit.cli import report
 
     opened = Bundle.load(bundle)
     base = opened.manifest.base
@@ -148,11 +148,11 @@ def export(
             base's), of the factors of an adapter (by default fp16).
         overwrite: replace what is there.
     """
-    from fusionkit import report
     from fusionkit.bundles.bundle import Bundle
     from fusionkit.bundles.export_model import export_task
     from fusionkit.bundles.export_peft import export_adapter
     from fusionkit.checkpoints.checkpoint import Checkpoint
+    from fusionkit.cli import report
 
     source = None if base is None else Checkpoint(base, strip_prefix, add_prefix)
     if format == "peft":
@@ -179,7 +179,7 @@ def codecs() -> None:
     """List the installed codecs and merges, where they come from and what they do."""
     from rich.table import Table
 
-    from fusionkit import report
+    from fusionkit.cli import report
 
     failures = registry.load_all()
     for group in registry.GROUPS:
@@ -203,7 +203,7 @@ def demo(out: str = "out/demo", cache: str | None = None) -> None:
         out: folder for the table, the scores and the plot.
         cache: folder that keeps the trained models; by default the user's cache folder.
     """
-    from fusionkit import recipe
+    from fusionkit.cli import recipe
 
     recipe.run_demo(Path(out), Path(cache) if cache else None)
 

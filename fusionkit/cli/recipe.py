@@ -15,14 +15,15 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fusionkit import registry, report
+from fusionkit import registry
 from fusionkit.bundles.bundle import Bundle
 from fusionkit.calibration.calibrate import EPOCHS, calibrate
 from fusionkit.checkpoints.paths import open_path
+from fusionkit.cli import report
+from fusionkit.cli.launch import launched
 from fusionkit.codecs.base import DeltaCodec
 from fusionkit.codecs.dbms import DBMS
 from fusionkit.errors import BundleError, DataError, FusionKitError
-from fusionkit.launch import launched
 from fusionkit.reuse.module import ReuseModule
 from fusionkit.task_vectors.family import Family
 from fusionkit.task_vectors.workers import Progress as ProgressCallback
@@ -373,13 +374,13 @@ def progress_bar(what: str) -> Iterator[ProgressCallback]:
 
 def recipes_folder() -> Path:
     """The folder of the recipes: inside an installed FusionKit, or beside its source."""
-    installed = Path(__file__).parent / "recipes"
-    return installed if installed.is_dir() else Path(__file__).parent.parent / "recipes"
+    installed = Path(__file__).parents[1] / "recipes"
+    return installed if installed.is_dir() else Path(__file__).parents[2] / "recipes"
 
 
 def run_demo(out: Path, cache: Path | None) -> list[report.ComparisonReport]:
     """Train the demo's families (or take them from the cache), and compare codecs on each."""
-    from fusionkit import demo
+    from fusionkit.cli import demo
 
     _quieten()
     torch.set_num_threads(

@@ -22,7 +22,7 @@ from sklearn.datasets import load_digits, load_sample_images
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fusionkit import report
+from fusionkit.cli import report
 from fusionkit.tasks.finetune import WEIGHTS, Finetune
 
 SETTINGS: dict[str, Any] = {

@@ -1,0 +1,1 @@
+"""One file per verb, over recipes; tables and plots."""
