@@ -23,15 +23,15 @@ from fusionkit.codecs.linearized_lora import LinearizedLoRA as LinearizedLoRA
 from fusionkit.codecs.magnitude_prune import MagnitudePrune as MagnitudePrune
 from fusionkit.codecs.merged import Merged as Merged
 from fusionkit.codecs.svd import SVD as SVD
-from fusionkit.merges.base import TIES as TIES
-from fusionkit.merges.base import Elect as Elect
-from fusionkit.merges.base import Mean as Mean
 from fusionkit.merges.base import Merge as Merge
 from fusionkit.merges.base import MergeTensor as MergeTensor
-from fusionkit.merges.base import Normalized as Normalized
-from fusionkit.merges.base import TaskArithmetic as TaskArithmetic
 from fusionkit.merges.base import TensorMerge as TensorMerge
-from fusionkit.merges.base import Weighted as Weighted
+from fusionkit.merges.elect import Elect as Elect
+from fusionkit.merges.mean import Mean as Mean
+from fusionkit.merges.normalized import Normalized as Normalized
+from fusionkit.merges.task_arithmetic import TaskArithmetic as TaskArithmetic
+from fusionkit.merges.ties import TIES as TIES
+from fusionkit.merges.weighted import Weighted as Weighted
 from fusionkit.task_vectors.family import Family as Family
 from fusionkit.task_vectors.vectors import TaskVectors as TaskVectors
 

@@ -25,10 +25,9 @@ from fusionkit import registry
 from fusionkit.bundles.bundle import Bundle
 from fusionkit.bundles.compress import add_tasks, compress
 from fusionkit.codecs.base import WHOLE_MODEL, DeltaCodec, Encoded, Parts, RestoringCodec
-from fusionkit.codecs.values import full_precision
 from fusionkit.errors import FamilyError, FusionKitError
 from fusionkit.task_vectors.family import Family
-from fusionkit.task_vectors.workers import total
+from fusionkit.task_vectors.workers import full_precision, total
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 """The dtypes of checkpoints that a codec must take."""

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fusionkit.cli.demo import DigitTasks, base_model
+from fusionkit.tasks.digits import DigitTasks, base_model
 from fusionkit.tasks.finetune import Finetune
 
 TASKS = ("digit", "rotation", "parity")

@@ -17,7 +17,8 @@ from test_cli import PROGRAM, recipe, run
 
 from fusionkit import DBMS, Bundle, MagnitudePrune
 from fusionkit.calibration.pair_search import PROBES
-from fusionkit.cli.fit import CalibrateCLI, FitCLI, fit_cli
+from fusionkit.cli.calibrate import CalibrateCLI
+from fusionkit.cli.fit import FitCLI, fit_cli
 from fusionkit.cli.recipe import recipes_folder
 
 __all__ = ["recipe"]  # the fixture

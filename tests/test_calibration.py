@@ -20,8 +20,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fusionkit import DBMS, EMR, SVD, Bundle, Calibration, Dense, MagnitudePrune, Merged, calibrate
 from fusionkit.calibration.dbms import DBMSCalibrator as Calibrator
+from fusionkit.calibration.dbms import shifted_weights
+from fusionkit.calibration.objective import loss
 from fusionkit.calibration.pair_search import PROBES, PairSearch
-from fusionkit.calibration.settings import formed, loss
 from fusionkit.errors import BundleError, DataError, FusionKitError
 from fusionkit.reuse.module import ReuseModule
 from fusionkit.task_vectors.family import Family
@@ -119,7 +120,9 @@ class TestGradient:
             state = bundle.state_dict(task)
             like = {name: state[name] for name in calibrating.family.names("delta")}
             of = calibrating._directions(place, torch.device("cpu"))
-            check_same(formed(torch.tensor(scalars[task]), reuse.base_weights, like, of), like)
+            check_same(
+                shifted_weights(torch.tensor(scalars[task]), reuse.base_weights, like, of), like
+            )
 
     def test_with_the_codes_as_they_are(self, calibrator: Calibrator) -> None:
         """Exact derivatives of θ₀ + α u + β D, D a constant, against finite differences."""

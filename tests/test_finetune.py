@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fusionkit import Checkpoint, Family
-from fusionkit.checkpoints.adapters.folder import PeftFolder
+from fusionkit.checkpoints.adapters.folder import AdapterFolder
 from fusionkit.checkpoints.adapters.start import Seeded, start_of
 from fusionkit.errors import BundleError, CheckpointError, DataError, FamilyError, FusionKitError
 from fusionkit.reuse.module import ReuseModule
@@ -92,7 +92,7 @@ class TestPeftFolders:
 
     def test_only_what_is_trained_is_saved(self, lora: Fits, linearized: Fits, ia3: Fits) -> None:
         for fits in (lora, linearized, ia3):
-            adapter = PeftFolder(fits.paths["digit"])
+            adapter = AdapterFolder(fits.paths["digit"])
             own = {n for n in adapter.tensors if ".lora_" in n or ".ia3_l" in n}
             assert adapter.tensors.keys() - own == {"head.weight", "head.bias"}
             assert len(own) == (8 if fits is ia3 else 16)
@@ -118,7 +118,7 @@ class TestStart:
     ) -> None:
         fits: Fits = request.getfixturevalue(method)
         for path in fits.paths.values():
-            folder = PeftFolder(path)
+            folder = AdapterFolder(path)
             record, start = start_of(folder, folder.layout(Checkpoint(tiny_vit())))
             assert record["seed"] == 0
             wanted = self.drawn()
@@ -126,7 +126,7 @@ class TestStart:
             assert all(torch.equal(start[name], wanted[name]) for name in wanted)
 
     def test_a_lora_trains_both_factors(self, lora: Fits) -> None:
-        tensors, start = PeftFolder(lora.paths["digit"]).tensors, self.drawn()
+        tensors, start = AdapterFolder(lora.paths["digit"]).tensors, self.drawn()
         assert all(not torch.equal(tensors[name], start[name]) for name in start)
         assert trained_names(lora.modules["digit"]) == {
             *start,
@@ -136,7 +136,7 @@ class TestStart:
 
     def test_a_linearized_lora_trains_b_and_the_head_alone(self, linearized: Fits) -> None:
         for task, module in linearized.modules.items():
-            tensors, start = PeftFolder(linearized.paths[task]).tensors, self.drawn()
+            tensors, start = AdapterFolder(linearized.paths[task]).tensors, self.drawn()
             moved = {name for name in start if not torch.equal(tensors[name], start[name])}
             assert moved == {name for name in start if ".lora_B." in name}
             assert trained_names(module) == {
@@ -166,7 +166,7 @@ class TestStart:
             record = json.loads((tmp_path / task / "fusionkit.json").read_text())
             assert record == {"start": {"file": "initial.safetensors"}}
             start = load_file(tmp_path / task / "initial.safetensors")
-            tensors = PeftFolder(tmp_path / task).tensors
+            tensors = AdapterFolder(tmp_path / task).tensors
             same = {n for n in start if torch.equal(tensors[n].float(), start[n].float())}
             linearized = method == "linearized_lora"
             assert same == {n for n in start if linearized and ".lora_A." in n}
@@ -180,7 +180,7 @@ class TestStart:
             Family(base, paths, HEAD, adapters="modules")
 
     def test_a_replay_that_fits_the_order_only_is_none(self, lora: Fits) -> None:
-        folder = PeftFolder(lora.paths["digit"])
+        folder = AdapterFolder(lora.paths["digit"])
         layout = folder.layout(Checkpoint(tiny_vit()))
         shapes = {name: folder.tensors.specs[name].shape for name in layout.tensors}
         seeded = Seeded(**folder.start["start"])
@@ -251,7 +251,7 @@ class TestHead:
             return net.eval()
 
         module = fit_tokens("lora", build(), target_modules=["hidden"], dropout=0.0)
-        folder = PeftFolder(module.save(tmp_path / "a"))
+        folder = AdapterFolder(module.save(tmp_path / "a"))
         assert folder.tensors["head.0.weight"].shape == (5, 11)
         assert folder.tensors["head.2.weight"].shape == (4, 5)
         assert not torch.equal(folder.tensors["head.1.weight"], build().head[1].weight)
@@ -273,7 +273,7 @@ class TestHead:
         net = Net()
         before = net.overhead.weight.detach().clone()
         module = fit_tokens("lora", net, target_modules=["hidden"])
-        saved = PeftFolder(module.save(tmp_path / "a")).tensors
+        saved = AdapterFolder(module.save(tmp_path / "a")).tensors
         assert {n for n in saved if "lora" not in n} == {"head.weight", "head.bias"}
         assert torch.equal(net.overhead.weight, before)
 
@@ -394,7 +394,7 @@ class TestTraining:
 
     def test_base_is_loaded(self, base_file: Path) -> None:
         torch.manual_seed(99)
-        from fusionkit.cli.demo import base_model
+        from fusionkit.tasks.digits import base_model
 
         module = Finetune(base_model(), "digit", base=str(base_file), private=HEAD)
         wanted = tiny_vit().state_dict()

@@ -19,7 +19,7 @@ from test_cli import PROGRAM, run
 from torch.utils.data import DataLoader
 
 from fusionkit import Checkpoint, Family
-from fusionkit.checkpoints.adapters.folder import PeftFolder
+from fusionkit.checkpoints.adapters.folder import AdapterFolder
 from fusionkit.checkpoints.adapters.start import start_of
 from fusionkit.cli.fit import FitCLI
 from fusionkit.reuse.module import ReuseModule
@@ -199,7 +199,7 @@ class TestResuming:
         cli = fit(recipe, *command[4:], "--ckpt_path=last")
         assert CountSteps.steps[0] in (3, 4, 5)
         assert CountSteps.steps[-1] == cli.trainer.global_step == 8
-        folder = PeftFolder(tmp_path / "out/finetuned")
+        folder = AdapterFolder(tmp_path / "out/finetuned")
         start = start_of(folder, folder.layout(Checkpoint(tiny_vit())))[1]
         assert all(torch.equal(folder.tensors[n], start[n]) for n in start if ".lora_A." in n)
         check_family(cli)

@@ -17,10 +17,10 @@ from test_cli import run
 from torch import nn
 
 from fusionkit import Family, Mean, TaskArithmetic
-from fusionkit.cli.demo import DigitTasks, base_model
 from fusionkit.cli.fusion_report import Fusion, FusionReport
 from fusionkit.reuse.fused import Fused
 from fusionkit.reuse.module import ReuseModule
+from fusionkit.tasks.digits import DigitTasks, base_model
 
 pytest_plugins = ["fits"]
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 import fusionkit
 from fusionkit import TIES, Bundle, Elect, Family, Mean, Merge, Merged, TaskArithmetic, Weighted
+from fusionkit.calibration.lorahub import Batches, LoraHub, evaluate, search_scale
 from fusionkit.errors import CodecError, FusionKitError
-from fusionkit.reuse.fused import Batches, Fused, LoraHub, evaluate, search_scale
+from fusionkit.reuse.fused import Fused
 from fusionkit.reuse.module import ReuseModule
 
 pytest_plugins = ["fits"]

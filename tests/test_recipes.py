@@ -16,9 +16,11 @@ from test_cli import run
 import fusionkit
 from fusionkit.checkpoints.paths import resolve_package_path
 from fusionkit.cli import demo
+from fusionkit.cli.compare import CompareCLI
 from fusionkit.cli.fit import FitCLI
 from fusionkit.cli.fuse import FuseCLI
-from fusionkit.cli.recipe import CompareCLI, RecipeCLI, TestCLI, recipes_folder
+from fusionkit.cli.recipe import RecipeCLI, recipes_folder
+from fusionkit.cli.test import TestCLI
 
 RECIPES = sorted(recipes_folder().rglob("*.yaml"))
 TEXT = recipes_folder() / "text"

@@ -18,7 +18,7 @@ from torch import Tensor
 from fusionkit import DBMS, EMR, Bundle, Dense, MagnitudePrune, Mean
 from fusionkit.bundles import compress, journal
 from fusionkit.bundles import part_file as partfile
-from fusionkit.bundles.format import LOCK
+from fusionkit.checkpoints.output_folder import LOCK
 from fusionkit.codecs.base import DeltaCodec
 from fusionkit.errors import BundleError, FamilyError
 from fusionkit.task_vectors.family import Family
@@ -123,7 +123,7 @@ def test_another_run_begins_anew(files: Files, tmp_path: Path, change: str) -> N
     elif change == "tasks":
         del files.finetuned["cat"]
     else:
-        (partial(out) / journal.FILE).write_text("not JSON\n")
+        (partial(out) / journal.JOURNAL).write_text("not JSON\n")
     left = run(files, codec, out)
     assert len(left) == len(run_all(files))
     run(files, codec, tmp_path / "one")
@@ -134,7 +134,7 @@ def test_a_line_half_written_is_left_out(files: Files, tmp_path: Path) -> None:
     out = tmp_path / "two"
     with pytest.raises(KeyboardInterrupt):
         run(files, Dense(), out, 3)
-    path = partial(out) / journal.FILE
+    path = partial(out) / journal.JOURNAL
     path.write_text(path.read_text()[:-9])
     assert len(run(files, Dense(), out)) == len(run_all(files)) - 2
     run(files, Dense(), tmp_path / "one")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fusionkit import EMR, Bundle, Checkpoint, Dense, LinearizedLoRA, Mean, add_tasks
 from fusionkit.bundles import compress
-from fusionkit.checkpoints.adapters.folder import PeftFolder
+from fusionkit.checkpoints.adapters.folder import AdapterFolder
 from fusionkit.checkpoints.adapters.start import Seeded, digest, start_of
 from fusionkit.errors import BundleError, CheckpointError, FamilyError
 from fusionkit.tasks.linearize import linearize
@@ -100,7 +100,7 @@ def record(folder: Path, **changes: Any) -> None:
 )
 def test_a_seed_replays_pefts_draw_exactly(settings: dict[str, Any], tmp_path: Path) -> None:
     _, start = trained(tmp_path / "a", seed=5, move=1, **settings)
-    folder = PeftFolder(tmp_path / "a")
+    folder = AdapterFolder(tmp_path / "a")
     layout = folder.layout(Checkpoint(net()))
     state = torch.get_rng_state()
     kind, found = start_of(folder, layout)
@@ -113,7 +113,7 @@ def test_a_seed_replays_pefts_draw_exactly(settings: dict[str, Any], tmp_path: P
 def test_several_threads_replay_the_same_draw(tmp_path: Path) -> None:
     """Each from the random state that all of them have."""
     _, start = trained(tmp_path / "a", seed=5, move=1)
-    folder = PeftFolder(tmp_path / "a")
+    folder = AdapterFolder(tmp_path / "a")
     layout = folder.layout(Checkpoint(net()))
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda _: start_of(folder, layout)[1], range(40)))
@@ -160,7 +160,7 @@ class TestBundles:
             add_tasks(bundle, {"cat": paths["cat"]})
             again = Bundle(tmp_path / "b", net())
             for task in paths:
-                own = PeftFolder(paths[task]).tensors
+                own = AdapterFolder(paths[task]).tensors
                 for name, tensor in again.adapter_tensors(task).items():
                     torch.testing.assert_close(tensor, own[name])
         else:

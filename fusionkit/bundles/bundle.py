@@ -1,17 +1,4 @@
-"""A bundle: a folder that holds a family's compressed deltas.
-
-    manifest.json           what is in it: codec, base, tasks, sizes, checksums (manifest.py)
-    shared.safetensors      the parts that all tasks share; absent if there are none
-    task-<name>.safetensors one per task: its parts, private and exact tensors; <name> is
-                            percent-encoded
-
-All tensor files are plain safetensors (partfile.py). A tensor's parts are keyed `<tensor>/<part>`;
-the part `tensor` is reserved for private and exact tensors, stored whole. Parts of the whole model
-are keyed `/<part>`, the initial tensors of adapters, where no seed makes them again,
-`start:<tensor>/tensor` in the shared file. The base is not in the bundle: it is known by
-fingerprint and checked on use. Files are written under temporary names and renamed, the manifest
-last: whatever is interrupted, a bundle that can be opened is whole.
-"""
+"""A bundle, opened: any task's deltas, tensors and whole model; its format is in `format`."""
 
 import shutil
 import weakref
@@ -23,19 +10,19 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from fusionkit.bundles.format import SHARED, START, WHOLE, disk_errors, new_folder, task_file
-from fusionkit.bundles.manifest import FILE, Manifest, reopen_base
-from fusionkit.bundles.reader import StoredParts
+from fusionkit.bundles.format import INITIAL, MANIFEST, SHARED, task_file
+from fusionkit.bundles.manifest import Manifest, reopen_base
+from fusionkit.bundles.reader import BundleReader, decoding
 from fusionkit.checkpoints.adapters.layout import fold_into
 from fusionkit.checkpoints.adapters.lowrank import LowRank
 from fusionkit.checkpoints.checkpoint import Checkpoint, Source
+from fusionkit.checkpoints.output_folder import disk_errors, new_folder
 from fusionkit.checkpoints.overlay import WithStart
 from fusionkit.checkpoints.paths import copy_file, is_remote, open_path
-from fusionkit.codecs.base import DeltaCodec, Parts, RestoringCodec
-from fusionkit.codecs.payload import decoding
-from fusionkit.codecs.values import full_precision
+from fusionkit.codecs.base import WHOLE, DeltaCodec, Parts, RestoringCodec
 from fusionkit.errors import BundleError, WrongBaseError, listing
 from fusionkit.registry import from_config
+from fusionkit.task_vectors.workers import full_precision
 
 Decoded = TypeVar("Decoded")
 
@@ -63,10 +50,10 @@ class Bundle:
         self.manifest = Manifest.read(self.path)
         codec = from_config(self.manifest.codec)
         if not isinstance(codec, DeltaCodec):
-            raise BundleError(f"{self.path / FILE}: '{codec.id}' is no codec; compress again")
+            raise BundleError(f"{self.path / MANIFEST}: '{codec.id}' is no codec; compress again")
         self.codec: DeltaCodec = codec
         self._base_checked = False
-        self._stored = StoredParts(self.path, self.manifest)
+        self._stored = BundleReader(self.path, self.manifest)
         self._initial: dict[str, Tensor] = {}
         self._base = None if base is None else self._with_start(Checkpoint.of(base))
 
@@ -96,7 +83,7 @@ class Bundle:
         files = [record.file for record in self.manifest.tasks.values()]
         if self.manifest.shared:
             files.append(self.manifest.shared)
-        return (self.path / FILE).stat().st_size + sum(file.bytes for file in files)
+        return (self.path / MANIFEST).stat().st_size + sum(file.bytes for file in files)
 
     @property
     def bits_per_parameter(self) -> float:
@@ -282,7 +269,7 @@ class Bundle:
         if space and not self._initial:
             names, records = space.layout.tensors, self.manifest.base.tensors
             if space.stored:
-                self._initial = {n: self.shared_parts(START + n)[WHOLE] for n in names}
+                self._initial = {n: self.shared_parts(INITIAL + n)[WHOLE] for n in names}
             else:
                 shapes = {name: tuple(records[name].shape) for name in names}
                 self._initial = space.initial(shapes, str(self.path))
@@ -342,9 +329,9 @@ class Bundle:
         Raises:
             BundleError: the folder exists (and `overwrite` is not set), or the disk is full.
         """
-        with new_folder(open_path(path), overwrite) as folder:
+        with new_folder(open_path(path), overwrite, known_by=MANIFEST) as folder:
             shared = [SHARED] if self.manifest.shared else []
-            for name in (FILE, *shared, *map(task_file, self.tasks)):
+            for name in (MANIFEST, *shared, *map(task_file, self.tasks)):
                 copy_file(self.path / name, folder / name)
 
     def check_writable(self) -> None:
@@ -377,7 +364,7 @@ class Bundle:
         """Write a new manifest, and see the tasks that it names."""
         manifest.write(self.path)
         self.manifest = manifest
-        self._stored = StoredParts(self.path, manifest)
+        self._stored = BundleReader(self.path, manifest)
 
     def _with_start(self, base: Checkpoint) -> Checkpoint:
         """The base as deltas are taken from: with adapters' initial tensors, if it lacks them."""

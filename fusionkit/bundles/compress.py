@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 
 from fusionkit.bundles.bundle import Bundle
-from fusionkit.bundles.format import disk_errors, new_folder, task_file
+from fusionkit.bundles.format import MANIFEST, task_file
 from fusionkit.bundles.journal import claim, identity, is_resumable, tidy
 from fusionkit.bundles.manifest import BaseRecord, Manifest
-from fusionkit.bundles.writer import Writing
+from fusionkit.bundles.writer import BundleWriter
 from fusionkit.checkpoints.adapters.modules import Adapters
 from fusionkit.checkpoints.checkpoint import Checkpoint, Source
+from fusionkit.checkpoints.output_folder import disk_errors, new_folder
 from fusionkit.checkpoints.overlay import WithStart
 from fusionkit.checkpoints.paths import is_remote, open_path
 from fusionkit.codecs.base import DeltaCodec
@@ -96,7 +97,7 @@ def compress(
         if processes.rank == 0:
             resumable = is_resumable(family) and not is_remote(out)
             with (
-                new_folder(out, overwrite, keep=resumable) as folder,
+                new_folder(out, overwrite, known_by=MANIFEST, keep=resumable) as folder,
                 processes.together(),  # the others know before the folder is removed
             ):
                 if resumable:
@@ -183,7 +184,7 @@ def add_tasks(
     ):
         folder = Path(temporary)
         shared = bundle.shared_parts if keep_shared else None
-        writing = Writing(folder, family, bundle.codec, resumable=False)
+        writing = BundleWriter(folder, family, bundle.codec, resumable=False)
         new_shared, records = writing.write(shared, adding=True)
         if new_shared:
             raise BundleError(f"{bundle.path}: {_SHARES}")
@@ -200,7 +201,7 @@ def add_tasks(
 
 def _write(folder: Path, family: Family, codec: DeltaCodec, resumable: bool = False) -> None:
     """Write a bundle into a folder; the manifest comes last, from the first process."""
-    shared, tasks = Writing(folder, family, codec, resumable).write()
+    shared, tasks = BundleWriter(folder, family, codec, resumable).write()
     base = BaseRecord.of(family)
     if family.workers.processes.rank == 0:
         Manifest(

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from fusionkit.bundles.bundle import Bundle
 from fusionkit.bundles.export_model import DTYPES
-from fusionkit.bundles.format import new_folder
 from fusionkit.checkpoints.adapters.folder import CONFIG, LINEARIZED, PREFIX, TENSORS
 from fusionkit.checkpoints.adapters.layout import Form, LoraModule
-from fusionkit.checkpoints.adapters.lowrank import LowRank, svd_gram
+from fusionkit.checkpoints.adapters.lowrank import LowRank
+from fusionkit.checkpoints.output_folder import new_folder
 from fusionkit.codecs.base import DeltaCodec
+from fusionkit.codecs.decomposition import svd_gram
 from fusionkit.errors import BundleError, listing
 
 _EMBEDDINGS = re.compile(r"embed|(^|[._])w[tp]e$", re.IGNORECASE)

@@ -10,15 +10,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusionkit.bundles.format import LOCK
 from fusionkit.bundles.part_file import Entry, PartWriter
 from fusionkit.checkpoints.checkpoint import Checkpoint
+from fusionkit.checkpoints.output_folder import LOCK
 from fusionkit.codecs.base import DeltaCodec
 from fusionkit.registry import to_config
 from fusionkit.task_vectors.family import Family
 from fusionkit.task_vectors.processes import Processes
 
-FILE = "journal.jsonl"
+JOURNAL = "journal.jsonl"
 PROCESS = "process-"
 """With its rank, the folder of a process that is not the first."""
 _DUE = 1 << 24
@@ -49,7 +49,7 @@ class Journal:
     """
 
     def __init__(self, folder: Path, identity: str, writers: Sequence[PartWriter]) -> None:
-        self._path = folder / FILE
+        self._path = folder / JOURNAL
         self._identity = identity
         self._writers = writers
         self._due: list[Record] = []
@@ -126,7 +126,7 @@ def identity(family: Family, codec: DeltaCodec, processes: Processes) -> str:
 
 def claim(folder: Path, identity: str) -> None:
     """Empty a folder, unless what it holds is of the same run."""
-    known = _identity(folder / FILE)
+    known = _identity(folder / JOURNAL)
     for path in folder.iterdir() if known != identity else ():
         if path.is_dir():
             shutil.rmtree(path)
@@ -136,7 +136,7 @@ def claim(folder: Path, identity: str) -> None:
 
 def tidy(folder: Path) -> None:
     """Remove what is not of the bundle."""
-    (folder / FILE).unlink(missing_ok=True)
+    (folder / JOURNAL).unlink(missing_ok=True)
     for own in folder.glob(f"{PROCESS}*"):
         shutil.rmtree(own)
 

@@ -10,19 +10,16 @@ from typing import Any, get_args
 
 import torch
 
-from fusionkit.bundles.part_file import FileRecord, tensor_bytes
+from fusionkit.bundles.format import FORMAT, MANIFEST, VERSIONS
+from fusionkit.bundles.part_file import FileRecord
 from fusionkit.checkpoints.adapters.modules import AdapterSpace
 from fusionkit.checkpoints.checkpoint import Checkpoint
+from fusionkit.checkpoints.safetensors_file import tensor_bytes
 from fusionkit.errors import BundleError, WrongBaseError, listing
 from fusionkit.registry import Config
 from fusionkit.task_vectors.family import Family, Role
 
 _PIECE = 1 << 20
-FILE = "manifest.json"
-FORMAT = "fusionkit-bundle"
-VERSIONS = (1, 2, 3)
-"""What can be read; 3 is written where tasks were calibrated, 2 where adapters are what is
-compressed, 1 otherwise."""
 
 
 @dataclass(frozen=True)
@@ -240,10 +237,10 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write into a bundle's folder: to a temporary name, then renamed."""
-        temporary = folder / (FILE + ".tmp")
+        temporary = folder / (MANIFEST + ".tmp")
         try:
             temporary.write_text(self.text())
-            os.replace(temporary, folder / FILE)
+            os.replace(temporary, folder / MANIFEST)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
@@ -255,12 +252,12 @@ class Manifest:
         Raises:
             BundleError: there is none, it was changed, or it is of a newer format.
         """
-        path = folder / FILE
+        path = folder / MANIFEST
         try:
             content: dict[str, Any] = json.loads(path.read_text())
         except FileNotFoundError as error:
             raise BundleError(
-                f"{folder}: not a bundle (it has no {FILE}); make one with 'fusionkit compress'"
+                f"{folder}: not a bundle (it has no {MANIFEST}); make one with 'fusionkit compress'"
             ) from error
         except (OSError, ValueError, RecursionError) as error:
             raise BundleError(f"{path}: not readable as JSON ({error}); copy it again") from error

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fusionkit.checkpoints.paths import local_copy
-from fusionkit.checkpoints.safetensors_file import SAFETENSORS_DTYPES
+from fusionkit.checkpoints.safetensors_file import SAFETENSORS_DTYPES, tensor_bytes
 from fusionkit.errors import BundleError
 
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
@@ -323,13 +323,6 @@ class PartFile:
             f"{self.path}: {what} is not what was written (SHA-256 differs); the file was damaged "
             "or tampered with: copy or compress it again"
         )
-
-
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor's values, in row-major order; its own memory where it can be."""
-    # Through uint8, since NumPy knows no bfloat16; clones nothing that is contiguous already.
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data
 
 
 def _digest(data: memoryview | bytes) -> str:

@@ -2,21 +2,23 @@
 
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from fusionkit.bundles.format import SHARED, START, task_file
+from fusionkit.bundles.format import INITIAL, SHARED, task_file
 from fusionkit.bundles.manifest import Manifest
 from fusionkit.bundles.part_file import PartFile
-from fusionkit.codecs.base import WHOLE_MODEL, Parts
+from fusionkit.codecs.base import WHOLE_MODEL, DeltaCodec, Parts
+from fusionkit.errors import BundleError
 
 _OPEN = 32
 """Task files that are kept open, those used last. What stays open of each lies among the memory
 that tensors are decoded into, which the system's allocator then can't use again."""
 
 
-class StoredParts:
+class BundleReader:
     """The files of parts: one that tasks share, and one of each task.
 
     Args:
@@ -37,7 +39,7 @@ class StoredParts:
     def tasks_share(self) -> bool:
         """Whether there are parts that were computed from all tasks together."""
         names = self._shared.names() if self._shared else iter(())
-        return any(not name.startswith(START) for name in names)
+        return any(not name.startswith(INITIAL) for name in names)
 
     def shared(self, name: str, device: torch.device | None = None) -> Parts:
         """The parts of a tensor that all tasks share."""
@@ -77,3 +79,28 @@ class StoredParts:
         else:
             self._tasks.move_to_end(task)
         return file
+
+
+@contextmanager
+def decoding(path: Path, task: str, name: str, codec: DeltaCodec) -> Iterator[None]:
+    """A context that says of which task and tensor a payload can't be made sense of.
+
+    Raises:
+        BundleError: it can't.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise BundleError(
+            f"{path}: '{name}' of task '{task}' can't be decoded by {codec!r} "
+            f"({type(error).__name__}: {error}); copy or compress it again"
+        ) from error

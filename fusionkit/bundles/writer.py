@@ -1,23 +1,44 @@
 """A family's payload on its way into a folder: what each process writes, and how it is joined."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 
-from fusionkit.bundles.format import SHARED, START, WHOLE, task_file
+from fusionkit.bundles.format import INITIAL, SHARED, task_file
 from fusionkit.bundles.journal import PROCESS, Journal, Record, identity
 from fusionkit.bundles.manifest import TaskRecord
 from fusionkit.bundles.part_file import Entry, FileRecord, Part, PartWriter
-from fusionkit.codecs.base import WHOLE_MODEL, DeltaCodec, SharedParts
-from fusionkit.codecs.payload import Packed, encode
+from fusionkit.codecs.base import WHOLE, WHOLE_MODEL, DeltaCodec, Encoded, Parts, SharedParts
+from fusionkit.codecs.payload import encode
 from fusionkit.errors import BundleError, CodecError
 from fusionkit.task_vectors.family import Family
 
-Stored = tuple[str, int, list[Entry]]
+Segment = tuple[str, int, list[Entry]]
 """A file of parts: its path, where in it the data start, and its entries."""
 
 
-class Writing:
+class EncodedTensor(NamedTuple):
+    """One tensor's payload, ready to be written.
+
+    Attributes:
+        name: the tensor's name, or `WHOLE_MODEL`.
+        files: its parts in the file that tasks share, then in each task's own.
+        sums: see `Encoded`.
+    """
+
+    name: str
+    files: list[list[Part]]
+    sums: Tensor | None
+
+    @classmethod
+    def of(cls, encoded: Encoded) -> "EncodedTensor":
+        """Bytes and digests of what a codec encoded; called where it was encoded, in a thread."""
+        files = [_parts(encoded.name, parts) for parts in (encoded.shared, *encoded.tasks)]
+        return cls(encoded.name, files, encoded.sums)
+
+
+class BundleWriter:
     """Encodes a family into the files of a folder; each process its share of the tensors.
 
     Every process writes what it encodes into files of its own. The first one then puts those of
@@ -64,14 +85,14 @@ class Writing:
         if self._processes.rank == 0 and None not in done:
             self._add_whole_tensors(adding)
         sums = {name: each for name, each in done.items() if name is not None}
-        last: Packed | None = None
-        for packed in encode(codec, family, shared, sums):
-            if packed.files[0] and shared is not None:
-                raise CodecError(f"{codec!r} encoded shared parts of '{packed.name}' anew")
-            if packed.name == WHOLE_MODEL:
-                last = packed
+        last: EncodedTensor | None = None
+        for encoded in encode(codec, family, EncodedTensor.of, shared, sums):
+            if encoded.files[0] and shared is not None:
+                raise CodecError(f"{codec!r} encoded shared parts of '{encoded.name}' anew")
+            if encoded.name == WHOLE_MODEL:
+                last = encoded
             else:
-                self._add(packed)
+                self._add(encoded)
         self._join()
         if self._processes.rank:
             return None, {}
@@ -85,13 +106,13 @@ class Writing:
             return {}
         return {record.name: record.sums for record in self._journal.resume()}
 
-    def _add(self, packed: Packed) -> None:
-        for writer, parts in zip(self._writers, packed.files, strict=True):
+    def _add(self, encoded: EncodedTensor) -> None:
+        for writer, parts in zip(self._writers, encoded.files, strict=True):
             for part in parts:
                 writer.add(part)
-        if self._journal and packed.name != WHOLE_MODEL:
-            entries = [[part.entry for part in parts] for parts in packed.files]
-            self._journal.add(Record(packed.name, entries, packed.sums))
+        if self._journal and encoded.name != WHOLE_MODEL:
+            entries = [[part.entry for part in parts] for parts in encoded.files]
+            self._journal.add(Record(encoded.name, entries, encoded.sums))
 
     def _add_whole_tensors(self, adding: bool) -> None:
         """First, as they are the cheapest to check: adapters' start, private and exact tensors."""
@@ -99,7 +120,7 @@ class Writing:
         common, *own = self._writers
         if family.space and family.space.stored and not adding:
             for name in family.space.layout.tensors:
-                common.add(Part.of(f"{START}{name}/{WHOLE}", family.base[name]))
+                common.add(Part.of(f"{INITIAL}{name}/{WHOLE}", family.base[name]))
         for task, writer in zip(family.tasks, own, strict=True):
             for tensors in (family.private_tensors(task), family.exact(task)):
                 for name, tensor in tensors:
@@ -111,7 +132,7 @@ class Writing:
         """Put what the other processes wrote behind what the first one did."""
         if self._journal:
             self._journal.flush()
-        stored: list[Stored] = []
+        stored: list[Segment] = []
         for writer in self._writers:
             writer.flush()
             path, start = writer.stored
@@ -140,3 +161,8 @@ class Writing:
             nbytes = family.finetuned[task].nbytes
             records[task] = TaskRecord(writer.finish(), family.private[task], whole, nbytes)
         return common.finish() if common.entries else None, records
+
+
+def _parts(name: str, parts: Parts) -> list[Part]:
+    order = sorted(parts, key=lambda part: (-parts[part].dtype.itemsize, part))
+    return [Part.of(f"{name}/{part}", parts[part]) for part in order]

@@ -1,6 +1,7 @@
 """Calibration of DBMS: the shift and the scale of every task."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -10,8 +11,8 @@ from torch import Tensor
 from fusionkit.bundles.bundle import Bundle
 from fusionkit.calibration.module import Calibrator, Values
 from fusionkit.calibration.pair_search import PROBES, PairSearch
-from fusionkit.calibration.settings import Calibration, Directions, formed
-from fusionkit.codecs.dbms import DBMS, PLAIN, Scalars, shifted
+from fusionkit.calibration.settings import Calibration
+from fusionkit.codecs.dbms import DBMS, PLAIN, Scalars, combine, shifted
 from fusionkit.codecs.payload import Payload
 from fusionkit.task_vectors.vectors import TaskVectors
 
@@ -22,6 +23,67 @@ _LEAST_MOVE = 1e-2
 """Shifts that differ by less, in units of the task vector's length, say nothing of ∂D/∂α."""
 _KEPT = 3
 """Encodings of which the newest that differs enough gives ∂D/∂α, as a secant."""
+
+
+@dataclass(frozen=True)
+class Directions:
+    """One task's u, D = C(τ − α u) and ∂D/∂α, by tensor; None where one is zero.
+
+    They are decoded when asked for, and not kept.
+    """
+
+    shift: Callable[[str], Tensor | None]
+    delta: Callable[[str], Tensor | None]
+    moved: Callable[[str], Tensor | None]
+
+
+class ShiftedWeight(torch.autograd.Function):
+    """One tensor of the reused model, θ₀ + α u + β D, as a function of the two scalars.
+
+    Its derivatives are ⟨g, u + β ∂D/∂α⟩ and ⟨g, D⟩. Nothing but the result is kept for them: u and
+    D are decoded again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, scalars: Tensor, base: Tensor, name: str, of: Directions, dtype: torch.dtype
+    ) -> Tensor:
+        """The tensor: `dtype` `(*shape)`."""
+        ctx.name, ctx.of, ctx.scale = name, of, float(scalars[1])
+        delta = combine(of.shift(name), of.delta(name), float(scalars[0]), ctx.scale)
+        if delta is None:
+            return base.to(dtype, copy=True)
+        return torch.add(base.to(torch.float32), delta).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """The derivatives: float32 `(2,)`."""
+        (gradient,) = (grad.to(torch.float32).reshape(-1) for grad in grads)
+        along = [
+            _dot(gradient, ctx.of.shift(ctx.name))
+            + ctx.scale * _dot(gradient, ctx.of.moved(ctx.name)),
+            _dot(gradient, ctx.of.delta(ctx.name)),
+        ]
+        return torch.stack(along), None, None, None, None
+
+
+def shifted_weights(
+    scalars: Tensor, base: Mapping[str, Tensor], like: Mapping[str, Tensor], of: Directions
+) -> dict[str, Tensor]:
+    """A task's weights as a differentiable function of its scalars.
+
+    Args:
+        scalars: α and β, float32 `(2,)`.
+        base: the base's tensors by name.
+        like: the tensors to form by name, for their dtypes.
+        of: what they are formed of.
+    """
+    form: Any = ShiftedWeight.apply
+    return {name: form(scalars, base[name], name, of, old.dtype) for name, old in like.items()}
+
+
+def _dot(gradient: Tensor, other: Tensor | None) -> Tensor:
+    return gradient.new_zeros(()) if other is None else torch.dot(gradient, other.reshape(-1))
 
 
 class DBMSCalibrator(Calibrator):
@@ -125,7 +187,7 @@ class DBMSCalibrator(Calibrator):
     def _weights(self, place: int, own: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
         unit = torch.stack([self._units[place].to(own.device), own.new_ones(())])
         of = self._directions(place, own.device)
-        return formed(own * unit, self.module.base_weights, like, of)
+        return shifted_weights(own * unit, self.module.base_weights, like, of)
 
     def _directions(self, place: int, device: torch.device) -> Directions:
         def read(payload: Payload, name: str) -> Tensor | None:

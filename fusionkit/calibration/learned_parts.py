@@ -15,8 +15,8 @@ from fusionkit.bundles.part_file import Part, PartWriter
 from fusionkit.calibration.module import Calibrator, Values
 from fusionkit.calibration.settings import Calibration
 from fusionkit.codecs.base import WHOLE_MODEL, Parts
-from fusionkit.codecs.values import full_precision
 from fusionkit.errors import FusionKitError
+from fusionkit.task_vectors.workers import full_precision
 
 if TYPE_CHECKING:
     from fusionkit.reuse.module import ReuseModule

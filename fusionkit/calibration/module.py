@@ -12,9 +12,11 @@ from torch import Tensor
 
 from fusionkit.bundles.bundle import Bundle
 from fusionkit.bundles.manifest import CalibrationRecord
-from fusionkit.calibration.settings import Calibration, head_of, loss, outputs
+from fusionkit.calibration.objective import head_of, loss, outputs
+from fusionkit.calibration.settings import Calibration
 from fusionkit.codecs.base import DeltaCodec
 from fusionkit.errors import DataError, FusionKitError
+from fusionkit.tasks.batches import _count, _same
 from fusionkit.tasks.spread import real_rows
 
 if TYPE_CHECKING:
@@ -319,17 +321,3 @@ class Calibrator(ABC):
 
 def _tensor(values: Values) -> Tensor:
     return torch.tensor(values, dtype=torch.float32)
-
-
-def _tensors(batch: Any) -> list[Tensor]:
-    values = batch.values() if isinstance(batch, Mapping) else batch
-    return [value for value in values if isinstance(value, Tensor)]
-
-
-def _count(batch: Any) -> int:
-    return len(_tensors(batch)[0])
-
-
-def _same(one: Any, other: Any) -> bool:
-    pairs = zip(_tensors(one), _tensors(other), strict=True)
-    return all(a.shape == b.shape and torch.equal(a.to(b.device), b) for a, b in pairs)

@@ -2,9 +2,10 @@
 
 import json
 import pickle
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from glob import escape as glob_escape
 from glob import glob
 from pathlib import Path
@@ -386,3 +387,8 @@ def _shared(tensors: Mapping[str, Tensor]) -> dict[str, str]:
         if target != name:
             aliases[name] = target
     return aliases
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a tensor's name matches one of the shell-style patterns (case matters)."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)

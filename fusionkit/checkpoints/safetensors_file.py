@@ -238,3 +238,10 @@ def _header(path: Path, size: int) -> tuple[Mapping[str, Any], int]:
     if 8 + length + end != size:
         raise ValueError(f"it should have {8 + length + end} bytes and has {size}")
     return header, 8 + length
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor's values, in row-major order; its own memory where it can be."""
+    # Through uint8, since NumPy knows no bfloat16; clones nothing that is contiguous already.
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data

@@ -1,15 +1,12 @@
 """`fusionkit fit`: a LightningModule trained by the Trainer, its flags and its checkpoints."""
 
-import argparse
 from pathlib import Path
 from typing import Any, ClassVar
 
-import yaml
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser
 
-from fusionkit.calibration.calibrate import EPOCHS, calibrate
 from fusionkit.cli import report
 from fusionkit.cli.recipe import RecipeCLI
 from fusionkit.errors import BundleError
@@ -84,68 +81,6 @@ class FitCLI(RecipeCLI):
             ckpt_path=self.config["ckpt_path"],
             overwrite=self.config["overwrite"],
         )
-
-
-class CalibrateCLI(FitCLI):
-    """Compress the recipe's fine-tuned checkpoints calibrated, into `--model.bundle`."""
-
-    def add_model_arguments(self, parser: LightningArgumentParser) -> None:
-        """ReuseModule's."""
-        RecipeCLI.add_model_arguments(self, parser)
-
-    def check_out(self) -> None:
-        """Take the bundle's folder as the place to write; it must not be there.
-
-        Raises:
-            BundleError: it is there, or none was given.
-        """
-        self._bundle = self.config["model"]["bundle"]
-        self.config["model"]["bundle"] = None
-        if self._bundle is None:
-            raise BundleError("where to? give the bundle's folder: --model.bundle FOLDER")
-        if Path(self._bundle).exists() and not self.config["overwrite"]:
-            raise BundleError(f"{self._bundle}: exists; replace it with --overwrite true")
-        trainer = self.config["trainer"]
-        if trainer["max_epochs"] is None and trainer["max_steps"] == -1:
-            trainer["max_epochs"] = EPOCHS
-
-    def fit(self) -> Path | None:
-        """Calibrate, and show what was learned.
-
-        Returns:
-            the bundle's folder.
-        """
-        if self.trainer.is_global_zero:
-            self.save_config()
-        bundle = calibrate(
-            self.model,
-            self.datamodule,
-            self._bundle,
-            trainer=self.trainer,
-            ckpt_path=self.config["ckpt_path"],
-            overwrite=self.config["overwrite"],
-        )
-        if self.trainer.is_global_zero:
-            report.show(report.calibration_table(bundle), f"written: {self._bundle}")
-        return Path(self._bundle)
-
-
-def fit_cli(args: list[str]) -> type[FitCLI]:
-    """What a command line of `fit` is about: a recipe whose model names no class is ReuseModule's.
-
-    Args:
-        args: the command line after the verb.
-    """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", action="append", default=[])
-    for path in parser.parse_known_args(args)[0].config:
-        try:
-            model = yaml.safe_load(Path(path).read_text())["model"]
-        except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
-            continue  # the parser itself says what is wrong
-        if isinstance(model, dict) and "class_path" not in model and model:
-            return CalibrateCLI
-    return FitCLI
 
 
 def train(

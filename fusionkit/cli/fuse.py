@@ -10,13 +10,14 @@ from typing import Any
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from fusionkit.calibration.lorahub import Batches, LoraHub, search_scale
 from fusionkit.checkpoints.checkpoint import find_checkpoints
 from fusionkit.cli import report
 from fusionkit.cli.fit import FINETUNED, FitCLI, train
 from fusionkit.cli.fusion_report import Fusion, FusionReport
 from fusionkit.errors import DataError, FusionKitError
 from fusionkit.merges.base import Merge
-from fusionkit.reuse.fused import Batches, Fused, LoraHub, search_scale
+from fusionkit.reuse.fused import Fused
 from fusionkit.reuse.module import ReuseModule
 from fusionkit.task_vectors.family import Family
 

@@ -21,8 +21,8 @@ with a recipe (--config R.yaml; every setting can be overridden on the command l
   test       score every task, from a bundle or compressed on the fly
   compare    score several codecs over the same checkpoints: table, CSV, plot
   fuse       train families of adapters, fuse every set of tasks: table, CSV, plot
-  fit        fine-tune one task: in full, a LoRA, a linearized LoRA, or (IA)³;
-             or, where the codec is DBMS, calibrate and compress all tasks
+  calibrate  compress, with a few scalars per task learned on a few rows
+  fit        fine-tune one task: in full, a LoRA, a linearized LoRA, or (IA)³
 
 on a bundle:
   inspect    show what a bundle holds
@@ -56,35 +56,44 @@ def main(args: list[str] | None = None) -> None:
 
 def compress(args: list[str]) -> None:
     """Compress fine-tuned checkpoints into a bundle: the recipe's `model.bundle`."""
-    from fusionkit.cli import recipe, report
+    from fusionkit.cli import report
+    from fusionkit.cli.compress import CompressCLI
 
-    cli = recipe.CompressCLI(args)
+    cli = CompressCLI(args)
     report.show(report.bundle_table(cli.compress()))
 
 
 def test(args: list[str]) -> None:
     """Score every task of a recipe; writes scores.csv and scores.json to `--out`."""
-    from fusionkit.cli import recipe, report
+    from fusionkit.cli import report
+    from fusionkit.cli.test import TestCLI
 
-    cli = recipe.TestCLI(args)
+    cli = TestCLI(args)
     scores = cli.test()
-    report.show(scores.table(cli.title()))
+    report.show(report.scores_table(scores, cli.title()))
     for path in report.write_rows(scores.rows(), cli.out, "scores"):
         report.show(f"written: {path}")
 
 
 def compare(args: list[str]) -> None:
     """Score several codecs over the same checkpoints; writes table and plot to `--out`."""
-    from fusionkit.cli import recipe
+    from fusionkit.cli.compare import CompareCLI
 
-    recipe.CompareCLI(args).compare()
+    CompareCLI(args).compare()
 
 
 def fit(args: list[str]) -> None:
-    """Fine-tune one task of a recipe, in full or by an adapter; or calibrate all tasks' DBMS."""
-    from fusionkit.cli.fit import fit_cli
+    """Fine-tune one task of a recipe, in full or by an adapter."""
+    from fusionkit.cli.fit import FitCLI
 
-    fit_cli(args)(args).fit()
+    FitCLI(args).fit()
+
+
+def calibrate(args: list[str]) -> None:
+    """Compress the fine-tuned checkpoints of a recipe, a few scalars per task learned."""
+    from fusionkit.cli.calibrate import CalibrateCLI
+
+    CalibrateCLI(args).calibrate()
 
 
 def fuse(args: list[str]) -> None:
@@ -203,9 +212,9 @@ def demo(out: str = "out/demo", cache: str | None = None) -> None:
         out: folder for the table, the scores and the plot.
         cache: folder that keeps the trained models; by default the user's cache folder.
     """
-    from fusionkit.cli import recipe
+    from fusionkit.cli.demo import run_demo
 
-    recipe.run_demo(Path(out), Path(cache) if cache else None)
+    run_demo(Path(out), Path(cache) if cache else None)
 
 
 def _function(function: Callable[..., None], positional: str | None = None) -> Verb:
@@ -229,6 +238,7 @@ VERBS: dict[str, Verb] = {
     "compress": compress,
     "test": test,
     "compare": compare,
+    "calibrate": calibrate,
     "fit": fit,
     "fuse": fuse,
     "inspect": _function(inspect, "bundle"),

@@ -42,6 +42,9 @@ SharedParts = Callable[[str], Parts]
 WHOLE_MODEL = ""
 """The name under which a codec yields what belongs to no tensor in particular."""
 
+WHOLE = "tensor"
+"""No codec's part may be called so: it is the tensor itself, as a task has it, stored whole."""
+
 
 @dataclass(frozen=True)
 class Encoded:

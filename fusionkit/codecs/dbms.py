@@ -14,7 +14,7 @@ from fusionkit.codecs.base import WHOLE_MODEL, DeltaCodec, Encoded, Encoder, Par
 from fusionkit.codecs.merged import Merged
 from fusionkit.codecs.payload import Payload
 from fusionkit.errors import CodecError
-from fusionkit.merges.base import Normalized
+from fusionkit.merges.normalized import Normalized
 from fusionkit.task_vectors.family import Family
 from fusionkit.task_vectors.vectors import Change, ChangedVectors, TaskVectors
 

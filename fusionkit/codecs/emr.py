@@ -7,11 +7,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from fusionkit.codecs import kernels
 from fusionkit.codecs.base import WHOLE_MODEL, DeltaCodec, Encoded, Encoder, Parts, SharedParts
 from fusionkit.codecs.packing import pack_bits, unpack_bits
 from fusionkit.codecs.values import ValueDtype, pack_values, unpack_values
-from fusionkit.merges.base import signs
-from fusionkit.task_vectors import kernels
+from fusionkit.merges.elect import signs
 from fusionkit.task_vectors.family import Family
 from fusionkit.task_vectors.vectors import TaskVectors
 

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from fusionkit.codecs.base import DeltaCodec, Encoded, Encoder, Parts, SharedParts
 from fusionkit.codecs.values import ValueDtype, pack_values, unpack_values
-from fusionkit.merges.base import Mean, Merge
+from fusionkit.merges.base import Merge
+from fusionkit.merges.mean import Mean
 from fusionkit.task_vectors.family import Family
 from fusionkit.task_vectors.vectors import TaskVectors
 
@@ -38,7 +39,7 @@ class Merged(DeltaCodec):
         return decode_shared(parts, shape, self.dtype)
 
 
-class Stored(NamedTuple):
+class StoredVector(NamedTuple):
     """A shared vector's values as stored (None: there is no merge) and the parts to store."""
 
     values: Tensor | None
@@ -63,19 +64,19 @@ class SharedVector:
         self._shared = shared
         self._merge_tensor = merge.prepare(family) if merge and shared is None else None
 
-    def of(self, vectors: TaskVectors) -> Stored:
+    def of(self, vectors: TaskVectors) -> StoredVector:
         """The shared vector of one tensor, float32 `(*shape)`."""
         if self._merge is None:
-            return Stored(None, {})
+            return StoredVector(None, {})
         if self._merge_tensor is None:
             assert self._shared is not None
             stored = decode_shared(self._shared(vectors.name), vectors.shape, self._dtype)
-            return Stored(stored.to(vectors.device), {})
+            return StoredVector(stored.to(vectors.device), {})
         merged = self._merge.vector(self._merge_tensor, vectors)
         if not merged.any():
-            return Stored(None, {})
+            return StoredVector(None, {})
         parts = pack_values(merged.view(-1), self._dtype, _PART)
-        return Stored(decode_shared(parts, vectors.shape, self._dtype), parts)
+        return StoredVector(decode_shared(parts, vectors.shape, self._dtype), parts)
 
 
 def decode_shared(parts: Parts, shape: torch.Size, dtype: ValueDtype) -> Tensor:

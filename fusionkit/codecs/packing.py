@@ -11,46 +11,16 @@ coded positions as 8 bytes little-endian, the unary stream, and the k streams of
 lowest bit first, as one; both padded to whole bytes.
 """
 
-from typing import Any
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fusionkit.task_vectors import kernels
+from fusionkit.codecs import kernels
+from fusionkit.task_vectors.kernels import places
 
 _COMPLEMENT = 0x80
 _HEADER = 9
-
-
-def above(values: Tensor, limit: float) -> Tensor:
-    """Where values are larger than a limit: bool, of the same shape."""
-    if values.device.type == "cpu":  # NumPy is several times faster
-        found: Any = np.greater(values.numpy(), np.float32(limit))
-        return torch.from_numpy(found)
-    return values > limit
-
-
-def kth_largest(values: Tensor, k: int) -> float:
-    """The k-th largest, from 1 on, of float32 `(n,)`."""
-    if values.device.type == "cpu":  # NumPy is several times faster
-        return float(np.partition(values.numpy(), -k)[-k])
-    return float(torch.kthvalue(values, len(values) - k + 1).values)
-
-
-def places(mask: Tensor) -> Tensor:
-    """Flat positions at which a mask is set: int64, increasing."""
-    if mask.device.type == "cpu":  # NumPy is several times faster on booleans
-        return torch.from_numpy(np.flatnonzero(mask.numpy()))
-    return mask.reshape(-1).nonzero().reshape(-1)
-
-
-def count_set(mask: Tensor) -> int:
-    """At how many places a mask is set."""
-    if mask.device.type == "cpu":  # NumPy is several times faster on booleans
-        return int(np.count_nonzero(mask.numpy()))
-    return int(torch.count_nonzero(mask))
 
 
 def pack_bits(bits: Tensor) -> Tensor:

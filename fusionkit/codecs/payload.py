@@ -1,88 +1,94 @@
-"""What a codec encodes: held to the contract, written, and kept while another builds on it."""
+"""What a codec encodes: held to the contract, and kept while another codec builds on it."""
 
+import os
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
-from typing import NamedTuple, Self
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import IO, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
 
-from fusionkit.bundles.format import SHARED, WHOLE, task_file
-from fusionkit.bundles.part_file import Part, PartFile, PartWriter
-from fusionkit.codecs.base import WHOLE_MODEL, DeltaCodec, Encoded, Encoder, Parts, SharedParts
-from fusionkit.codecs.values import full_precision
-from fusionkit.errors import BundleError, CodecError
+from fusionkit.checkpoints.safetensors_file import tensor_bytes
+from fusionkit.codecs.base import (
+    WHOLE,
+    WHOLE_MODEL,
+    DeltaCodec,
+    Encoded,
+    Encoder,
+    Parts,
+    SharedParts,
+)
+from fusionkit.errors import CodecError
 from fusionkit.task_vectors.family import Family
-from fusionkit.task_vectors.workers import total
+from fusionkit.task_vectors.workers import full_precision, total
 
-
-class Packed(NamedTuple):
-    """One tensor's payload, ready to be written.
-
-    Attributes:
-        name: the tensor's name, or `WHOLE_MODEL`.
-        files: its parts in the file that tasks share, then in each task's own.
-        sums: see `Encoded`.
-    """
-
-    name: str
-    files: list[list[Part]]
-    sums: Tensor | None
-
+Form = TypeVar("Form")
 
 Sums = Mapping[str, Tensor | None]
 """A tensor's name → what it adds to the sums over the whole model."""
+
+_ALIGNED = 64
+"""Every part starts at a multiple of so many bytes, so that it can be viewed in any dtype."""
 
 
 def encode(
     codec: DeltaCodec,
     family: Family,
+    form: Callable[[Encoded], Form],
     shared: SharedParts | None = None,
     done: Sums | None = None,
-) -> Iterator[Packed]:
+) -> Iterator[Form]:
     """Encode a family: this process's share of the tensors, in threads.
 
     Args:
         codec: what encodes.
         family: what is encoded.
+        form: what is made of each tensor's payload, in the thread that encoded it; its `tasks`
+            are never empty here.
         shared: the shared parts to encode against, where tasks are added to a bundle.
         done: the tensors that need not be encoded any more.
 
     Yields:
-        each tensor's payload, in the base's order; then the whole model's, if there is one.
+        what was made of each tensor's payload, in the base's order; then of the whole model's, if
+        there is one.
 
     Raises:
         CodecError: the codec breaks its contract.
     """
     encoder = codec.prepare(family, shared)
     try:
-        yield from _encode(encoder, codec, family, dict(done or {}))
+        yield from _encode(encoder, codec, family, form, dict(done or {}))
     finally:
         encoder.close()
 
 
 def _encode(
-    encoder: Encoder, codec: DeltaCodec, family: Family, sums: dict[str, Tensor | None]
-) -> Iterator[Packed]:
+    encoder: Encoder,
+    codec: DeltaCodec,
+    family: Family,
+    form: Callable[[Encoded], Form],
+    sums: dict[str, Tensor | None],
+) -> Iterator[Form]:
+    def one(name: str) -> tuple[Tensor | None, Form]:
+        encoded = _checked(encoder.encode(family.vectors(name)), name, codec, family)
+        return encoded.sums, form(encoded)
+
     left = {name: size for name, size in family.share.items() if name not in sums}
-    for name, packed in family.run(lambda n: _one(n, encoder, codec, family), left):
-        sums[name] = packed.sums
-        yield packed
+    for name, (own, formed) in family.run(one, left):
+        sums[name] = own
+        yield formed
+        del formed  # it is not needed any more
     gathered = {n: s for each in family.workers.processes.gather(sums) for n, s in each.items()}
     if encoder.finish:
         found = (gathered[name] for name in family.sizes)
         whole = encoder.finish(total(each for each in found if each is not None))
         if whole is not None:
-            yield _packed(whole, WHOLE_MODEL, codec, family)
+            yield form(_checked(whole, WHOLE_MODEL, codec, family))
 
 
-def _one(name: str, encoder: Encoder, codec: DeltaCodec, family: Family) -> Packed:
-    return _packed(encoder.encode(family.vectors(name)), name, codec, family)
-
-
-def _packed(encoded: Encoded, name: str, codec: DeltaCodec, family: Family) -> Packed:
+def _checked(encoded: Encoded, name: str, codec: DeltaCodec, family: Family) -> Encoded:
+    """What was encoded, if it is as the contract has it; a task of which there is none has {}."""
     if encoded.name != name:
         raise CodecError(f"{codec!r} encoded '{encoded.name}' where '{name}' was asked for")
     if len(encoded.tasks) not in (0, len(family.tasks)):
@@ -91,47 +97,27 @@ def _packed(encoded: Encoded, name: str, codec: DeltaCodec, family: Family) -> P
             f"{len(family.tasks)}"
         )
     own = encoded.tasks or [{}] * len(family.tasks)
-    return Packed(name, [_parts(name, parts) for parts in (encoded.shared, *own)], encoded.sums)
+    for parts in (encoded.shared, *own):
+        for part in parts:
+            if "/" in part or part == WHOLE:
+                raise CodecError(f"a part can't be called '{part}': '/' and '{WHOLE}' are reserved")
+    return Encoded(encoded.name, encoded.shared, own, encoded.sums)
 
 
-def _parts(name: str, parts: Parts) -> list[Part]:
-    for part in parts:
-        if "/" in part or part == WHOLE:
-            raise CodecError(f"a part can't be called '{part}': '/' and '{WHOLE}' are reserved")
-    order = sorted(parts, key=lambda part: (-parts[part].dtype.itemsize, part))
-    return [Part.of(f"{name}/{part}", parts[part]) for part in order]
+class _Place(NamedTuple):
+    """Where in the file a part is, and what it is."""
 
-
-@contextmanager
-def decoding(path: Path, task: str, name: str, codec: DeltaCodec) -> Iterator[None]:
-    """A context that says of which task and tensor a payload can't be made sense of.
-
-    Raises:
-        BundleError: it can't.
-    """
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except (
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
-        raise BundleError(
-            f"{path}: '{name}' of task '{task}' can't be decoded by {codec!r} "
-            f"({type(error).__name__}: {error}); copy or compress it again"
-        ) from error
+    start: int
+    nbytes: int
+    dtype: torch.dtype
+    shape: torch.Size
 
 
 class Payload:
-    """A family's payload by one codec, in temporary files, to be decoded as another encodes.
+    """A family's payload by one codec, in a temporary file, to be decoded as another encodes.
 
     In a distributed run it holds this process's share of the tensors. A context manager: the
-    files go when it ends. Memory is a tensor's parts.
+    file goes when it ends. Memory is a tensor's parts, and where each part is.
 
     Args:
         codec: what encodes.
@@ -144,24 +130,21 @@ class Payload:
         self.tasks = family.tasks
         self._names = {*family.share}
         self._given = shared
-        self._folder = tempfile.TemporaryDirectory(prefix="fusionkit-")
-        folder = Path(self._folder.name)
-        paths = [folder / SHARED, *(folder / task_file(task) for task in family.tasks)]
-        writers = [PartWriter(path, family.sizes) for path in paths]
+        self._shared: dict[str, dict[str, _Place]] = {}
+        self._own: list[dict[str, dict[str, _Place]]] = [{} for _ in family.tasks]
+        handle, self._path = tempfile.mkstemp(prefix="fusionkit-")
         try:
-            for packed in encode(codec, family, shared):
-                for writer, parts in zip(writers, packed.files, strict=True):
-                    for part in parts:
-                        writer.add(part)
-            self._files = [
-                PartFile(path, writer.finish()) for path, writer in zip(paths, writers, strict=True)
-            ]
+            with os.fdopen(handle, "wb") as file:
+                for encoded in encode(codec, family, _on_cpu, shared):
+                    self._add(file, encoded)
+                file.write(bytes(_ALIGNED))  # never empty: then it could not be mapped
+                size = file.tell()
+            self._data = torch.from_file(self._path, shared=False, size=size, dtype=torch.uint8)
         except BaseException:
-            self._folder.cleanup()
+            self.close()
             raise
+        self._owned = set().union(*self._own)
         self._whole = [self._parts(task, WHOLE_MODEL) for task in range(len(self.tasks))]
-        own = [set(file.names()) for file in self._files[1:]]
-        self._own = set().union(*own)
         self._kept: tuple[tuple[str, torch.device | None], Tensor] | None = None
 
     def __enter__(self) -> Self:
@@ -171,13 +154,14 @@ class Payload:
         self.close()
 
     def close(self) -> None:
-        """Remove the files."""
-        self._folder.cleanup()
+        """Remove the file."""
+        with suppress(FileNotFoundError):
+            os.unlink(self._path)
 
     def encoded(self, name: str) -> Encoded:
         """What the codec encoded under a name."""
-        shared = self._files[0].parts(name)
-        return Encoded(name, shared, [file.parts(name) for file in self._files[1:]])
+        shared = self._read(self._shared.get(name, {}))
+        return Encoded(name, shared, [self._read(own.get(name, {})) for own in self._own])
 
     def delta(
         self, task: int, name: str, shape: torch.Size, device: torch.device | None = None
@@ -198,7 +182,7 @@ class Payload:
                 f"'{name}' is another process's to encode; a codec's or merge's passes over a "
                 "family must be shared out by Family.each or Family.total"
             )
-        for_all = name not in self._own and WHOLE_MODEL not in self._own
+        for_all = self._owned.isdisjoint((name, WHOLE_MODEL))
         kept = self._kept
         if for_all and kept and kept[0] == (name, device):
             return kept[1]
@@ -214,6 +198,30 @@ class Payload:
             self._kept = (name, device), delta
         return delta
 
+    def _add(self, file: IO[bytes], encoded: Encoded) -> None:
+        parts_of: Sequence[Parts] = (encoded.shared, *encoded.tasks)
+        for places, parts in zip((self._shared, *self._own), parts_of, strict=True):
+            for part, tensor in parts.items():
+                place = _Place(file.tell(), tensor.nbytes, tensor.dtype, tensor.shape)
+                places.setdefault(encoded.name, {})[part] = place
+                file.write(tensor_bytes(tensor))
+                file.write(bytes(-tensor.nbytes % _ALIGNED))
+
     def _parts(self, task: int, name: str) -> Parts:
-        given = self._given(name) if self._given else self._files[0].parts(name)
-        return {**given, **self._files[1 + task].parts(name)}
+        given = self._given(name) if self._given else self._read(self._shared.get(name, {}))
+        return {**given, **self._read(self._own[task].get(name, {}))}
+
+    def _read(self, places: Mapping[str, _Place]) -> dict[str, Tensor]:
+        return {
+            part: self._data[at.start : at.start + at.nbytes].view(at.dtype).view(at.shape)
+            for part, at in places.items()
+        }
+
+
+def _on_cpu(encoded: Encoded) -> Encoded:
+    """The same payload where it can be written from."""
+    shared, *own = (
+        {part: tensor.detach().cpu() for part, tensor in parts.items()}
+        for parts in (encoded.shared, *encoded.tasks)
+    )
+    return Encoded(encoded.name, shared, own)

@@ -7,14 +7,15 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fusionkit.checkpoints.adapters.lowrank import (
-    LowRank,
+from fusionkit.checkpoints.adapters.lowrank import LowRank
+from fusionkit.codecs.base import Encoded, Encoder, Parts, SharedParts, TensorCodec
+from fusionkit.codecs.decomposition import (
     Spectral,
     svd_exact,
     svd_gram,
+    svd_product,
     svd_randomized,
 )
-from fusionkit.codecs.base import Encoded, Encoder, Parts, SharedParts, TensorCodec
 from fusionkit.codecs.values import ValueDtype, pack_values, stored_bytes, unpack_values
 from fusionkit.errors import CodecError
 from fusionkit.task_vectors.family import Family
@@ -174,7 +175,7 @@ class SVD(TensorCodec):
 
     def _spectral(self, delta: Tensor | LowRank, rows: int, columns: int, rank: int) -> Spectral:
         if isinstance(delta, LowRank):
-            return delta.svd()
+            return svd_product(delta)
         full = min(rows, columns)
         method = self.method
         if method == "auto":

@@ -6,8 +6,7 @@ values are rounded against the scale as stored, so that its few digits cost no a
 error of an integer value is at most half its scale.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -115,17 +114,3 @@ def _nibbles(codes: Tensor) -> Tensor:
 def _from_nibbles(packed: Tensor, count: int) -> Tensor:
     codes = torch.stack([packed & 0xF, packed >> 4], 1).flatten(0, 1)[:count]
     return codes.to(torch.int8) - 8
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """A context in which new tensors are float32, as codecs expect; Trainers change that."""
-    before = torch.get_default_dtype()
-    if before == torch.float32:  # the default is all threads': leave it alone where it can be
-        yield
-        return
-    torch.set_default_dtype(torch.float32)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

@@ -20,19 +20,20 @@ from fusionkit.calibration.learned_parts import PartCalibrator
 from fusionkit.calibration.module import Calibrator
 from fusionkit.calibration.settings import Calibration
 from fusionkit.checkpoints.adapters.modules import Adapters
-from fusionkit.checkpoints.checkpoint import Checkpoint, find_checkpoints
+from fusionkit.checkpoints.checkpoint import Checkpoint, find_checkpoints, matches
+from fusionkit.checkpoints.live_model import is_sharded, load_base, on_meta
 from fusionkit.checkpoints.paths import open_path
-from fusionkit.cli.report import Scores
 from fusionkit.codecs.base import DeltaCodec
 from fusionkit.codecs.dbms import DBMS
 from fusionkit.errors import BundleError, DataError, FusionKitError
 from fusionkit.registry import to_config
-from fusionkit.reuse.sharded import ShardedBase, check_strategy, is_sharded, on_meta, shard
+from fusionkit.reuse.sharded import ShardedBase, check_strategy, shard
 from fusionkit.reuse.switcher import Switcher, TaskSource
-from fusionkit.task_vectors.family import Family, matches
+from fusionkit.task_vectors.family import Family
 from fusionkit.task_vectors.processes import ALONE, Processes
 from fusionkit.task_vectors.workers import Progress
-from fusionkit.tasks.models import MetricOfClasses, accuracy, load_base, predict
+from fusionkit.tasks.classification import MetricOfClasses, accuracy, predict
+from fusionkit.tasks.scores import Scores
 from fusionkit.tasks.spread import real_rows
 
 _CALIBRATION = Calibration()

@@ -15,40 +15,12 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from fusionkit.checkpoints.checkpoint import Checkpoint
+from fusionkit.checkpoints.live_model import aliases, is_sharded, on_meta, part, put
 from fusionkit.errors import FusionKitError
 from fusionkit.tasks.spread import TasksSpread
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether any of the model's tensors is spread over several processes."""
-    return any(isinstance(tensor, DTensor) for tensor in model.state_dict().values())
-
-
-def on_meta(model: nn.Module) -> bool:
-    """Whether the model was built on the meta device, without weights."""
-    return any(tensor.is_meta for tensor in model.state_dict().values())
-
-
-def aliases(model: nn.Module) -> dict[str, str]:
-    """Tied name → name of the tensor that it shares, also where a tensor has no memory of its own.
-
-    `Checkpoint.aliases` compares addresses, which sharded tensors and those on the meta device
-    lack.
-    """
-    if not (is_sharded(model) or on_meta(model)):
-        return Checkpoint(model).aliases
-    first: dict[int, str] = {}
-    named = {name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
-    known = {name: first.setdefault(place, name) for name, place in named.items()}
-    return {name: target for name, target in known.items() if target != name}
-
-
-def put(target: Tensor, value: Tensor) -> None:
-    """Copy a tensor, whole or sharded as the target is, into one that may be sharded."""
-    target.copy_(_part(value, target) if isinstance(target, DTensor) else value)
 
 
 @contextmanager
@@ -115,7 +87,7 @@ class ShardedBase(Checkpoint):
         source = state if base is None else base
         own = [name for name in state if name not in tied]
         # Cloned, since a part may be a view, which keeps the whole.
-        copies = {name: _part(source[name], state[name]).clone() for name in own}
+        copies = {name: part(source[name], state[name]).clone() for name in own}
         self.shards = {name: copies[tied.get(name, name)] for name in state}
         bare = {n: torch.empty(t.shape, dtype=t.dtype, device="meta") for n, t in copies.items()}
         super().__init__({name: bare[tied.get(name, name)] for name in state})
@@ -288,11 +260,3 @@ def _fill(
                     parameter = isinstance(tensor, nn.Parameter)
                     filled[first] = nn.Parameter(value, False) if parameter else value
                 tensors[leaf] = filled[first]
-
-
-def _part(value: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of a tensor, cut and placed as another is; nothing is sent."""
-    if isinstance(value, DTensor) or not isinstance(like, DTensor):
-        return value.to(like.device)
-    value = value.detach().to(like.device).contiguous()
-    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)

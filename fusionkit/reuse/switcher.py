@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fusionkit.checkpoints.checkpoint import Checkpoint
+from fusionkit.checkpoints.live_model import on_meta, put
 from fusionkit.errors import BundleError, FusionKitError
-from fusionkit.reuse.sharded import beside, kept, kept_bytes, on_meta, put, whole
+from fusionkit.reuse.sharded import beside, kept, kept_bytes, whole
 
 
 class TaskSource(Protocol):

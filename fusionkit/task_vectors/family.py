@@ -23,9 +23,9 @@ from torch import Tensor
 
 from fusionkit.checkpoints.adapters.folder import is_adapter
 from fusionkit.checkpoints.adapters.layout import fold_into
+from fusionkit.checkpoints.adapters.merged import MergedAdapter
 from fusionkit.checkpoints.adapters.modules import Adapters, AdapterSpace, open_space
-from fusionkit.checkpoints.checkpoint import Checkpoint, Source
-from fusionkit.checkpoints.overlay import MergedAdapter
+from fusionkit.checkpoints.checkpoint import Checkpoint, Source, matches
 from fusionkit.checkpoints.safetensors_file import Pieces, TensorSpec
 from fusionkit.errors import CheckpointError, FamilyError, listing
 from fusionkit.task_vectors.vectors import Change, ChangedVectors, TaskVectors
@@ -423,8 +423,3 @@ class Family:
                             )
                 break
         return ""
-
-
-def matches(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a tensor's name matches one of the shell-style patterns (case matters)."""
-    return any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusionkit.codecs.packing import places
 from fusionkit.task_vectors import kernels
+from fusionkit.task_vectors.kernels import places
 
 
 class Kept(NamedTuple):

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fusionkit.codecs.packing import above, count_set, kth_largest
 from fusionkit.task_vectors import kernels
 from fusionkit.task_vectors.family import Family
 from fusionkit.task_vectors.kept import Collected, Kept
+from fusionkit.task_vectors.kernels import above, count_set, kth_largest
 from fusionkit.task_vectors.vectors import TaskVectors
 
 _BINS = 1 << 16

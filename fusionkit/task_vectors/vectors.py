@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fusionkit.checkpoints.adapters.lowrank import LowRank
-from fusionkit.checkpoints.overlay import MergedAdapter
+from fusionkit.checkpoints.adapters.merged import MergedAdapter
 from fusionkit.checkpoints.safetensors_file import Pieces
 from fusionkit.errors import FamilyError
 from fusionkit.task_vectors import kernels

@@ -9,7 +9,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from fusionkit.codecs.values import full_precision
 from fusionkit.task_vectors.processes import ALONE, Processes
 
 Result = TypeVar("Result")
@@ -126,3 +125,17 @@ def _pool(threads: int) -> Iterator[ThreadPoolExecutor]:
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(before)  # what threads set is the default of those to come
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """A context in which new tensors are float32, as codecs expect; Trainers change that."""
+    before = torch.get_default_dtype()
+    if before == torch.float32:  # the default is all threads': leave it alone where it can be
+        yield
+        return
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -15,14 +15,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from fusionkit.bundles.format import new_folder
-from fusionkit.checkpoints.adapters.folder import CONFIG, LINEARIZED, START, TENSORS, PeftFolder
+from fusionkit.checkpoints.adapters.folder import CONFIG, LINEARIZED, RECORD, TENSORS, AdapterFolder
 from fusionkit.checkpoints.adapters.start import Seeded, digest
-from fusionkit.checkpoints.checkpoint import Checkpoint
+from fusionkit.checkpoints.checkpoint import Checkpoint, matches
+from fusionkit.checkpoints.live_model import load_base
+from fusionkit.checkpoints.output_folder import new_folder
 from fusionkit.errors import DataError, FusionKitError
-from fusionkit.task_vectors.family import matches
+from fusionkit.tasks.classification import MetricOfClasses, accuracy, predict
 from fusionkit.tasks.linearize import linearize
-from fusionkit.tasks.models import MetricOfClasses, accuracy, load_base, predict
 
 Method = Literal["full", "lora", "linearized_lora", "ia3"]
 WEIGHTS = "model.safetensors"
@@ -350,13 +350,13 @@ class Finetune(LightningModule):
         start = {name: tensor.cpu() for name, tensor in self._start.items()}
         seeded = Seeded(self.seed, init=True, order=order, sha256=digest(start))
         base = Checkpoint(_below(self.model))
-        layout = PeftFolder(folder).layout(base)
+        layout = AdapterFolder(folder).layout(base)
         shapes = {name: tuple(tensor.shape) for name, tensor in start.items()}
         record: Mapping[str, Any] = dataclasses.asdict(seeded)
         if seeded.replay(layout, shapes) is None:
             save_file(start, folder / _START_TENSORS)
             record = {"file": _START_TENSORS}
-        (folder / START).write_text(json.dumps({"start": record}, indent=1))
+        (folder / RECORD).write_text(json.dumps({"start": record}, indent=1))
 
 
 def _plain(name: str) -> str:

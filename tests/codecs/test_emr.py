@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fusionkit
 from fusionkit import EMR, Bundle, Checkpoint
-from fusionkit.task_vectors.family import matches
+from fusionkit.checkpoints.checkpoint import matches
 
 PRIVATE = ["head.*"]
 DELTAS = [name for name, _ in TinyNet().named_parameters() if not name.startswith("head")]

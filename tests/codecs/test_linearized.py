@@ -25,7 +25,7 @@ from fusionkit import (
     add_tasks,
     export_adapter,
 )
-from fusionkit.checkpoints.adapters.folder import PeftFolder
+from fusionkit.checkpoints.adapters.folder import AdapterFolder
 from fusionkit.checkpoints.adapters.start import start_of
 from fusionkit.errors import CodecError
 from fusionkit.reuse.module import ReuseModule
@@ -56,7 +56,7 @@ def factors(fits: Fits) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]
         for task, file in files.items()
     }
     start = start_of(
-        folder := PeftFolder(fits.paths["digit"]), folder.layout(Checkpoint(tiny_vit()))
+        folder := AdapterFolder(fits.paths["digit"]), folder.layout(Checkpoint(tiny_vit()))
     )[1]
     modules = [n.removesuffix(".lora_A.weight") for n in start if ".lora_A." in n]
     return (
@@ -86,7 +86,7 @@ class TestKept:
         bundle = compressed(linearized, LinearizedLoRA(dtype="fp32"), tmp_path / "b")
         for task in TASKS:
             for name, tensor in bundle.adapter_tensors(task).items():
-                assert torch.equal(tensor, PeftFolder(linearized.paths[task]).tensors[name])
+                assert torch.equal(tensor, AdapterFolder(linearized.paths[task]).tensors[name])
 
     def test_a_task_is_its_b_and_its_head(self, linearized: Fits, tmp_path: Path) -> None:
         compressed(linearized, LinearizedLoRA(), tmp_path / "b")
@@ -243,7 +243,7 @@ class TestExport:
         reuse.reuse(bundle)
         for task in TASKS:
             export_adapter(bundle, task, tmp_path / task, dtype="fp32")
-            folder = PeftFolder(tmp_path / task)
+            folder = AdapterFolder(tmp_path / task)
             assert folder.config["peft_type"] == "LORA"
             assert {shape[0] for n, (shape, _) in _specs(folder) if ".lora_A." in n} == {4}
             base = tiny_vit()
@@ -258,7 +258,7 @@ class TestExport:
             Family(tiny_vit(), {task: tmp_path / task}, HEAD)  # as FusionKit reads it, too
 
 
-def _specs(folder: PeftFolder) -> list[tuple[str, tuple[tuple[int, ...], Any]]]:
+def _specs(folder: AdapterFolder) -> list[tuple[str, tuple[tuple[int, ...], Any]]]:
     return [(name, (spec.shape, spec.dtype)) for name, spec in folder.tensors.specs.items()]
 
 

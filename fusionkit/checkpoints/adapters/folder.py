@@ -23,7 +23,7 @@ from fusionkit.errors import CheckpointError, FamilyError, listing
 
 CONFIG = "adapter_config.json"
 TENSORS = ("adapter_model.safetensors", "adapter_model.bin")
-START = "fusionkit.json"
+RECORD = "fusionkit.json"
 LINEARIZED = "LINEARIZED_LORA"
 PREFIX = "base_model.model."
 
@@ -73,7 +73,7 @@ def is_adapter(source: object) -> bool:
     return (open_path(str(source)) / CONFIG).is_file()
 
 
-class PeftFolder:
+class AdapterFolder:
     """An adapter's folder, opened: its config and its tensors, read one at a time.
 
     Args:
@@ -98,8 +98,8 @@ class PeftFolder:
         file = next((self.path / name for name in TENSORS if (self.path / name).is_file()), None)
         if file is None:
             raise CheckpointError(f"{path}: has {CONFIG} but none of {', '.join(TENSORS)}")
-        self.tensors = _Own(file, self.label)
-        self.start = _read_json(self.path / START) if (self.path / START).is_file() else {}
+        self.tensors = AdapterTensors(file, self.label)
+        self.start = _read_json(self.path / RECORD) if (self.path / RECORD).is_file() else {}
         self.files = tuple(path for path in sorted(self.path.iterdir()) if path.is_file())
         self.tensors.files = self.files
         self._refuse_tensors()
@@ -260,7 +260,7 @@ class PeftFolder:
             )
 
 
-class _Own(Checkpoint):
+class AdapterTensors(Checkpoint):
     """An adapter's tensors, without what PEFT wraps around the base's names."""
 
     def __init__(self, file: Path, label: str) -> None:

@@ -3,33 +3,10 @@
 A tensor of more than two axes counts as the matrix (first axis) × (all others).
 """
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-_OVERSAMPLE = 32
-_ITERATIONS = 4
-
-
-class Spectral(NamedTuple):
-    """A singular value decomposition, δ = U diag(σ) Vᵀ.
-
-    Attributes:
-        u: `(rows, k)`, orthonormal columns.
-        s: `(k,)`, descending.
-        v: `(columns, k)`, orthonormal columns.
-    """
-
-    u: Tensor
-    s: Tensor
-    v: Tensor
-
-    def cut(self, rank: int) -> "LowRank":
-        """The leading directions; √σ goes to either side, so that both sit well in fp16."""
-        root = self.s[:rank].sqrt()
-        return LowRank(self.u[:, :rank] * root, self.v[:, :rank] * root)
 
 
 class LowRank(NamedTuple):
@@ -46,47 +23,6 @@ class LowRank(NamedTuple):
     def dense(self, shape: torch.Size) -> Tensor:
         """The product, float32 `(*shape)`."""
         return (self.left @ self.right.T).view(shape)
-
-    def svd(self) -> Spectral:
-        """SVD of the product, without forming it: QR of either factor, SVD of the r × r core."""
-        q_left, r_left = torch.linalg.qr(self.left)
-        q_right, r_right = torch.linalg.qr(self.right)
-        u, s, vh = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
-        return Spectral(q_left @ u, s, q_right @ vh.mT)
-
-
-def svd_exact(matrix: Tensor, rank: int) -> Spectral:
-    """LAPACK's SVD of a float32 `(rows, columns)`; all directions."""
-    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-    return Spectral(u, s, vh.mT)
-
-
-def svd_gram(matrix: Tensor, rank: int) -> Spectral:
-    """SVD through the smaller Gram matrix in float64; all directions.
-
-    The squaring costs digits of singular values below 1e-8 of the largest only.
-    """
-    if matrix.shape[0] > matrix.shape[1]:
-        v, s, u = svd_gram(matrix.mT, rank)
-        return Spectral(u, s, v)
-    double = matrix.to(torch.float64)
-    squares, vectors = torch.linalg.eigh(double @ double.mT)
-    u = vectors.flip(1)
-    s = squares.flip(0).clamp_(min=0).sqrt()
-    v = (double.mT @ u) / torch.where(s > 0, s, 1.0)
-    return Spectral(u.to(matrix.dtype), s.to(matrix.dtype), v.to(matrix.dtype))
-
-
-def svd_randomized(matrix: Tensor, rank: int) -> Spectral:
-    """Subspace iteration from a fixed seed (Halko et al., 0909.4061); the leading `rank` only."""
-    columns = min(rank + max(_OVERSAMPLE, math.ceil(rank / 2)), *matrix.shape)
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(matrix.shape[1], columns, generator=generator).to(matrix)
-    basis = torch.linalg.qr(matrix @ start).Q
-    for _ in range(_ITERATIONS):
-        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.mT @ basis).Q).Q
-    u, s, vh = torch.linalg.svd(basis.mT @ matrix, full_matrices=False)
-    return Spectral((basis @ u)[:, :rank], s[:rank], vh.mT[:, :rank])
 
 
 def first_order(a: Tensor, b: Tensor, a0: Tensor, b0: Tensor) -> LowRank:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from fusionkit.checkpoints.adapters.folder import PeftFolder, is_adapter
+from fusionkit.checkpoints.adapters.folder import AdapterFolder, is_adapter
 from fusionkit.checkpoints.adapters.layout import AdapterLayout
 from fusionkit.checkpoints.adapters.start import Seeded, Shapes, constant, start_of
 from fusionkit.checkpoints.checkpoint import Checkpoint, Source
@@ -99,14 +99,14 @@ def open_space(
         FamilyError: a fine-tuned model is no adapter, or they differ in kind, modules, ranks,
             scaling or start.
     """
-    folders: dict[str, PeftFolder] = {}
+    folders: dict[str, AdapterFolder] = {}
     for task, source in finetuned.items():
         if not isinstance(source, str | Path) or not is_adapter(source):
             raise FamilyError(
                 f"{source} (task '{task}'): no PEFT adapter, and adapters: modules is for adapters "
                 "alone"
             )
-        folders[task] = PeftFolder(source)
+        folders[task] = AdapterFolder(source)
     first_task, first = next(iter(folders.items()))
     layout = first.layout(base)
     record, start = start_of(first, layout)
@@ -133,7 +133,7 @@ def open_space(
 
 
 def _differences(
-    layout: AdapterLayout, first: PeftFolder, other_layout: AdapterLayout, other: PeftFolder
+    layout: AdapterLayout, first: AdapterFolder, other_layout: AdapterLayout, other: AdapterFolder
 ) -> list[str]:
     if layout.kind != other_layout.kind:
         return [f"is of kind {other_layout.kind}, not {layout.kind}"]

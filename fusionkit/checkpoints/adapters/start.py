@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fusionkit.checkpoints.adapters.folder import START, PeftFolder
+from fusionkit.checkpoints.adapters.folder import RECORD, AdapterFolder
 from fusionkit.checkpoints.adapters.layout import AdapterLayout, LoraModule
 from fusionkit.errors import CheckpointError
 
@@ -87,7 +87,9 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
-def start_of(folder: PeftFolder, layout: AdapterLayout) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def start_of(
+    folder: AdapterFolder, layout: AdapterLayout
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """An adapter's initial tensors, and how they are known.
 
     Returns:
@@ -103,7 +105,7 @@ def start_of(folder: PeftFolder, layout: AdapterLayout) -> tuple[dict[str, Any],
     if record is None:
         if folder.linearized:
             raise CheckpointError(
-                f"{folder.label}: is linearized, but {START}, which says around what, is missing; "
+                f"{folder.label}: is linearized, but {RECORD}, which says around what, is missing; "
                 "copy the folder whole"
             )
         return constant(layout, shapes)
@@ -114,7 +116,7 @@ def start_of(folder: PeftFolder, layout: AdapterLayout) -> tuple[dict[str, Any],
         seeded = Seeded(**record)
     except (TypeError, KeyError, OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"{folder.label}: {START} is damaged ({error!r}); copy the folder again"
+            f"{folder.label}: {RECORD} is damaged ({error!r}); copy the folder again"
         ) from error
     drawn = seeded.replay(layout, shapes)
     if drawn is None:

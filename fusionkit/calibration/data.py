@@ -1,0 +1,64 @@
+"""The rows that are calibrated on."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, Subset
+
+from fusionkit.errors import DataError
+
+
+class CalibrationData(LightningDataModule):
+    """A few training rows of every task of a datamodule, one batch of each per step.
+
+    Args:
+        datamodule: its `calibration_dataloaders(rows, seed)`, task → dataloader, are used; of one
+            without, so many rows of its training dataloaders, which are in the order of `tasks`.
+        rows: rows per task.
+        seed: draws them.
+    """
+
+    def __init__(self, datamodule: Any, rows: int, seed: int) -> None:
+        super().__init__()
+        self.datamodule = datamodule
+        self.rows = rows
+        self.seed = seed
+        self.tasks: list[str] = list(getattr(datamodule, "tasks", []))
+
+    def prepare_data(self) -> None:
+        """The datamodule's."""
+        self.datamodule.prepare_data()
+
+    def setup(self, stage: str) -> None:
+        """The datamodule's."""
+        self.datamodule.setup(stage)
+
+    def train_dataloader(self) -> dict[str, Any]:
+        """Each task's rows.
+
+        Raises:
+            DataError: a task has none.
+        """
+        loaders = self._loaders()
+        for task in self.tasks:
+            if task not in loaders or not len(loaders[task]):
+                raise DataError(f"there are no calibration data for task '{task}'")
+        return loaders
+
+    def _loaders(self) -> dict[str, Any]:
+        if hasattr(self.datamodule, "calibration_dataloaders"):
+            loaders: dict[str, Any] = self.datamodule.calibration_dataloaders(self.rows, self.seed)
+            return loaders
+        loaders = self.datamodule.train_dataloader()
+        return {task: self._few(loader) for task, loader in zip(self.tasks, loaders, strict=False)}
+
+    def _few(self, loader: Any) -> Any:
+        dataset: Any = getattr(loader, "dataset", None)
+        if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+            return loader  # a stream is taken as it comes
+        generator = torch.Generator().manual_seed(self.seed)
+        drawn = torch.randperm(len(dataset), generator=generator)[: self.rows].tolist()
+        return DataLoader(
+            Subset(dataset, drawn), batch_size=loader.batch_size, collate_fn=loader.collate_fn
+        )

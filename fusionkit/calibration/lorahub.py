@@ -1,0 +1,137 @@
+"""Scales and weights of a merge, searched on a few labelled batches (LoraHub, 2307.13269)."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fusionkit.errors import FusionKitError
+from fusionkit.merges.base import Merge
+from fusionkit.merges.weighted import Weighted
+from fusionkit.reuse.fused import Fused
+from fusionkit.reuse.module import ReuseModule
+from fusionkit.task_vectors.family import Family
+from fusionkit.tasks.classification import predict
+
+Batches = Mapping[str, Sequence[Any]]
+"""Task → a few labelled batches of it."""
+
+
+def evaluate(module: ReuseModule, fused: Fused, batches: Batches) -> tuple[float, float]:
+    """Mean cross-entropy and mean accuracy over the tasks' batches."""
+    losses, scores = [], []
+    module.reuse(fused)
+    training = module.training
+    module.eval()
+    with torch.no_grad():
+        for task, its_batches in batches.items():
+            module.switch(task)
+            outputs = [predict(module, batch) for batch in its_batches]
+            logits = torch.cat([logits for logits, _ in outputs])
+            labels = torch.cat([labels for _, labels in outputs])
+            losses.append(float(nn.functional.cross_entropy(logits, labels)))
+            scores.append(float((logits.argmax(-1) == labels).float().mean()))
+    module.train(training)
+    return sum(losses) / len(losses), sum(scores) / len(scores)
+
+
+def search_scale(
+    module: ReuseModule, family: Family, merge: Merge, scales: Sequence[float], batches: Batches
+) -> Merge:
+    """The merge with the scale that scores best on a few labelled batches.
+
+    Args:
+        module: evaluates.
+        family: the tasks.
+        merge: one with a `scale`; others come back as they are.
+        scales: those to try; of equals the one with the lower loss.
+        batches: of each task.
+    """
+    settings: Any = merge
+    if not scales or "scale" not in {field.name for field in dataclasses.fields(settings)}:
+        return merge
+    fused = Fused(family, dataclasses.replace(settings, scale=1.0))
+    found = []
+    for scale in scales:
+        fused.scale = scale
+        loss, score = evaluate(module, fused, batches)
+        found.append((-score, loss, scale))
+    chosen: Merge = dataclasses.replace(settings, scale=min(found)[2])
+    return chosen
+
+
+@dataclass(frozen=True)
+class LoraHub:
+    """Gradient-free search of one weight per task on a few labelled batches (2307.13269).
+
+    Minimises cross-entropy + penalty · mean |w| by CMA-ES, from the mean merge, w = 1/T. The
+    authors use another evolutionary optimiser, from w = 0.
+
+    Args:
+        evaluations: how often the fused model is evaluated.
+        bound: weights stay within ± this.
+        penalty: of the weights' mean magnitude.
+        seed: of the search.
+    """
+
+    evaluations: int = 40
+    bound: float = 1.5
+    penalty: float = 0.05
+    seed: int = 0
+
+    def search(self, module: ReuseModule, family: Family, batches: Batches) -> Weighted:
+        """Search the weights.
+
+        Args:
+            module: evaluates.
+            family: the tasks.
+            batches: of each task.
+
+        Raises:
+            FusionKitError: there are fewer than two tasks, or evaluations, or the mean merge is
+                out of bounds.
+        """
+        import cma
+        import numpy as np
+
+        count = len(family.tasks)
+        if count < 2 or self.evaluations < 2:
+            raise FusionKitError(
+                f"LoraHub needs two tasks and evaluations at least, got {count} tasks and "
+                f"{self.evaluations} evaluations"
+            )
+        if self.bound < 1 / count:
+            raise FusionKitError(
+                f"LoraHub starts from the mean merge, so that its bound, {self.bound:g}, must be "
+                f"{1 / count:g} at least"
+            )
+
+        def loss(weights: Sequence[float]) -> float:
+            merge = Weighted({t: float(w) for t, w in zip(family.tasks, weights, strict=True)})
+            magnitude = sum(abs(weight) for weight in weights) / count
+            return evaluate(module, Fused(family, merge), batches)[0] + self.penalty * magnitude
+
+        start = [1 / count] * count
+        options = {
+            "bounds": [-self.bound, self.bound],
+            "maxfevals": self.evaluations - 1,
+            "seed": np.nan,  # would be set for all of NumPy
+            "randn": np.random.RandomState(self.seed + 1).randn,
+            "verbose": -9,
+        }
+        strategy = cma.CMAEvolutionStrategy(start, self.bound / 3, options)
+        best, lowest = start, loss(start)
+        left = self.evaluations - 1
+        while left > 0:
+            candidates = strategy.ask(min(strategy.popsize, left) if left >= 2 else None)[:left]
+            values = [loss(candidate) for candidate in candidates]
+            left -= len(candidates)
+            for candidate, value in zip(candidates, values, strict=True):
+                if value < lowest:
+                    best, lowest = list(candidate), value
+            if len(candidates) >= strategy.sp.weights.mu:
+                strategy.tell(candidates, values)
+        return Weighted({t: float(w) for t, w in zip(family.tasks, best, strict=True)})

@@ -1,0 +1,86 @@
+"""A PEFT adapter merged into its base, read lazily like any other checkpoint."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fusionkit.checkpoints.adapters.folder import AdapterFolder
+from fusionkit.checkpoints.adapters.layout import LoraModule, Module
+from fusionkit.checkpoints.adapters.lowrank import LowRank
+from fusionkit.checkpoints.adapters.start import start_of
+from fusionkit.checkpoints.checkpoint import Checkpoint
+from fusionkit.checkpoints.overlay import Overlay
+from fusionkit.errors import FamilyError
+
+
+class MergedAdapter(Overlay):
+    """A base with an adapter merged into it, tensor by tensor as they are asked for.
+
+    Equal to PEFT's `merge_and_unload()` to float32 rounding.
+
+    Args:
+        base: the base model.
+        path: the adapter's folder.
+
+    Attributes:
+        layout: what the adapter does to the base.
+        touched: names of the base's tensors that it changes or replaces.
+
+    Raises:
+        CheckpointError: the folder can't be read, or is of a kind that is not known.
+        FamilyError: it is an adapter of another base.
+    """
+
+    def __init__(self, base: Checkpoint, path: str | Path) -> None:
+        self.folder = AdapterFolder(path)
+        self.layout = self.folder.layout(base)
+        tensors = self.folder.tensors
+        self._whole = frozenset(self.folder.whole)
+        super().__init__(base, {name: tensors.specs[name] for name in self._whole})
+        self.label, self.nbytes, self.live = self.folder.label, tensors.nbytes, False
+        self.files = self.folder.files
+        self._start: dict[str, Tensor] | None = None
+        self._modules = {name: (module, name) for name, module in self.layout.by_target.items()}
+        tied = {*self.aliases, *self.aliases.values()} & self._modules.keys()
+        if tied:
+            raise FamilyError(
+                f"{self.label}: adapts '{min(tied)}', which shares its tensor with another name in "
+                "the base; merged, the adapter would change both (untie them in the base)"
+            )
+        self.touched = {*self._modules, *self._whole}
+
+    def top(self, name: str) -> Tensor | None:
+        """A tensor that the adapter changes or replaces, in the dtype of what it replaces."""
+        if name not in self.touched:
+            return None
+        base = (self.folder.tensors if name in self._whole else self.below)[name]
+        if name not in self._modules:
+            return base
+        module, target = self._modules[name]
+        delta = module.delta(target, base, *self._tensors(module))
+        return torch.add(base.to(torch.float32), delta).to(base.dtype)
+
+    def delta(self, name: str, base: Tensor) -> Tensor | None:
+        """The change of a tensor, float32 `(*shape)`; None where the base's was replaced first."""
+        if name not in self.touched:
+            return torch.zeros(base.shape)
+        if name not in self._modules or name in self._whole:
+            return None
+        module, target = self._modules[name]
+        return module.delta(target, base, *self._tensors(module))
+
+    def low_rank(self, name: str) -> LowRank | None:
+        """The change of a weight as a product; None where it is not one."""
+        module, target = self._modules.get(name, (None, ""))
+        if not isinstance(module, LoraModule) or target != module.targets[0]:
+            return None
+        return None if name in self._whole else module.low_rank(*self._tensors(module))
+
+    def _tensors(self, module: Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        own = {name: self.folder.tensors[name] for name in module.tensors}
+        if not self.layout.linearized:
+            return own, {}
+        if self._start is None:
+            self._start = start_of(self.folder, self.layout)[1]
+        return own, self._start

@@ -1,0 +1,78 @@
+"""A live model as a place of weights: sharded, tied, on the meta device; a base loaded into it."""
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from fusionkit.checkpoints.checkpoint import Checkpoint, matches
+from fusionkit.errors import FusionKitError
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether any of the model's tensors is spread over several processes."""
+    return any(isinstance(tensor, DTensor) for tensor in model.state_dict().values())
+
+
+def on_meta(model: nn.Module) -> bool:
+    """Whether the model was built on the meta device, without weights."""
+    return any(tensor.is_meta for tensor in model.state_dict().values())
+
+
+def aliases(model: nn.Module) -> dict[str, str]:
+    """Tied name → name of the tensor that it shares, also where a tensor has no memory of its own.
+
+    `Checkpoint.aliases` compares addresses, which sharded tensors and those on the meta device
+    lack.
+    """
+    if not (is_sharded(model) or on_meta(model)):
+        return Checkpoint(model).aliases
+    first: dict[int, str] = {}
+    named = {name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
+    known = {name: first.setdefault(place, name) for name, place in named.items()}
+    return {name: target for name, target in known.items() if target != name}
+
+
+def put(target: Tensor, value: Tensor) -> None:
+    """Copy a tensor, whole or sharded as the target is, into one that may be sharded."""
+    target.copy_(part(value, target) if isinstance(target, DTensor) else value)
+
+
+def part(value: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of a tensor, cut and placed as another is; nothing is sent."""
+    if isinstance(value, DTensor) or not isinstance(like, DTensor):
+        return value.to(like.device)
+    value = value.detach().to(like.device).contiguous()
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def load_base(model: nn.Module, base: Checkpoint, private: list[str]) -> None:
+    """Load a base's weights into a model, in place; what the base lacks must be private.
+
+    A model on the meta device is checked, and not filled.
+
+    Raises:
+        FusionKitError: the base lacks a tensor of the model, or has it in another shape.
+    """
+    state = model.state_dict()
+    tied = aliases(model)
+    missing = [
+        name
+        for name in state
+        if name not in base and tied.get(name) not in base and not matches(name, private)
+    ]
+    if missing:
+        raise FusionKitError(
+            f"{base.label} lacks '{missing[0]}' ({len(missing)} such tensors) of the model "
+            f"{type(model).__name__}; its names begin like '{min(base)}': give strip_prefix or "
+            "add_prefix, or declare it private"
+        )
+    with torch.no_grad():
+        for name, tensor in state.items():
+            if name in base and not matches(name, private):
+                if base.specs[name].shape != tuple(tensor.shape):
+                    raise FusionKitError(
+                        f"{base.label}: '{name}' has shape {list(base.specs[name].shape)}, the "
+                        f"model wants {list(tensor.shape)}"
+                    )
+                if not tensor.is_meta:
+                    put(tensor, base[name])

@@ -1,0 +1,107 @@
+"""A folder that is written: it appears whole or not at all, and one run at a time fills it."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from uuid import uuid4
+
+from filelock import FileLock, Timeout
+
+from fusionkit.checkpoints.paths import is_remote, upload
+from fusionkit.errors import BundleError, FusionKitError, ProcessError
+
+_PARTIAL = "partial"
+LOCK = "lock"
+"""Held by the run that fills a folder."""
+
+
+@contextmanager
+def new_folder(path: Path, overwrite: bool, known_by: str, keep: bool = False) -> Iterator[Path]:
+    """A context in which a folder is filled under a temporary name; it appears whole or not at all.
+
+    Args:
+        path: the folder to make.
+        overwrite: replace a folder of this kind that is there.
+        known_by: the file that tells the kind: a bundle's manifest, an adapter's config.
+        keep: what an interrupted run, or a full disk, leaves is kept, and found again next time.
+
+    Raises:
+        BundleError: it exists and `overwrite` is not set, or is of another kind, or the disk is
+            full, or another run is making it.
+    """
+    path = path if path.name or is_remote(path) else path.absolute()
+    if path.exists() and not overwrite:
+        raise BundleError(f"{path}: exists; choose another folder, or set overwrite to replace it")
+    if path.exists() and (
+        (not is_remote(path) and path.is_symlink()) or not (path / known_by).is_file()
+    ):
+        raise BundleError(
+            f"{path}: exists and is not a folder with {known_by}, so it is not overwritten; choose "
+            "another folder, or delete it first"
+        )
+    if is_remote(path):
+        with disk_errors(path), TemporaryDirectory(prefix="fusionkit-") as temporary:
+            yield Path(temporary)
+            upload(Path(temporary), path, last=known_by)
+        return
+    with disk_errors(path, keep):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = path.with_name(f".{path.name}.{_PARTIAL if keep else uuid4().hex[:8] + '.tmp'}")
+        folder.mkdir(exist_ok=keep)
+        with _locked(folder) if keep else nullcontext():
+            try:
+                yield folder
+                _rename(folder, path)
+            except BaseException as error:
+                told = isinstance(error, FusionKitError) and not isinstance(error, ProcessError)
+                if told or not keep:
+                    shutil.rmtree(folder, ignore_errors=True)
+                raise
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise BundleError(f"{folder}: another run is writing there; wait for it to end") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _rename(folder: Path, path: Path) -> None:
+    (folder / LOCK).unlink(missing_ok=True)
+    if not path.exists():
+        folder.rename(path)
+        return
+    old = path.with_name(f".{path.name}.{uuid4().hex[:8]}.old")
+    path.rename(old)
+    try:
+        folder.rename(path)
+    except BaseException:
+        old.rename(path)
+        raise
+    shutil.rmtree(old)
+
+
+@contextmanager
+def disk_errors(path: Path, keep: bool = False) -> Iterator[None]:
+    """A context that reports what the disk refuses as an error of the bundle.
+
+    Args:
+        path: what is written.
+        keep: whether what was written so far stays.
+
+    Raises:
+        BundleError: the disk is full, or may not be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        left = "run it again to go on from there" if keep else "nothing was left behind"
+        raise BundleError(f"{path}: could not be written ({error.strerror}); {left}") from error
