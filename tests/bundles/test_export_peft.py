@@ -9,8 +9,8 @@ import pytest
 import timm
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft_adapters import CONFIGS, net, saved
 from safetensors.torch import load_file
-from test_adapters import CONFIGS, net, saved
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
