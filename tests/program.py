@@ -6,7 +6,7 @@ import warnings
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-from fusionkit.cli.main import main as cli
+from fusionkit.cli import main as cli
 
 PROGRAM = Path(sys.executable).with_name("fusionkit")
 

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from fusionkit import DBMS, Calibration, MagnitudePrune
 from fusionkit.calibration.pair_search import PROBES
 from fusionkit.reuse.module import ReuseModule
+from fusionkit.tasks.kinds import kinds_of
 
 PRIVATE = ["head.*"]
 States = dict[str, dict[str, Tensor]]
@@ -57,16 +58,25 @@ def trainer(epochs: int = EPOCHS, **options: Any) -> Trainer:
     return Trainer(max_epochs=epochs, **{**quiet, **options})
 
 
-def module(base: nn.Module, finetuned: States, codec: Any = None, **settings: Any) -> ReuseModule:
-    codec = codec or DBMS(MagnitudePrune(0.1))
-    settings = {"rows": 16, **settings}
+def module(base: nn.Module, finetuned: States, codec: Any = None) -> ReuseModule:
     return ReuseModule(
         base,
-        codec=codec,
+        codec=codec or DBMS(MagnitudePrune(0.1)),
         finetuned=dict(finetuned),  # type: ignore[arg-type]
         private=PRIVATE,
-        calibration=Calibration(**settings),
     )
+
+
+def settings(**own: Any) -> Calibration:
+    """Of few rows."""
+    return Calibration(**{"rows": 16, **own})
+
+
+def opened(kind: Any, reuse: ReuseModule) -> Any:
+    """A calibration as it is once the Trainer has set it up."""
+    made = kind(reuse, settings(), reuse.codec)
+    made.open(kinds_of(Rows(), list(TASKS)))
+    return made
 
 
 def rows_of(task: str, count: int = 16, seed: int = 0) -> tuple[Tensor, Tensor]:

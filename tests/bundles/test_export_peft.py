@@ -22,7 +22,7 @@ from transformers import (
 from fusionkit import EMR, SVD, Bundle, Dense, Family, MagnitudePrune
 from fusionkit.bundles import compress
 from fusionkit.bundles.export_peft import export_adapter
-from fusionkit.cli.main import main as cli
+from fusionkit.cli import main as cli
 from fusionkit.errors import BundleError
 
 TINY: dict[str, Any] = {"num_labels": 3, "attn_implementation": "eager"}

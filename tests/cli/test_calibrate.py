@@ -33,7 +33,7 @@ def dbms(recipe: Path) -> Path:
     content = yaml.safe_load(recipe.read_text())
     prune = {"class_path": "MagnitudePrune", "init_args": {"density": 0.1}}
     content["model"]["codec"] = {"class_path": "DBMS", "init_args": {"codec": prune}}
-    content["model"]["calibration"] = {"rows": 16}
+    content["calibration"] = {"rows": 16}
     content["data"] = {"class_path": "tiny_tasks.Rows"}
     content["trainer"]["max_epochs"] = EPOCHS
     recipe.write_text(yaml.safe_dump(content, sort_keys=False))
@@ -79,8 +79,8 @@ def test_every_setting_on_the_command_line(dbms: Path, tmp_path: Path) -> None:
     run(
         "calibrate", "--config", dbms, "--model.codec.init_args.codec", "SVD",
         "--model.codec.init_args.codec.rank", "1", "--model.codec.init_args.shift", "EMR",
-        "--model.calibration.objective", "features", "--model.calibration.method", "search",
-        "--model.calibration.rows", "8", "--model.calibration.seed", "3",
+        "--calibration.objective", "features", "--calibration.method", "search",
+        "--calibration.rows", "8", "--calibration.seed", "3",
         "--trainer.max_epochs", "4",
     )  # fmt: skip
     bundle = Bundle(tmp_path / "bundle")

@@ -14,7 +14,7 @@ from program import PROGRAM, run
 from safetensors.torch import load_file
 
 import fusionkit
-from fusionkit.cli.main import main as cli
+from fusionkit.cli import main as cli
 
 
 def test_the_installed_program(recipe: Path, tmp_path: Path) -> None:
