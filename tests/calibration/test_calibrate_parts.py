@@ -5,21 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TASKS, TinyNet
+from conftest import TASKS, TESTS, TinyNet
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
-from test_calibration import (
-    PRIVATE,
-    Rows,
-    States,
-    kl,
-    logits,
-    module,
-    opened,
-    rows_of,
-    settings,
-    trainer,
-)
+from tiny_tasks import PRIVATE, Rows, States, kl, logits, module, opened, rows_of, settings, trainer
 from torch import Tensor
 
 import fusionkit
@@ -35,7 +24,7 @@ EPOCHS = 12
 @pytest.fixture
 def codec(monkeypatch: pytest.MonkeyPatch) -> DeltaCodec:
     """A third party's, whose magnitudes can be learned."""
-    monkeypatch.syspath_prepend(Path(__file__).parent / "plugin")
+    monkeypatch.syspath_prepend(TESTS / "plugin")
     ternary: Any = load("fusionkit.codecs", "ternary")
     found: DeltaCodec = ternary(0.3)
     return found

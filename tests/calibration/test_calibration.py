@@ -1,8 +1,6 @@
 """Calibration of DBMS: gradients, objectives, what is learned, resuming, what it refuses."""
 
 import math
-import os
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,87 +12,29 @@ from checks import check_same
 from conftest import TASKS, TinyNet
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from test_module import Data
+from processes import run_script
+from tiny_tasks import (
+    EPOCHS,
+    Rows,
+    States,
+    kl,
+    logits,
+    model_of,
+    module,
+    opened,
+    rows_of,
+    settings,
+    trainer,
+)
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from fusionkit import DBMS, EMR, SVD, Bundle, Calibration, Dense, MagnitudePrune, Merged, calibrate
 from fusionkit.calibration.dbms import DBMSCalibration, shifted_weights
 from fusionkit.calibration.objective import loss
 from fusionkit.calibration.pair_search import PROBES, PairSearch
 from fusionkit.errors import BundleError, DataError, FusionKitError
-from fusionkit.reuse.module import ReuseModule
 from fusionkit.task_vectors.family import Family
 from fusionkit.tasks.classification import Classification
-from fusionkit.tasks.kinds import kinds_of
-
-PRIVATE = ["head.*"]
-States = dict[str, dict[str, Tensor]]
-EPOCHS = len(PROBES) + 5
-
-
-class Rows(Data):
-    """The tasks' rows, for training, too."""
-
-    def train_dataloader(self) -> list[DataLoader[tuple[Tensor, ...]]]:
-        return [DataLoader(TensorDataset(*self.rows(task)), batch_size=8) for task in self.tasks]
-
-
-def trainer(epochs: int = EPOCHS, **options: Any) -> Trainer:
-    quiet = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    return Trainer(max_epochs=epochs, **{**quiet, **options})
-
-
-def module(base: nn.Module, finetuned: States, codec: Any = None) -> ReuseModule:
-    return ReuseModule(
-        base,
-        codec=codec or DBMS(MagnitudePrune(0.1)),
-        finetuned=dict(finetuned),  # type: ignore[arg-type]
-        private=PRIVATE,
-    )
-
-
-def settings(**own: Any) -> Calibration:
-    """Of few rows."""
-    return Calibration(**{"rows": 16, **own})
-
-
-def opened(kind: Any, reuse: ReuseModule) -> Any:
-    """A calibration as it is once the Trainer has set it up."""
-    made = kind(reuse, settings(), reuse.codec)
-    made.open(kinds_of(Rows(), list(TASKS)))
-    return made
-
-
-def rows_of(task: str, count: int = 16, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """The rows that are calibrated on."""
-    tokens, labels = Data().rows(task)
-    drawn = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))[:count]
-    return tokens[drawn], labels[drawn]
-
-
-def model_of(state: Mapping[str, Tensor]) -> TinyNet:
-    model = TinyNet(state["head.weight"].shape[0]).eval()
-    model.load_state_dict(dict(state))
-    return model
-
-
-def logits(state: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model_of(state)(tokens)
-
-
-def kl(teacher: Tensor, student: Tensor) -> float:
-    """KL(teacher ‖ student), a mean over the rows."""
-    p = teacher.softmax(-1)
-    return float((p * (p.log() - student.softmax(-1).log())).sum(-1).mean())
 
 
 @pytest.fixture
@@ -383,14 +323,7 @@ class TestTraining:
     def test_two_processes(self, tmp_path: Path) -> None:
         """Rows over two processes: the losses of all of them, and one bundle."""
         for devices in (1, 2):
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            subprocess.run(
-                [sys.executable, __file__, str(devices), str(tmp_path / str(devices))],
-                check=True,
-                env=environment,
-                timeout=300,
-                capture_output=True,
-            )
+            run_script(__file__, devices, tmp_path / str(devices))
         one, two = (Bundle(tmp_path / str(devices)).manifest.tasks for devices in (1, 2))
         for task in TASKS:
             a, b = one[task].calibration, two[task].calibration
