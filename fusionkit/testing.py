@@ -33,7 +33,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 """The dtypes of checkpoints that a codec must take."""
 
 Arguments = dict[str, Any]
-"""What `fusionkit.bundles.compress` takes beside the codec: `base`, `finetuned`, `private`, …"""
+"""What `fusionkit.compress` takes beside the codec: `base`, `finetuned`, `private`, …"""
 
 _SHAPES = {
     "scalar": (),
@@ -71,7 +71,7 @@ class CodecContract:
             metafunc.parametrize("codec", self.codecs, ids=_brief)
 
     def models(self, folder: Path, dtype: torch.dtype) -> Arguments:
-        """A base and three fine-tuned models, for `fusionkit.bundles.compress`.
+        """A base and three fine-tuned models, for `fusionkit.compress`.
 
         Override it for a codec that takes only a certain kind of model.
 

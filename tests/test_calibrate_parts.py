@@ -37,7 +37,7 @@ def stored(bundle: Bundle, task: str) -> dict[str, Tensor]:
 def test_it_learns_the_magnitudes_and_nothing_else(
     base: TinyNet, finetuned: States, codec: DeltaCodec, tmp_path: Path
 ) -> None:
-    plain = fusionkit.bundles.compress(TinyNet().eval(), finetuned, codec, private=PRIVATE)
+    plain = fusionkit.compress(TinyNet().eval(), finetuned, codec, private=PRIVATE)
     reuse = module(base, finetuned, codec)
     plain = reuse.compress()
     bundle = calibrate(reuse, Rows(), tmp_path / "b", trainer=trainer(EPOCHS))

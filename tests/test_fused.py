@@ -58,7 +58,7 @@ def test_equals_the_bundle_of_the_merge(
     frozen = FROZEN if method == "full" else []
     base = tiny_vit()
     family = Family(base, fits.paths, HEAD, frozen, adapters)
-    fusionkit.bundles.compress(
+    fusionkit.compress(
         base,
         fits.paths,
         Merged(merge, "fp32"),

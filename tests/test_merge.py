@@ -84,9 +84,7 @@ def test_every_task_gets_the_papers_vector(
     base: TinyNet, finetuned: States, tmp_path: Path, merge: Merge, naive: object
 ) -> None:
     wanted = naive(stack(base.state_dict(), finetuned, DELTAS))  # type: ignore[operator]
-    fusionkit.bundles.compress(
-        base, finetuned, Merged(merge, "fp32"), tmp_path / "b", private=PRIVATE
-    )
+    fusionkit.compress(base, finetuned, Merged(merge, "fp32"), tmp_path / "b", private=PRIVATE)
     bundle = fusionkit.Bundle.load(tmp_path / "b")
     for task in TASKS:
         torch.testing.assert_close(decoded(bundle, task, DELTAS), wanted, rtol=1e-6, atol=1e-7)
@@ -171,7 +169,7 @@ def test_normalized_leaves_out_nothing_but_length() -> None:
     base, finetuned = random_family({"a": (30, 20)}, tasks=4)
     for task, factor in (("task0", 10.0), ("task1", 0.0)):
         finetuned[task]["a"] = base["a"] + factor * (finetuned[task]["a"] - base["a"])
-    bundle = fusionkit.bundles.compress(base, finetuned, Merged(Normalized(), dtype="fp32"))
+    bundle = fusionkit.compress(base, finetuned, Merged(Normalized(), dtype="fp32"))
     merged = decoded(bundle, "task0", ["a"])
     tau = stack(base, finetuned, ["a"])
     towards = [float(merged @ tau[t] / (merged.norm() * tau[t].norm())) for t in (0, 2, 3)]

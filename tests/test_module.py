@@ -62,7 +62,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 def test_switching_is_exact_however_often(
     base: TinyNet, finetuned: States, codec: fusionkit.DeltaCodec
 ) -> None:
-    bundle = fusionkit.bundles.compress(base, finetuned, codec, private=PRIVATE)
+    bundle = fusionkit.compress(base, finetuned, codec, private=PRIVATE)
     wanted = {task: bundle.state_dict(task) for task in TASKS}
     original = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     module = ReuseModule(base, bundle)
@@ -80,7 +80,7 @@ def test_switching_is_exact_however_often(
 def test_low_precision_models_are_rounded_once(
     base: TinyNet, finetuned: States, dtype: torch.dtype
 ) -> None:
-    bundle = fusionkit.bundles.compress(base, finetuned, EMR(), private=PRIVATE)
+    bundle = fusionkit.compress(base, finetuned, EMR(), private=PRIVATE)
     module = ReuseModule(base, bundle).to(dtype)
     for task in TASKS * 3:
         module.switch(task)
@@ -101,7 +101,7 @@ def test_forward_is_the_tasks_own_model(base: TinyNet, finetuned: States) -> Non
 
 
 def test_tied_weights_stay_tied(base: TinyNet, finetuned: States) -> None:
-    module = ReuseModule(base, fusionkit.bundles.compress(base, finetuned, EMR(), private=PRIVATE))
+    module = ReuseModule(base, fusionkit.compress(base, finetuned, EMR(), private=PRIVATE))
     for task in TASKS:
         module.switch(task)
         assert base.decoder.weight is base.embed.weight
@@ -110,7 +110,7 @@ def test_tied_weights_stay_tied(base: TinyNet, finetuned: States) -> None:
 def test_weights_of_an_evaluated_task_can_still_be_trained(
     base: TinyNet, finetuned: States
 ) -> None:
-    module = ReuseModule(base, fusionkit.bundles.compress(base, finetuned, EMR(), private=PRIVATE))
+    module = ReuseModule(base, fusionkit.compress(base, finetuned, EMR(), private=PRIVATE))
     with torch.inference_mode():
         module.switch("cat")
     module(torch.randint(0, 11, (4, 5))).sum().backward()
@@ -119,7 +119,7 @@ def test_weights_of_an_evaluated_task_can_still_be_trained(
 
 @pytest.mark.parametrize("stage", ["test", "validate"])
 def test_the_trainer_scores_every_task(base: TinyNet, finetuned: States, stage: str) -> None:
-    bundle = fusionkit.bundles.compress(base, finetuned, Dense("fp32"), private=PRIVATE)
+    bundle = fusionkit.compress(base, finetuned, Dense("fp32"), private=PRIVATE)
     data = Data()
     reference = {}
     for task in TASKS:
@@ -142,7 +142,7 @@ def test_the_trainer_scores_every_task(base: TinyNet, finetuned: States, stage: 
 
 
 def test_tasks_are_scored_by_name_not_by_place(base: TinyNet, finetuned: States) -> None:
-    bundle = fusionkit.bundles.compress(base, finetuned, Dense("fp32"), private=PRIVATE)
+    bundle = fusionkit.compress(base, finetuned, Dense("fp32"), private=PRIVATE)
     module = ReuseModule(base, bundle)
     trainer().test(module, datamodule=Data(), verbose=False)
     in_order = module.scores
@@ -169,7 +169,7 @@ def test_mapping_batches_and_logits_objects() -> None:
     flipped = {"scale": -torch.ones(1)}
     module = ReuseModule(
         net,
-        fusionkit.bundles.compress(net, {"same": net.state_dict(), "flipped": flipped}, Dense()),
+        fusionkit.compress(net, {"same": net.state_dict(), "flipped": flipped}, Dense()),
         num_classes={"same": 3, "flipped": 3},
     )
     data = [{"inputs": row, "labels": torch.tensor(i)} for i, row in enumerate(rows)]
@@ -211,9 +211,9 @@ def test_reusing_another_source_starts_from_the_base(base: TinyNet, finetuned: S
     """A tensor that is frozen in the second source must not keep the first one's values."""
     original = base.state_dict()["hidden.bias"].clone()
     same_bias = {t: {**s, "hidden.bias": original} for t, s in finetuned.items()}
-    first = fusionkit.bundles.compress(base, finetuned, Dense(), private=PRIVATE)
+    first = fusionkit.compress(base, finetuned, Dense(), private=PRIVATE)
     frozen = ["hidden.bias"]
-    second = fusionkit.bundles.compress(base, same_bias, Dense(), private=PRIVATE, frozen=frozen)
+    second = fusionkit.compress(base, same_bias, Dense(), private=PRIVATE, frozen=frozen)
     module = ReuseModule(base, first)
     module.switch("ant")
     assert not torch.equal(base.hidden.bias, original)
@@ -231,7 +231,7 @@ def current_weights(module: ReuseModule) -> dict[str, Tensor]:
 
 
 def test_wrong_base_is_refused_by_tensor(base: TinyNet, finetuned: States) -> None:
-    bundle = fusionkit.bundles.compress(base, finetuned, EMR(), private=PRIVATE)
+    bundle = fusionkit.compress(base, finetuned, EMR(), private=PRIVATE)
     with torch.no_grad():
         base.hidden.weight[0, 0] += 1e-3
     with pytest.raises(WrongBaseError, match=r"not the base.*\n.*'hidden.weight' has other values"):
@@ -239,7 +239,7 @@ def test_wrong_base_is_refused_by_tensor(base: TinyNet, finetuned: States) -> No
 
 
 def test_another_codecs_bundle_is_refused(base: TinyNet, finetuned: States, tmp_path: Path) -> None:
-    fusionkit.bundles.compress(base, finetuned, EMR(), tmp_path / "b", private=PRIVATE)
+    fusionkit.compress(base, finetuned, EMR(), tmp_path / "b", private=PRIVATE)
     with pytest.raises(BundleError, match=r"made with EMR.*`codec` is SVD.*compress again"):
         ReuseModule(base, tmp_path / "b", codec=SVD(rank=1))
 
@@ -255,7 +255,7 @@ def test_tasks_and_classes_are_checked_before_anything_runs(
     base: TinyNet, finetuned: States
 ) -> None:
     two = {task: finetuned[task] for task in TASKS[:2]}
-    module = ReuseModule(base, fusionkit.bundles.compress(base, two, EMR(), private=PRIVATE))
+    module = ReuseModule(base, fusionkit.compress(base, two, EMR(), private=PRIVATE))
     with pytest.raises(BundleError, match="data for 'cat', but no such task among ant, bee"):
         trainer().test(module, datamodule=Data(), verbose=False)
     with pytest.raises(DataError, match="classes of 'ant' is not known"):
@@ -264,7 +264,7 @@ def test_tasks_and_classes_are_checked_before_anything_runs(
 
 def test_head_without_a_place_is_refused(base: TinyNet, finetuned: States) -> None:
     extra = {t: {**s, "aux.weight": torch.zeros(2)} for t, s in finetuned.items()}
-    bundle = fusionkit.bundles.compress(base, extra, EMR(), private=[*PRIVATE, "aux.*"])
+    bundle = fusionkit.compress(base, extra, EMR(), private=[*PRIVATE, "aux.*"])
     with pytest.raises(BundleError, match=r"'aux.weight' has no place in TinyNet"):
         ReuseModule(base, bundle).switch("ant")
 
@@ -272,14 +272,14 @@ def test_head_without_a_place_is_refused(base: TinyNet, finetuned: States) -> No
 def test_a_bundle_survives_the_switching_of_the_model_it_came_from(
     base: TinyNet, finetuned: States
 ) -> None:
-    bundle = fusionkit.bundles.compress(base, finetuned, EMR(), private=PRIVATE)
+    bundle = fusionkit.compress(base, finetuned, EMR(), private=PRIVATE)
     before = bundle.state_dict("ant")
     ReuseModule(base, bundle).switch("bee")
     assert same(bundle.state_dict("ant"), before)
 
 
 def test_a_base_changed_in_memory_is_noticed(base: TinyNet, finetuned: States) -> None:
-    bundle = fusionkit.bundles.compress(base, finetuned, EMR(), private=PRIVATE)
+    bundle = fusionkit.compress(base, finetuned, EMR(), private=PRIVATE)
     bundle.state_dict("ant")
     with torch.no_grad():
         base.conv.bias += 1
@@ -290,7 +290,7 @@ def test_a_base_changed_in_memory_is_noticed(base: TinyNet, finetuned: States) -
 def test_a_failed_switch_leaves_the_base(base: TinyNet, finetuned: States, tmp_path: Path) -> None:
     """Never a mixture of two tasks, and never the old task under the new weights' name."""
     original = {name: tensor.clone() for name, tensor in base.state_dict().items()}
-    fusionkit.bundles.compress(base, finetuned, Dense(), tmp_path / "b", private=PRIVATE)
+    fusionkit.compress(base, finetuned, Dense(), tmp_path / "b", private=PRIVATE)
     module = ReuseModule(base, tmp_path / "b")
     module.switch("ant")
     path = tmp_path / "b" / "task-bee.safetensors"
@@ -307,7 +307,7 @@ def test_a_head_that_only_one_task_has_does_not_stay(base: TinyNet, finetuned: S
     start = {n: t.clone() for n, t in base.state_dict().items()}
     headless = {n: t for n, t in start.items() if not n.startswith("head")}
     tuned = {"ant": finetuned["ant"], "bee": {n: finetuned["bee"][n] for n in headless}}
-    module = ReuseModule(base, fusionkit.bundles.compress(headless, tuned, EMR(), private=PRIVATE))
+    module = ReuseModule(base, fusionkit.compress(headless, tuned, EMR(), private=PRIVATE))
     module.switch("ant")
     assert torch.equal(base.head.bias, finetuned["ant"]["head.bias"])
     module.switch("bee")

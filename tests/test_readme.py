@@ -30,7 +30,7 @@ def test_the_python_way(base: TinyNet, tmp_path: Path, monkeypatch: pytest.Monke
         save_file(state, f"{name}.safetensors")
     names: dict[str, Any] = {"model": base}
     heads = base.head.bias.clone()
-    exec(block("fusionkit.bundles.compress("), names)
+    exec(block("fusionkit.compress("), names)
     assert torch.equal(names["state"]["head.bias"], heads + 1)
     assert names["module"].task == "dogs"
     assert torch.equal(base.head.bias, heads + 2)
@@ -58,7 +58,7 @@ def test_the_codec_of_thirty_lines(
     import my_package
 
     codec = my_package.Ternary(cut=0.5)
-    fusionkit.bundles.compress(base, finetuned, codec, tmp_path / "b", private=["head.*"])
+    fusionkit.compress(base, finetuned, codec, tmp_path / "b", private=["head.*"])
     bundle = fusionkit.Bundle.load(tmp_path / "b", base)
     assert bundle.codec == codec
     delta = bundle.delta("ant", "hidden.weight")

@@ -348,7 +348,7 @@ def test_classes_that_are_not_registered_have_no_config(base: TinyNet, tmp_path:
     with pytest.raises(PluginError, match="no 'unregistered' in"):
         to_config(Unregistered())
     with pytest.raises(PluginError, match="no 'unregistered' in"):
-        fusionkit.bundles.compress(base, {"a": base}, Unregistered(), tmp_path / "bundle")
+        fusionkit.compress(base, {"a": base}, Unregistered(), tmp_path / "bundle")
     assert not (tmp_path / "bundle").exists()
 
 
@@ -360,7 +360,7 @@ def test_a_third_partys_codec_compresses_to_disk_and_back(
 ) -> None:
     path = tmp_path / "bundle"
     codec = ternary(threshold=0.25)
-    fusionkit.bundles.compress(files.base, files.finetuned, codec, path, private=["head.*"])
+    fusionkit.compress(files.base, files.finetuned, codec, path, private=["head.*"])
     bundle = Bundle(path)
     assert bundle.codec == codec
     family = Family(files.base, files.finetuned, private=["head.*"])
@@ -380,7 +380,7 @@ def test_a_bundle_whose_codec_is_gone_names_its_distribution(tmp_path: Path, fil
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(PLUGIN)
         codec: Any = load(CODECS, "ternary")
-        fusionkit.bundles.compress(
+        fusionkit.compress(
             files.base, files.finetuned, codec(), tmp_path / "bundle", private=["head.*"]
         )
     with pytest.raises(PluginError, match=r"no 'ternary' .*it came from ternary-plugin 0\.1"):

@@ -95,12 +95,12 @@ def prepare(folder: Path) -> None:
     base = base_net()
     finetuned: Any = {task: tuned(base, seed, seed + 2) for seed, task in enumerate(TASKS)}
     for name, codec in CODECS.items():
-        fusionkit.bundles.compress(base, finetuned, codec, folder / name, private=PRIVATE)
+        fusionkit.compress(base, finetuned, codec, folder / name, private=PRIVATE)
     tied = {"decoder.weight", "blocks.3.wide.weight", "blocks.3.wide.bias"}
     for name, state in {"base": base.state_dict(), **finetuned}.items():
         untied = {key: tensor.clone() for key, tensor in state.items() if key not in tied}
         save_file(untied, folder / f"{name}.safetensors")
-    fusionkit.bundles.compress(base, finetuned, Dense(), folder / "damaged", private=PRIVATE)
+    fusionkit.compress(base, finetuned, Dense(), folder / "damaged", private=PRIVATE)
     path = folder / "damaged" / "task-bee.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"!")
     for place, task in enumerate(("lora", "more")):
@@ -362,7 +362,7 @@ def evaluated(strategy: Any, devices: int, meta: bool = False, tasks: bool = Fal
     base = TinyNet().eval()
     data: Any = Data(SPREAD)
     finetuned: Any = {t: perturbed(base, seed=p, classes=p + 2) for p, t in enumerate(TASKS)}
-    bundle = fusionkit.bundles.compress(base.state_dict(), finetuned, EMR(), private=PRIVATE)
+    bundle = fusionkit.compress(base.state_dict(), finetuned, EMR(), private=PRIVATE)
     source = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     with torch.device("meta" if meta else "cpu"):
         model = TinyNet().eval()

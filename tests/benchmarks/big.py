@@ -146,7 +146,7 @@ def run(folder: Path, tasks: int, way: str, nbytes: int) -> None:
         read_and_write(folder, tasks, nbytes)
     else:
         finetuned = {f"task{place + 1}": folder / f"task{place + 1}" for place in range(tasks)}
-        bundle = fusionkit.bundles.compress(
+        bundle = fusionkit.compress(
             folder / "base", finetuned, CODECS[way], folder / "bundle", overwrite=True
         )
         nbytes = bundle.nbytes

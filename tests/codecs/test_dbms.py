@@ -66,9 +66,7 @@ class TestEquation:
     def test_shared_shift(self, base: TinyNet, finetuned: States, shift: float) -> None:
         """θ̂_t = θ₀ + α u + β top-m%(τ_t − α u), u = (1/T) Σ τ_t."""
         codec = DBMS(MagnitudePrune(0.2, dtype="fp32"), Merged(Mean(), dtype="fp32"))
-        bundle = fusionkit.bundles.compress(
-            base, finetuned, codec.at(every((shift, 1.6))), private=PRIVATE
-        )
+        bundle = fusionkit.compress(base, finetuned, codec.at(every((shift, 1.6))), private=PRIVATE)
         tau = stack(base.state_dict(), finetuned, DELTAS)
         u = tau.mean(0)
         for place, task in enumerate(TASKS):
@@ -81,9 +79,7 @@ class TestEquation:
     def test_own_shift(self, base: TinyNet, finetuned: States) -> None:
         """θ̂_t = θ₀ + α C₁(τ_t) + β C₂(τ_t − α C₁(τ_t)); each task's own direction."""
         codec = DBMS(MagnitudePrune(0.1, dtype="fp32"), MagnitudePrune(0.3, dtype="fp32"))
-        bundle = fusionkit.bundles.compress(
-            base, finetuned, codec.at(every((0.8, 1.3))), private=PRIVATE
-        )
+        bundle = fusionkit.compress(base, finetuned, codec.at(every((0.8, 1.3))), private=PRIVATE)
         tau = stack(base.state_dict(), finetuned, DELTAS)
         for place, task in enumerate(TASKS):
             first = keep_largest(tau[place], round(0.3 * tau[place].numel()))
@@ -95,11 +91,11 @@ class TestEquation:
     def test_peru_is_a_special_case(self, base: TinyNet, finetuned: States) -> None:
         """PERU-FFT: u = λ Σ τ_t, α = β = 1, C = top-m%."""
         merge = TaskArithmetic(0.3)
-        peru = fusionkit.bundles.compress(
+        peru = fusionkit.compress(
             base, finetuned, MagnitudePrune(0.1, merge=merge), private=PRIVATE
         )
         codec = DBMS(MagnitudePrune(0.1), Merged(merge)).at(every((1.0, 1.0)))
-        dbms = fusionkit.bundles.compress(base, finetuned, codec, private=PRIVATE)
+        dbms = fusionkit.compress(base, finetuned, codec, private=PRIVATE)
         for task in TASKS:
             check_same(dbms.state_dict(task), peru.state_dict(task))
 
@@ -112,9 +108,9 @@ class TestEquation:
             base.hidden.weight[0, 0] = -0.0
             for state in finetuned.values():
                 state["hidden.weight"][0, 0] = -0.0
-        plain = fusionkit.bundles.compress(base, finetuned, codec, private=PRIVATE)
+        plain = fusionkit.compress(base, finetuned, codec, private=PRIVATE)
         within = DBMS(codec, shift).at(every((0.0, 1.0)))
-        wrapped = fusionkit.bundles.compress(base, finetuned, within, private=PRIVATE)
+        wrapped = fusionkit.compress(base, finetuned, within, private=PRIVATE)
         for task in TASKS:
             found, wanted = wrapped.state_dict(task), plain.state_dict(task)
             check_same(found, wanted)
@@ -128,9 +124,7 @@ class TestEquation:
         for task in finetuned:
             finetuned[task]["c"] = base["c"].clone()
         codec = DBMS(Dense("fp32"), Merged(Mean(), dtype="fp32"))
-        bundle = fusionkit.bundles.compress(
-            base, finetuned, codec.at(dict.fromkeys(finetuned, (2.0, 0.5)))
-        )
+        bundle = fusionkit.compress(base, finetuned, codec.at(dict.fromkeys(finetuned, (2.0, 0.5))))
         moved = finetuned["task1"]["b"] - base["b"]
         # a: the mean is zero; b: of task 0 only the shift is not; c: nothing is.
         wanted = {"a": base["a"] + 0.5, "b": base["b"] + moved + 0.5 * (0 - moved), "c": base["c"]}
@@ -152,8 +146,8 @@ class TestSearch:
         tau = stack(base, finetuned, names)
         for inner in (MagnitudePrune(density, dtype="fp32"), SVD(rank=1, dtype="fp32")):
             codec = DBMS(inner, Merged(Mean(), dtype="fp32"))
-            found = fusionkit.bundles.compress(base, finetuned, codec)
-            plain = fusionkit.bundles.compress(base, finetuned, inner)
+            found = fusionkit.compress(base, finetuned, codec)
+            plain = fusionkit.compress(base, finetuned, inner)
             for place, task in enumerate(finetuned):
                 coded = decoded(plain, task, names)
                 best = (tau[place] @ coded) / (coded @ coded)
@@ -168,7 +162,7 @@ class TestSearch:
             state["a"] = base["a"] + common
             state["a"].view(-1)[place] += 30.0
         codec = DBMS(MagnitudePrune(0.01, dtype="fp32"), Merged(Mean(), dtype="fp32"))
-        bundle = fusionkit.bundles.compress(base, finetuned, codec)
+        bundle = fusionkit.compress(base, finetuned, codec)
         tau = stack(base, finetuned, ["a"])
         u = tau.mean(0)
         for place, task in enumerate(finetuned):
@@ -178,16 +172,12 @@ class TestSearch:
             assert scale == pytest.approx(1, abs=1e-4)  # pruning is a projection
 
     def test_no_grid_is_no_shift(self, base: TinyNet, finetuned: States) -> None:
-        bundle = fusionkit.bundles.compress(
-            base, finetuned, DBMS(SVD(rank=1), grid=()), private=PRIVATE
-        )
+        bundle = fusionkit.compress(base, finetuned, DBMS(SVD(rank=1), grid=()), private=PRIVATE)
         assert [scalars_of(bundle, task) for task in TASKS] == [(0.0, 1.0)] * 3
 
     def test_deterministic(self, base: TinyNet, finetuned: States, tmp_path: Path) -> None:
         for place in ("a", "b"):
-            fusionkit.bundles.compress(
-                base, finetuned, DBMS(EMR()), tmp_path / place, private=PRIVATE
-            )
+            fusionkit.compress(base, finetuned, DBMS(EMR()), tmp_path / place, private=PRIVATE)
         for path in (tmp_path / "a").iterdir():
             assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
 
@@ -197,12 +187,12 @@ class TestBundle:
         self, base: TinyNet, finetuned: States, tmp_path: Path
     ) -> None:
         inner = MagnitudePrune(0.2)
-        fusionkit.bundles.compress(
+        fusionkit.compress(
             base, finetuned, DBMS(inner).at(every((0.0, 1.0))), tmp_path / "dbms", private=PRIVATE
         )
-        fusionkit.bundles.compress(base, finetuned, inner, tmp_path / "plain", private=PRIVATE)
+        fusionkit.compress(base, finetuned, inner, tmp_path / "plain", private=PRIVATE)
         shift = Merged(Normalized(), dtype="int4")
-        fusionkit.bundles.compress(base, finetuned, shift, tmp_path / "u", private=PRIVATE)
+        fusionkit.compress(base, finetuned, shift, tmp_path / "u", private=PRIVATE)
 
         def payload(path: Path) -> int:
             return sum(tensor.nbytes for tensor in load_file(path).values())
@@ -217,14 +207,14 @@ class TestBundle:
         assert from_config(to_config(codec)) == codec
         at = codec.at(every((1.0, 2.0)))
         assert to_config(at) == to_config(codec)  # scalars are a result, not a setting
-        bundle = fusionkit.bundles.compress(base, finetuned, at, tmp_path / "b", private=PRIVATE)
+        bundle = fusionkit.compress(base, finetuned, at, tmp_path / "b", private=PRIVATE)
         assert Bundle(tmp_path / "b").codec == codec
         assert scalars_of(bundle, "bee") == (1.0, 2.0)
 
     def test_adding_a_task(self, base: TinyNet, finetuned: States, tmp_path: Path) -> None:
         first = {task: finetuned[task] for task in TASKS[:2]}
         codec = DBMS(EMR(dtype="fp32"), Merged(Mean(), dtype="fp32"))
-        fusionkit.bundles.compress(base, first, codec, tmp_path / "b", private=PRIVATE)
+        fusionkit.compress(base, first, codec, tmp_path / "b", private=PRIVATE)
         before = (tmp_path / "b/task-ant.safetensors").read_bytes()
         bundle = Bundle(tmp_path / "b", base)
         with pytest.raises(BundleError, match="share a vector"):
@@ -235,23 +225,23 @@ class TestBundle:
         found = decoded(bundle, "cat", DELTAS)
         assert (tau[2] - found).norm() < tau[2].norm()
         own = DBMS(SVD(rank=1), SVD(rank=1))
-        bundle = fusionkit.bundles.compress(base, first, own, tmp_path / "c", private=PRIVATE)
+        bundle = fusionkit.compress(base, first, own, tmp_path / "c", private=PRIVATE)
         add_tasks(bundle, {"cat": finetuned["cat"]})  # nothing is shared
-        whole = fusionkit.bundles.compress(base, finetuned, own, private=PRIVATE)
+        whole = fusionkit.compress(base, finetuned, own, private=PRIVATE)
         check_same(bundle.state_dict("cat"), whole.state_dict("cat"))
 
     def test_factors(self) -> None:
         base, finetuned = random_family({"a": (8, 6)}, tasks=2)
         for shift in (0.0, 0.7):
             codec = DBMS(SVD(rank=1), SVD(rank=2)).at(dict.fromkeys(finetuned, (shift, 1.5)))
-            bundle = fusionkit.bundles.compress(base, finetuned, codec)
+            bundle = fusionkit.compress(base, finetuned, codec)
             factors = bundle.factors("task0", "a")
             assert factors is not None
             assert factors.left.shape[1] == (3 if shift else 1)
             delta = bundle.delta("task0", "a")
             torch.testing.assert_close(factors.dense(torch.Size((8, 6))), delta)
         shared = DBMS(SVD(rank=1), Merged(Mean())).at(dict.fromkeys(finetuned, (1.0, 1.0)))
-        assert fusionkit.bundles.compress(base, finetuned, shared).factors("task0", "a") is None
+        assert fusionkit.compress(base, finetuned, shared).factors("task0", "a") is None
 
 
 class TestRefusals:
@@ -266,7 +256,7 @@ class TestRefusals:
             DBMS(Dense(), Exact())
 
     def test_a_tampered_scalar(self, base: TinyNet, finetuned: States, tmp_path: Path) -> None:
-        fusionkit.bundles.compress(base, finetuned, DBMS(Dense()), tmp_path / "b", private=PRIVATE)
+        fusionkit.compress(base, finetuned, DBMS(Dense()), tmp_path / "b", private=PRIVATE)
         path = tmp_path / "b/task-ant.safetensors"
         data = bytearray(path.read_bytes())
         place = data.index(load_file(path)["/scalars"].numpy().tobytes())

@@ -13,7 +13,7 @@ SHAPES = {"a.weight": (6, 5), "a.bias": (5,), "conv": (4, 3, 3, 3), "scale": (),
 
 def test_fp32_keeps_every_bit_of_every_delta() -> None:
     base, finetuned = random_family(SHAPES, tasks=2)
-    bundle = fusionkit.bundles.compress(base, finetuned, Dense("fp32"))
+    bundle = fusionkit.compress(base, finetuned, Dense("fp32"))
     for t, task in enumerate(finetuned):
         names = list(SHAPES)
         assert torch.equal(decoded(bundle, task, names), stack(base, finetuned, names)[t])
@@ -25,7 +25,7 @@ def test_fp32_keeps_every_bit_of_every_delta() -> None:
 def test_from_a_zero_base_it_is_lossless() -> None:
     _, finetuned = random_family(SHAPES, tasks=1, scale=3.0)
     base = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
-    found = fusionkit.bundles.compress(base, finetuned, Dense("fp32")).state_dict("task0")
+    found = fusionkit.compress(base, finetuned, Dense("fp32")).state_dict("task0")
     for name, wanted in finetuned["task0"].items():
         assert torch.equal(found[name], wanted)
 
@@ -37,7 +37,7 @@ def test_from_a_zero_base_it_is_lossless() -> None:
 def test_rounding(dtype: str, bound: float) -> None:
     base, finetuned = random_family({"w": (33, 17)}, tasks=1)
     tau = stack(base, finetuned, ["w"])[0]
-    bundle = fusionkit.bundles.compress(base, finetuned, Dense(dtype))  # type: ignore[arg-type]
+    bundle = fusionkit.compress(base, finetuned, Dense(dtype))  # type: ignore[arg-type]
     found = decoded(bundle, "task0", ["w"])
     assert 0 < (found - tau).abs().max() <= bound * tau.abs().max()
 
@@ -45,4 +45,4 @@ def test_rounding(dtype: str, bound: float) -> None:
 def test_a_delta_too_large_for_fp16_is_refused() -> None:
     base, tuned = {"w": torch.zeros(3)}, {"w": torch.tensor([1.0, 1e5, 0.0])}
     with pytest.raises(CodecError, match=r"1e\+05 does not fit into fp16; .* bf16 or fp32"):
-        fusionkit.bundles.compress(base, {"t": tuned}, Dense())
+        fusionkit.compress(base, {"t": tuned}, Dense())

@@ -91,7 +91,7 @@ def test_the_equations(
     codec = EMR(rescale, scope, "fp32")  # type: ignore[arg-type]
     state = base.state_dict()
     tau = stack(state, finetuned, DELTAS).numpy()
-    bundle = fusionkit.bundles.compress(base, finetuned, codec, tmp_path / "b", private=PRIVATE)
+    bundle = fusionkit.compress(base, finetuned, codec, tmp_path / "b", private=PRIVATE)
     sizes = {name: state[name].numel() for name in DELTAS}
     check(bundle, tmp_path / "b", tau, sizes, codec)
     unified, masks = elect(tau)
@@ -121,9 +121,7 @@ def real() -> tuple[dict[str, Tensor], States, np.ndarray, dict[str, int]]:
 def test_the_equations_on_real_checkpoints(tmp_path: Path, rescale: str, scope: str) -> None:
     base, finetuned, tau, sizes = real()
     codec = EMR(rescale, scope, "fp32")  # type: ignore[arg-type]
-    bundle = fusionkit.bundles.compress(
-        base, finetuned, codec, tmp_path / "b", private=["classifier.*"]
-    )
+    bundle = fusionkit.compress(base, finetuned, codec, tmp_path / "b", private=["classifier.*"])
     assert len(bundle.tasks) == 8
     check(bundle, tmp_path / "b", tau, sizes, codec)
 
@@ -133,7 +131,7 @@ def test_the_equations_on_real_checkpoints(tmp_path: Path, rescale: str, scope: 
 def test_one_task_comes_back(rescale: str, scope: str) -> None:
     base, finetuned = random_family({"a.weight": (9, 7), "a.bias": (5,)}, tasks=1)
     codec = EMR(rescale, scope, "fp32")  # type: ignore[arg-type]
-    found = fusionkit.bundles.compress(base, finetuned, codec).state_dict("task0")
+    found = fusionkit.compress(base, finetuned, codec).state_dict("task0")
     for name, wanted in finetuned["task0"].items():
         torch.testing.assert_close(found[name], wanted, rtol=0, atol=1e-6)
 
@@ -143,7 +141,7 @@ def test_opposite_vectors_elect_the_negative_one(rescale: str) -> None:
     base = {"w": torch.zeros(5)}
     up = torch.tensor([1.0, -2.0, 0.5, 0.0, 4.0])
     codec = EMR(rescale, dtype="fp32")  # type: ignore[arg-type]
-    bundle = fusionkit.bundles.compress(base, {"up": {"w": up}, "down": {"w": -up}}, codec)
+    bundle = fusionkit.compress(base, {"up": {"w": up}, "down": {"w": -up}}, codec)
     unified = -up.abs()
     assert torch.equal(bundle.shared_parts("w")["elected"], unified)
     masks = {"up": up < 0, "down": up > 0}
@@ -161,7 +159,7 @@ def test_a_tensor_equal_in_all_tasks_comes_back(tmp_path: Path) -> None:
     for state in finetuned.values():
         state["same"] = finetuned["task0"]["same"]
     codec = EMR(scope="tensor", dtype="fp32")
-    bundle = fusionkit.bundles.compress(base, finetuned, codec, tmp_path / "b")
+    bundle = fusionkit.compress(base, finetuned, codec, tmp_path / "b")
     for task in bundle.tasks:
         torch.testing.assert_close(
             bundle.state_dict(task)["same"], finetuned["task0"]["same"], rtol=0, atol=1e-6
@@ -174,7 +172,7 @@ def test_a_tensor_equal_to_the_base_costs_nothing() -> None:
     base, finetuned = random_family({"still": (40,), "own": (13,)}, tasks=2)
     for state in finetuned.values():
         state["still"] = base["still"]
-    bundle = fusionkit.bundles.compress(base, finetuned, EMR())
+    bundle = fusionkit.compress(base, finetuned, EMR())
     assert bundle.shared_parts("still") == {}
     for task in bundle.tasks:
         assert bundle.delta(task, "still") is None
@@ -186,7 +184,7 @@ def test_a_task_that_nothing_was_elected_from_is_the_base() -> None:
     base = {"w": torch.zeros(3)}
     finetuned = {"large": {"w": torch.full((3,), 2.0)}, "small": {"w": torch.full((3,), -1.0)}}
     for rescale in RESCALE:
-        bundle = fusionkit.bundles.compress(base, finetuned, EMR(rescale))  # type: ignore[arg-type]
+        bundle = fusionkit.compress(base, finetuned, EMR(rescale))  # type: ignore[arg-type]
         assert torch.equal(bundle.state_dict("small")["w"], base["w"])
 
 
@@ -195,7 +193,7 @@ def test_only_the_shared_vector_is_rounded(dtype: str) -> None:
     base, finetuned = random_family({"w": (31, 9)}, tasks=3)
     tau = stack(base, finetuned, ["w"]).numpy()
     unified, masks = elect(tau)
-    bundle = fusionkit.bundles.compress(base, finetuned, EMR("none", dtype=dtype))  # type: ignore[arg-type]
+    bundle = fusionkit.compress(base, finetuned, EMR("none", dtype=dtype))  # type: ignore[arg-type]
     step = {"fp32": 0, "fp16": 2**-11, "bf16": 2**-8, "int8": 0.51 / 127, "int4": 0.51 / 7}[dtype]
     for t, task in enumerate(bundle.tasks):
         found = decoded(bundle, task, ["w"]).numpy()

@@ -40,7 +40,7 @@ WEIGHTS = {"digit": 0.7, "rotation": -0.4, "parity": 1.1}
 
 def compressed(fits: Fits, codec: LinearizedLoRA, folder: Path, **options: Any) -> Bundle:
     settings = {"private": HEAD, "adapters": "modules", **options}
-    fusionkit.bundles.compress(tiny_vit(), fits.paths, codec, folder, **settings)
+    fusionkit.compress(tiny_vit(), fits.paths, codec, folder, **settings)
     return Bundle.load(folder, tiny_vit())
 
 
@@ -112,7 +112,7 @@ class TestKept:
             )
             trainer(2, precision="bf16-mixed").fit(module, datamodule=FewDigits())
             paths[task] = module.save(tmp_path / task)
-        fusionkit.bundles.compress(
+        fusionkit.compress(
             tiny_vit().bfloat16(),
             paths,
             LinearizedLoRA(),
@@ -133,7 +133,7 @@ class TestKept:
     def test_a_task_added_later(self, linearized: Fits, tmp_path: Path) -> None:
         whole = compressed(linearized, LinearizedLoRA(), tmp_path / "whole")
         two = dict(list(linearized.paths.items())[:2])
-        fusionkit.bundles.compress(
+        fusionkit.compress(
             tiny_vit(),
             two,
             LinearizedLoRA(),
@@ -265,7 +265,7 @@ def _specs(folder: AdapterFolder) -> list[tuple[str, tuple[tuple[int, ...], Any]
 def test_one_pass_of_dense_is_what_it_keeps(linearized: Fits, tmp_path: Path) -> None:
     """The same values as Dense; LinearizedLoRA adds what it is for, and what it refuses."""
     own = compressed(linearized, LinearizedLoRA(), tmp_path / "a")
-    fusionkit.bundles.compress(
+    fusionkit.compress(
         tiny_vit(),
         linearized.paths,
         Dense(),

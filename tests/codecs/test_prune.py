@@ -51,7 +51,7 @@ def test_the_equation(
     shared = merged(merge, tau)
     sizes = [state[name].numel() for name in DELTAS] if scope == "tensor" else [tau.shape[1]]
     codec = MagnitudePrune(density, scope, merge, "fp32")  # type: ignore[arg-type]
-    fusionkit.bundles.compress(base, finetuned, codec, tmp_path / "b", private=PRIVATE)
+    fusionkit.compress(base, finetuned, codec, tmp_path / "b", private=PRIVATE)
     bundle = fusionkit.Bundle.load(tmp_path / "b")
     for row, task in zip(tau, TASKS, strict=True):
         kept = [keep_largest(v, round(density * v.numel())) for v in (row - shared).split(sizes)]
@@ -71,7 +71,7 @@ def test_the_count_is_exact_and_the_first_of_equals_win(
     tuned = {f"w{i}": torch.tensor(row, dtype=torch.float32) for i, row in enumerate(rows)}
     base = {name: torch.zeros_like(tensor) for name, tensor in tuned.items()}
     codec = MagnitudePrune(density, scope, dtype="fp32")  # type: ignore[arg-type]
-    found = decoded(fusionkit.bundles.compress(base, {"t": tuned}, codec), "t", list(tuned))
+    found = decoded(fusionkit.compress(base, {"t": tuned}, codec), "t", list(tuned))
     whole = torch.cat(list(tuned.values()))
     sizes = [len(row) for row in rows] if scope == "tensor" else [whole.numel()]
     wanted = torch.cat([keep_largest(v, round(density * v.numel())) for v in whole.split(sizes)])
@@ -82,10 +82,8 @@ def test_density_1_keeps_everything_and_0_nothing() -> None:
     base, finetuned = random_family({"a": (8, 5), "b": (7,)}, tasks=2)
     tau = stack(base, finetuned, ["a", "b"])
     for scope in ("model", "tensor"):
-        everything = fusionkit.bundles.compress(
-            base, finetuned, MagnitudePrune(1, scope, dtype="fp32")
-        )
-        nothing = fusionkit.bundles.compress(base, finetuned, MagnitudePrune(0, scope))
+        everything = fusionkit.compress(base, finetuned, MagnitudePrune(1, scope, dtype="fp32"))
+        nothing = fusionkit.compress(base, finetuned, MagnitudePrune(0, scope))
         for t, task in enumerate(finetuned):
             assert torch.equal(decoded(everything, task, ["a", "b"]), tau[t])
             assert nothing.delta(task, "a") is None
@@ -95,9 +93,7 @@ def test_density_1_keeps_everything_and_0_nothing() -> None:
 def test_density_0_of_a_merge_is_the_merge() -> None:
     base, finetuned = random_family({"a": (8, 5), "b": (7,)}, tasks=3)
     shared = stack(base, finetuned, ["a", "b"]).mean(0)
-    bundle = fusionkit.bundles.compress(
-        base, finetuned, MagnitudePrune(0, merge=Mean(), dtype="fp32")
-    )
+    bundle = fusionkit.compress(base, finetuned, MagnitudePrune(0, merge=Mean(), dtype="fp32"))
     for task in finetuned:
         torch.testing.assert_close(decoded(bundle, task, ["a", "b"]), shared)
 
@@ -107,9 +103,7 @@ def test_zero_deltas_are_never_stored(tmp_path: Path) -> None:
     base = {"a": torch.randn(50), "still": torch.randn(50)}
     tuned = {"a": base["a"].clone(), "still": base["still"]}
     tuned["a"][[3, 17]] += 1.0
-    fusionkit.bundles.compress(
-        base, {"t": tuned}, MagnitudePrune(0.5, dtype="fp32"), tmp_path / "b"
-    )
+    fusionkit.compress(base, {"t": tuned}, MagnitudePrune(0.5, dtype="fp32"), tmp_path / "b")
     parts = load_file(tmp_path / "b" / "task-t.safetensors")
     assert set(parts) == {"a/positions", "a/values"}
     assert parts["a/values"].shape == (2,)
@@ -122,9 +116,7 @@ def test_the_residual_is_taken_against_the_shared_vector_as_stored() -> None:
     """A coarse shared vector does not harm the entries that are kept."""
     base, finetuned = random_family({"w": (64, 4)}, tasks=3)
     tau = stack(base, finetuned, ["w"])
-    bundle = fusionkit.bundles.compress(
-        base, finetuned, MagnitudePrune(1, merge=Mean(), dtype="int4")
-    )
+    bundle = fusionkit.compress(base, finetuned, MagnitudePrune(1, merge=Mean(), dtype="int4"))
     coarse = (bundle.shared_parts("w"), tau.mean(0))
     assert coarse[0]["merged"].dtype == torch.uint8
     for t, task in enumerate(finetuned):
@@ -136,9 +128,7 @@ def test_the_residual_is_taken_against_the_shared_vector_as_stored() -> None:
 
 def test_any_merge_will_do() -> None:
     base, finetuned = random_family({"w": (9, 9)}, tasks=3)
-    bundle = fusionkit.bundles.compress(
-        base, finetuned, MagnitudePrune(1, merge=Elect(), dtype="fp32")
-    )
+    bundle = fusionkit.compress(base, finetuned, MagnitudePrune(1, merge=Elect(), dtype="fp32"))
     for t, task in enumerate(finetuned):
         wanted = stack(base, finetuned, ["w"])[t]
         torch.testing.assert_close(decoded(bundle, task, ["w"]), wanted, rtol=0, atol=1e-6)
@@ -151,7 +141,7 @@ def test_size_on_disk(tmp_path: Path, density: float, scope: str) -> None:
     shapes = {"embed": (1000, 400), "a.weight": (800, 600), "a.bias": (600,), "b": (384, 384)}
     base, finetuned = random_family(shapes, tasks=1)
     codec = MagnitudePrune(density, scope)  # type: ignore[arg-type]
-    fusionkit.bundles.compress(base, finetuned, codec, tmp_path / "b")
+    fusionkit.compress(base, finetuned, codec, tmp_path / "b")
     file = tmp_path / "b" / "task-task0.safetensors"
     parts = load_file(file)
     total = sum(tensor.numel() for tensor in base.values())
@@ -170,8 +160,8 @@ def test_size_on_disk(tmp_path: Path, density: float, scope: str) -> None:
 def test_error_of_integer_values(dtype: str, levels: int) -> None:
     """At most half a step: each group of 128 kept values has a scale of its own."""
     base, finetuned = random_family({"w": (70, 90)}, tasks=2)
-    exact = fusionkit.bundles.compress(base, finetuned, MagnitudePrune(0.3, dtype="fp32"))
-    coarse = fusionkit.bundles.compress(base, finetuned, MagnitudePrune(0.3, dtype=dtype))  # type: ignore[arg-type]
+    exact = fusionkit.compress(base, finetuned, MagnitudePrune(0.3, dtype="fp32"))
+    coarse = fusionkit.compress(base, finetuned, MagnitudePrune(0.3, dtype=dtype))  # type: ignore[arg-type]
     for task in finetuned:
         wanted, found = decoded(exact, task, ["w"]), decoded(coarse, task, ["w"])
         place = wanted.nonzero().flatten()

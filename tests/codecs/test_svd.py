@@ -179,7 +179,7 @@ def test_only_the_factors_are_on_disk(tmp_path: Path, method: str, dtype: str, b
     """No view of a factor drags its whole matrix along: rank · (m + n) values, and scales."""
     base, tuned = {"w": torch.zeros(300, 500)}, {"w": SLOW}
     codec = SVD(rank=8, method=method, dtype=dtype)  # type: ignore[arg-type]
-    fusionkit.bundles.compress(base, {"t": tuned}, codec, tmp_path / "b")
+    fusionkit.compress(base, {"t": tuned}, codec, tmp_path / "b")
     file = tmp_path / "b" / "task-t.safetensors"
     parts = load_file(file)
     factors = sum(parts[f"w/{side}"].nbytes for side in ("left", "right"))

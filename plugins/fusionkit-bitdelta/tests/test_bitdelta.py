@@ -22,7 +22,7 @@ class TestContract(CodecContract):
 def test_the_equation() -> None:
     """sgn(τ) mean|τ| per matrix, +1 at 0; the rest to fp16."""
     arguments = models()
-    bundle = fusionkit.bundles.compress(codec=BitDelta(), **arguments)
+    bundle = fusionkit.compress(codec=BitDelta(), **arguments)
     for task, state in arguments["finetuned"].items():
         for name, tensor in arguments["base"].items():
             if name in ("head.weight", "decoder"):
@@ -63,7 +63,7 @@ def test_a_sign_costs_one_bit(tmp_path: Path) -> None:
     """The file of one 1000 × 1000 matrix: a megabit, and a header."""
     base = {"w": torch.randn(1000, 1000)}
     tuned = {"w": base["w"] + torch.randn(1000, 1000)}
-    bundle = fusionkit.bundles.compress(base, {"a": tuned}, BitDelta(), tmp_path / "b")
+    bundle = fusionkit.compress(base, {"a": tuned}, BitDelta(), tmp_path / "b")
     [path] = bundle.path.glob("task-*")
     assert path.stat().st_size <= 1000 * 1000 / 8 + 4 + 400
 

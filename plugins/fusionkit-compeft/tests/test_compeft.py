@@ -29,7 +29,7 @@ class TestContract(CodecContract):
 @pytest.mark.parametrize("density", [0.05, 0.3, 1.0])
 def test_the_equation(density: float, scale: float | None) -> None:
     arguments = models()
-    bundle = fusionkit.bundles.compress(codec=ComPEFT(density, scale), **arguments)
+    bundle = fusionkit.compress(codec=ComPEFT(density, scale), **arguments)
     for task, state in arguments["finetuned"].items():
         tau = torch.cat([(state[n] - arguments["base"][n]).flatten() for n in NAMES])
         count = min(round(density * tau.numel()), int((tau != 0).sum()))
@@ -47,7 +47,7 @@ def test_the_default_scalar_is_the_best_in_weight_error() -> None:
     base = arguments["base"]
     errors = []
     for scale in (None, 1.5, 1.9, 2.0, 2.1, 2.5, 3.0):
-        bundle = fusionkit.bundles.compress(codec=ComPEFT(0.1, scale), **arguments)
+        bundle = fusionkit.compress(codec=ComPEFT(0.1, scale), **arguments)
         tau = torch.cat([(arguments["finetuned"]["bee"][n] - base[n]).flatten() for n in NAMES])
         errors.append(float((tau - _flat(bundle, "bee")).norm()))
     assert errors[0] == min(errors)
@@ -58,7 +58,7 @@ def test_a_ternary_value_costs_its_entropy(density: float, tmp_path: Path) -> No
     """H(d) for where it is not zero, and d for the signs; on disk at most a tenth more."""
     size = 1024
     base = {"w": torch.zeros(size, size)}
-    bundle = fusionkit.bundles.compress(
+    bundle = fusionkit.compress(
         base, {"a": {"w": torch.randn(size, size)}}, ComPEFT(density), tmp_path / "b"
     )
     entropy = -density * math.log2(density) - (1 - density) * math.log2(1 - density) + density

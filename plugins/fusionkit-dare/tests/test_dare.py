@@ -58,7 +58,7 @@ def test_long_tensors_are_drawn_in_blocks() -> None:
 @pytest.mark.parametrize("drop", [0.0, 0.5, 0.9, 0.99])
 def test_it_drops_its_share_and_stays_unbiased(drop: float) -> None:
     tau = {"w": torch.ones(1000, 1000)}
-    bundle = fusionkit.bundles.compress(
+    bundle = fusionkit.compress(
         {"w": torch.zeros(1000, 1000)}, {"a": tau}, DARE(drop, dtype="fp32")
     )
     delta = bundle.delta("a", "w")
@@ -82,7 +82,7 @@ def test_seeds_tasks_and_tensors_are_drawn_apart() -> None:
 def test_only_values_are_stored(tmp_path: Path) -> None:
     base = {"w": torch.zeros(1000, 1000)}
     tuned = {"w": torch.randn(1000, 1000)}
-    bundle = fusionkit.bundles.compress(base, {"a": tuned}, DARE(0.9), tmp_path / "b")
+    bundle = fusionkit.compress(base, {"a": tuned}, DARE(0.9), tmp_path / "b")
     [path] = bundle.path.glob("task-*")
     assert path.stat().st_size == pytest.approx(1000 * 1000 * 0.1 * 2, rel=0.01)
 

@@ -60,7 +60,7 @@ def test_the_checkpoint_comes_back_from_disk(dtype: torch.dtype, tmp_path: Path)
     arguments = models(dtype)
     arguments["base"] = {name: t.float() for name, t in arguments["base"].items()}
     arguments["base"]["decoder"] = arguments["base"]["embedding"]
-    fusionkit.bundles.compress(codec=Lossless(), out=tmp_path / "b", **arguments)
+    fusionkit.compress(codec=Lossless(), out=tmp_path / "b", **arguments)
     bundle = Bundle(tmp_path / "b", arguments["base"])
     for task, state in arguments["finetuned"].items():
         found = bundle.state_dict(task)
@@ -79,7 +79,7 @@ def test_what_did_not_change_costs_nothing() -> None:
 
 def test_a_delta_is_the_difference() -> None:
     arguments = models(torch.bfloat16)
-    bundle = fusionkit.bundles.compress(codec=Lossless(), **arguments)
+    bundle = fusionkit.compress(codec=Lossless(), **arguments)
     found = bundle.delta("ant", "square")
     wanted = arguments["finetuned"]["ant"]["square"].float() - arguments["base"]["square"].float()
     assert found is not None
@@ -101,7 +101,7 @@ def test_it_is_smaller_than_plain_zstandard(dtype: torch.dtype, tmp_path: Path) 
     tuned = {"w": (base["w"] + 5e-4 * torch.randn(512, 512)).to(dtype)}
     save_file(tuned, tmp_path / "tuned.safetensors")
     plain = len(zstandard.compress((tmp_path / "tuned.safetensors").read_bytes(), 3))
-    bundle = fusionkit.bundles.compress(base, {"a": tuned}, Lossless(), tmp_path / "b")
+    bundle = fusionkit.compress(base, {"a": tuned}, Lossless(), tmp_path / "b")
     [path] = bundle.path.glob("task-*")
     assert path.stat().st_size < 0.85 * plain
 
@@ -125,7 +125,7 @@ def test_a_plane_that_is_no_frame_is_named(bad: bytes, said: str, tmp_path: Path
     """In a file with all its digests right: task and tensor are named, as of any payload."""
     base = {"w": torch.randn(64, 64)}
     tuned = {"w": (base["w"] * 1.001).bfloat16()}
-    bundle = fusionkit.bundles.compress(base, {"a": tuned}, Lossless(), tmp_path / "b")
+    bundle = fusionkit.compress(base, {"a": tuned}, Lossless(), tmp_path / "b")
     sound = {part: tensor.clone() for part, tensor in bundle.task_parts("a", "w").items()}
     assert "bfloat16.1" in sound
     writer = PartWriter(tmp_path / "b" / "task-a.safetensors")

@@ -38,7 +38,7 @@ def vectors(arguments: dict[str, Any], name: str) -> Tensor:
 def test_the_mask(threshold: float) -> None:
     """θ̂ − θ₀ = M ⊙ τ*, M = 1 where |τ_t| ≥ λ |τ* − τ_t|, entry by entry."""
     arguments = models()
-    bundle = fusionkit.bundles.compress(codec=TALLMask(threshold, dtype="fp32"), **arguments)
+    bundle = fusionkit.compress(codec=TALLMask(threshold, dtype="fp32"), **arguments)
     for name in NAMES:
         tau = vectors(arguments, name)
         merged = sum(tau[1:], tau[0])
@@ -56,7 +56,7 @@ def test_of_one_task_nothing_is_lost() -> None:
     """With one task τ* = τ, and every mask is full."""
     arguments = models()
     arguments["finetuned"] = {"ant": arguments["finetuned"]["ant"]}
-    bundle = fusionkit.bundles.compress(codec=TALLMask(dtype="fp32"), **arguments)
+    bundle = fusionkit.compress(codec=TALLMask(dtype="fp32"), **arguments)
     for name in NAMES:
         found = bundle.delta("ant", name)
         assert found is not None
@@ -66,7 +66,7 @@ def test_of_one_task_nothing_is_lost() -> None:
 def test_a_mask_costs_one_bit(tmp_path: Path) -> None:
     base = {"w": torch.zeros(1000, 1000)}
     finetuned = {task: {"w": torch.randn(1000, 1000)} for task in "abc"}
-    bundle = fusionkit.bundles.compress(base, finetuned, TALLMask(), tmp_path / "b")
+    bundle = fusionkit.compress(base, finetuned, TALLMask(), tmp_path / "b")
     for path in bundle.path.glob("task-*"):
         assert path.stat().st_size <= 1000 * 1000 / 8 + 300
 
@@ -93,9 +93,9 @@ def test_bad_thresholds_are_refused() -> None:
     with pytest.raises(CodecError, match="agree to be at least 0"):
         Consensus(agree=-1)
     with pytest.raises(CodecError, match="TALLMask has no threshold of task 'bee'"):
-        fusionkit.bundles.compress(codec=TALLMask({"ant": 0.2, "cat": 0.3}), **models())
+        fusionkit.compress(codec=TALLMask({"ant": 0.2, "cat": 0.3}), **models())
     with pytest.raises(CodecError, match="Consensus has no threshold of task 'ant'"):
-        fusionkit.bundles.compress(codec=Merged(Consensus(threshold={})), **models())
+        fusionkit.compress(codec=Merged(Consensus(threshold={})), **models())
 
 
 class Rows(LightningDataModule):
@@ -131,7 +131,7 @@ def test_thresholds_are_chosen_by_validation_scores(tmp_path: Path) -> None:
     for task in tuned:
         scores = []
         for value in GRID:
-            bundle = fusionkit.bundles.compress(start, tuned, TALLMask(value))
+            bundle = fusionkit.compress(start, tuned, TALLMask(value))
             weights = bundle.state_dict(task)
             found = (inputs @ weights["weight"].T + weights["bias"]).argmax(1)
             scores.append(int((found == labels[task]).sum()))

@@ -33,7 +33,7 @@ def family(
 @pytest.mark.parametrize("tasks", [1, 2, 3, 20])
 def test_a_task_keeps_its_share_of_the_directions(tasks: int) -> None:
     base, finetuned = family(tasks, (16, 24))
-    bundle = fusionkit.bundles.compress(base, finetuned, TSVCompress(dtype="fp32"))
+    bundle = fusionkit.compress(base, finetuned, TSVCompress(dtype="fp32"))
     for task, state in finetuned.items():
         u, s, vh = torch.linalg.svd(state["w"] - base["w"], full_matrices=False)
         k = max(round(16 / tasks), 1)
@@ -47,7 +47,7 @@ def test_a_task_keeps_its_share_of_the_directions(tasks: int) -> None:
 
 def test_the_number_of_tasks_can_be_given() -> None:
     base, finetuned = family(1, (16, 24))
-    bundle = fusionkit.bundles.compress(base, finetuned, TSVCompress(tasks=4))
+    bundle = fusionkit.compress(base, finetuned, TSVCompress(tasks=4))
     factors = bundle.factors("t0", "w")
     assert factors is not None
     assert factors.left.shape == (16, 4)
@@ -59,7 +59,7 @@ def test_the_number_of_tasks_can_be_given() -> None:
 def test_merging_whitens_the_directions(tasks: int, shape: tuple[int, int]) -> None:
     """U⊥ Σ V⊥ᵀ with Procrustes' solutions, from LAPACK's SVDs."""
     base, finetuned = family(tasks, shape)
-    bundle = fusionkit.bundles.compress(base, finetuned, Merged(TSVMerge(0.9), dtype="fp32"))
+    bundle = fusionkit.compress(base, finetuned, Merged(TSVMerge(0.9), dtype="fp32"))
     k = max(min(shape) // tasks, 1)
     us, ss, vs = [], [], []
     for state in finetuned.values():
@@ -90,7 +90,7 @@ def test_directions_that_are_orthogonal_already_are_only_added() -> None:
         part = slice(4 * place, 4 * place + 4)
         w[part, part] = torch.randn(4, 4)
         finetuned[f"t{place}"] = {"w": w}
-    bundle = fusionkit.bundles.compress(base, finetuned, Merged(TSVMerge(), dtype="fp32"))
+    bundle = fusionkit.compress(base, finetuned, Merged(TSVMerge(), dtype="fp32"))
     found = bundle.delta("t0", "w")
     assert found is not None
     assert torch.allclose(found, finetuned["t0"]["w"] + finetuned["t1"]["w"], atol=1e-4)
@@ -99,7 +99,7 @@ def test_directions_that_are_orthogonal_already_are_only_added() -> None:
 def test_it_is_not_the_mean() -> None:
     arguments = models()
     one, other = (
-        fusionkit.bundles.compress(codec=Merged(merge), **arguments).delta("ant", "square")
+        fusionkit.compress(codec=Merged(merge), **arguments).delta("ant", "square")
         for merge in (TSVMerge(), Mean())
     )
     assert one is not None
