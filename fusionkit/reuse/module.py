@@ -260,7 +260,7 @@ class ReuseModule(LightningModule):
             self.switch(None)
         if empty or not is_sharded(self.model):
             shard(self.model, mesh, self._own_tensors(), self.base_source if empty else None)
-        self._switcher.base = ShardedBase(self.model, None if empty else base)
+        self._switcher.base = ShardedBase.beside(self.model, None if empty else base)
         if isinstance(self._source, Family) and self._source.base is base:
             self.reuse(self.family())
         elif self._source is not None:
