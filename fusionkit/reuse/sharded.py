@@ -191,6 +191,34 @@ def shard(
         model.to(first.device)  # FSDP moves what it shards, and leaves the rest where it is
 
 
+def shard_with_base(
+    model: nn.Module,
+    base: Checkpoint,
+    mesh: DeviceMesh,
+    own: Collection[str],
+    source: Checkpoint | None,
+) -> ShardedBase:
+    """Shard a model by `shard`, unless it is sharded already, and the base's weights beside it.
+
+    Args:
+        model: has the base's weights, or is on the meta device.
+        base: the base's weights as they were kept beside the model until now.
+        mesh: of one dimension, the ranks to shard over.
+        own: names of the tasks' own tensors; they stay whole.
+        source: has the weights of a model on the meta device.
+
+    Returns:
+        the base's weights, to be kept beside the model from now on.
+
+    Raises:
+        FusionKitError: as for `shard`.
+    """
+    empty = on_meta(model)
+    if empty or not is_sharded(model):
+        shard(model, mesh, own, source if empty else None)
+    return ShardedBase.beside(model, None if empty else base)
+
+
 def check_strategy(trainer: Trainer, model: nn.Module) -> None:
     """Check, before anything runs, that a Trainer can run the model where it is to be sharded.
 

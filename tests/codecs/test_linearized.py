@@ -30,6 +30,7 @@ from fusionkit.checkpoints.adapters.start import start_of
 from fusionkit.errors import CodecError
 from fusionkit.reuse.module import ReuseModule
 from fusionkit.tasks.finetune import Finetune
+from fusionkit.tasks.only import only
 from fusionkit.testing import Arguments, CodecContract
 
 pytest_plugins = ["fits"]
@@ -110,7 +111,8 @@ class TestKept:
                 target_modules=["qkv"],
                 rank=4,
             )
-            trainer(2, precision="bf16-mixed").fit(module, datamodule=FewDigits())
+            data = only(FewDigits(), [task])
+            trainer(2, precision="bf16-mixed").fit(module, datamodule=data)
             paths[task] = module.save(tmp_path / task)
         fusionkit.compress(
             tiny_vit().bfloat16(),

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TASKS
+from conftest import TASKS, TESTS
 
 from fusionkit import (
     DBMS,
@@ -46,7 +46,7 @@ ARGUMENTS = {"dtype": torch.float32, "scale": 1.0, "bad": float("nan")}
 @pytest.fixture
 def faulty(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The codecs at fault, by id, installed."""
-    monkeypatch.syspath_prepend(Path(__file__).parent / "faulty_plugin")
+    monkeypatch.syspath_prepend(TESTS / "faulty_plugin")
     return lambda name: load("fusionkit.codecs", name)
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import SHARED, zoo
+from conftest import SHARED, TESTS, zoo
+from program import run
 from safetensors.torch import load_file
-from test_cli import run
 
 import fusionkit
 from fusionkit.checkpoints.paths import resolve_package_path
@@ -76,7 +76,7 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def at_root(monkeypatch: pytest.MonkeyPatch) -> Path:
     """The text recipes' paths are relative to the repository's root."""
     folder = zoo()
-    monkeypatch.chdir(Path(__file__).parents[1])
+    monkeypatch.chdir(TESTS.parent)
     return folder
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from checks import check_same, contents
-from conftest import TASKS, TinyNet
+from conftest import TASKS, TESTS, TinyNet
 from torch import Tensor
 
 from fusionkit import EMR, Dense, Mean, add_tasks
@@ -57,7 +57,7 @@ def test_overwriting_fails_without_harm(base: TinyNet, finetuned: States, tmp_pa
 @pytest.fixture
 def faulty(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], DeltaCodec]:
     """A codec with a fault, from a plugin."""
-    monkeypatch.syspath_prepend(Path(__file__).parent / "faulty_plugin")
+    monkeypatch.syspath_prepend(TESTS / "faulty_plugin")
     from faulty_codecs import Faulty
 
     return Faulty

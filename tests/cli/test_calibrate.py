@@ -1,4 +1,4 @@
-"""`fusionkit fit` where the codec is DBMS, and DBMS in `test`, `inspect` and `compare`."""
+"""`fusionkit calibrate`, and DBMS in `compress`, `test`, `inspect` and `compare`."""
 
 import csv
 import json
@@ -12,16 +12,11 @@ import pytest
 import yaml
 from conftest import TASKS, Files
 from lightning.pytorch import Callback, LightningModule, Trainer
-from test_calibration import EPOCHS
-from test_cli import PROGRAM, recipe, run
+from program import PROGRAM, run
+from tiny_tasks import EPOCHS
 
 from fusionkit import DBMS, Bundle, MagnitudePrune
 from fusionkit.calibration.pair_search import PROBES
-from fusionkit.cli.calibrate import CalibrateCLI
-from fusionkit.cli.fit import FitCLI, fit_cli
-from fusionkit.cli.recipe import recipes_folder
-
-__all__ = ["recipe"]  # the fixture
 
 
 class SlowEpochs(Callback):
@@ -38,15 +33,15 @@ def dbms(recipe: Path) -> Path:
     content = yaml.safe_load(recipe.read_text())
     prune = {"class_path": "MagnitudePrune", "init_args": {"density": 0.1}}
     content["model"]["codec"] = {"class_path": "DBMS", "init_args": {"codec": prune}}
-    content["model"]["calibration"] = {"rows": 16}
-    content["data"] = {"class_path": "test_calibration.Rows"}
+    content["calibration"] = {"rows": 16}
+    content["data"] = {"class_path": "tiny_tasks.Rows"}
     content["trainer"]["max_epochs"] = EPOCHS
     recipe.write_text(yaml.safe_dump(content, sort_keys=False))
     return recipe
 
 
-def test_fit_then_test_by_one_recipe(dbms: Path, tmp_path: Path) -> None:
-    shown = run("fit", "--config", dbms)
+def test_calibrate_then_test_by_one_recipe(dbms: Path, tmp_path: Path) -> None:
+    shown = run("calibrate", "--config", dbms)
     assert f"written: {tmp_path}/bundle" in shown
     for word in (*TASKS, "shift α", "scale β", "before", "after", "outputs"):
         assert word in shown
@@ -65,8 +60,8 @@ def test_fit_then_test_by_one_recipe(dbms: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out/config.yaml").is_file()
     assert (tmp_path / "out/checkpoints/last.ckpt").is_file()
     before = (tmp_path / "bundle/manifest.json").read_bytes()
-    assert "exists; replace it with --overwrite true" in run("fit", "--config", dbms, code=1)
-    run("fit", "--config", dbms, "--overwrite", "true")
+    assert "exists; replace it with --overwrite true" in run("calibrate", "--config", dbms, code=1)
+    run("calibrate", "--config", dbms, "--overwrite", "true")
     assert (tmp_path / "bundle/manifest.json").read_bytes() == before
     assert not list(tmp_path.glob(".*.tmp"))
 
@@ -82,10 +77,10 @@ def test_compress_alone_is_without_data(dbms: Path, tmp_path: Path) -> None:
 
 def test_every_setting_on_the_command_line(dbms: Path, tmp_path: Path) -> None:
     run(
-        "fit", "--config", dbms, "--model.codec.init_args.codec", "SVD",
+        "calibrate", "--config", dbms, "--model.codec.init_args.codec", "SVD",
         "--model.codec.init_args.codec.rank", "1", "--model.codec.init_args.shift", "EMR",
-        "--model.calibration.objective", "features", "--model.calibration.method", "search",
-        "--model.calibration.rows", "8", "--model.calibration.seed", "3",
+        "--calibration.objective", "features", "--calibration.method", "search",
+        "--calibration.rows", "8", "--calibration.seed", "3",
         "--trainer.max_epochs", "4",
     )  # fmt: skip
     bundle = Bundle(tmp_path / "bundle")
@@ -103,10 +98,10 @@ def test_every_setting_on_the_command_line(dbms: Path, tmp_path: Path) -> None:
 
 def test_interrupted_and_resumed(dbms: Path, tmp_path: Path) -> None:
     whole = tmp_path / "whole"
-    run("fit", "--config", dbms, "--model.bundle", whole, "--out", tmp_path / "other")
-    slow = "--trainer.callbacks=[{class_path: test_calibrate_cli.SlowEpochs}]"
+    run("calibrate", "--config", dbms, "--model.bundle", whole, "--out", tmp_path / "other")
+    slow = f"--trainer.callbacks=[{{class_path: {__name__}.SlowEpochs}}]"
     process = subprocess.Popen(
-        [PROGRAM, "fit", "--config", dbms, slow],
+        [PROGRAM, "calibrate", "--config", dbms, slow],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -121,7 +116,7 @@ def test_interrupted_and_resumed(dbms: Path, tmp_path: Path) -> None:
     assert process.returncode == 130
     assert "interrupted; nothing was left half-written" in errors
     assert not (tmp_path / "bundle").exists()
-    run("fit", "--config", dbms, "--ckpt_path", "last")
+    run("calibrate", "--config", dbms, "--ckpt_path", "last")
     for path in whole.iterdir():
         assert path.read_bytes() == (tmp_path / "bundle" / path.name).read_bytes()
 
@@ -153,25 +148,17 @@ def test_compare_with_and_without(dbms: Path, tmp_path: Path) -> None:
 
 
 def test_a_recipe_of_another_codec(dbms: Path) -> None:
-    shown = run("fit", "--config", dbms, "--model.codec", "EMR", code=1)
+    shown = run("calibrate", "--config", dbms, "--model.codec", "EMR", code=1)
     assert "has nothing to calibrate; wrap it" in shown
 
 
 def test_where_to(dbms: Path) -> None:
-    shown = run("fit", "--config", dbms, "--model.bundle", "null", code=1)
+    shown = run("calibrate", "--config", dbms, "--model.bundle", "null", code=1)
     assert "--model.bundle FOLDER" in shown
 
 
 def test_a_task_without_data_is_named_first(dbms: Path, files: Files, tmp_path: Path) -> None:
     finetuned = f"--model.finetuned.dog={files.finetuned['ant']}"
-    shown = run("fit", "--config", dbms, finetuned, code=1)
+    shown = run("calibrate", "--config", dbms, finetuned, code=1)
     assert "no calibration data for task 'dog'" in shown
     assert not (tmp_path / "bundle").exists()
-
-
-def test_which_recipes_are_calibrations(dbms: Path) -> None:
-    text = recipes_folder() / "text"
-    assert fit_cli([f"--config={text / 'calibrate.yaml'}"]) is CalibrateCLI
-    assert fit_cli(["--config", str(dbms), "--model.bundle=b"]) is CalibrateCLI
-    assert fit_cli(["--config", str(text / "fit.yaml")]) is FitCLI
-    assert fit_cli(["--config", "no/such.yaml"]) is FitCLI

@@ -13,7 +13,7 @@ import torch
 import yaml
 from fits import HEAD, FewDigits, tiny_vit
 from lightning.pytorch import Callback, LightningModule, Trainer
-from test_cli import run
+from program import run
 from torch import nn
 
 from fusionkit import Family, Mean, TaskArithmetic
@@ -75,7 +75,7 @@ def write(folder: Path, **changes: Any) -> Path:
             "max_steps": 3,
             "max_epochs": -1,
             "enable_progress_bar": False,
-            "callbacks": [{"class_path": "test_fuse.PowerCut"}],
+            "callbacks": [{"class_path": f"{__name__}.PowerCut"}],
         },
         "out": str(folder / "out"),
         **changes,
@@ -317,7 +317,7 @@ class TestRefusals:
         assert "has no 'parity'; it has digit, photo, rotation" in output
 
     def test_validation_rows_to_search_on(self, tmp_path: Path) -> None:
-        data = {"class_path": "test_fuse.NoValidation"}
+        data = {"class_path": f"{__name__}.NoValidation"}
         recipe = write(tmp_path, data=data, families={"LoRA": {}})
         output = run("fuse", "--config", recipe, code=1)
         assert "NoValidation has no validation rows to search on" in output

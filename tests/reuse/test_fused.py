@@ -18,6 +18,9 @@ from fusionkit.calibration.lorahub import Batches, LoraHub, evaluate, search_sca
 from fusionkit.errors import CodecError, FusionKitError
 from fusionkit.reuse.fused import Fused
 from fusionkit.reuse.module import ReuseModule
+from fusionkit.tasks.classification import Classification
+from fusionkit.tasks.kinds import kinds_of
+from fusionkit.tasks.task import Task
 
 pytest_plugins = ["fits"]
 
@@ -198,7 +201,9 @@ class Counted(nn.Linear):
         return super().forward(x)
 
 
-def separable(good: float = 1.0, harm: float = 1.0) -> tuple[ReuseModule, Family, Batches]:
+def separable(
+    good: float = 1.0, harm: float = 1.0
+) -> tuple[ReuseModule, Family, Batches, dict[str, Task]]:
     """Two tasks told by the sign of their own feature; 'bad' learned the wrong sign of its own."""
     model = Counted()
     tau = torch.zeros(2, 4)
@@ -213,12 +218,12 @@ def separable(good: float = 1.0, harm: float = 1.0) -> tuple[ReuseModule, Family
         x = torch.zeros(64, 4)
         x[:, place] = torch.randn(64, generator=generator)
         batches[task] = [(x, (x[:, place] < 0).long())]
-    return ReuseModule(model), family, batches
+    return ReuseModule(model), family, batches, dict.fromkeys(batches, Classification(2))
 
 
 def loss_by_hand(weights: dict[str, float], good: float = 1.0, harm: float = 1.0) -> float:
     """Mean cross-entropy of the separable case."""
-    _, _, batches = separable()
+    _, _, batches, _ = separable()
     total = 0.0
     for place, (task, strength) in enumerate((("good", good), ("bad", -harm))):
         ((x, labels),) = batches[task]
@@ -236,7 +241,7 @@ class TestEvaluate:
         loaders = dict(zip(TASKS, data.val_dataloader(), strict=True))
         chosen = {task: list(loaders[task]) for task in ("parity", "digit")}
         module.train()
-        loss, score = evaluate(module, fused, chosen)
+        loss, score = evaluate(module, fused, chosen, kinds_of(data, list(chosen)))
         assert module.training
         losses, scores = [], []
         for task, batches in chosen.items():
@@ -257,12 +262,12 @@ class TestEvaluate:
 class TestSearchScale:
     def test_of_equal_scores_the_lower_loss(self) -> None:
         """Accuracy is 1 for 'good' and 0 for 'bad' at any scale: the loss decides."""
-        module, family, batches = separable(good=2.0, harm=1.0)
+        module, family, batches, kinds = separable(good=2.0, harm=1.0)
         scales = [0.1, 0.4, 0.2, 1.5, 3.0]
         losses = {s: loss_by_hand({"good": s, "bad": s}, 2.0, 1.0) for s in scales}
         best = min(scales, key=losses.__getitem__)
         assert best not in {scales[0], scales[-1]}
-        found = search_scale(module, family, TaskArithmetic(9.0), scales, batches)
+        found = search_scale(module, family, TaskArithmetic(9.0), scales, batches, kinds)
         assert found == TaskArithmetic(best)
 
     def test_the_best_score(self) -> None:
@@ -273,28 +278,31 @@ class TestSearchScale:
         family = Family(base, {"a": moved, "b": moved})
         x = torch.tensor([[1.0, 0, 0, 1.0], [0.3, 0, 0, 1.0]])  # to be 1, to be 0
         batches = {"a": [(x, torch.tensor([1, 0]))]}
+        kinds = {"a": Classification(2)}
         model = Counted()
         model.load_state_dict(base)
         module = ReuseModule(model)
         for scales in ([0.2, 1.0, 4.0], [4.0, 1.0, 0.2]):  # 2λ must be in (1, 3.33)
-            found = search_scale(module, family, TaskArithmetic(), scales, batches)
+            found = search_scale(module, family, TaskArithmetic(), scales, batches, kinds)
             assert found == TaskArithmetic(1.0)
-            ties = search_scale(module, family, TIES(1.0, aggregate="sum"), scales, batches)
+            ties = search_scale(module, family, TIES(1.0, aggregate="sum"), scales, batches, kinds)
             assert ties == TIES(1.0, 1.0, "sum")
 
     def test_settings_other_than_the_scale_stay(self) -> None:
-        module, family, batches = separable()
-        found = search_scale(module, family, TIES(0.5, 7.0, "sum"), [0.25], batches)
+        module, family, batches, kinds = separable()
+        found = search_scale(module, family, TIES(0.5, 7.0, "sum"), [0.25], batches, kinds)
         assert found == TIES(0.5, 0.25, "sum")
 
     @pytest.mark.parametrize("merge", [Mean(), Elect()])
     def test_merges_without_a_scale_come_back(self, merge: Merge) -> None:
-        module, family, batches = separable()
-        assert search_scale(module, family, merge, [0.1], batches) is merge
+        module, family, batches, kinds = separable()
+        assert search_scale(module, family, merge, [0.1], batches, kinds) is merge
 
     def test_no_scales_nothing_to_search(self) -> None:
-        module, family, batches = separable()
-        assert search_scale(module, family, TaskArithmetic(0.4), [], batches) == TaskArithmetic(0.4)
+        module, family, batches, kinds = separable()
+        assert search_scale(
+            module, family, TaskArithmetic(0.4), [], batches, kinds
+        ) == TaskArithmetic(0.4)
 
 
 class TestLoraHub:
@@ -304,8 +312,8 @@ class TestLoraHub:
 
     @pytest.mark.parametrize("evaluations", [2, 3, 4, 5, 6, 7, 8, 13, 40])
     def test_no_more_evaluations_than_asked_for(self, evaluations: int) -> None:
-        module, family, batches = separable()
-        LoraHub(evaluations).search(module, family, batches)
+        module, family, batches, kinds = separable()
+        LoraHub(evaluations).search(module, family, batches, kinds)
         assert module.model.calls == 2 * evaluations  # one batch of each of two tasks
 
     @settings(max_examples=10, deadline=None)
@@ -313,9 +321,9 @@ class TestLoraHub:
     def test_in_bounds_and_never_worse_than_the_mean(
         self, evaluations: int, bound: float, seed: int
     ) -> None:
-        module, family, batches = separable()
+        module, family, batches, kinds = separable()
         hub = LoraHub(evaluations, bound, seed=seed)
-        found = hub.search(module, family, batches)
+        found = hub.search(module, family, batches, kinds)
         assert list(found.weights) == ["good", "bad"]
         assert all(abs(weight) <= bound for weight in found.weights.values())
         mean = Weighted({"good": 0.5, "bad": 0.5})
@@ -336,33 +344,33 @@ class TestLoraHub:
         assert np.random.rand() == wanted  # noqa: NPY002
 
     def test_finds_whom_to_trust(self) -> None:
-        module, family, batches = separable()
+        module, family, batches, kinds = separable()
         hub = LoraHub(120, bound=1.5, penalty=0.0)
-        found = hub.search(module, family, batches)
+        found = hub.search(module, family, batches, kinds)
         assert found.weights["good"] > 1.2
         assert found.weights["bad"] < -1.2
-        assert evaluate(module, Fused(family, found), batches)[1] == 1.0
+        assert evaluate(module, Fused(family, found), batches, kinds)[1] == 1.0
 
     def test_the_penalty_shrinks(self) -> None:
-        module, family, batches = separable()
-        found = LoraHub(120, penalty=10.0).search(module, family, batches)
+        module, family, batches, kinds = separable()
+        found = LoraHub(120, penalty=10.0).search(module, family, batches, kinds)
         assert max(abs(weight) for weight in found.weights.values()) < 0.1
 
     def test_stays_sound_long_after_it_has_converged(self) -> None:
-        module, family, batches = separable()
+        module, family, batches, kinds = separable()
         hub = LoraHub(1500)
-        found = hub.search(module, family, batches)
+        found = hub.search(module, family, batches, kinds)
         assert self.objective(hub, found) < self.objective(
             hub, Weighted({"good": 1.4, "bad": -1.4})
         )
 
     def test_refusals(self) -> None:
-        module, family, batches = separable()
+        module, family, batches, kinds = separable()
         with pytest.raises(FusionKitError, match="1 evaluations"):
-            LoraHub(1).search(module, family, batches)
+            LoraHub(1).search(module, family, batches, kinds)
         one = Family(family.base, {"good": {"weight": torch.ones(2, 4)}})
         with pytest.raises(FusionKitError, match="1 tasks"):
-            LoraHub().search(module, one, batches)
+            LoraHub().search(module, one, batches, kinds)
         for bound in (0.2, 0.0, -1.0):
             with pytest.raises(FusionKitError, match=r"bound.*0\.5"):
-                LoraHub(bound=bound).search(module, family, batches)
+                LoraHub(bound=bound).search(module, family, batches, kinds)

@@ -2,8 +2,6 @@
 
 import gc
 import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -15,9 +13,10 @@ import torch
 from conftest import TASKS, TinyNet, perturbed
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from peft_adapters import CONFIGS, net, saved
+from processes import run_script
 from safetensors.torch import save_file
-from test_adapters import CONFIGS, net, saved
-from test_spread import Data
+from spread_data import Data
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -411,18 +410,6 @@ def with_trainer(out: Path) -> None:
         out.write_text(json.dumps(found))
 
 
-def started(*arguments: str) -> None:
-    done = subprocess.run(
-        [sys.executable, __file__, *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=300,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sharded")
@@ -434,7 +421,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ranks(request: pytest.FixtureRequest, folder: Path) -> list[dict[str, Any]]:
     """What each rank found, of two and of three."""
     count: int = request.param
-    started("ranks", str(count), str(folder))
+    run_script(__file__, "ranks", count, folder)
     return [torch.load(folder / f"rank{rank}of{count}.pt") for rank in range(count)]
 
 
@@ -470,7 +457,7 @@ def test_what_can_not_be_sharded_or_switched_is_refused(ranks: list[dict[str, An
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Any:
     out = tmp_path_factory.mktemp("sharded") / "scores.json"
-    started("trainer", str(out))
+    run_script(__file__, "trainer", out)
     return json.loads(out.read_text())
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TASKS, Files, TinyNet
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import Trainer
+from tiny_tasks import Data
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -23,26 +24,6 @@ CODECS = [
     Dense("bf16"),
 ]
 States = dict[str, dict[str, Tensor]]
-
-
-class Data(LightningDataModule):
-    """Random tokens and labels, of a different length for each task."""
-
-    def __init__(self, tasks: tuple[str, ...] = TASKS) -> None:
-        super().__init__()
-        self.tasks = list(tasks)
-        self.num_classes = {task: place + 2 for place, task in enumerate(TASKS)}
-
-    def rows(self, task: str) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(len(task) + ord(task[0]))
-        count = 20 + 7 * self.num_classes[task]
-        tokens = torch.randint(0, 11, (count, 5), generator=generator)
-        return tokens, torch.randint(0, self.num_classes[task], (count,), generator=generator)
-
-    def test_dataloader(self) -> list[DataLoader[tuple[Tensor, ...]]]:
-        return [DataLoader(TensorDataset(*self.rows(t)), batch_size=8) for t in self.tasks]
-
-    val_dataloader = test_dataloader
 
 
 def trainer(**options: object) -> Trainer:

@@ -9,8 +9,8 @@ import pytest
 import timm
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft_adapters import CONFIGS, net, saved
 from safetensors.torch import load_file
-from test_adapters import CONFIGS, net, saved
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -22,7 +22,7 @@ from transformers import (
 from fusionkit import EMR, SVD, Bundle, Dense, Family, MagnitudePrune
 from fusionkit.bundles import compress
 from fusionkit.bundles.export_peft import export_adapter
-from fusionkit.cli.main import main as cli
+from fusionkit.cli import main as cli
 from fusionkit.errors import BundleError
 
 TINY: dict[str, Any] = {"num_labels": 3, "attn_implementation": "eager"}

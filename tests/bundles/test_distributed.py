@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from checks import contents
-from conftest import Files
+from conftest import TESTS, Files
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -285,7 +285,7 @@ def test_the_command_line_starts_them(files: Files, tmp_path: Path) -> None:
     script = tmp_path / "run.py"
     script.write_text("from fusionkit.cli.main import main; main()")
     command = [sys.executable, str(script), "compress", "--config", str(tmp_path / "recipe.yaml")]
-    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    paths = os.pathsep.join([str(TESTS), *sys.path])
     done = subprocess.run(
         command,
         env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},

@@ -1,8 +1,6 @@
 """Evaluation over several processes: the same scores as in one, to the last count."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,8 +10,9 @@ import torch
 from conftest import TinyNet, perturbed
 from hypothesis import given
 from hypothesis import strategies as st
-from lightning.pytorch import LightningDataModule, Trainer
-from torch import Tensor
+from lightning.pytorch import Trainer
+from processes import run_script
+from spread_data import Data
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from fusionkit import EMR
@@ -27,27 +26,6 @@ CASES = {
     "more tasks than processes": {"ant": 9, "bee": 10, "cat": 11, "dog": 12, "eel": 25},
     "fewer tasks than processes": {"ant": 17},
 }
-
-
-class Data(LightningDataModule):
-    """Random tokens and labels; so many rows of each task."""
-
-    def __init__(self, counts: dict[str, int]) -> None:
-        super().__init__()
-        self.counts = counts
-        self.tasks = list(counts)
-        self.num_classes = {task: place + 2 for place, task in enumerate(counts)}
-
-    def test_dataloader(self) -> list[DataLoader[tuple[Tensor, ...]]]:
-        loaders = []
-        for place, (task, count) in enumerate(self.counts.items()):
-            generator = torch.Generator().manual_seed(place)
-            tokens = torch.randint(0, 11, (count, 5), generator=generator)
-            labels = torch.randint(0, self.num_classes[task], (count,), generator=generator)
-            loaders.append(DataLoader(TensorDataset(tokens, labels), batch_size=4))
-        return loaders
-
-    val_dataloader = test_dataloader
 
 
 def evaluate(case: str, spread: str, processes: int) -> tuple[dict[str, float], dict[str, int]]:
@@ -89,15 +67,7 @@ def evaluate(case: str, spread: str, processes: int) -> tuple[dict[str, float], 
 def spread_out(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """All cases evaluated by several processes, started once."""
     out = tmp_path_factory.mktemp("spread") / "scores.json"
-    done = subprocess.run(
-        [sys.executable, __file__, str(request.param), str(out)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=300,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script(__file__, request.param, out)
     return json.loads(out.read_text())
 
 

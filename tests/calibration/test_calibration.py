@@ -1,8 +1,6 @@
 """Calibration of DBMS: gradients, objectives, what is learned, resuming, what it refuses."""
 
 import math
-import os
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,97 +12,50 @@ from checks import check_same
 from conftest import TASKS, TinyNet
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from test_module import Data
+from processes import run_script
+from tiny_tasks import (
+    EPOCHS,
+    Rows,
+    States,
+    kl,
+    logits,
+    model_of,
+    module,
+    opened,
+    rows_of,
+    settings,
+    trainer,
+)
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from fusionkit import DBMS, EMR, SVD, Bundle, Calibration, Dense, MagnitudePrune, Merged, calibrate
-from fusionkit.calibration.dbms import DBMSCalibrator as Calibrator
-from fusionkit.calibration.dbms import shifted_weights
+from fusionkit.calibration.dbms import DBMSCalibration, shifted_weights
 from fusionkit.calibration.objective import loss
 from fusionkit.calibration.pair_search import PROBES, PairSearch
 from fusionkit.errors import BundleError, DataError, FusionKitError
-from fusionkit.reuse.module import ReuseModule
 from fusionkit.task_vectors.family import Family
-
-PRIVATE = ["head.*"]
-States = dict[str, dict[str, Tensor]]
-EPOCHS = len(PROBES) + 5
-
-
-class Rows(Data):
-    """The tasks' rows, for training, too."""
-
-    def train_dataloader(self) -> list[DataLoader[tuple[Tensor, ...]]]:
-        return [DataLoader(TensorDataset(*self.rows(task)), batch_size=8) for task in self.tasks]
-
-
-def trainer(epochs: int = EPOCHS, **options: Any) -> Trainer:
-    quiet = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    return Trainer(max_epochs=epochs, **{**quiet, **options})
-
-
-def module(base: nn.Module, finetuned: States, codec: Any = None, **settings: Any) -> ReuseModule:
-    codec = codec or DBMS(MagnitudePrune(0.1))
-    settings = {"rows": 16, **settings}
-    return ReuseModule(
-        base,
-        codec=codec,
-        finetuned=dict(finetuned),  # type: ignore[arg-type]
-        private=PRIVATE,
-        calibration=Calibration(**settings),
-    )
-
-
-def rows_of(task: str, count: int = 16, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """The rows that are calibrated on."""
-    tokens, labels = Data().rows(task)
-    drawn = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))[:count]
-    return tokens[drawn], labels[drawn]
-
-
-def model_of(state: Mapping[str, Tensor]) -> TinyNet:
-    model = TinyNet(state["head.weight"].shape[0]).eval()
-    model.load_state_dict(dict(state))
-    return model
-
-
-def logits(state: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model_of(state)(tokens)
-
-
-def kl(teacher: Tensor, student: Tensor) -> float:
-    """KL(teacher ‖ student), a mean over the rows."""
-    p = teacher.softmax(-1)
-    return float((p * (p.log() - student.softmax(-1).log())).sum(-1).mean())
+from fusionkit.tasks.classification import Classification
 
 
 @pytest.fixture
-def calibrator(base: TinyNet, finetuned: States) -> Calibrator:
+def calibrator(base: TinyNet, finetuned: States) -> DBMSCalibration:
     """One over SVD, whose delta is smooth in the shift."""
     reuse = module(base, finetuned, DBMS(SVD(rank=2, dtype="fp32"), Merged(dtype="fp32")))
-    return Calibrator(reuse, reuse.calibration)
+    found: DBMSCalibration = opened(DBMSCalibration, reuse)
+    return found
 
 
-def loss_at(calibrator: Calibrator, pair: tuple[float, float], encode: bool) -> float:
+def loss_at(calibrator: DBMSCalibration, pair: tuple[float, float], encode: bool) -> float:
     """A task's loss at a pair of scalars, with the codes as they are or made anew."""
     if encode:
-        calibrator._encode([pair] * len(TASKS))
+        calibrator.encode([pair] * len(TASKS))
     with torch.no_grad():
-        return float(calibrator._loss(1, torch.tensor(pair), rows_of("bee"), 0))
+        return float(calibrator.loss_of(1, torch.tensor(pair), rows_of("bee"), 0))
 
 
-def gradient_at(calibrator: Calibrator, pair: tuple[float, float]) -> Tensor:
+def gradient_at(calibrator: DBMSCalibration, pair: tuple[float, float]) -> Tensor:
     leaf = torch.tensor(pair, requires_grad=True)
-    (gradient,) = torch.autograd.grad(calibrator._loss(1, leaf, rows_of("bee"), 0), leaf)
+    (gradient,) = torch.autograd.grad(calibrator.loss_of(1, leaf, rows_of("bee"), 0), leaf)
     return gradient
 
 
@@ -112,9 +63,9 @@ class TestGradient:
     def test_formed_weights_are_the_bundles(self, base: TinyNet, finetuned: States) -> None:
         pair = (0.7, 1.4)
         reuse = module(base, finetuned, DBMS(MagnitudePrune(0.2)))
-        calibrating = Calibrator(reuse, reuse.calibration)
-        calibrating._encode([pair] * len(TASKS))
-        scalars = dict(zip(TASKS, calibrating._scalars([pair] * len(TASKS)), strict=True))
+        calibrating = opened(DBMSCalibration, reuse)
+        calibrating.encode([pair] * len(TASKS))
+        scalars = dict(zip(TASKS, calibrating.shift_and_scale([pair] * len(TASKS)), strict=True))
         bundle = reuse.compress(codec=calibrating.codec.at(scalars))
         for place, task in enumerate(TASKS):
             state = bundle.state_dict(task)
@@ -124,9 +75,9 @@ class TestGradient:
                 shifted_weights(torch.tensor(scalars[task]), reuse.base_weights, like, of), like
             )
 
-    def test_with_the_codes_as_they_are(self, calibrator: Calibrator) -> None:
+    def test_with_the_codes_as_they_are(self, calibrator: DBMSCalibration) -> None:
         """Exact derivatives of θ₀ + α u + β D, D a constant, against finite differences."""
-        calibrator._encode([(0.4, 1.0)] * len(TASKS))
+        calibrator.encode([(0.4, 1.0)] * len(TASKS))
         found = gradient_at(calibrator, (0.4, 1.3))
         step = 1e-2
         for axis in range(2):
@@ -136,13 +87,13 @@ class TestGradient:
             up, down = (loss_at(calibrator, (a, b), encode=False) for a, b in around)
             assert float(found[axis]) == pytest.approx((up - down) / (2 * step), rel=0.02, abs=1e-4)
 
-    def test_through_the_codes(self, calibrator: Calibrator) -> None:
+    def test_through_the_codes(self, calibrator: DBMSCalibration) -> None:
         """With ∂D/∂α from the encoding before, the derivative of the re-encoded loss."""
         step = 0.02
         up, down = (loss_at(calibrator, (0.4 + s, 1.3), encode=True) for s in (step, -step))
         wanted = (up - down) / (2 * step)
-        calibrator._encode([(0.4 - step, 1.0)] * len(TASKS))
-        calibrator._encode([(0.4, 1.0)] * len(TASKS))
+        calibrator.encode([(0.4 - step, 1.0)] * len(TASKS))
+        calibrator.encode([(0.4, 1.0)] * len(TASKS))
         found = float(gradient_at(calibrator, (0.4, 1.3))[0])
         assert found == pytest.approx(wanted, rel=0.1, abs=1e-3)
         frozen = loss_at(calibrator, (0.4 + step, 1.3), encode=False)
@@ -152,9 +103,9 @@ class TestGradient:
         """Where pruning keeps an entry, the shift cancels: ∂D/∂α = −M ⊙ u."""
         inner = MagnitudePrune(0.1, dtype="fp32")
         reuse = module(base, finetuned, DBMS(inner, Merged(dtype="fp32")))
-        calibrating = Calibrator(reuse, reuse.calibration)
-        calibrating._encode([(0.1, 1.0)] * len(TASKS))
-        calibrating._encode([(0.12, 1.0)] * len(TASKS))
+        calibrating = opened(DBMSCalibration, reuse)
+        calibrating.encode([(0.1, 1.0)] * len(TASKS))
+        calibrating.encode([(0.12, 1.0)] * len(TASKS))
         of = calibrating._directions(0, torch.device("cpu"))
         checked = 0
         for name in calibrating.family.names("delta"):
@@ -180,9 +131,8 @@ class TestGradient:
 
         before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
         reuse = module(base, finetuned)
-        calibrate(reuse, Rows(), trainer=trainer(callbacks=[Look()]))
+        calibrate(reuse, Rows(), settings=settings(), trainer=trainer(callbacks=[Look()]))
         assert seen == {"optimised": [(6,)], "graded": {"scalars"}}
-        assert reuse.scalars is None
         assert all(parameter.requires_grad for parameter in base.parameters())  # as it was
         reuse.switch(None)
         check_same(base.state_dict(), before)
@@ -194,8 +144,9 @@ class TestObjective:
         self, base: TinyNet, finetuned: States, tmp_path: Path, objective: str
     ) -> None:
         codec = DBMS(SVD(rank=1))
-        reuse = module(base, finetuned, codec, objective=objective)
-        calibrate(reuse, Rows(), tmp_path / "b", trainer=trainer())
+        reuse = module(base, finetuned, codec)
+        how = settings(objective=objective)
+        calibrate(reuse, Rows(), tmp_path / "b", settings=how, trainer=trainer())
         bundle = Bundle(tmp_path / "b", base)
         plain = module(base, finetuned, codec.codec).compress()
 
@@ -232,7 +183,9 @@ class TestObjective:
 
     def test_rows_and_their_seed(self, base: TinyNet, finetuned: States) -> None:
         first, again, other = (
-            calibrate(module(base, finetuned, seed=s), Rows(), trainer=trainer(8))
+            calibrate(
+                module(base, finetuned), Rows(), settings=settings(seed=s), trainer=trainer(8)
+            )
             for s in (0, 0, 5)
         )
         pairs = [
@@ -254,10 +207,11 @@ class TestObjective:
 
     def test_losses_by_hand(self) -> None:
         a, b = torch.tensor([[1.0, 3.0]]), torch.tensor([[2.0, 1.0]])
-        assert float(loss("outputs", a, b)) == pytest.approx(kl(b, a))
-        assert float(loss("features", a, b)) == pytest.approx((1 + 4) / (4 + 1))
+        task, rows = Classification(2), (a, torch.tensor([1]))
+        assert float(loss("outputs", task, a, b, rows)) == pytest.approx(kl(b, a))
+        assert float(loss("features", task, a, b, rows)) == pytest.approx((1 + 4) / (4 + 1))
         wanted = -math.log(math.exp(3) / (math.e + math.exp(3)))
-        assert float(loss("labels", a, torch.tensor([1]))) == pytest.approx(wanted)
+        assert float(loss("labels", task, a, None, rows)) == pytest.approx(wanted)
 
 
 class TestTraining:
@@ -267,9 +221,11 @@ class TestTraining:
                 assert not torch.is_grad_enabled()
                 return super().forward(tokens)
 
-        reuse = module(_like(NoGradients().eval(), base), finetuned, method="search")
-        bundle = calibrate(reuse, Rows(), trainer=trainer(20))
-        probed = calibrate(module(base, finetuned), Rows(), trainer=trainer(len(PROBES)))
+        reuse = module(_like(NoGradients().eval(), base), finetuned)
+        how = settings(method="search")
+        bundle = calibrate(reuse, Rows(), settings=how, trainer=trainer(20))
+        run = trainer(len(PROBES))
+        probed = calibrate(module(base, finetuned), Rows(), settings=settings(), trainer=run)
         for task in TASKS:
             learned = bundle.manifest.tasks[task].calibration
             at_probes = probed.manifest.tasks[task].calibration
@@ -279,7 +235,9 @@ class TestTraining:
 
     def test_a_joint_codec(self, base: TinyNet, finetuned: States) -> None:
         """EMR elects one vector from all tasks' residuals: what is kept is still no worse."""
-        bundle = calibrate(module(base, finetuned, DBMS(EMR())), Rows(), trainer=trainer())
+        bundle = calibrate(
+            module(base, finetuned, DBMS(EMR())), Rows(), settings=settings(), trainer=trainer()
+        )
         for task in TASKS:
             learned = bundle.manifest.tasks[task].calibration
             assert learned
@@ -298,9 +256,10 @@ class TestTraining:
             )
             run = trainer(epochs, callbacks=[checkpoints], enable_checkpointing=True)
             calibrate(
-                module(base, finetuned, method=method),
+                module(base, finetuned),
                 Rows(),
                 folder,
+                settings=settings(method=method),
                 trainer=run,
                 ckpt_path=ckpt_path,
             )
@@ -318,8 +277,9 @@ class TestTraining:
         ).read_bytes()
         with pytest.raises(FusionKitError, match="of another calibration"):
             calibrate(
-                module(base, finetuned, method=method, rows=9),
+                module(base, finetuned),
                 Rows(),
+                settings=settings(method=method, rows=9),
                 trainer=trainer(),
                 ckpt_path=str(tmp_path / "ckpt/last.ckpt"),
             )
@@ -327,7 +287,10 @@ class TestTraining:
     def test_patience(self, base: TinyNet, finetuned: States) -> None:
         run = trainer(100)
         bundle = calibrate(
-            module(base, finetuned, DBMS(Dense("fp32")), patience=2), Rows(), trainer=run
+            module(base, finetuned, DBMS(Dense("fp32"))),
+            Rows(),
+            settings=settings(patience=2),
+            trainer=run,
         )
         assert run.current_epoch <= len(PROBES) + 4
         for task in TASKS:  # nothing is lost, so nothing can be learned
@@ -338,7 +301,7 @@ class TestTraining:
     def test_lightnings_early_stopping(self, base: TinyNet, finetuned: States) -> None:
         stop = EarlyStopping("calibration/loss", stopping_threshold=1e3)
         run = trainer(callbacks=[stop])
-        bundle = calibrate(module(base, finetuned), Rows(), trainer=run)
+        bundle = calibrate(module(base, finetuned), Rows(), settings=settings(), trainer=run)
         learned = bundle.manifest.tasks["ant"].calibration
         assert learned
         assert learned.epochs == 1
@@ -346,7 +309,12 @@ class TestTraining:
 
     @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
     def test_precision(self, base: TinyNet, finetuned: States, precision: Any) -> None:
-        bundle = calibrate(module(base, finetuned), Rows(), trainer=trainer(precision=precision))
+        bundle = calibrate(
+            module(base, finetuned),
+            Rows(),
+            settings=settings(),
+            trainer=trainer(precision=precision),
+        )
         for task in TASKS:
             learned = bundle.manifest.tasks[task].calibration
             assert learned
@@ -355,14 +323,7 @@ class TestTraining:
     def test_two_processes(self, tmp_path: Path) -> None:
         """Rows over two processes: the losses of all of them, and one bundle."""
         for devices in (1, 2):
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            subprocess.run(
-                [sys.executable, __file__, str(devices), str(tmp_path / str(devices))],
-                check=True,
-                env=environment,
-                timeout=300,
-                capture_output=True,
-            )
+            run_script(__file__, devices, tmp_path / str(devices))
         one, two = (Bundle(tmp_path / str(devices)).manifest.tasks for devices in (1, 2))
         for task in TASKS:
             a, b = one[task].calibration, two[task].calibration
@@ -393,7 +354,7 @@ class TestRefusals:
         tuned = max(float(finetuned[t]["hidden.weight"].abs().max()) for t in TASKS)
         monkeypatch.setattr(Fragile, "limit", max(largest, tuned) * 1.02)
         reuse = module(_like(Fragile().eval(), base), finetuned)
-        bundle = calibrate(reuse, Rows(), trainer=trainer())
+        bundle = calibrate(reuse, Rows(), settings=settings(), trainer=trainer())
         for task in TASKS:
             learned = bundle.manifest.tasks[task].calibration
             assert learned
@@ -403,7 +364,12 @@ class TestRefusals:
         with pytest.raises(
             DataError, match="calibration loss of task 'ant' is nan before anything"
         ):
-            calibrate(module(_like(Fragile().eval(), base), finetuned), Rows(), trainer=trainer())
+            calibrate(
+                module(_like(Fragile().eval(), base), finetuned),
+                Rows(),
+                settings=settings(),
+                trainer=trainer(),
+            )
 
     def test_a_task_without_data(
         self, base: TinyNet, finetuned: States, monkeypatch: pytest.MonkeyPatch
@@ -414,7 +380,9 @@ class TestRefusals:
 
     def test_a_codec_without_scalars(self, base: TinyNet, finetuned: States) -> None:
         with pytest.raises(FusionKitError, match=r"has nothing to calibrate; wrap it"):
-            calibrate(module(base, finetuned, EMR()), Rows(), trainer=trainer())
+            calibrate(
+                module(base, finetuned, EMR()), Rows(), settings=settings(), trainer=trainer()
+            )
 
     def test_settings(self) -> None:
         for wrong in ({"rows": 0}, {"patience": 0}, {"learning_rate": 0.0}):
@@ -425,10 +393,21 @@ class TestRefusals:
         module(base, finetuned).compress(tmp_path / "b")
         before = (tmp_path / "b/manifest.json").read_bytes()
         with pytest.raises(BundleError, match="exists"):
-            calibrate(module(base, finetuned), Rows(), tmp_path / "b", trainer=trainer(1))
+            calibrate(
+                module(base, finetuned),
+                Rows(),
+                tmp_path / "b",
+                settings=settings(),
+                trainer=trainer(1),
+            )
         assert (tmp_path / "b/manifest.json").read_bytes() == before
         calibrate(
-            module(base, finetuned), Rows(), tmp_path / "b", trainer=trainer(1), overwrite=True
+            module(base, finetuned),
+            Rows(),
+            tmp_path / "b",
+            settings=settings(),
+            trainer=trainer(1),
+            overwrite=True,
         )
         assert (tmp_path / "b/manifest.json").read_bytes() != before
 
@@ -466,4 +445,4 @@ def _family() -> tuple[TinyNet, States]:
 
 if __name__ == "__main__":  # one of the processes of `test_two_processes`
     run = trainer(devices=int(sys.argv[1]), strategy="ddp" if sys.argv[1] != "1" else "auto")
-    calibrate(module(*_family(), rows=15), Rows(), sys.argv[2], trainer=run)
+    calibrate(module(*_family()), Rows(), sys.argv[2], settings=settings(rows=15), trainer=run)

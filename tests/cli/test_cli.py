@@ -1,68 +1,20 @@
 """The command line as a person uses it: the installed program, real recipes, real messages."""
 
 import csv
-import io
 import json
 import os
 import subprocess
-import sys
-import warnings
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from conftest import TASKS, Files
+from program import PROGRAM, run
 from safetensors.torch import load_file
 
 import fusionkit
-from fusionkit.cli.main import main as cli
-
-PROGRAM = Path(sys.executable).with_name("fusionkit")
-
-
-@pytest.fixture
-def recipe(tmp_path: Path, files: Files, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A recipe of the tiny family, its modules beside it."""
-    (tmp_path / "tiny.py").write_text(
-        "from conftest import TinyNet\n"
-        "from test_module import Data\n"
-        "import torch\n"
-        "def build() -> torch.nn.Module:\n"
-        "    return TinyNet()\n"
-    )
-    content = {
-        "model": {
-            "model": {"class_path": "tiny.build"},
-            "base": str(files.base),
-            "finetuned": {task: str(path) for task, path in files.finetuned.items()},
-            "private": ["head.*"],
-            "codec": {"class_path": "EMR"},
-            "bundle": str(tmp_path / "bundle"),
-        },
-        "data": {"class_path": "tiny.Data"},
-        "trainer": {"accelerator": "cpu", "enable_progress_bar": False},
-        "out": str(tmp_path / "out"),
-    }
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(content, sort_keys=False))
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).parent}")
-    return path
-
-
-def run(*args: object, code: int = 0) -> str:
-    """Run a verb in this process; its output, both streams."""
-    output = io.StringIO()
-    status: object = 0
-    with redirect_stdout(output), redirect_stderr(output), warnings.catch_warnings():
-        try:
-            cli.main([str(arg) for arg in args])
-        except SystemExit as stopped:
-            status = stopped.code or 0
-    assert status == code, output.getvalue()
-    return output.getvalue()
+from fusionkit.cli import main as cli
 
 
 def test_the_installed_program(recipe: Path, tmp_path: Path) -> None:

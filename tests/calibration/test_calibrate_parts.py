@@ -5,15 +5,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TASKS, TinyNet
+from conftest import TASKS, TESTS, TinyNet
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
-from test_calibration import PRIVATE, Rows, States, kl, logits, module, rows_of, trainer
+from tiny_tasks import PRIVATE, Rows, States, kl, logits, module, opened, rows_of, settings, trainer
 from torch import Tensor
 
 import fusionkit
 from fusionkit import Bundle, calibrate
-from fusionkit.calibration.learned_parts import PartCalibrator
+from fusionkit.calibration.learned_parts import PartsCalibration
 from fusionkit.codecs.base import DeltaCodec
 from fusionkit.errors import FusionKitError
 from fusionkit.registry import load
@@ -24,7 +24,7 @@ EPOCHS = 12
 @pytest.fixture
 def codec(monkeypatch: pytest.MonkeyPatch) -> DeltaCodec:
     """A third party's, whose magnitudes can be learned."""
-    monkeypatch.syspath_prepend(Path(__file__).parent / "plugin")
+    monkeypatch.syspath_prepend(TESTS / "plugin")
     ternary: Any = load("fusionkit.codecs", "ternary")
     found: DeltaCodec = ternary(0.3)
     return found
@@ -40,7 +40,7 @@ def test_it_learns_the_magnitudes_and_nothing_else(
     plain = fusionkit.compress(TinyNet().eval(), finetuned, codec, private=PRIVATE)
     reuse = module(base, finetuned, codec)
     plain = reuse.compress()
-    bundle = calibrate(reuse, Rows(), tmp_path / "b", trainer=trainer(EPOCHS))
+    bundle = calibrate(reuse, Rows(), tmp_path / "b", settings=settings(), trainer=trainer(EPOCHS))
     assert Bundle(tmp_path / "b").codec == codec
     assert bundle.nbytes - (bundle.path / "manifest.json").stat().st_size == (
         plain.nbytes - (plain.path / "manifest.json").stat().st_size
@@ -69,12 +69,12 @@ def test_gradients_are_those_of_the_decoded_model(
 ) -> None:
     """Against finite differences, through every tensor's magnitude."""
     reuse = module(base, finetuned, codec)
-    calibrator = PartCalibrator(reuse, reuse.calibration)
-    count = len(calibrator._start[1])
+    calibrator = opened(PartsCalibration, reuse)
+    count = len(calibrator.progress[1].start)
     assert count == len([n for n in stored(reuse.compress(), "bee") if n.endswith("/magnitude")])
 
     def loss_at(values: Tensor) -> Tensor:
-        return calibrator._loss(1, values, rows_of("bee"), 0)
+        return calibrator.loss_of(1, values, rows_of("bee"), 0)
 
     at = torch.linspace(-1, 1, count).requires_grad_()
     (gradient,) = torch.autograd.grad(loss_at(at), at)
@@ -92,7 +92,7 @@ def test_resumed_is_as_if_never_interrupted(
         kept = ModelCheckpoint(tmp_path / "ckpt", save_last=True, enable_version_counter=False)
         run = trainer(epochs, callbacks=[kept], enable_checkpointing=True)
         reuse = module(base, finetuned, codec)
-        calibrate(reuse, Rows(), folder, trainer=run, ckpt_path=ckpt_path)
+        calibrate(reuse, Rows(), folder, settings=settings(), trainer=run, ckpt_path=ckpt_path)
 
     run(tmp_path / "whole", EPOCHS)
     run(tmp_path / "part", 4)
@@ -102,6 +102,6 @@ def test_resumed_is_as_if_never_interrupted(
 
 
 def test_a_search_is_refused(base: TinyNet, finetuned: States, codec: DeltaCodec) -> None:
-    reuse = module(base, finetuned, codec, method="search")
+    reuse = module(base, finetuned, codec)
     with pytest.raises(FusionKitError, match=r"Ternary has too many scales .*method gradient"):
-        calibrate(reuse, Rows(), trainer=trainer(EPOCHS))
+        calibrate(reuse, Rows(), settings=settings(method="search"), trainer=trainer(EPOCHS))
