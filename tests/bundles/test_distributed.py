@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fusionkit import DBMS, EMR, SVD, TIES, Bundle, Dense, Elect, MagnitudePrune, Merged, Normalized
-from fusionkit.bundles import compress, journal
+from fusionkit.bundles import journal
 from fusionkit.bundles import part_file as partfile
+from fusionkit.bundles.compress import compress
 from fusionkit.codecs.base import DeltaCodec
 from fusionkit.errors import FusionKitError
 from fusionkit.task_vectors.family import Family
@@ -270,7 +271,10 @@ def test_the_command_line_starts_them(files: Files, tmp_path: Path) -> None:
     recipe = {
         "model": {
             "model": {"class_path": "conftest.TinyNet"},
-            "base": {"class_path": "Checkpoint", "init_args": {"source": str(files.base)}},
+            "base": {
+                "class_path": "fusionkit.Checkpoint.of",
+                "init_args": {"source": str(files.base)},
+            },
             "finetuned": {task: str(path) for task, path in files.finetuned.items()},
             "private": ["head.*"],
             "codec": {"class_path": "EMR"},

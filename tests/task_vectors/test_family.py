@@ -361,9 +361,9 @@ def test_a_prefix_that_would_make_the_names_fit_is_named(tmp_path: Path, files: 
     options = {"base": files.base, "finetuned": {"ant": path}}
     refused("misses tensor", str(path), "with the prefix 'model.net.'",
             "strip_prefix='model.net.'", **options, private=["*head.*"])  # fmt: skip
-    base = Checkpoint(files.base, add_prefix="model.net.")
+    base = Checkpoint.of(files.base, add_prefix="model.net.")
     assert len(Family(base, {"ant": path}, private=["*head.*"])) == len(DELTAS)
-    tuned = Checkpoint(path, strip_prefix="model.net.")
+    tuned = Checkpoint.of(path, strip_prefix="model.net.")
     assert len(Family(files.base, {"ant": tuned}, private=PRIVATE)) == len(DELTAS)
 
 
@@ -385,7 +385,7 @@ def test_a_task_is_written_into_a_model_to_the_bit(base: TinyNet, finetuned: Sta
     model = TinyNet()
     out = dict(model.state_dict())
     head = model.head.weight.detach().clone()
-    family.write_into("bee", Checkpoint(base), out)
+    family.write_into("bee", Checkpoint.of(base), out)
     for name in (*DELTAS, *EXACT):
         assert torch.equal(model.state_dict()[name], finetuned["bee"][name])
     assert torch.equal(model.head.weight, head)
