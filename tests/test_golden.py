@@ -114,13 +114,13 @@ def test_a_calibration_resumes_and_ends_as_it_did(tmp_path: Path) -> None:
         finetuned={task: str(path) for task, path in finetuned().items()},
         private=PRIVATE,
         frozen=FROZEN,
-        calibration=Calibration(rows=ROWS, learning_rate=0.05),
     )
     epochs = Epochs()
     bundle = calibrate(
         module,
         Rows(),
         tmp_path / "b",
+        settings=Calibration(rows=ROWS, learning_rate=0.05),
         trainer=trainer(20, epochs),
         ckpt_path=str(FOLDER / "calibrate.ckpt"),
     )
