@@ -88,9 +88,8 @@ def compress(
         if not isinstance(codec, DeltaCodec):
             raise CodecError(f"expected a DeltaCodec, got {codec!r}")
         to_config(codec)
-        family = Family(base, finetuned, private, frozen, adapters)
-        family.workers = Workers(processes, progress, family.workers.threads)
-        family.device = torch.device(device)
+        workers = Workers(processes, progress)
+        family = Family(base, finetuned, private, frozen, adapters, workers, device)
         if out is None:
             return _temporary(family, codec)
         out = open_path(out)
@@ -163,8 +162,8 @@ def add_tasks(
     base = View(base, buffers=frozenset(manifest.base.names("exact")))
     frozen = [escape(name) for name in manifest.base.names("frozen")]
     adapters: Adapters = "modules" if space else "merged"
-    family = Family(base, finetuned, manifest.private, frozen, adapters)
-    family.workers = Workers(progress=progress)
+    workers = Workers(progress=progress)
+    family = Family(base, finetuned, manifest.private, frozen, adapters, workers)
     if (
         space
         and family.space
