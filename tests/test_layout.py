@@ -97,10 +97,18 @@ def test_files_are_small() -> None:
 
 
 def test_functions_are_small() -> None:
+    """Their docstrings apart."""
+
+    def lines(node: ast.FunctionDef) -> int:
+        first = node.body[0]
+        text = first.value if isinstance(first, ast.Expr) else None
+        said = (first.end_lineno or 0) - first.lineno + 1 if isinstance(text, ast.Constant) else 0
+        return (node.end_lineno or 0) - node.lineno + 1 - said
+
     long = {
-        f"{module}.{node.name}": node.end_lineno - node.lineno + 1
+        f"{module}.{node.name}": lines(node)
         for module, path in modules().items()
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.FunctionDef) and node.end_lineno
+        if isinstance(node, ast.FunctionDef)
     }
     assert not {name: count for name, count in long.items() if count > 60}

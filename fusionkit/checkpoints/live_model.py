@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from fusionkit.checkpoints.checkpoint import Checkpoint, matches, reading
-from fusionkit.checkpoints.in_memory import bytes_of, check_tensors, shared, specs_of
+from fusionkit.checkpoints.checkpoint import Checkpoint, bytes_of, matches, reading
+from fusionkit.checkpoints.in_memory import check_tensors, shared, specs_of
 from fusionkit.errors import FusionKitError
 
 

@@ -78,3 +78,6 @@ def _open_file(path: Path, label: str) -> Checkpoint:
         f"{path}: unknown kind of checkpoint '{path.suffix}'; expected .safetensors, "
         f"{', '.join(sorted(_PICKLES))}, or a folder of them"
     )
+
+
+Checkpoint.opener = staticmethod(open_source)
