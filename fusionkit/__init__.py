@@ -27,6 +27,7 @@ from fusionkit.codecs.svd import SVD as SVD
 from fusionkit.merges.base import Merge as Merge
 from fusionkit.merges.base import MergeTensor as MergeTensor
 from fusionkit.merges.base import TensorMerge as TensorMerge
+from fusionkit.merges.base import in_blocks as in_blocks
 from fusionkit.merges.elect import Elect as Elect
 from fusionkit.merges.mean import Mean as Mean
 from fusionkit.merges.normalized import Normalized as Normalized

@@ -26,7 +26,7 @@ class Fused:
         self.family = family
         self.tasks = family.tasks
         merge_tensor = merge.prepare(family)
-        self.vectors = {each.name: merge.vector(merge_tensor, each) for each in family}
+        self.vectors = {each.name: merge_tensor(each) for each in family}
         self.scale = 1.0
 
     @property
