@@ -28,9 +28,10 @@ from fusionkit.codecs.dbms import DBMS
 from fusionkit.errors import BundleError, DataError, FusionKitError
 from fusionkit.registry import to_config
 from fusionkit.reuse.sharded import ShardedBase, check_strategy, shard
-from fusionkit.reuse.switcher import Switcher, TaskSource
+from fusionkit.reuse.switcher import Switcher
 from fusionkit.task_vectors.family import Family
 from fusionkit.task_vectors.processes import ALONE, Processes
+from fusionkit.task_vectors.task_source import TaskSource
 from fusionkit.task_vectors.workers import Progress
 from fusionkit.tasks.classification import MetricOfClasses, accuracy, predict
 from fusionkit.tasks.scores import Scores

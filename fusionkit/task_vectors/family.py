@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from fusionkit.checkpoints.adapters.folder import is_adapter
-from fusionkit.checkpoints.adapters.layout import fold_into
 from fusionkit.checkpoints.adapters.merged import MergedAdapter
 from fusionkit.checkpoints.adapters.modules import Adapters, AdapterSpace, open_space
 from fusionkit.checkpoints.checkpoint import Checkpoint, Source, matches
@@ -61,6 +60,7 @@ class Family:
         space: how adapters' own tensors make the base's weights; None where they are merged.
         sizes: name of a tensor to compress (of role delta) → its number of entries.
         parameters: number of compressible parameters of one task.
+        version: always the same, as are its tasks.
         device: where task vectors are formed, and so encoded: the CPU, unless it is changed.
         workers: who does the passes over it: some threads, by default.
 
@@ -68,6 +68,8 @@ class Family:
         FamilyError: the checkpoints don't fit together; the message lists every finding with
             its file and tensor.
     """
+
+    version = 0
 
     def __init__(
         self,
@@ -271,32 +273,14 @@ class Family:
             )
 
     @property
-    def written(self) -> list[str]:
-        """Names of the tensors that `write_into` writes."""
-        if self.space:
-            return list(self.roles)
-        return [name for name, role in self.roles.items() if role != "frozen"]
+    def initial(self) -> dict[str, Tensor]:
+        """The tensors that adapters started from, by name; empty where they are merged."""
+        names = self.space.layout.tensors if self.space else []
+        return {name: self.base[name] for name in names}
 
-    def write_into(self, task: str, base: Mapping[str, Tensor], out: Mapping[str, Tensor]) -> None:
-        """Write a task's own weights, uncompressed, into `out`, all but private and frozen ones.
-
-        Args:
-            task: one of `tasks`.
-            base: the base's tensors by name.
-            out: tensors to write into, by name; those that it lacks are left out.
-        """
-        own = set(self.space.layout.tensors) if self.space else set()
-        for name, role in self.roles.items():
-            if name not in own and name in out and role != "frozen":
-                out[name].copy_(self._tuned(task, name))
-        if self.space:
-            fold_into(
-                self.space.layout,
-                lambda name, device: self._tuned(task, name).to(device),
-                lambda name, device: self.base[name].to(device),
-                base,
-                out,
-            )
+    def tensor(self, task: str, name: str, base: Tensor, out: Tensor | None = None) -> Tensor:
+        """One of a task's tensors, uncompressed, in its own dtype; see `TaskSource`."""
+        return self._tuned(task, name).to(base.device)
 
     def _prefetch(self, name: str) -> None:
         self.base.prefetch(name)
