@@ -7,6 +7,7 @@ from fusionkit.bundles.bundle import Bundle as Bundle
 from fusionkit.bundles.compress import add_tasks as add_tasks
 from fusionkit.bundles.compress import compress as compress
 from fusionkit.bundles.export_peft import export_adapter as export_adapter
+from fusionkit.checkpoints.adapters.lowrank import LowRank as LowRank
 from fusionkit.checkpoints.checkpoint import Checkpoint as Checkpoint
 from fusionkit.codecs.base import WHOLE_MODEL as WHOLE_MODEL
 from fusionkit.codecs.base import DeltaCodec as DeltaCodec

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 pytest_plugins = ["pytester"]
 
-SHARED = Path(__file__).parents[2] / "shared"
+TESTS = Path(__file__).parent
+SHARED = TESTS.parents[1] / "shared"
 TASKS = ("ant", "bee", "cat")
 
 

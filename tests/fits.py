@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fusionkit.tasks.digits import DigitTasks, base_model
 from fusionkit.tasks.finetune import Finetune
+from fusionkit.tasks.only import only
 
 TASKS = ("digit", "rotation", "parity")
 TARGETS = ["qkv", "fc1"]
@@ -87,7 +88,7 @@ def finetune(
     module = Finetune(
         tiny_vit(), task, method, **{"private": HEAD, "warmup": 0.0, **own, **settings}
     )
-    trainer(steps).fit(module, datamodule=FewDigits())
+    trainer(steps).fit(module, datamodule=only(FewDigits(), [task]))
     return module.eval()
 
 

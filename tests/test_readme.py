@@ -12,7 +12,7 @@ from conftest import TinyNet
 from safetensors.torch import save_file
 
 import fusionkit
-from fusionkit.cli.main import main as cli
+from fusionkit.cli import main as cli
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = dict.fromkeys(re.findall(r"```python\n(.*?)```", README, re.DOTALL))

@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from conftest import TASKS, Files, TinyNet
-from test_cli import PROGRAM, run
+from conftest import TASKS, TESTS, Files, TinyNet
+from program import PROGRAM, run
 
 import fusionkit
 from fusionkit import (
@@ -40,7 +40,7 @@ from fusionkit.errors import PluginError
 from fusionkit.registry import GROUPS, Plugin, from_config, load, load_all, names, origin, to_config
 
 CODECS, MERGES = GROUPS
-PLUGIN = Path(__file__).parent / "plugin"
+PLUGIN = TESTS / "plugin"
 BUILT_IN: list[Plugin] = [
     Dense(),
     Dense("int4"),

@@ -3,7 +3,6 @@
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from copy import copy
 from dataclasses import replace
 from glob import escape
 from pathlib import Path
@@ -20,6 +19,7 @@ from fusionkit.checkpoints.checkpoint import Checkpoint, Source
 from fusionkit.checkpoints.output_folder import disk_errors, new_folder
 from fusionkit.checkpoints.overlay import WithStart
 from fusionkit.checkpoints.paths import is_remote, open_path
+from fusionkit.checkpoints.view import View
 from fusionkit.codecs.base import DeltaCodec
 from fusionkit.errors import BundleError, CodecError
 from fusionkit.registry import to_config
@@ -55,8 +55,8 @@ def compress(
     when it is called again with the same arguments; they are in a hidden folder beside `out`.
 
     Args:
-        base: the base model: anything that `Checkpoint` reads.
-        finetuned: task name → fine-tuned model: anything that `Checkpoint` reads.
+        base: the base model: anything that `Checkpoint.of` reads.
+        finetuned: task name → fine-tuned model: anything that `Checkpoint.of` reads.
         codec: how to compress.
         out: the folder to write; without one the bundle lives in a temporary folder that goes
             with the object.
@@ -158,9 +158,9 @@ def add_tasks(
     if bundle.tasks_share and not keep_shared:
         raise BundleError(f"{bundle.path}: {_SHARES}")
     space = manifest.base.space
-    base = copy(bundle.base.below if isinstance(bundle.base, WithStart) else bundle.base)
+    base = bundle.base.below if isinstance(bundle.base, WithStart) else bundle.base
     # Which tensors are buffers is the bundle's to say: a file of the base does not know.
-    base.buffers = frozenset(manifest.base.names("exact"))
+    base = View(base, buffers=frozenset(manifest.base.names("exact")))
     frozen = [escape(name) for name in manifest.base.names("frozen")]
     adapters: Adapters = "modules" if space else "merged"
     family = Family(base, finetuned, manifest.private, frozen, adapters)

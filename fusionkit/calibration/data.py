@@ -7,6 +7,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Subset
 
 from fusionkit.errors import DataError
+from fusionkit.tasks.task import Task
 
 
 class CalibrationData(LightningDataModule):
@@ -25,6 +26,8 @@ class CalibrationData(LightningDataModule):
         self.rows = rows
         self.seed = seed
         self.tasks: list[str] = list(getattr(datamodule, "tasks", []))
+        self.kinds: dict[str, Task] = getattr(datamodule, "kinds", {})
+        self.num_classes: dict[str, int] = getattr(datamodule, "num_classes", {})
 
     def prepare_data(self) -> None:
         """The datamodule's."""

@@ -3,21 +3,18 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from fusionkit.bundles.bundle import Bundle
-from fusionkit.calibration.module import Calibrator, Values
+from fusionkit.calibration.module import CalibrationModule
 from fusionkit.calibration.pair_search import PROBES, PairSearch
-from fusionkit.calibration.settings import Calibration
+from fusionkit.calibration.progress import Values
 from fusionkit.codecs.dbms import DBMS, PLAIN, Scalars, combine, shifted
 from fusionkit.codecs.payload import Payload
 from fusionkit.task_vectors.vectors import TaskVectors
-
-if TYPE_CHECKING:
-    from fusionkit.reuse.module import ReuseModule
 
 _LEAST_MOVE = 1e-2
 """Shifts that differ by less, in units of the task vector's length, say nothing of ∂D/∂α."""
@@ -86,27 +83,29 @@ def _dot(gradient: Tensor, other: Tensor | None) -> Tensor:
     return gradient.new_zeros(()) if other is None else torch.dot(gradient, other.reshape(-1))
 
 
-class DBMSCalibrator(Calibrator):
+class DBMSCalibration(CalibrationModule):
     """Learns DBMS's two scalars of every task: α, in units of ‖τ_t‖ / ‖u_t‖, and β.
 
     Args:
-        module: its codec is a `DBMS`.
+        reuse: its model, base and fine-tuned checkpoints are used.
         settings: how to calibrate.
+        codec: what is calibrated.
     """
 
     codec: DBMS
 
-    def __init__(self, module: "ReuseModule", settings: Calibration) -> None:
-        super().__init__(module, settings, [PLAIN] * len(module.finetuned))
-        count = len(self.tasks)
+    def prepare(self) -> list[Values]:
+        """Encode the shift; every task starts as the wrapped codec alone."""
+        settings, count = self.settings, len(self.family.tasks)
         self._searches = [
             PairSearch(settings.seed + place, settings.learning_rate) for place in range(count)
         ]
-        self._shift = Payload(self.codec.direction, self.family)
         self._deltas: list[Payload] = []
         self._past: list[list[Values]] = []
         self._shifts: list[list[float]] = []
+        self._shift = Payload(self.codec.direction, self.family)
         self._units = self._lengths()
+        return [PLAIN] * count
 
     def close(self) -> None:
         """Remove the temporary files."""
@@ -125,30 +124,31 @@ class DBMSCalibrator(Calibrator):
         for search, told in zip(self._searches, state["searches"], strict=True):
             search.replay([(tuple(pair), value) for pair, value in told])
         for pairs in state["past"]:
-            self._encode([tuple(pair) for pair in pairs])
+            self.encode([tuple(pair) for pair in pairs])
 
-    def _stepping(self, epoch: int) -> bool:
+    def stepping(self, epoch: int) -> bool:
         """Whether an epoch ends in a step of the optimiser, rather than trying a pair."""
         return self.settings.method == "gradient" and epoch >= len(PROBES)
 
     @property
-    def _waits_from(self) -> int:
+    def waits_from(self) -> int:
+        """Probes come first."""
         return len(PROBES)
 
-    def _turn(self, epoch: int, live: list[int]) -> None:
+    def turn(self, epoch: int, live: list[int]) -> None:
         """Set the pair to try next; or, once all probes were, start from the best of them."""
         for place in live:
-            pair = cast(Scalars, self._at[place])
+            pair = cast(Scalars, self.at[place])
             self._searches[place].tell(pair, float(self.losses[place]))
         probing = epoch + 1 < len(PROBES)
         with torch.no_grad():
-            for own, search in zip(self._slices, self._searches, strict=True):
+            for each, search in zip(self.progress, self._searches, strict=True):
                 if probing or self.settings.method == "search":
-                    self.scalars[own] = torch.tensor(search.ask())
+                    self.parameter[each.place] = torch.tensor(search.ask())
                 elif epoch + 1 == len(PROBES):
-                    self.scalars[own] = torch.tensor(search.best)
+                    self.parameter[each.place] = torch.tensor(search.best)
 
-    def _scalars(self, values: list[Values]) -> list[tuple[float | None, float | None]]:
+    def shift_and_scale(self, values: list[Values]) -> list[tuple[float | None, float | None]]:
         """α and β themselves."""
         return list(self._pairs(values))
 
@@ -160,7 +160,7 @@ class DBMSCalibrator(Calibrator):
         """‖τ_t‖ / ‖u_t‖: float32 `(T,)`; 1 where there is no direction."""
 
         def each(vectors: TaskVectors) -> Tensor:
-            sums = torch.zeros(2, len(self.tasks), dtype=torch.float64)
+            sums = torch.zeros(2, len(self.family.tasks), dtype=torch.float64)
             for place, vector in enumerate(vectors):
                 sums[0, place] = vector.square().sum(dtype=torch.float64)
                 u = self._shift.delta(place, vectors.name, vectors.shape)
@@ -170,11 +170,11 @@ class DBMSCalibrator(Calibrator):
 
         squares = self.family.total(each)
         if squares is None:
-            return torch.ones(len(self.tasks))
+            return torch.ones(len(self.family.tasks))
         usable = (squares > 0).all(0)
         return torch.where(usable, (squares[0] / squares[1]).sqrt(), 1.0).to(torch.float32)
 
-    def _encode(self, values: list[Values]) -> None:
+    def encode(self, values: list[Values]) -> None:
         """Encode the residuals; the codes before are kept for ∂D/∂α."""
         scalars = self._pairs(values)
         payload = Payload(self.codec.codec, shifted(self.family, self._shift, scalars))
@@ -184,10 +184,11 @@ class DBMSCalibrator(Calibrator):
         self._shifts = [*self._shifts[1 - _KEPT :], [shift for shift, _ in scalars]]
         self._past = [*self._past[1 - _KEPT :], values]
 
-    def _weights(self, place: int, own: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def weights(self, place: int, own: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A task's weights, differentiable in its own numbers."""
         unit = torch.stack([self._units[place].to(own.device), own.new_ones(())])
         of = self._directions(place, own.device)
-        return shifted_weights(own * unit, self.module.base_weights, like, of)
+        return shifted_weights(own * unit, self.reuse.base_weights, like, of)
 
     def _directions(self, place: int, device: torch.device) -> Directions:
         def read(payload: Payload, name: str) -> Tensor | None:
@@ -210,6 +211,7 @@ class DBMSCalibrator(Calibrator):
 
         return Directions(partial(read, self._shift), partial(read, self._deltas[-1]), moved)
 
-    def _bundle(self, values: list[Values]) -> Bundle:
-        scalars = dict(zip(self.tasks, self._pairs(values), strict=True))
-        return self.module.compress(codec=self.codec.at(scalars))
+    def bundle_of(self, values: list[Values]) -> Bundle:
+        """A temporary bundle of what was learned."""
+        scalars = dict(zip(self.family.tasks, self._pairs(values), strict=True))
+        return self.reuse.compress(codec=self.codec.at(scalars))

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,40 +11,44 @@ from torch.utils.checkpoint import checkpoint
 from fusionkit.bundles.bundle import Bundle
 from fusionkit.bundles.format import task_file
 from fusionkit.bundles.part_file import Part, PartWriter
-from fusionkit.calibration.module import Calibrator, Values
+from fusionkit.calibration.module import CalibrationModule
+from fusionkit.calibration.progress import Values
 from fusionkit.calibration.settings import Calibration
-from fusionkit.codecs.base import WHOLE_MODEL, Parts
+from fusionkit.codecs.base import WHOLE_MODEL, DeltaCodec, Parts
 from fusionkit.errors import FusionKitError
+from fusionkit.reuse.module import ReuseModule
 from fusionkit.task_vectors.workers import full_precision
-
-if TYPE_CHECKING:
-    from fusionkit.reuse.module import ReuseModule
 
 _UNIT = 0.1
 """A learned entry is its encoded value times exp(_UNIT · x); the optimiser steps x, from 0."""
 
 
-class PartCalibrator(Calibrator):
+class PartsCalibration(CalibrationModule):
     """Learns the parts that a codec names as `learned`; all else stays as it was encoded.
 
     Every entry of such a part is learned as a factor of what it was, so that signs and zeros stay.
     The payload is encoded once. On the way back a tensor is decoded again, rather than kept.
 
     Args:
-        module: its codec has `learned` parts.
+        reuse: its model, base and fine-tuned checkpoints are used.
         settings: how to calibrate.
+        codec: has `learned` parts.
 
     Raises:
         FusionKitError: the settings ask for a search, which is for two numbers, not for many.
     """
 
-    def __init__(self, module: "ReuseModule", settings: Calibration) -> None:
+    def __init__(self, reuse: ReuseModule, settings: Calibration, codec: DeltaCodec) -> None:
         if settings.method == "search":
             raise FusionKitError(
-                f"{type(module.codec).__name__} has too many scales to search; learn them by "
-                "--model.calibration.method gradient"
+                f"{type(codec).__name__} has too many scales to search; learn them by "
+                "--calibration.method gradient"
             )
-        self._encoded = module.compress()
+        super().__init__(reuse, settings, codec)
+
+    def prepare(self) -> list[Values]:
+        """Encode; every factor starts at 1."""
+        self._encoded = self.reuse.compress(codec=self.codec)
         names = [WHOLE_MODEL, *self._encoded.manifest.base.names("delta")]
         self._of: list[dict[str, list[tuple[str, slice]]]] = []
         start: list[Values] = []
@@ -60,15 +63,15 @@ class PartCalibrator(Calibrator):
                         count = own.stop
             self._of.append(of_task)
             start.append((0.0,) * count)
-        super().__init__(module, settings, start)
+        return start
 
     def close(self) -> None:
         """Nothing: the payload's folder goes with the bundle."""
 
-    def _encode(self, values: list[Values]) -> None:
+    def encode(self, values: list[Values]) -> None:
         """Nothing: what is learned does not change the codes."""
 
-    def _turn(self, epoch: int, live: list[int]) -> None:
+    def turn(self, epoch: int, live: list[int]) -> None:
         """Nothing: the optimiser steps in every epoch."""
 
     def _scaled(self, place: int, name: str, parts: Parts, own: Tensor) -> dict[str, Tensor]:
@@ -79,8 +82,9 @@ class PartCalibrator(Calibrator):
             scaled[part] = parts[part] * factors
         return scaled
 
-    def _weights(self, place: int, own: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        bundle, task, device = self._encoded, self.tasks[place], own.device
+    def weights(self, place: int, own: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A task's weights, differentiable in its own numbers."""
+        bundle, task, device = self._encoded, self.family.tasks[place], own.device
         of_model = bundle.task_parts(task, WHOLE_MODEL, device)
 
         def decode(name: str, own: Tensor) -> Tensor:
@@ -96,7 +100,7 @@ class PartCalibrator(Calibrator):
 
         weights = {}
         for name, old in like.items():
-            base = self.module.base_weights[name]
+            base = self.reuse.base_weights[name]
             if bundle.task_parts(task, name) or bundle.shared_parts(name):
                 again = partial(decode, name)
                 delta = checkpoint(again, own, use_reentrant=False, preserve_rng_state=False)
@@ -105,10 +109,11 @@ class PartCalibrator(Calibrator):
                 weights[name] = base.to(old.dtype)
         return weights
 
-    def _bundle(self, values: list[Values]) -> Bundle:
+    def bundle_of(self, values: list[Values]) -> Bundle:
+        """A temporary bundle of what was learned."""
         bundle = self._encoded
         records = dict(bundle.manifest.tasks)
-        for place, task in enumerate(self.tasks):
+        for place, task in enumerate(self.family.tasks):
             own = torch.tensor(values[place], dtype=torch.float32)
             path = bundle.path / task_file(task)
             writer = PartWriter(path.with_name(path.name + ".learned"))

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from fusionkit.errors import FusionKitError
 from fusionkit.merges.base import Merge
@@ -14,14 +13,24 @@ from fusionkit.merges.weighted import Weighted
 from fusionkit.reuse.fused import Fused
 from fusionkit.reuse.module import ReuseModule
 from fusionkit.task_vectors.family import Family
-from fusionkit.tasks.classification import predict
+from fusionkit.tasks.metrics import metric_of, value_of
+from fusionkit.tasks.task import Task
 
 Batches = Mapping[str, Sequence[Any]]
 """Task → a few labelled batches of it."""
 
 
-def evaluate(module: ReuseModule, fused: Fused, batches: Batches) -> tuple[float, float]:
-    """Mean cross-entropy and mean accuracy over the tasks' batches."""
+def evaluate(
+    module: ReuseModule, fused: Fused, batches: Batches, kinds: Mapping[str, Task]
+) -> tuple[float, float]:
+    """The tasks' own losses and scores, each a mean over the tasks.
+
+    Args:
+        module: evaluates, by its metric.
+        fused: what is evaluated.
+        batches: of each task.
+        kinds: of what kind each task is.
+    """
     losses, scores = [], []
     module.reuse(fused)
     training = module.training
@@ -29,17 +38,27 @@ def evaluate(module: ReuseModule, fused: Fused, batches: Batches) -> tuple[float
     with torch.no_grad():
         for task, its_batches in batches.items():
             module.switch(task)
-            outputs = [predict(module, batch) for batch in its_batches]
-            logits = torch.cat([logits for logits, _ in outputs])
-            labels = torch.cat([labels for _, labels in outputs])
-            losses.append(float(nn.functional.cross_entropy(logits, labels)))
-            scores.append(float((logits.argmax(-1) == labels).float().mean()))
+            kind = kinds[task]
+            metric = metric_of(module.metric, task, kind).to(module.device)
+            total = rows = 0.0
+            for batch in its_batches:
+                outputs, count = kind.predict(module, batch), kind.count(batch)
+                total += float(kind.loss(outputs, batch)) * count
+                rows += count
+                kind.update(metric, outputs, batch)
+            losses.append(total / rows)
+            scores.append(value_of(metric, task))
     module.train(training)
     return sum(losses) / len(losses), sum(scores) / len(scores)
 
 
 def search_scale(
-    module: ReuseModule, family: Family, merge: Merge, scales: Sequence[float], batches: Batches
+    module: ReuseModule,
+    family: Family,
+    merge: Merge,
+    scales: Sequence[float],
+    batches: Batches,
+    kinds: Mapping[str, Task],
 ) -> Merge:
     """The merge with the scale that scores best on a few labelled batches.
 
@@ -49,6 +68,7 @@ def search_scale(
         merge: one with a `scale`; others come back as they are.
         scales: those to try; of equals the one with the lower loss.
         batches: of each task.
+        kinds: of what kind each task is.
     """
     settings: Any = merge
     if not scales or "scale" not in {field.name for field in dataclasses.fields(settings)}:
@@ -57,7 +77,7 @@ def search_scale(
     found = []
     for scale in scales:
         fused.scale = scale
-        loss, score = evaluate(module, fused, batches)
+        loss, score = evaluate(module, fused, batches, kinds)
         found.append((-score, loss, scale))
     chosen: Merge = dataclasses.replace(settings, scale=min(found)[2])
     return chosen
@@ -67,7 +87,7 @@ def search_scale(
 class LoraHub:
     """Gradient-free search of one weight per task on a few labelled batches (2307.13269).
 
-    Minimises cross-entropy + penalty · mean |w| by CMA-ES, from the mean merge, w = 1/T. The
+    Minimises the tasks' own loss + penalty · mean |w| by CMA-ES, from the mean merge, w = 1/T. The
     authors use another evolutionary optimiser, from w = 0.
 
     Args:
@@ -82,13 +102,16 @@ class LoraHub:
     penalty: float = 0.05
     seed: int = 0
 
-    def search(self, module: ReuseModule, family: Family, batches: Batches) -> Weighted:
+    def search(
+        self, module: ReuseModule, family: Family, batches: Batches, kinds: Mapping[str, Task]
+    ) -> Weighted:
         """Search the weights.
 
         Args:
             module: evaluates.
             family: the tasks.
             batches: of each task.
+            kinds: of what kind each task is.
 
         Raises:
             FusionKitError: there are fewer than two tasks, or evaluations, or the mean merge is
@@ -112,7 +135,8 @@ class LoraHub:
         def loss(weights: Sequence[float]) -> float:
             merge = Weighted({t: float(w) for t, w in zip(family.tasks, weights, strict=True)})
             magnitude = sum(abs(weight) for weight in weights) / count
-            return evaluate(module, Fused(family, merge), batches)[0] + self.penalty * magnitude
+            found, _ = evaluate(module, Fused(family, merge), batches, kinds)
+            return found + self.penalty * magnitude
 
         start = [1 / count] * count
         options = {

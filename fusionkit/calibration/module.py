@@ -1,147 +1,207 @@
-"""The calibration of a family, epoch by epoch, as `ReuseModule` drives it through the Trainer."""
+"""CalibrationModule: a few numbers per task, learned by the Trainer while all else stays."""
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
 
 from fusionkit.bundles.bundle import Bundle
-from fusionkit.bundles.manifest import CalibrationRecord
 from fusionkit.calibration.objective import head_of, loss, outputs
+from fusionkit.calibration.progress import Progress, Values, load_state, state_of
 from fusionkit.calibration.settings import Calibration
 from fusionkit.codecs.base import DeltaCodec
 from fusionkit.errors import DataError, FusionKitError
-from fusionkit.tasks.batches import _count, _same
+from fusionkit.reuse.module import ReuseModule
+from fusionkit.reuse.sharded import check_strategy
+from fusionkit.task_vectors.family import Family
+from fusionkit.tasks import batches
+from fusionkit.tasks.kinds import kinds_of
 from fusionkit.tasks.spread import real_rows
+from fusionkit.tasks.task import Task
 
-if TYPE_CHECKING:
-    from fusionkit.reuse.module import ReuseModule
-
-Values = tuple[float, ...]
-"""What is learned of one task, as the optimiser has it."""
+_STEPS = (1e-3, 2.0)
+"""The least and the greatest step of a number."""
 
 
-class Calibrator(ABC):
-    """Learns a few numbers of every task of a module's family, and nothing else.
+class CalibrationModule(LightningModule, ABC):
+    """Learns a few numbers of every task of a family, and nothing else.
 
-    Memory beside the module (its model and its base): one more copy of the weights, as formed for
-    the task at hand, and a tensor's gradient; whatever the number of tasks. The fine-tuned
-    models' outputs are computed once, with their weights in the model's own place.
+    Memory beside the reused module (its model and its base): one more copy of the weights, as
+    formed for the task at hand, and a tensor's gradient; whatever the number of tasks. The
+    fine-tuned models' outputs are computed once, with their weights in the model's own place.
+
+    An epoch takes each task's rows once, and ends in one step of its numbers.
 
     Args:
-        module: its model, base, family and codec.
+        reuse: its model, base and fine-tuned checkpoints are used.
         settings: how to calibrate.
-        start: what each task's numbers are at first.
+        codec: what is calibrated.
 
     Attributes:
-        codec: the module's.
-        tasks: the tasks' names.
+        family: whose tasks are calibrated; opened in `setup`.
+        kinds: of what kind each task is, in the family's order.
+        progress: how far each task is.
         scalars: what the optimiser steps, task after task: float32 `(n,)`.
+        at: each task's numbers in the epoch that runs.
         losses: each task's loss in the last epoch: float64 `(T,)`.
-
-    Raises:
-        FusionKitError: adapters themselves are reused.
     """
 
-    def __init__(
-        self, module: "ReuseModule", settings: Calibration, start: Sequence[Values]
-    ) -> None:
-        assert module.codec is not None
-        self.module, self.settings = module, settings
-        self.codec: DeltaCodec = module.codec
-        self.family = module.family()
-        if self.family.space is not None:
-            raise FusionKitError(
-                "calibration forms whole weights, adapters: modules reuses the adapters' own "
-                "tensors; set adapters: merged"
-            )
-        self.tasks = self.family.tasks
-        count = len(self.tasks)
-        self.scalars = torch.nn.Parameter(torch.cat([_tensor(values) for values in start]))
-        ends = torch.tensor([0, *(len(values) for values in start)]).cumsum(0).tolist()
-        self._slices = [slice(*ends[place : place + 2]) for place in range(count)]
-        self.losses = torch.zeros(count, dtype=torch.float64)
-        self._sums = torch.zeros(2, count, dtype=torch.float64)
-        self._first: list[float] = []
-        self._start = list(start)
-        self._best: list[tuple[float, Values, int]] = [(math.inf, each, 0) for each in start]
-        self._epochs = [0] * count
-        self._done = [False] * count
-        self._targets: list[dict[int, tuple[Any, Tensor]]] = [{} for _ in range(count)]
-        self._counts = torch.zeros(count)
-        self._seen = [0] * count
-        self._at = self._values()
+    family: Family
+
+    def __init__(self, reuse: ReuseModule, settings: Calibration, codec: DeltaCodec) -> None:
+        super().__init__()
+        self.reuse, self.settings, self.codec = reuse, settings, codec
+        self.kinds: list[Task] = []
+        self.progress: list[Progress] = []
+        self.scalars: nn.Parameter | None = None
+        self.losses = torch.zeros(0, dtype=torch.float64)
+        self.strict_loading = False  # checkpoints hold the scalars only
+        self._sums = torch.zeros(2, 0, dtype=torch.float64)
+        self.at: list[Values] = []
+        self._trained: frozenset[str] = frozenset()
 
     @abstractmethod
-    def _weights(self, place: int, own: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def prepare(self) -> Sequence[Values]:
+        """Encode what is encoded once, and say what each task's numbers are at first."""
+
+    @abstractmethod
+    def weights(self, place: int, own: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A task's weights, differentiable in its own numbers.
 
         Args:
-            place: the task's, among `tasks`.
+            place: the task's, in the family.
             own: its numbers, float32 `(n,)`, on the module's device.
             like: the tensors to form by name, for their dtypes.
         """
 
     @abstractmethod
-    def _bundle(self, values: list[Values]) -> Bundle:
+    def bundle_of(self, values: list[Values]) -> Bundle:
         """A temporary bundle of what was learned."""
 
     @abstractmethod
-    def _encode(self, values: list[Values]) -> None:
+    def encode(self, values: list[Values]) -> None:
         """Make ready for an epoch in which the tasks' numbers are these."""
 
     @abstractmethod
-    def _turn(self, epoch: int, live: list[int]) -> None:
+    def turn(self, epoch: int, live: list[int]) -> None:
         """An epoch has ended; set the numbers that the optimiser does not step.
 
         Args:
-            epoch: which; its losses are in `losses`, at `_at`.
-            live: the tasks that were not done when it began.
+            epoch: which; its losses are in `losses`.
+            live: the places of the tasks that were not done when it began.
         """
 
     @abstractmethod
     def close(self) -> None:
         """Remove temporary files."""
 
-    def _stepping(self, epoch: int) -> bool:
+    def stepping(self, epoch: int) -> bool:
         """Whether an epoch ends in a step of the optimiser."""
         return True
 
-    def _scalars(self, values: list[Values]) -> list[tuple[float | None, float | None]]:
-        """DBMS's shift and scale of each task; None of another codec."""
+    def shift_and_scale(self, values: list[Values]) -> list[tuple[float | None, float | None]]:
+        """DBMS's α and β of each task; None of another codec."""
         return [(None, None)] * len(values)
 
     @property
-    def done(self) -> bool:
-        """Whether no task has anything left to learn."""
-        return all(self._done)
+    def waits_from(self) -> int:
+        """The epoch from which epochs without a better loss count."""
+        return 0
 
-    def start_epoch(self) -> None:
-        """Make ready, so that the epoch's losses are those of a bundle."""
-        self._at = self._values()
-        self._sums.zero_()
-        self._encode(self._at)
+    def setup(self, stage: str) -> None:
+        """Open the family and encode; everything but the numbers is put out of gradients' reach.
 
-    def step(self, batch: Any, batch_idx: int, epoch: int) -> Tensor:
-        """The tasks' mean loss, a batch's part of it, differentiable in what is learned alone.
-
-        One task's graph is gone before the next one's is made.
+        Raises:
+            DataError: a task has no data, or it is not known what it is.
+            FusionKitError: the model is sharded, or adapters themselves are reused.
         """
-        stepping = self._stepping(epoch)
-        total = 0 * self.scalars.sum()
-        for place, task in enumerate(self.tasks):
+        check_strategy(self.trainer, self.reuse.model)
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        present = list(getattr(datamodule, "tasks", []))
+        if lacking := [task for task in self.reuse.finetuned if task not in present]:
+            raise DataError(
+                f"there are no calibration data for task '{lacking[0]}'; the datamodule has "
+                f"{', '.join(present) or 'none'}"
+            )
+        self.open(kinds_of(datamodule, list(self.reuse.finetuned), self.reuse.num_classes))
+        parameters = self.reuse.model.named_parameters()
+        self._trained = frozenset(name for name, each in parameters if each.requires_grad)
+        self.reuse.model.requires_grad_(False)
+        self.automatic_optimization = self.settings.method == "gradient"
+
+    def open(self, kinds: Mapping[str, Task]) -> None:
+        """Open the family, encode, and start from where each task's numbers are at first.
+
+        Args:
+            kinds: of what kind each task is.
+
+        Raises:
+            FusionKitError: adapters themselves are reused.
+        """
+        self.family = self.reuse.family()
+        if self.family.space is not None:
+            raise FusionKitError(
+                "calibration forms whole weights, adapters: modules reuses the adapters' own "
+                "tensors; set adapters: merged"
+            )
+        self.kinds = [kinds[task] for task in self.family.tasks]
+        start = self.prepare()
+        ends = torch.tensor([0, *(len(values) for values in start)]).cumsum(0).tolist()
+        self.progress = [
+            Progress(values, slice(*ends[place : place + 2])) for place, values in enumerate(start)
+        ]
+        self.scalars = nn.Parameter(torch.cat([_tensor(values) for values in start]))
+        self.losses = torch.zeros(len(start), dtype=torch.float64)
+        self.at = self._values()
+
+    def end(self) -> None:
+        """Leave calibration: the reused model is the base again, and trained as before."""
+        if self.scalars is None:
+            return
+        self.close()
+        self.reuse.switch(None)
+        for name, parameter in self.reuse.model.named_parameters():
+            parameter.requires_grad_(name in self._trained)
+        self.scalars = None
+
+    def configure_optimizers(self) -> Any:
+        """Rprop: exact gradients, few numbers; nothing, where they are searched."""
+        if self.settings.method == "search":
+            return None
+        step = self.settings.learning_rate
+        return torch.optim.Rprop([self.parameter], lr=step, step_sizes=_STEPS)
+
+    def on_train_epoch_start(self) -> None:
+        """Encode at the numbers that were reached, so that the losses are those of a bundle."""
+        self.eval()  # a calibrated model is one that is used, without dropout
+        count = self.trainer.num_training_batches
+        if self.automatic_optimization and math.isfinite(count):
+            self.trainer.accumulate_grad_batches = int(count)  # one step, on all rows
+        self.at = self._values()
+        self._sums = torch.zeros(2, len(self.progress), dtype=torch.float64)
+        self.encode(self.at)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+        """The tasks' mean loss, a part of it: of one batch of every task, `{task: batch}`.
+
+        Differentiable in what is learned alone. One task's graph is gone before the next one's is
+        made.
+        """
+        stepping = self.stepping(self.current_epoch)
+        parameter = self.parameter
+        total = 0 * parameter.sum()
+        for place, task in enumerate(self.family.tasks):
             rows = self._real(place, batch[task], batch_idx)
-            count = _count(rows)
-            if self._done[place] or not count:
+            count = self.kinds[place].count(rows)
+            if self.progress[place].done or not count:
                 continue
-            scalars = self.scalars[self._slices[place]]
+            scalars = parameter[self.progress[place].place]
             leaf = scalars.detach().to(torch.float32).requires_grad_(stepping and len(scalars) > 0)
-            value = self._loss(place, leaf, rows, batch_idx)
+            value = self.loss_of(place, leaf, rows, batch_idx)
             gradient = torch.zeros_like(leaf)
             if leaf.requires_grad:
                 (gradient,) = torch.autograd.grad(value, leaf)
@@ -150,90 +210,65 @@ class Calibrator(ABC):
             # Worth the loss, and with its gradient, but without its graph.
             change = (scalars - scalars.detach()) @ gradient.nan_to_num()
             total = total + (value.detach() + change) * count
-        return total / (self.settings.rows * len(self.tasks))
+        mean = total / (self.settings.rows * len(self.progress))
+        return mean if self.automatic_optimization else None
 
-    def end_epoch(self, epoch: int) -> None:
-        """Take stock: keep the best, and see which tasks are done.
+    def on_train_epoch_end(self) -> None:
+        """Keep the best numbers; stop when no task has anything left to learn.
 
         Raises:
             DataError: a task's loss is not finite before anything was learned.
         """
-        sums = self.module.sum_over_devices(self._sums)
+        epoch = self.current_epoch
+        sums = self._sum_over_devices(self._sums)
         self.losses = torch.where(sums[1] > 0, sums[0] / sums[1], self.losses)
-        if not self._first:
-            self._first = self.losses.tolist()
-            for task, first in zip(self.tasks, self._first, strict=True):
+        for task, each, first in zip(
+            self.family.tasks, self.progress, self.losses.tolist(), strict=True
+        ):
+            if each.first_loss is None:
+                each.first_loss = first
                 if not math.isfinite(first):
                     raise DataError(
                         f"the calibration loss of task '{task}' is {first} before anything was "
                         "learned; look at its rows, and at the fine-tuned model's outputs on them"
                     )
-        live = [place for place, done in enumerate(self._done) if not done]
+        live = [place for place, each in enumerate(self.progress) if not each.done]
         for place in live:
-            value = float(self.losses[place])
-            self._epochs[place] = epoch + 1
-            if value < self._best[place][0]:
-                self._best[place] = value, self._at[place], epoch
-            waited = epoch - max(self._best[place][2], self._waits_from)
-            self._done[place] = self._stepping(epoch) and (
+            own, value = self.progress[place], float(self.losses[place])
+            own.take(value, self.at[place], epoch)
+            waited = epoch - max(own.best_epoch, self.waits_from)
+            own.done = self.stepping(epoch) and (
                 waited >= self.settings.patience or not math.isfinite(value)
             )
-        self._turn(epoch, live)
+        self.turn(epoch, live)
+        named = zip(self.family.tasks, self.losses.tolist(), strict=True)
+        self.log_dict({f"calibration/{task}": value for task, value in named})
+        self.log("calibration/loss", float(self.losses.mean()), prog_bar=True)
+        if all(each.done for each in self.progress):
+            self.trainer.should_stop = True
 
-    @property
-    def _waits_from(self) -> int:
-        """The epoch from which epochs without a better loss count."""
-        return 0
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the numbers and how far the calibration is; the weights are on disk already."""
+        checkpoint["state_dict"] = {"scalars": checkpoint["state_dict"]["scalars"]}
+        checkpoint["calibration"] = self.state()
 
-    def finish(self, out: str | Path | None, overwrite: bool = False) -> Bundle:
-        """Make the bundle of the best, and record in its manifest what calibration did.
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on from there.
 
-        Args:
-            out: the bundle's folder; by default a temporary one.
-            overwrite: replace the folder if it is there.
+        Raises:
+            FusionKitError: it is no calibration's, or another one's.
         """
-        best = [values for _, values, _ in self._best]
-        after = self._losses_at(best)
-        # A codec that encodes all tasks together is not the same again once the others moved on.
-        worse = [place for place, value in enumerate(after) if not value <= self._first[place]]
-        if worse:
-            best = [self._start[p] if p in worse else each for p, each in enumerate(best)]
-            after = self._losses_at(best)
-        bundle = self._bundle(best)
-        records = {
-            task: replace(
-                bundle.manifest.tasks[task],
-                calibration=CalibrationRecord(
-                    *scalars,
-                    objective=self.settings.objective,
-                    method=self.settings.method,
-                    rows=int(self._counts[place]),
-                    seed=self.settings.seed,
-                    epochs=self._epochs[place],
-                    loss_before=self._first[place],
-                    loss_after=after[place],
-                ),
-            )
-            for place, (task, scalars) in enumerate(
-                zip(self.tasks, self._scalars(best), strict=True)
-            )
-        }
-        bundle.update(replace(bundle.manifest, tasks=records))
-        if out is None:
-            return bundle
-        bundle.save(out, overwrite)
-        return Bundle(out, self.family.base)
+        if "calibration" not in checkpoint:
+            raise FusionKitError("the checkpoint is of no calibration; give that of one")
+        self.load_state(checkpoint["calibration"])
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside the scalars and the optimiser."""
+        """What a checkpoint keeps beside the numbers and the optimiser."""
         return {
-            "tasks": list(self.tasks),
+            "tasks": list(self.family.tasks),
             "codec": repr(self.codec),
             "settings": repr(self.settings),
-            "first": self._first,
-            "best": self._best,
-            "epochs": self._epochs,
-            "done": self._done,
+            **state_of(self.progress),
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -248,75 +283,94 @@ class Calibrator(ABC):
                     f"the checkpoint is of another calibration, of {key} {state.get(key)}, where "
                     f"this one has {value}; give the settings that it began with"
                 )
-        self._first, self._epochs, self._done = state["first"], state["epochs"], state["done"]
-        self._best = [(value, tuple(best), epoch) for value, best, epoch in state["best"]]
+        load_state(self.progress, dict(state))
+
+    def loss_of(self, place: int, leaf: Tensor, batch: Any, batch_idx: int) -> Tensor:
+        """A task's loss on a batch, differentiable in its numbers.
+
+        Args:
+            place: the task's, in the family.
+            leaf: its numbers, float32 `(n,)`.
+            batch: some of its rows.
+            batch_idx: which batch of the epoch it is.
+        """
+        task, target = self.kinds[place], self._target(place, batch, batch_idx)
+        self.reuse.place(self.family.tasks[place], self.family)
+        model = self.reuse.model
+        state = dict(model.state_dict())
+        like = {name: state[name] for name in self.family.names("delta")}
+        weights = self.weights(place, leaf, like)
+        with torch.set_grad_enabled(leaf.requires_grad):
+            found = outputs(model, weights, batch, task, self._head(place))
+            near = None if target is None else target.to(found.device)
+            return loss(self.settings.objective, task, found, near, batch)
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """`scalars`, once `setup` has made them."""
+        assert self.scalars is not None
+        return self.scalars
 
     def _real(self, place: int, batch: Any, batch_idx: int) -> Any:
         """A batch without the rows that are repeated so that all processes have as many."""
-        first = 0 if batch_idx == 0 else self._seen[place]
-        count = _count(batch)
-        self._seen[place] = first + count
-        loaders: Any = self.module.trainer.train_dataloader if self.module._trainer else {}
-        real = real_rows(loaders.get(self.tasks[place]), first, count)
-        if real == count:
-            return batch
-        if isinstance(batch, Mapping):
-            return {n: v[:real] if isinstance(v, Tensor) else v for n, v in batch.items()}
-        return [v[:real] if isinstance(v, Tensor) else v for v in batch]
+        own, kind = self.progress[place], self.kinds[place]
+        before = 0 if batch_idx == 0 else own.rows_seen
+        count = kind.count(batch)
+        own.rows_seen = before + count
+        loaders: Any = self.trainer.train_dataloader if self._trainer else {}
+        return kind.first(batch, real_rows(loaders.get(self.family.tasks[place]), before, count))
 
     def _values(self) -> list[Values]:
         """Where each task is; one that is done stays at its best."""
+        now = self.parameter.detach()
         return [
-            best if done else tuple(self.scalars.detach()[own].tolist())
-            for own, (_, best, _), done in zip(self._slices, self._best, self._done, strict=True)
+            each.best if each.done else tuple(now[each.place].tolist()) for each in self.progress
         ]
 
-    def _loss(self, place: int, leaf: Tensor, batch: Any, batch_idx: int) -> Tensor:
-        module = self.module
-        target = self._target(place, batch, batch_idx)
-        module.place(self.tasks[place], self.family)
-        state = dict(module.model.state_dict())
-        like = {name: state[name] for name in self.family.names("delta")}
-        weights = self._weights(place, leaf, like)
-        with torch.set_grad_enabled(leaf.requires_grad):
-            found, _ = outputs(module.model, weights, batch, self._head(place))
-            return loss(self.settings.objective, found, target.to(found.device))
-
-    def _target(self, place: int, batch: Any, batch_idx: int) -> Tensor:
-        """The fine-tuned model's outputs, of rows that were not seen before; or the labels."""
-        known = self._targets[place].get(batch_idx)
-        if known is not None and _same(known[0], batch):
+    def _target(self, place: int, batch: Any, batch_idx: int) -> Tensor | None:
+        """The fine-tuned model's outputs, of rows not seen before; None where labels are wanted."""
+        targets = self.progress[place].targets
+        known = targets.get(batch_idx)
+        if known is not None and batches.same(known[0], batch):
             return known[1]
-        module = self.module
-        target: Tensor
-        with torch.no_grad():
-            if self.settings.objective == "labels":
-                target = batch["labels"] if isinstance(batch, Mapping) else batch[1]
-            else:
-                module.place(self.tasks[place], self.family, deltas=True)
-                target, _ = outputs(module.model, {}, batch, self._head(place))
-        self._targets[place][batch_idx] = batch, target
+        target: Tensor | None = None
+        if self.settings.objective != "labels":
+            with torch.no_grad():
+                self.reuse.place(self.family.tasks[place], self.family, deltas=True)
+                target = outputs(self.reuse.model, {}, batch, self.kinds[place], self._head(place))
+        targets[batch_idx] = batch, target
         return target
 
     def _head(self, place: int) -> str | None:
         if self.settings.objective != "features":
             return None
-        return head_of(self.module.model, self.family.private[self.tasks[place]])
+        return head_of(self.reuse.model, self.family.private[self.family.tasks[place]])
 
-    def _losses_at(self, values: list[Values]) -> list[float]:
-        """The tasks' losses at some values, over the rows that were calibrated on."""
-        self._encode(values)
-        sums = torch.zeros(2, len(self.tasks), dtype=torch.float64)
+    def losses_at(self, values: list[Values]) -> tuple[list[float], list[int]]:
+        """The tasks' losses at some values, over the rows that were calibrated on; and how many."""
+        self.encode(values)
+        sums = torch.zeros(2, len(self.progress), dtype=torch.float64)
         with torch.no_grad():
-            for place, targets in enumerate(self._targets):
-                leaf = _tensor(values[place]).to(self.module.device)
-                for batch_idx, (batch, _) in targets.items():
-                    count = _count(batch)
-                    sums[0, place] += count * float(self._loss(place, leaf, batch, batch_idx))
+            for place, each in enumerate(self.progress):
+                leaf = _tensor(values[place]).to(self.device)
+                for batch_idx, (batch, _) in each.targets.items():
+                    count = self.kinds[place].count(batch)
+                    sums[0, place] += count * float(self.loss_of(place, leaf, batch, batch_idx))
                     sums[1, place] += count
-        sums = self.module.sum_over_devices(sums)
-        self._counts = sums[1]
-        return (sums[0] / sums[1].clamp(min=1)).tolist()
+        sums = self._sum_over_devices(sums)
+        return (sums[0] / sums[1].clamp(min=1)).tolist(), [int(count) for count in sums[1]]
+
+    def _sum_over_devices(self, values: Tensor) -> Tensor:
+        if self._trainer is None:
+            return values
+        summed: Tensor = self.trainer.strategy.reduce(values.to(self.device), reduce_op="sum")
+        return summed.to(values.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CalibrationModule":
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.scalars is not None:  # a few numbers can't be learned in half precision
+            self.scalars.data = self.scalars.data.to(torch.float32)
+        return self
 
 
 def _tensor(values: Values) -> Tensor:

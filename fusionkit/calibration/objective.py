@@ -1,4 +1,4 @@
-"""What a reused model and its teacher are compared by."""
+"""What calibration looks at: a model's outputs, or what its head gets; and how far they are off."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,19 +9,20 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fusionkit.errors import FusionKitError
-from fusionkit.tasks.classification import predict
+from fusionkit.tasks.task import Task
 
 
 def outputs(
-    model: nn.Module, weights: Mapping[str, Tensor], batch: Any, head: str | None
-) -> tuple[Tensor, Tensor]:
-    """What the objective looks at: logits `(B, classes)`, or what a module gets; and the labels.
+    model: nn.Module, weights: Mapping[str, Tensor], batch: Any, task: Task, head: str | None
+) -> Tensor:
+    """What the objective looks at: the model's outputs `(B, …)`, or what a module gets.
 
     Args:
         model: the model.
         weights: used in place of its own, where given; ties are kept.
-        batch: as for `predict`.
-        head: the module whose input is wanted; None: the logits.
+        batch: one of the task's.
+        task: says how the model is called.
+        head: the module whose input is wanted; None: the outputs.
     """
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -32,32 +33,30 @@ def outputs(
         )
 
     if head is None:
-        return predict(call, batch)
+        return task.predict(call, batch)
     with _input_of(model.get_submodule(head)) as seen:
-        _, labels = predict(call, batch)
+        task.predict(call, batch)
     if not seen:
         raise FusionKitError(f"the model does not call its module '{head}': no features to match")
-    return seen[-1], labels
+    return seen[-1]
 
 
-def loss(objective: str, found: Tensor, target: Tensor) -> Tensor:
+def loss(objective: str, task: Task, found: Tensor, target: Tensor | None, batch: Any) -> Tensor:
     """The objective, a mean over the rows: float32, no axes.
 
     Args:
         objective: as in `Calibration`.
-        found: the reused model's logits or features.
-        target: the fine-tuned model's, or the labels, int64 `(B,)`.
+        task: whose own loss, or divergence, it is.
+        found: the reused model's outputs or features.
+        target: the fine-tuned model's; None where labels are the objective.
+        batch: what they are of.
     """
-    found = found.to(torch.float32)
-    if objective == "labels":
-        return nn.functional.cross_entropy(found, target)
-    target = target.to(torch.float32)
-    if objective == "features":
-        found, target = found.flatten(1), target.flatten(1)
-        return ((found - target).square().sum(1) / target.square().sum(1).clamp(min=1e-30)).mean()
-    return nn.functional.kl_div(
-        found.log_softmax(-1), target.log_softmax(-1), log_target=True, reduction="batchmean"
-    )
+    if target is None:
+        return task.loss(found, batch)
+    if objective == "outputs":
+        return task.divergence(found, target)
+    found, target = (each.to(torch.float32).flatten(1) for each in (found, target))
+    return ((found - target).square().sum(1) / target.square().sum(1).clamp(min=1e-30)).mean()
 
 
 def head_of(model: nn.Module, private: Mapping[str, Any] | list[str]) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 from lightning.pytorch.cli import LightningArgumentParser
 
 from fusionkit.calibration.calibrate import EPOCHS, calibrate
+from fusionkit.checkpoints.paths import open_path
 from fusionkit.cli import report
 from fusionkit.cli.fit import FitCLI
 from fusionkit.cli.recipe import RecipeCLI
@@ -30,7 +31,7 @@ class CalibrateCLI(FitCLI):
         self.config["model"]["bundle"] = None
         if self._bundle is None:
             raise BundleError("where to? give the bundle's folder: --model.bundle FOLDER")
-        if Path(self._bundle).exists() and not self.config["overwrite"]:
+        if open_path(self._bundle).exists() and not self.config["overwrite"]:
             raise BundleError(f"{self._bundle}: exists; replace it with --overwrite true")
         trainer = self.config["trainer"]
         if trainer["max_epochs"] is None and trainer["max_steps"] == -1:
@@ -48,6 +49,7 @@ class CalibrateCLI(FitCLI):
             self.model,
             self.datamodule,
             self._bundle,
+            settings=self.config_init["calibration"],
             trainer=self.trainer,
             ckpt_path=self.config["ckpt_path"],
             overwrite=self.config["overwrite"],

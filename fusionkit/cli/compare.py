@@ -118,20 +118,24 @@ class CompareCLI(RecipeCLI):
     def _measure_calibrated(self, name: str, codec: DeltaCodec) -> report.Comparison:
         """Calibrated with each seed: the mean of the scores, and how far the means scatter."""
         module = self.model
-        settings, own = module.calibration, module.codec
+        settings = self.config_init["calibration"]
         found = []
         for seed in self.config["seeds"] or [settings.seed]:
             report.show(f"{name}, seed {seed}")
-            module.calibration, module.codec = replace(settings, seed=seed), codec
             trainer = self.config["trainer"]
             told = trainer["max_epochs"] is not None or trainer["max_steps"] != -1
             limit = {} if told else {"max_epochs": EPOCHS}
             started = time.perf_counter()
-            bundle = calibrate(module, self.datamodule, trainer=self.instantiate_trainer(**limit))
+            bundle = calibrate(
+                module,
+                self.datamodule,
+                settings=replace(settings, seed=seed),
+                codec=codec,
+                trainer=self.instantiate_trainer(**limit),
+            )
             seconds = time.perf_counter() - started
             report.show(report.calibration_table(bundle))
             found.append(self._row(name, bundle, seconds))
-        module.calibration, module.codec = settings, own
         return report.averaged(found)
 
     def _switch_seconds(self) -> float:

@@ -106,6 +106,7 @@ def train(
         KeyboardInterrupt: training was interrupted; nothing is saved but checkpoints.
     """
     if isinstance(module, Finetune):
+        datamodule = module.data_of(datamodule)
         module.prepare(datamodule)  # here: the main process saves what other processes train
     fit(trainer, module, datamodule, ckpt_path)
     if not isinstance(module, Finetune) or not trainer.is_global_zero:

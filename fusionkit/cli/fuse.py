@@ -20,6 +20,8 @@ from fusionkit.merges.base import Merge
 from fusionkit.reuse.fused import Fused
 from fusionkit.reuse.module import ReuseModule
 from fusionkit.task_vectors.family import Family
+from fusionkit.tasks.kinds import kinds_of
+from fusionkit.tasks.only import only
 
 _SINGLE = "single"
 _THERE = "finetuned"
@@ -84,6 +86,7 @@ class FuseCLI(FitCLI):
         lorahub: LoraHub | None = self.config_init["lorahub"]
         data: Any = self.datamodule
         tasks: list[str] = list(data.tasks)
+        kinds = kinds_of(data, tasks)
         for name, settings in self._recipe["families"].items():
             paths = self._paths(name, settings, tasks, out)
             module, family_args = self._reuse(settings, paths)
@@ -106,10 +109,12 @@ class FuseCLI(FitCLI):
                         continue
                     if method in merges:
                         scales = self._recipe["scales"]
-                        merge = search_scale(module, family, merges[method], scales, searched)
+                        merge = search_scale(
+                            module, family, merges[method], scales, searched, kinds
+                        )
                     else:
                         assert lorahub is not None
-                        merge = lorahub.search(module, family, searched)
+                        merge = lorahub.search(module, family, searched, kinds)
                     scores = self._score(module, Fused(family, merge), list(chosen))
                     results.rows.append(
                         Fusion(
@@ -222,13 +227,8 @@ class FuseCLI(FitCLI):
         return picked
 
     def _score(self, module: ReuseModule, source: Any, tasks: list[str]) -> dict[str, float]:
-        data: Any = self.datamodule
-        every, data.tasks = data.tasks, tasks
         module.reuse(source)
-        try:
-            self.trainer.test(module, datamodule=data, verbose=False)
-        finally:
-            data.tasks = every
+        self.trainer.test(module, datamodule=only(self.datamodule, tasks), verbose=False)
         assert module.scores is not None
         return module.scores.values
 

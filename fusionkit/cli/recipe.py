@@ -9,6 +9,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from fusionkit import registry
+from fusionkit.calibration.settings import Calibration
 from fusionkit.cli import report
 from fusionkit.errors import DataError, FusionKitError
 from fusionkit.reuse.module import ReuseModule
@@ -56,7 +57,9 @@ class RecipeCLI(LightningCLI):
     def __init__(self, args: list[str]) -> None:
         # Imported so that recipes can use bare class names.
         registry.load_all()
-        import fusionkit.tasks.data  # noqa: F401
+        import fusionkit.tasks.digits
+        import fusionkit.tasks.images
+        import fusionkit.tasks.texts  # noqa: F401
 
         _quieten()
         summary = (type(self).__doc__ or "").partition("\n")[0]
@@ -89,6 +92,7 @@ class RecipeCLI(LightningCLI):
         settings = self.trainer_settings.items()
         parser.set_defaults({f"trainer.{key}": value for key, value in settings})
         self.add_model_arguments(parser)
+        parser.add_class_arguments(Calibration, "calibration")
         parser.add_lightning_class_args(
             LightningDataModule, "data", subclass_mode=True, required=False
         )

@@ -1,6 +1,5 @@
 """ReuseModule: one base model that becomes any task's model, and is evaluated by the Trainer."""
 
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -15,31 +14,24 @@ from torchmetrics import Metric
 
 from fusionkit.bundles.bundle import Bundle
 from fusionkit.bundles.compress import compress
-from fusionkit.calibration.dbms import DBMSCalibrator
-from fusionkit.calibration.learned_parts import PartCalibrator
-from fusionkit.calibration.module import Calibrator
-from fusionkit.calibration.settings import Calibration
 from fusionkit.checkpoints.adapters.modules import Adapters
 from fusionkit.checkpoints.checkpoint import Checkpoint, find_checkpoints, matches
-from fusionkit.checkpoints.live_model import is_sharded, load_base, on_meta
+from fusionkit.checkpoints.live_model import load_base, on_meta
 from fusionkit.checkpoints.paths import open_path
 from fusionkit.codecs.base import DeltaCodec
-from fusionkit.codecs.dbms import DBMS
-from fusionkit.errors import BundleError, DataError, FusionKitError
+from fusionkit.errors import BundleError, FusionKitError
 from fusionkit.registry import to_config
-from fusionkit.reuse.sharded import ShardedBase, check_strategy, shard
+from fusionkit.reuse.sharded import ShardedBase, check_strategy, shard_with_base
 from fusionkit.reuse.switcher import Switcher
 from fusionkit.task_vectors.family import Family
 from fusionkit.task_vectors.processes import ALONE, Processes
 from fusionkit.task_vectors.task_source import TaskSource
 from fusionkit.task_vectors.workers import Progress
-from fusionkit.tasks.classification import MetricOfClasses, accuracy, predict
+from fusionkit.tasks.kinds import kinds_of
+from fusionkit.tasks.metrics import MetricChoice, check_choice, metric_of, value_of
 from fusionkit.tasks.scores import Scores
 from fusionkit.tasks.spread import real_rows
-
-_CALIBRATION = Calibration()
-_STEPS = (1e-3, 2.0)
-"""The least and the greatest step of a scalar."""
+from fusionkit.tasks.task import Task
 
 
 class ReuseModule(LightningModule):
@@ -61,10 +53,10 @@ class ReuseModule(LightningModule):
         adapters: of PEFT adapters among `finetuned`, reuse the weights that they are `merged`
             into, or the adapter `modules` themselves; see `Family`.
         base: where the base's weights are, if not in `model`; they are loaded into it.
-        metric: makes a task's metric from its number of classes; accuracy by default.
-        num_classes: classes per task; by default the datamodule's `num_classes`.
+        metric: what scores the tasks, if not what their kinds say: any of torchmetrics' by name,
+            with its arguments, for all or per task; see `fusionkit.tasks.metrics.MetricChoice`.
+        num_classes: classes per task, of a datamodule that does not say what its tasks are.
         finetuned_scores: task name → the fine-tuned model's own score, to which scores are related.
-        calibration: how `Trainer.fit` learns a codec's scalars; see `fusionkit.calibrate`.
         cache_bytes: keep the decoded weights of the tasks used last, up to so many bytes on the
             model's device; to switch back to one of them is a copy.
 
@@ -84,10 +76,9 @@ class ReuseModule(LightningModule):
         frozen: list[str] | None = None,
         adapters: Adapters = "merged",
         base: str | Checkpoint | None = None,
-        metric: MetricOfClasses = accuracy,
+        metric: MetricChoice = None,
         num_classes: dict[str, int] | None = None,
         finetuned_scores: dict[str, float] | None = None,
-        calibration: Calibration = _CALIBRATION,
         cache_bytes: int = 0,
     ) -> None:
         super().__init__()
@@ -101,11 +92,7 @@ class ReuseModule(LightningModule):
         self.metric = metric
         self.num_classes = num_classes
         self.finetuned_scores = finetuned_scores
-        self.calibration = calibration
-        self.calibrator: Calibrator | None = None
-        self.scalars: nn.Parameter | None = None
-        self._trained: frozenset[str] = frozenset()
-        self.strict_loading = False  # a calibration's checkpoints hold its scalars only
+        self._kinds: list[Task] = []
         self.bundle_path: Path | None = None
         if bundle is not None and not isinstance(bundle, Bundle):
             self.bundle_path = open_path(bundle)
@@ -256,12 +243,10 @@ class ReuseModule(LightningModule):
         base = self._switcher.base
         if isinstance(base, ShardedBase):
             return
-        empty = on_meta(self.model)
-        if not empty:
+        if not on_meta(self.model):
             self.switch(None)
-        if empty or not is_sharded(self.model):
-            shard(self.model, mesh, self._own_tensors(), self.base_source if empty else None)
-        self._switcher.base = ShardedBase(self.model, None if empty else base)
+        own = self._own_tensors()
+        self._switcher.base = shard_with_base(self.model, base, mesh, own, self.base_source)
         if isinstance(self._source, Family) and self._source.base is base:
             self.reuse(self.family())
         elif self._source is not None:
@@ -277,14 +262,19 @@ class ReuseModule(LightningModule):
         return self.model(*args, **kwargs)
 
     def setup(self, stage: str) -> None:
-        """Check tasks and classes, before anything runs, and make the metrics.
+        """Check tasks and what they are, before anything runs, and make the metrics.
 
-        To fit is to calibrate: everything but the scalars is put beyond the reach of gradients.
+        Raises:
+            FusionKitError: it is asked to be fitted, or can't run where the Trainer would have it.
+            BundleError: there are data of a task that there is not.
+            DataError: it is not known what a task is.
         """
-        check_strategy(self.trainer, self.model)
         if stage == "fit":
-            self._start_calibration()
-            return
+            raise FusionKitError(
+                "a ReuseModule has nothing to fit; learn its codec's scalars by "
+                "`fusionkit.calibrate(module, datamodule)`, or fine-tune by `fusionkit.Finetune`"
+            )
+        check_strategy(self.trainer, self.model)
         tasks = self._evaluated()
         if missing := [task for task in tasks if task not in self.tasks]:
             raise BundleError(
@@ -292,16 +282,13 @@ class ReuseModule(LightningModule):
             )
         if isinstance(self._source, Bundle):
             self._source.check(tasks)  # now, not after half of them
-        classes = self.num_classes or getattr(self._datamodule, "num_classes", {})
-        if unknown := [task for task in tasks if task not in classes]:
-            raise DataError(
-                f"the number of classes of '{unknown[0]}' is not known: give it in `num_classes`, "
-                "or use a datamodule that has it"
-            )
-        self.metrics = nn.ModuleList(self.metric(classes[task]) for task in tasks)
+        check_choice(self.metric, tasks)
+        kinds = kinds_of(self._datamodule, tasks, self.num_classes)
+        self._kinds = [kinds[task] for task in tasks]
+        self.metrics = nn.ModuleList(metric_of(self.metric, task, kinds[task]) for task in tasks)
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> STEP_OUTPUT:
-        """Score one batch: `(x, y)`, or a mapping of the model's arguments and `labels`."""
+        """Score one batch, as its task says."""
         self._step(batch, batch_idx, dataloader_idx)
         return None
 
@@ -318,103 +305,6 @@ class ReuseModule(LightningModule):
         """As `on_test_epoch_end`."""
         self._finish("val")
 
-    def configure_optimizers(self) -> Any:
-        """Rprop on the scalars: exact gradients, two numbers; nothing, where they are searched."""
-        if self.calibration.method == "search":
-            return None
-        step = self.calibration.learning_rate
-        return torch.optim.Rprop([cast(nn.Parameter, self.scalars)], lr=step, step_sizes=_STEPS)
-
-    def on_train_epoch_start(self) -> None:
-        """Encode at the shifts that were reached."""
-        self.eval()  # a calibrated model is one that is used, without dropout
-        batches = self.trainer.num_training_batches
-        if self.automatic_optimization and math.isfinite(batches):
-            self.trainer.accumulate_grad_batches = int(batches)  # one step, on all rows
-        self._calibrating.start_epoch()
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
-        """The calibration loss of one batch of every task, `{task: batch}`."""
-        loss = self._calibrating.step(batch, batch_idx, self.current_epoch)
-        return loss if self.automatic_optimization else None
-
-    def on_train_epoch_end(self) -> None:
-        """Keep the best scalars; stop when no task has anything left to learn."""
-        calibrator = self._calibrating
-        calibrator.end_epoch(self.current_epoch)
-        losses = {
-            f"calibration/{task}": float(loss)
-            for task, loss in zip(calibrator.tasks, calibrator.losses, strict=True)
-        }
-        self.log_dict(losses)
-        self.log("calibration/loss", float(calibrator.losses.mean()), prog_bar=True)
-        if calibrator.done:
-            self.trainer.should_stop = True
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the scalars and how far the calibration is; the weights are on disk already."""
-        if self.calibrator is not None:
-            checkpoint["state_dict"] = {"scalars": checkpoint["state_dict"]["scalars"]}
-            checkpoint["calibration"] = self.calibrator.state()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on from there.
-
-        Raises:
-            FusionKitError: it is no calibration's, or another one's.
-        """
-        if "calibration" not in checkpoint:
-            raise FusionKitError("the checkpoint is of no calibration; give that of one")
-        self._calibrating.load_state(checkpoint["calibration"])
-
-    def sum_over_devices(self, values: Tensor) -> Tensor:
-        """The sum of every device's values."""
-        if self._trainer is None:
-            return values
-        summed: Tensor = self.trainer.strategy.reduce(values.to(self.device), reduce_op="sum")
-        return summed.to(values.device)
-
-    def end_calibration(self) -> None:
-        """Leave calibration: the model is the base again, and has no scalars."""
-        if self.calibrator is None:
-            return
-        self.calibrator.close()
-        self.calibrator = self.scalars = None
-        self.automatic_optimization = True
-        self.switch(None)
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(name in self._trained)
-        self._trained = frozenset()
-
-    @property
-    def _calibrating(self) -> Calibrator:
-        assert self.calibrator is not None
-        return self.calibrator
-
-    def _start_calibration(self) -> None:
-        present = list(getattr(self._datamodule, "tasks", []))
-        if lacking := [task for task in self.finetuned if task not in present]:
-            raise DataError(
-                f"there are no calibration data for task '{lacking[0]}'; the datamodule has "
-                f"{', '.join(present) or 'none'}"
-            )
-        self.calibrator = self._new_calibrator()
-        self.scalars = self.calibrator.scalars
-        parameters = self.model.named_parameters()
-        self._trained = frozenset(name for name, each in parameters if each.requires_grad)
-        self.model.requires_grad_(False)
-        self.automatic_optimization = self.calibration.method == "gradient"
-
-    def _new_calibrator(self) -> Calibrator:
-        if isinstance(self.codec, DBMS):
-            return DBMSCalibrator(self, self.calibration)
-        if self.codec is not None and self.codec.learned:
-            return PartCalibrator(self, self.calibration)
-        raise FusionKitError(
-            f"the codec {self.codec!r} has nothing to calibrate; wrap it: "
-            "codec: {class_path: DBMS, init_args: {codec: …}}"
-        )
-
     @property
     def _datamodule(self) -> Any:
         return getattr(self.trainer, "datamodule", None)
@@ -430,18 +320,19 @@ class ReuseModule(LightningModule):
         if task != self.task:
             self.switch(task)
         self._rows = 0 if batch_idx == 0 else self._rows
-        logits, labels = predict(self, batch)
-        count = len(labels)
+        kind = self._kinds[dataloader_idx]
+        outputs = kind.predict(self, batch)
+        count = kind.count(batch)
         real = real_rows(self._loader(dataloader_idx), self._rows, count)
         self._rows += count
         if real:
             metric = cast(Metric, self.metrics[dataloader_idx])
-            metric.update(logits[:real], labels[:real])
+            kind.update(metric, outputs[:real], kind.first(batch, real))
 
     def _finish(self, stage: str) -> None:
         tasks = self._evaluated()
         metrics = [cast(Metric, metric) for metric in self.metrics]
-        values = {t: float(metric.compute()) for t, metric in zip(tasks, metrics, strict=True)}
+        values = {t: value_of(metric, t) for t, metric in zip(tasks, metrics, strict=True)}
         for metric in metrics:
             metric.reset()
         self.scores = Scores(values, self.finetuned_scores)
@@ -477,6 +368,4 @@ class ReuseModule(LightningModule):
         # The base moves with the model but keeps its dtype: rounding it would lose the deltas.
         device = next(self.model.parameters()).device
         self._switcher.to(device)
-        if self.scalars is not None:  # nor can two scalars be learned in half precision
-            self.scalars.data = self.scalars.data.to(torch.float32)
         return self

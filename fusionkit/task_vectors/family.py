@@ -24,8 +24,7 @@ from torch import Tensor
 from fusionkit.checkpoints.adapters.folder import is_adapter
 from fusionkit.checkpoints.adapters.merged import MergedAdapter
 from fusionkit.checkpoints.adapters.modules import Adapters, AdapterSpace, open_space
-from fusionkit.checkpoints.checkpoint import Checkpoint, Source, matches
-from fusionkit.checkpoints.safetensors_file import Pieces, TensorSpec
+from fusionkit.checkpoints.checkpoint import Checkpoint, Pieces, Source, TensorSpec, matches
 from fusionkit.errors import CheckpointError, FamilyError, listing
 from fusionkit.task_vectors.vectors import Change, ChangedVectors, TaskVectors
 from fusionkit.task_vectors.workers import Workers, total
@@ -40,8 +39,8 @@ class Family:
     """A base model and the models fine-tuned from it; iterating streams their task vectors.
 
     Args:
-        base: the base model: anything that `Checkpoint` reads.
-        finetuned: task name → fine-tuned checkpoint: anything that `Checkpoint` reads.
+        base: the base model: anything that `Checkpoint.of` reads.
+        finetuned: task name → fine-tuned checkpoint: anything that `Checkpoint.of` reads.
         private: patterns (`classifier.*`) of the tensors that are each task's own.
         frozen: patterns of the tensors that equal the base's in every task; those that no
             adapter touches are so without being named.
@@ -402,8 +401,8 @@ class Family:
                         if sum(prefix + own in tuned for own in self.roles) > len(self.roles) // 2:
                             return (
                                 f"\n{tuned.label} names its tensors with the prefix '{prefix}': "
-                                f"give the base as Checkpoint(…, add_prefix='{prefix}') or the "
-                                f"fine-tuned one as Checkpoint(…, strip_prefix='{prefix}')"
+                                f"give the base as Checkpoint.of(…, add_prefix='{prefix}') or the "
+                                f"fine-tuned one as Checkpoint.of(…, strip_prefix='{prefix}')"
                             )
                 break
         return ""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fusionkit.checkpoints.adapters.lowrank import LowRank
 from fusionkit.checkpoints.adapters.merged import MergedAdapter
-from fusionkit.checkpoints.safetensors_file import Pieces
+from fusionkit.checkpoints.checkpoint import Pieces
 from fusionkit.errors import FamilyError
 from fusionkit.task_vectors import kernels
 

@@ -1,35 +1,53 @@
-"""Classification: how a classifier is called, and scored."""
+"""Classification: one of several classes per row."""
 
-from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-MetricOfClasses = Callable[[int], Metric]
-"""Number of classes → a fresh metric."""
+from fusionkit.tasks.task import LabelledTask
 
 
-def accuracy(num_classes: int) -> Metric:
-    """Share of the rows whose most likely class is right."""
-    return MulticlassAccuracy(num_classes=num_classes, average="micro")
+@dataclass(frozen=True)
+class Classification(LabelledTask):
+    """One of several classes per row: cross-entropy, accuracy.
 
-
-def predict(model: Callable[..., Any], batch: Any) -> tuple[Tensor, Tensor]:
-    """Call a classifier on a batch.
+    A student is compared to its teacher by KL(teacher ‖ student) of the class probabilities.
 
     Args:
-        model: returns logits, or an object with `logits`.
-        batch: `(x, y)`, or a mapping of the model's arguments and `labels`.
-
-    Returns:
-        logits `(B, classes)` and labels int64 `(B,)`.
+        num_classes: how many classes there are; labels are int64, from 0.
     """
-    if isinstance(batch, Mapping):
-        labels = batch["labels"]
-        output = model(**{key: value for key, value in batch.items() if key != "labels"})
-    else:
-        inputs, labels = batch
-        output = model(inputs)
-    return output if isinstance(output, Tensor) else output.logits, labels
+
+    num_classes: int
+
+    def loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        """Cross-entropy of logits `(B, classes)`."""
+        return nn.functional.cross_entropy(outputs.to(torch.float32), self.labels(batch))
+
+    def divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """KL(teacher ‖ student) of the class probabilities."""
+        said, wanted = (each.to(torch.float32).log_softmax(-1) for each in (student, teacher))
+        return nn.functional.kl_div(said, wanted, log_target=True, reduction="batchmean")
+
+    def metric(self) -> Metric:
+        """Share of the rows whose most likely class is right."""
+        return MulticlassAccuracy(num_classes=self.num_classes, average="micro")
+
+    def update(self, metric: Metric, outputs: Tensor, batch: Any) -> None:
+        """With logits; of two classes, a metric of yes and no gets the second one's probability."""
+        if type(metric).__name__.startswith("Binary"):
+            outputs = outputs.to(torch.float32).softmax(-1)[:, 1]
+        metric.update(outputs, self.labels(batch))
+
+    @property
+    def metric_arguments(self) -> dict[str, Any]:
+        """The number of classes, and that there may be more than two."""
+        return {"task": "multiclass", "num_classes": self.num_classes}
+
+    @property
+    def head_size(self) -> int:
+        """A logit per class."""
+        return self.num_classes

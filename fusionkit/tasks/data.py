@@ -1,18 +1,21 @@
 """LightningDataModules of many tasks: one dataloader per task, in the order of `tasks`.
 
-`ReuseModule` relies on `tasks` and `num_classes`, both known once the datamodule is constructed.
+`ReuseModule` relies on `tasks` and `kinds`, or on `tasks` and `num_classes` where all of them are
+classification; they are known once the datamodule is constructed.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from copy import copy
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from fusionkit.errors import DataError
+from fusionkit.tasks.task import Task
 
 Split = Literal["train", "test"]
 
@@ -33,10 +36,10 @@ class TaskData(LightningDataModule, ABC):
 
     Attributes:
         tasks: the tasks' names, in the order of the dataloaders.
-        num_classes: task name → number of classes.
+        kinds: task name → of what kind it is.
     """
 
-    num_classes: dict[str, int]
+    kinds: dict[str, Task]
 
     def __init__(
         self,
@@ -60,6 +63,12 @@ class TaskData(LightningDataModule, ABC):
         self.num_workers = num_workers
         self.seed = seed
         self._splits: dict[tuple[str, Split], Dataset[Any]] = {}
+
+    def only(self, tasks: Sequence[str]) -> Self:
+        """The same data of some tasks, in the order asked for; no other task's rows are read."""
+        other = copy(self)
+        other.tasks = list(tasks)
+        return other
 
     @abstractmethod
     def read(self, task: str, split: Split) -> Dataset[Any]:

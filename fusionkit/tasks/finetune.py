@@ -21,8 +21,11 @@ from fusionkit.checkpoints.checkpoint import Checkpoint, matches
 from fusionkit.checkpoints.live_model import load_base
 from fusionkit.checkpoints.output_folder import new_folder
 from fusionkit.errors import DataError, FusionKitError
-from fusionkit.tasks.classification import MetricOfClasses, accuracy, predict
+from fusionkit.tasks.kinds import kinds_of
 from fusionkit.tasks.linearize import linearize
+from fusionkit.tasks.metrics import MetricChoice, metric_of
+from fusionkit.tasks.only import only
+from fusionkit.tasks.task import Task
 
 Method = Literal["full", "lora", "linearized_lora", "ia3"]
 WEIGHTS = "model.safetensors"
@@ -33,14 +36,14 @@ _START_BUFFER = ".initial_lora_"
 
 
 class Finetune(LightningModule):
-    """One task's fine-tuning: cross-entropy, AdamW, a linear warm-up and decay of the rate.
+    """One task's fine-tuning: its own loss, AdamW, a linear warm-up and decay of the rate.
 
     Everything else of training is the Trainer's: epochs, devices, precision, early stopping
     (`val/loss` and `val/score` are logged), checkpoints and loggers. A checkpoint holds what is
     trained and nothing else.
 
     Args:
-        model: the base model; its head is fitted to the task's number of classes.
+        model: the base model; its head is fitted to the task: to its number of classes, say.
         task: one of the datamodule's tasks; may be left out if that has only one.
         method: what is trained: every weight (`full`), a LoRA (2106.09685), a LoRA linearized
             around its start (`linearized_lora`: L-LoRA, 2310.04742), or (IA)³ vectors (2205.05638).
@@ -59,7 +62,8 @@ class Finetune(LightningModule):
         learning_rate: at its highest.
         weight_decay: AdamW's.
         warmup: share of the steps over which the rate rises.
-        metric: makes the validation metric from the number of classes; accuracy by default.
+        metric: what scores the validation rows, if not what the task's kind says: see
+            `fusionkit.tasks.metrics.MetricChoice`.
 
     Raises:
         FusionKitError: the base does not fit the model.
@@ -82,7 +86,7 @@ class Finetune(LightningModule):
         learning_rate: float = 1e-3,
         weight_decay: float = 0.01,
         warmup: float = 0.06,
-        metric: MetricOfClasses = accuracy,
+        metric: MetricChoice = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -99,8 +103,9 @@ class Finetune(LightningModule):
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.warmup = warmup
-        self.make_metric = metric
+        self.metric_choice = metric
         self.metric: Metric | None = None
+        self._kind: Task | None = None
         self.strict_loading = False  # checkpoints hold what is trained only
         self._start: dict[str, Tensor] = {}
         if base is not None:
@@ -111,36 +116,48 @@ class Finetune(LightningModule):
         self.prepare(getattr(self.trainer, "datamodule", None))
 
     def prepare(self, datamodule: Any) -> None:
-        """Take the task's data alone; the first time, fit the head and put the adapters in.
+        """The first time, fit the head and put the adapters in.
 
         Raises:
-            DataError: there is no such task.
+            DataError: the datamodule is not of one task alone, that which is trained.
             FusionKitError: what is to be adapted or frozen, or the head, is not in the model.
         """
-        tasks = list(getattr(datamodule, "tasks", []))
-        if not tasks:
-            raise DataError("expected a datamodule with the names of its `tasks`")
-        if self.task is None and len(tasks) == 1:
-            self.task = tasks[0]
-        if self.task is None:
-            raise DataError(f"which task? give `task`, one of {', '.join(tasks)}")
-        if self.task not in tasks:
-            raise DataError(f"there is no data for task '{self.task}'; there is {', '.join(tasks)}")
-        datamodule.tasks = [self.task]
-        if self.metric is not None:
+        own = self.data_of(datamodule)
+        assert self.task is not None
+        if own is not datamodule:
+            raise DataError(
+                f"the datamodule has {len(datamodule.tasks)} tasks, and one is trained: give "
+                f"`fusionkit.tasks.only.only(datamodule, ['{self.task}'])` to the Trainer"
+            )
+        if self._kind is not None:
             return
         self._check_names()
-        classes: int = datamodule.num_classes[self.task]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            self._fit_head(classes)
+        kind = kinds_of(datamodule, [self.task])[self.task]
+        if kind.head_size is not None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.seed)
+                self._fit_head(kind.head_size)
         if self.method == "full":
             for name, parameter in self.model.named_parameters():
                 parameter.requires_grad_(not matches(name, self.frozen))
         else:
             self._adapt()
         self.train()
-        self.metric = self.make_metric(classes)
+        self.metric = metric_of(self.metric_choice, self.task, kind)
+        self._kind = kind
+
+    def data_of(self, datamodule: Any) -> Any:
+        """The trained task's data alone; where there is one task only, it is the one.
+
+        Raises:
+            DataError: there is no such task, or it was not said which.
+        """
+        tasks = list(getattr(datamodule, "tasks", []))
+        if self.task is None and len(tasks) == 1:
+            self.task = tasks[0]
+        if self.task is None and tasks:
+            raise DataError(f"which task? give `task`, one of {', '.join(tasks)}")
+        return only(datamodule, [self.task or ""])
 
     def train(self, mode: bool = True) -> "Finetune":
         """Set the mode; but running statistics that are not trained stay as they are."""
@@ -151,19 +168,20 @@ class Finetune(LightningModule):
         return self
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Cross-entropy of one batch of the task's only dataloader."""
-        logits, labels = predict(self.model, batch[0])
-        loss = nn.functional.cross_entropy(logits, labels)
+        """The task's loss of one batch of its only dataloader."""
+        kind = self._trained_kind
+        loss = kind.loss(kind.predict(self.model, batch[0]), batch[0])
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> STEP_OUTPUT:
         """Loss and score of one batch."""
-        logits, labels = predict(self.model, batch)
-        loss = nn.functional.cross_entropy(logits, labels)
-        self.log("val/loss", loss, batch_size=len(labels), prog_bar=True, sync_dist=True)
+        kind = self._trained_kind
+        outputs = kind.predict(self.model, batch)
+        loss = kind.loss(outputs, batch)
+        self.log("val/loss", loss, batch_size=kind.count(batch), prog_bar=True, sync_dist=True)
         assert self.metric is not None
-        self.metric.update(logits, labels)
+        kind.update(self.metric, outputs, batch)
         self.log("val/score", self.metric, prog_bar=True)
         return None
 
@@ -226,7 +244,7 @@ class Finetune(LightningModule):
         kind = next((file for file in KINDS if (folder / file).is_file()), WEIGHTS)
         if self.method == "full":
             with new_folder(folder, overwrite, known_by=kind) as new:
-                tied = Checkpoint(self.model).aliases
+                tied = Checkpoint.of(self.model).aliases
                 state = {
                     name: tensor.cpu().contiguous()
                     for name, tensor in self.model.state_dict().items()
@@ -252,6 +270,11 @@ class Finetune(LightningModule):
             if self.method != "ia3":
                 self._record_start(new)
         return folder
+
+    @property
+    def _trained_kind(self) -> Task:
+        assert self._kind is not None
+        return self._kind
 
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint must agree in, to be gone on from."""
@@ -285,16 +308,16 @@ class Finetune(LightningModule):
                     f"{', '.join(sorted(linear))}"
                 )
 
-    def _fit_head(self, classes: int) -> None:
+    def _fit_head(self, size: int) -> None:
         heads = [
             (name, module)
             for name, module in self.model.named_modules()
             if isinstance(module, nn.Linear) and matches(f"{name}.weight", self.private)
         ]
-        # A head of several layers ends in the one that has the classes.
+        # A head of several layers ends in the one that has the outputs.
         for name, head in heads[-1:]:
-            if head.out_features != classes:
-                fresh = nn.Linear(head.in_features, classes, head.bias is not None)
+            if head.out_features != size:
+                fresh = nn.Linear(head.in_features, size, head.bias is not None)
                 self.model.set_submodule(name, fresh)
 
     def _adapt(self) -> None:
@@ -349,7 +372,7 @@ class Finetune(LightningModule):
         order = list(dict.fromkeys(name.rpartition(".lora_")[0] for name in self._start))
         start = {name: tensor.cpu() for name, tensor in self._start.items()}
         seeded = Seeded(self.seed, init=True, order=order, sha256=digest(start))
-        base = Checkpoint(_below(self.model))
+        base = Checkpoint.of(_below(self.model))
         layout = AdapterFolder(folder).layout(base)
         shapes = {name: tuple(tensor.shape) for name, tensor in start.items()}
         record: Mapping[str, Any] = dataclasses.asdict(seeded)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from fusionkit.errors import DataError
+from fusionkit.tasks.classification import Classification
 from fusionkit.tasks.data import Split, TaskData
 
 
@@ -29,6 +30,9 @@ class ImageArrays(TaskData):
         limit: at most so many rows per task and split; all by default.
         num_workers: loading processes per dataloader.
         seed: of the draws.
+
+    Attributes:
+        num_classes: task name → number of classes.
 
     Raises:
         DataError: a file is missing or is not such an archive.
@@ -56,6 +60,7 @@ class ImageArrays(TaskData):
             task: 1 + max(int(self._array(task, f"y_{split}").max()) for split in ("train", "test"))
             for task in self.tasks
         }
+        self.kinds = {task: Classification(count) for task, count in self.num_classes.items()}
 
     def read(self, task: str, split: Split) -> TensorDataset:
         """The images stay uint8 in memory; a batch is normalised as it is made."""

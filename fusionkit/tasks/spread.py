@@ -12,6 +12,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
 from fusionkit.errors import DataError
+from fusionkit.tasks.task import Task
 
 Spread = Literal["rows", "tasks"]
 """What each of several processes evaluates: its share of every task's rows, or whole tasks."""
@@ -41,13 +42,15 @@ class TasksSpread(LightningDataModule):
     tasks are given away first, each to the process with the least to do.
 
     Args:
-        datamodule: its `tasks`, `num_classes` and evaluation dataloaders are used.
+        datamodule: its `tasks`, their `kinds` or `num_classes`, and its evaluation dataloaders are
+            used.
     """
 
     def __init__(self, datamodule: Any) -> None:
         super().__init__()
         self.datamodule = datamodule
         self.tasks: list[str] = list(datamodule.tasks)
+        self.kinds: dict[str, Task] = getattr(datamodule, "kinds", {})
         self.num_classes: dict[str, int] = getattr(datamodule, "num_classes", {})
         self.allow_zero_length_dataloader_with_multiple_devices = True
 

@@ -118,7 +118,7 @@ def measure_methods() -> None:
         model = sequence_classifier(BASE, pretrained=False)
         module = ReuseModule(
             model,
-            base=Checkpoint(BASE, add_prefix="bert."),
+            base=Checkpoint.of(BASE, add_prefix="bert."),
             codec=DBMS(MagnitudePrune(0.01)),
             finetuned={task: str(SHARED / f"zoo/text/{task}/model.safetensors") for task in tasks},
             private=["classifier.*"],

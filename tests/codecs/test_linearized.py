@@ -30,6 +30,7 @@ from fusionkit.checkpoints.adapters.start import start_of
 from fusionkit.errors import CodecError
 from fusionkit.reuse.module import ReuseModule
 from fusionkit.tasks.finetune import Finetune
+from fusionkit.tasks.only import only
 from fusionkit.testing import Arguments, CodecContract
 
 pytest_plugins = ["fits"]
@@ -56,7 +57,7 @@ def factors(fits: Fits) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]
         for task, file in files.items()
     }
     start = start_of(
-        folder := AdapterFolder(fits.paths["digit"]), folder.layout(Checkpoint(tiny_vit()))
+        folder := AdapterFolder(fits.paths["digit"]), folder.layout(Checkpoint.of(tiny_vit()))
     )[1]
     modules = [n.removesuffix(".lora_A.weight") for n in start if ".lora_A." in n]
     return (
@@ -110,7 +111,8 @@ class TestKept:
                 target_modules=["qkv"],
                 rank=4,
             )
-            trainer(2, precision="bf16-mixed").fit(module, datamodule=FewDigits())
+            data = only(FewDigits(), [task])
+            trainer(2, precision="bf16-mixed").fit(module, datamodule=data)
             paths[task] = module.save(tmp_path / task)
         fusionkit.compress(
             tiny_vit().bfloat16(),

@@ -1,0 +1,47 @@
+"""Regression: a number per row, as the similarity of two sentences (STS-B)."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric, PearsonCorrCoef, SpearmanCorrCoef
+
+from fusionkit.tasks.task import LabelledTask
+
+
+@dataclass(frozen=True)
+class Regression(LabelledTask):
+    """A number per row: squared error; the mean of Pearson's and Spearman's correlation.
+
+    GLUE scores STS-B so. A student is compared to its teacher by the squared difference of what
+    they say. Labels are floats `(B,)`; a model's outputs `(B,)` or `(B, 1)`.
+    """
+
+    def loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        """Mean squared error."""
+        said = _numbers(outputs)
+        return nn.functional.mse_loss(said, self.labels(batch).to(said))
+
+    def divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Mean squared difference."""
+        said = _numbers(student)
+        return nn.functional.mse_loss(said, _numbers(teacher).to(said))
+
+    def metric(self) -> Metric:
+        """(Pearson + Spearman) / 2."""
+        return (PearsonCorrCoef() + SpearmanCorrCoef()) / 2
+
+    def update(self, metric: Metric, outputs: Tensor, batch: Any) -> None:
+        """With numbers, float32 `(B,)`."""
+        said = _numbers(outputs)
+        metric.update(said, self.labels(batch).to(said))
+
+    @property
+    def head_size(self) -> int:
+        """One output."""
+        return 1
+
+
+def _numbers(outputs: Tensor) -> Tensor:
+    return outputs.to(torch.float32).reshape(len(outputs))

@@ -1,0 +1,86 @@
+"""The one meaning of a task, which evaluation, calibration, fine-tuning and fusion share.
+
+A datamodule says of what kind each of its tasks is, in `kinds`: the task's name → a `Task`. One
+that has `num_classes` alone, the number of classes by name, is about classification. A kind to
+come is a class that writes what is abstract here, in a file of its own.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+from torchmetrics import Metric
+
+from fusionkit.tasks import batches
+
+
+class Task(ABC):
+    """How a model is called on a task's batches, and how what it says is scored and compared."""
+
+    @abstractmethod
+    def predict(self, model: Callable[..., Any], batch: Any) -> Tensor:
+        """Call a model on a batch.
+
+        Returns:
+            its outputs, `(B, …)`: one entry of the first axis per row.
+        """
+
+    @abstractmethod
+    def loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        """The task's own loss, a mean over the rows: float32, no axes."""
+
+    @abstractmethod
+    def divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """How far a student's outputs are from its teacher's, a mean over the rows; no labels.
+
+        Returns:
+            float32, no axes; 0 where they say the same.
+        """
+
+    @abstractmethod
+    def metric(self) -> Metric:
+        """The metric by which tasks of this kind are scored, where no other is asked for."""
+
+    @abstractmethod
+    def update(self, metric: Metric, outputs: Tensor, batch: Any) -> None:
+        """Let a metric take in the outputs of a batch."""
+
+    @property
+    def metric_arguments(self) -> dict[str, Any]:
+        """What a metric asked for by name is given, of its arguments that a recipe leaves out."""
+        return {}
+
+    @property
+    def head_size(self) -> int | None:
+        """Outputs of the head that a model needs; None where its own does for any task."""
+        return None
+
+    def count(self, batch: Any) -> int:
+        """How many rows a batch has."""
+        return batches.count(batch)
+
+    def first(self, batch: Any, rows: int) -> Any:
+        """A batch's first rows; of all of them, the batch itself."""
+        return batch if rows >= self.count(batch) else batches.first(batch, rows)
+
+
+class LabelledTask(Task):
+    """Base of tasks whose batches are `(x, y)`, or mappings of a model's arguments and `labels`."""
+
+    def predict(self, model: Callable[..., Any], batch: Any) -> Tensor:
+        """Call a model that returns its outputs, or an object with `logits`."""
+        if isinstance(batch, Mapping):
+            output = model(**{key: value for key, value in batch.items() if key != "labels"})
+        else:
+            output = model(batch[0])
+        return output if isinstance(output, Tensor) else output.logits
+
+    def labels(self, batch: Any) -> Tensor:
+        """A batch's labels, `(B,)`."""
+        found: Tensor = batch["labels"] if isinstance(batch, Mapping) else batch[1]
+        return found
+
+    def count(self, batch: Any) -> int:
+        """How many labels there are."""
+        return len(self.labels(batch))

@@ -1,0 +1,186 @@
+"""An interrupted compress goes on from the tensors that it wrote; the bundle is the same."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checks import contents
+from conftest import Files
+from filelock import FileLock
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fusionkit import DBMS, EMR, Bundle, Dense, MagnitudePrune, Mean
+from fusionkit.bundles import journal
+from fusionkit.bundles import part_file as partfile
+from fusionkit.bundles.compress import compress
+from fusionkit.checkpoints.output_folder import LOCK
+from fusionkit.codecs.base import DeltaCodec
+from fusionkit.errors import BundleError, FamilyError
+from fusionkit.task_vectors.family import Family
+
+PRIVATE = ["head.*"]
+CODECS: dict[str, DeltaCodec] = {
+    "EMR": EMR(),
+    "pruned": MagnitudePrune(0.3, merge=Mean()),
+    "dense": Dense("int4"),
+    "DBMS": DBMS(EMR()),
+}
+
+
+@pytest.fixture(autouse=True)
+def _each_tensor_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal, "_DUE", 0)
+
+
+def run(files: Files, codec: DeltaCodec, out: Path, stop_after: int | None = None) -> list[int]:
+    """Compress; stop after so many tensors of the last pass. What is encoded, tensor by tensor."""
+    encoded: list[int] = []
+    last = {"pass": 0}
+
+    def progress(run: int, done: int, total: int) -> None:
+        if run != last["pass"]:
+            last["pass"] = run
+            encoded.clear()
+        encoded.append(done)
+        if done == stop_after and run == passes(codec):
+            raise KeyboardInterrupt
+
+    compress(files.base, files.finetuned, codec, out, private=PRIVATE, progress=progress)
+    return encoded
+
+
+def passes(codec: DeltaCodec) -> int:
+    """How many passes the codec takes, over a family of its own."""
+    seen = [0]
+    base = {"w": torch.zeros(40)}
+    compress(base, {"a": {"w": torch.randn(40)}}, codec, progress=lambda run, *_: seen.append(run))
+    return seen[-1]
+
+
+def partial(out: Path) -> Path:
+    return out.with_name(f".{out.name}.partial")
+
+
+@pytest.mark.parametrize("large", [1 << 26, 64], ids=["small files", "large files"])
+@pytest.mark.parametrize("name", CODECS)
+def test_it_goes_on_from_what_is_written(
+    files: Files, tmp_path: Path, name: str, large: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(partfile, "_LARGE", large)
+    codec = CODECS[name]
+    whole = run(files, codec, tmp_path / "one")
+    for stops in ([2], [1, 2], [len(whole) - 1]):
+        out = tmp_path / f"stopped {stops}"
+        for stop in stops:
+            with pytest.raises(KeyboardInterrupt):
+                run(files, codec, out, stop)
+            assert not out.exists()
+            assert partial(out).is_dir()
+        left = run(files, codec, out)
+        assert len(left) == len(whole) - sum(stops)
+        assert contents(out) == contents(tmp_path / "one")
+        assert not partial(out).exists()
+        assert Bundle(out).state_dict("ant")
+
+
+def test_what_is_damaged_is_written_anew(files: Files, tmp_path: Path) -> None:
+    run(files, Dense(), tmp_path / "one")
+    out = tmp_path / "two"
+    with pytest.raises(KeyboardInterrupt):
+        run(files, Dense(), out, 3)
+    spool = partial(out) / "task-bee.safetensors.spool"
+    data = bytearray(spool.read_bytes())
+    data[-3] ^= 1
+    spool.write_bytes(data)
+    left = run(files, Dense(), out)
+    assert contents(out) == contents(tmp_path / "one")
+    assert len(left) > len(run_all(files)) - 3
+
+
+def run_all(files: Files) -> list[str]:
+    return list(Family(files.base, files.finetuned, private=PRIVATE).sizes)
+
+
+@pytest.mark.parametrize("change", ["codec", "checkpoint", "tasks", "journal"])
+def test_another_run_begins_anew(files: Files, tmp_path: Path, change: str) -> None:
+    """Nothing of the first run is in the bundle of the second."""
+    out = tmp_path / "two"
+    with pytest.raises(KeyboardInterrupt):
+        run(files, Dense(), out, 3)
+    codec: DeltaCodec = Dense()
+    if change == "codec":
+        codec = Dense("bf16")
+    elif change == "checkpoint":
+        state: dict[str, Tensor] = load_file(files.finetuned["ant"])
+        state["hidden.weight"] *= 1.5
+        save_file(state, files.finetuned["ant"])
+        os.utime(files.finetuned["ant"], (1, 1))
+    elif change == "tasks":
+        del files.finetuned["cat"]
+    else:
+        (partial(out) / journal.JOURNAL).write_text("not JSON\n")
+    left = run(files, codec, out)
+    assert len(left) == len(run_all(files))
+    run(files, codec, tmp_path / "one")
+    assert contents(out) == contents(tmp_path / "one")
+
+
+def test_a_line_half_written_is_left_out(files: Files, tmp_path: Path) -> None:
+    out = tmp_path / "two"
+    with pytest.raises(KeyboardInterrupt):
+        run(files, Dense(), out, 3)
+    path = partial(out) / journal.JOURNAL
+    path.write_text(path.read_text()[:-9])
+    assert len(run(files, Dense(), out)) == len(run_all(files)) - 2
+    run(files, Dense(), tmp_path / "one")
+    assert contents(out) == contents(tmp_path / "one")
+
+
+def test_bad_input_leaves_nothing_to_go_on_from(files: Files, tmp_path: Path) -> None:
+    state = load_file(files.finetuned["cat"])
+    state["hidden.bias"][1] = torch.nan
+    save_file(state, files.finetuned["cat"])
+    with pytest.raises(FamilyError, match=r"'hidden\.bias' holds 1 values"):
+        run(files, Dense(), tmp_path / "b")
+    assert not partial(tmp_path / "b").exists()
+
+
+def test_two_runs_do_not_write_one_folder(files: Files, tmp_path: Path) -> None:
+    out = tmp_path / "b"
+    partial(out).mkdir()
+    with FileLock(partial(out) / LOCK), pytest.raises(BundleError, match="another run is writing"):
+        run(files, Dense(), out)
+    run(files, Dense(), out)
+
+
+KILLED = """
+import os, signal, sys
+from fusionkit import EMR, compress, journal
+
+journal._DUE = 0
+
+def progress(run, done, total):
+    if done == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+base, out, *finetuned = sys.argv[1:]
+tasks = {path.rpartition("/")[2].partition(".")[0]: path for path in finetuned}
+compress(base, tasks, EMR(), out, private=["head.*"], progress=progress)
+"""
+
+
+def test_a_killed_run_can_be_followed(files: Files, tmp_path: Path) -> None:
+    out = tmp_path / "b"
+    command = [sys.executable, "-c", KILLED, files.base, out, *files.finetuned.values()]
+    done: Any = subprocess.run([*map(str, command)], check=False, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    left = run(files, EMR(), out)
+    assert len(left) == len(run_all(files)) - 3
+    run(files, EMR(), tmp_path / "one")
+    assert contents(out) == contents(tmp_path / "one")

