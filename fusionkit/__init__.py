@@ -3,8 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from fusionkit.bundles.add_tasks import add_tasks as add_tasks
 from fusionkit.bundles.bundle import Bundle as Bundle
-from fusionkit.bundles.compress import add_tasks as add_tasks
 from fusionkit.bundles.compress import compress as compress
 from fusionkit.bundles.export_peft import export_adapter as export_adapter
 from fusionkit.checkpoints.adapters.lowrank import LowRank as LowRank

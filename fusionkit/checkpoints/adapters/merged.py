@@ -71,14 +71,17 @@ class MergedAdapter(Checkpoint):
         if name in self.below:
             self.below.prefetch(name)
 
-    def delta(self, name: str, base: Tensor) -> Tensor | None:
+    def delta(self, name: str) -> Tensor | None:
         """The change of a tensor, float32 `(*shape)`; None where the base's was replaced first."""
+        shape = torch.Size(self.specs[name].shape)
         if name not in self.touched:
-            return torch.zeros(base.shape)
+            return torch.zeros(shape)
         if name not in self._modules or name in self._whole:
             return None
+        if product := self.low_rank(name):
+            return product.dense(shape)  # the base's need not be read
         module, target = self._modules[name]
-        return module.delta(target, base, *self._tensors(module))
+        return module.delta(target, self.below[name], *self._tensors(module))
 
     def low_rank(self, name: str) -> LowRank | None:
         """The change of a weight as a product; None where it is not one."""
