@@ -209,11 +209,9 @@ def _changed_whole(bundle: Bundle, task: str, adapted: set[str]) -> dict[str, Te
     base = bundle.base
     whole = dict(bundle.private_tensors(task))
     for name in bundle.manifest.base.names("delta"):
-        if name not in adapted and (delta := bundle.delta(task, name)) is not None:
-            whole[name] = torch.add(base[name].to(torch.float32), delta).to(base[name].dtype)
-    for name in bundle.manifest.base.names("exact"):
-        if (own := bundle.exact(task, name)) is not None:
-            whole[name] = own
+        if name not in adapted and (own := bundle.tensor(task, name, base[name])) is not None:
+            whole[name] = own.to(base[name].dtype)
+    whole.update(bundle.exact(task))
     modules = {_module(name) for name in whole} - {_module(name) for name in adapted}
     for name in bundle.manifest.base.tensors:
         if _module(name) in modules:
