@@ -91,7 +91,7 @@ class DeltaCodec(Plugin, ABC):
     """Whether tensors come back by `restore` alone, in the dtype that it gives them; else they
     are base plus `decode`, rounded to the dtype of the model that they go into."""
     learned: ClassVar[tuple[str, ...]] = ()
-    """Names of a task's parts that `fusionkit fit` may learn: floats in which `decode` is
+    """Names of a task's parts that `fusionkit calibrate` may learn: floats in which `decode` is
     differentiable."""
 
     @abstractmethod

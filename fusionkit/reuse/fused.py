@@ -1,4 +1,4 @@
-"""Several tasks fused into one model, in memory; and the search for the weights to fuse them by."""
+"""Several tasks fused into one model, in memory."""
 
 from collections.abc import Iterator
 
