@@ -1,8 +1,8 @@
-"""Tensors in memory: a mapping's own."""
+"""Tensors in memory: a live model's, or a mapping's."""
 
 from collections.abc import Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fusionkit.checkpoints.checkpoint import Checkpoint, TensorSpec, bytes_of, reading
 from fusionkit.errors import CheckpointError, listing
@@ -30,6 +30,34 @@ class TensorMapping(Checkpoint):
 
     def __getitem__(self, name: str) -> Tensor:
         """The tensor itself."""
+        with reading(self.label, name):
+            return self._tensors[name].detach()
+
+
+class LiveModel(Checkpoint):
+    """A model in memory, as it is: what changes there changes here.
+
+    Args:
+        model: the model.
+
+    Raises:
+        CheckpointError: its state holds more than tensors.
+    """
+
+    live = True
+
+    def __init__(self, model: nn.Module) -> None:
+        self.label = f"{type(model).__name__} (module in memory)"
+        self._tensors: dict[str, Tensor] = model.state_dict()
+        check_tensors(self._tensors, self.label)
+        self.specs = specs_of(self._tensors)
+        self.aliases = shared(self._tensors)
+        buffers = (name for name, _ in model.named_buffers(remove_duplicate=False))
+        self.buffers = frozenset(name for name in buffers if name in self.specs)
+        self.nbytes = bytes_of(self._tensors, self.aliases)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The model's tensor itself."""
         with reading(self.label, name):
             return self._tensors[name].detach()
 

@@ -6,8 +6,7 @@ from pathlib import Path
 from torch import nn
 
 from fusionkit.checkpoints.checkpoint import Checkpoint, Source
-from fusionkit.checkpoints.in_memory import TensorMapping
-from fusionkit.checkpoints.live_model import LiveModel
+from fusionkit.checkpoints.in_memory import LiveModel, TensorMapping
 from fusionkit.checkpoints.paths import open_path
 from fusionkit.checkpoints.pickle_file import PickleFile
 from fusionkit.checkpoints.safetensors_file import SafetensorsFile

@@ -17,8 +17,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from fusionkit.checkpoints.checkpoint import Checkpoint
-from fusionkit.checkpoints.in_memory import specs_of
-from fusionkit.checkpoints.live_model import LiveModel, aliases, is_sharded, on_meta, part, put
+from fusionkit.checkpoints.in_memory import LiveModel, specs_of
+from fusionkit.checkpoints.live_model import aliases, is_sharded, on_meta, part, put
 from fusionkit.errors import FusionKitError
 from fusionkit.tasks.spread import TasksSpread
 
