@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fusionkit import EMR, SVD, Bundle, Dense, MagnitudePrune, Mean, Merged, add_tasks
-from fusionkit.bundles import compress
+from fusionkit.bundles.compress import compress
 from fusionkit.codecs.base import DeltaCodec
 from fusionkit.errors import BundleError, FamilyError
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fusionkit import EMR, Bundle, MagnitudePrune, Mean
-from fusionkit.bundles import compress
+from fusionkit.bundles.compress import compress
 from fusionkit.codecs.base import DeltaCodec
 from fusionkit.errors import BundleError, FusionKitError, PluginError
 

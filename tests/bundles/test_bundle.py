@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fusionkit import EMR, Bundle, Checkpoint, Dense, MagnitudePrune, Mean
-from fusionkit.bundles import compress
+from fusionkit.bundles.compress import compress
 from fusionkit.bundles.export_model import export_task
 from fusionkit.errors import BundleError, FusionKitError, WrongBaseError
 

@@ -12,7 +12,7 @@ from conftest import Files, TinyNet
 from torch import Tensor
 
 from fusionkit import EMR, Bundle, Dense, MagnitudePrune, add_tasks
-from fusionkit.bundles import compress
+from fusionkit.bundles.compress import compress
 from fusionkit.errors import BundleError, FamilyError
 from fusionkit.merges.mean import Mean
 

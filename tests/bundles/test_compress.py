@@ -20,7 +20,7 @@ from fusionkit import (
     Merged,
     TaskArithmetic,
 )
-from fusionkit.bundles import compress
+from fusionkit.bundles.compress import compress
 from fusionkit.codecs.base import DeltaCodec
 
 PRIVATE = ["head.*"]

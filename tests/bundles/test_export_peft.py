@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from fusionkit import EMR, SVD, Bundle, Dense, Family, MagnitudePrune
-from fusionkit.bundles import compress
+from fusionkit.bundles.compress import compress
 from fusionkit.bundles.export_peft import export_adapter
 from fusionkit.cli import main as cli
 from fusionkit.errors import BundleError

@@ -10,7 +10,7 @@ from conftest import TASKS, TESTS, TinyNet
 from torch import Tensor
 
 from fusionkit import EMR, Dense, Mean, add_tasks
-from fusionkit.bundles import compress
+from fusionkit.bundles.compress import compress
 from fusionkit.codecs.base import DeltaCodec
 from fusionkit.errors import BundleError, CodecError, FamilyError, PluginError
 

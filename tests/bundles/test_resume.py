@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fusionkit import DBMS, EMR, Bundle, Dense, MagnitudePrune, Mean
-from fusionkit.bundles import compress, journal
+from fusionkit.bundles import journal
 from fusionkit.bundles import part_file as partfile
+from fusionkit.bundles.compress import compress
 from fusionkit.checkpoints.output_folder import LOCK
 from fusionkit.codecs.base import DeltaCodec
 from fusionkit.errors import BundleError, FamilyError

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fusionkit import EMR, SVD, TIES, Bundle, Dense, Family, Mean, Merged, TaskArithmetic
-from fusionkit.bundles import compress
+from fusionkit.bundles.compress import compress
 from fusionkit.checkpoints.adapters.modules import Adapters
 from fusionkit.codecs.base import DeltaCodec
 from fusionkit.errors import CheckpointError, FamilyError

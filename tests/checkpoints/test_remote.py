@@ -14,7 +14,7 @@ from conftest import TASKS, Files
 from safetensors.torch import load_file, save_file
 
 from fusionkit import EMR, Bundle, Checkpoint, MagnitudePrune, add_tasks
-from fusionkit.bundles import compress
+from fusionkit.bundles.compress import compress
 from fusionkit.checkpoints import safetensors_file as tensorfile
 from fusionkit.checkpoints.checkpoint import find_checkpoints
 from fusionkit.errors import BundleError, CheckpointError, FusionKitError

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fusionkit import EMR, Bundle, Checkpoint, Dense, LinearizedLoRA, Mean, add_tasks
-from fusionkit.bundles import compress
+from fusionkit.bundles.compress import compress
 from fusionkit.checkpoints.adapters.folder import AdapterFolder
 from fusionkit.checkpoints.adapters.start import Seeded, digest, start_of
 from fusionkit.errors import BundleError, CheckpointError, FamilyError

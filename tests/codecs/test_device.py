@@ -19,7 +19,7 @@ from fusionkit import (
     Normalized,
     TaskArithmetic,
 )
-from fusionkit.bundles import compress
+from fusionkit.bundles.compress import compress
 from fusionkit.codecs.base import WHOLE_MODEL, DeltaCodec
 from fusionkit.task_vectors.family import Family
 from fusionkit.testing import models

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fusionkit import SVD, Bundle
-from fusionkit.bundles import compress
+from fusionkit.bundles.compress import compress
 from fusionkit.checkpoints.adapters.lowrank import LowRank
 from fusionkit.codecs.decomposition import svd_exact, svd_gram, svd_product
 from fusionkit.codecs.values import ValueDtype, pack_values, stored_bytes

@@ -9,7 +9,7 @@ import torch
 from checks import contents
 
 from fusionkit import DBMS, EMR, SVD, TIES, MagnitudePrune, Merged
-from fusionkit.bundles import compress
+from fusionkit.bundles.compress import compress
 from fusionkit.task_vectors import workers
 from fusionkit.task_vectors.family import Family
 from fusionkit.task_vectors.vectors import TaskVectors
