@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from fusionkit import registry
+from fusionkit.bundles.add_tasks import add_tasks
 from fusionkit.bundles.bundle import Bundle
-from fusionkit.bundles.compress import add_tasks, compress
+from fusionkit.bundles.compress import compress
 from fusionkit.codecs.base import WHOLE_MODEL, DeltaCodec, Encoded, Parts, RestoringCodec
 from fusionkit.errors import FamilyError, FusionKitError
 from fusionkit.task_vectors.family import Family

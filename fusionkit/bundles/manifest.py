@@ -51,8 +51,8 @@ class BaseRecord:
 
     Attributes:
         source: the path it was read from, or what it was in memory.
-        strip_prefix: as given to `Checkpoint`.
-        add_prefix: as given to `Checkpoint`.
+        strip_prefix: as given to `Checkpoint.of`.
+        add_prefix: as given to `Checkpoint.of`.
         tensors: its tensors by name, private ones left out.
         tied: tied name → name of the tensor that it shares.
         space: where adapters are what is compressed, how they make the base's weights; their
@@ -305,7 +305,7 @@ def reopen_base(record: BaseRecord) -> Checkpoint:
         BundleError: it was not a path, or is no longer there.
     """
     try:
-        return Checkpoint(record.source, record.strip_prefix, record.add_prefix)
+        return Checkpoint.of(record.source, record.strip_prefix, record.add_prefix)
     except Exception as error:
         raise BundleError(
             f"the bundle's base ({record.source}) can't be opened from here; a bundle does not "

@@ -4,8 +4,37 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from fusionkit.checkpoints.checkpoint import Checkpoint, matches
+from fusionkit.checkpoints.checkpoint import Checkpoint, matches, reading
+from fusionkit.checkpoints.in_memory import bytes_of, check_tensors, shared, specs_of
 from fusionkit.errors import FusionKitError
+
+
+class LiveModel(Checkpoint):
+    """A model in memory, as it is: what changes there changes here.
+
+    Args:
+        model: the model.
+
+    Raises:
+        CheckpointError: its state holds more than tensors.
+    """
+
+    live = True
+
+    def __init__(self, model: nn.Module) -> None:
+        self.label = f"{type(model).__name__} (module in memory)"
+        self._tensors: dict[str, Tensor] = model.state_dict()
+        check_tensors(self._tensors, self.label)
+        self.specs = specs_of(self._tensors)
+        self.aliases = shared(self._tensors)
+        buffers = (name for name, _ in model.named_buffers(remove_duplicate=False))
+        self.buffers = frozenset(name for name in buffers if name in self.specs)
+        self.nbytes = bytes_of(self._tensors, self.aliases)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The model's tensor itself."""
+        with reading(self.label, name):
+            return self._tensors[name].detach()
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -21,11 +50,11 @@ def on_meta(model: nn.Module) -> bool:
 def aliases(model: nn.Module) -> dict[str, str]:
     """Tied name → name of the tensor that it shares, also where a tensor has no memory of its own.
 
-    `Checkpoint.aliases` compares addresses, which sharded tensors and those on the meta device
+    `LiveModel.aliases` compares addresses, which sharded tensors and those on the meta device
     lack.
     """
     if not (is_sharded(model) or on_meta(model)):
-        return Checkpoint(model).aliases
+        return dict(LiveModel(model).aliases)
     first: dict[int, str] = {}
     named = {name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
     known = {name: first.setdefault(place, name) for name, place in named.items()}

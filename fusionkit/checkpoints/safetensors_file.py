@@ -8,8 +8,8 @@ import json
 import os
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fusionkit.checkpoints.checkpoint import Checkpoint, Pieces, TensorSpec, reading
 from fusionkit.checkpoints.paths import is_remote
 from fusionkit.errors import CheckpointError
-
-Pieces = Callable[[slice], Tensor]
-"""Reads some neighbouring entries of one tensor, flattened, in its own dtype; not to be changed,
-and valid until the next call."""
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -49,39 +46,19 @@ _LONGEST = 100 << 20
 """Bytes of a header, as safetensors has it."""
 
 
-@dataclass(frozen=True)
-class TensorSpec:
-    """Shape and dtype of a tensor, known without reading it."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def numel(self) -> int:
-        """Number of entries."""
-        return torch.Size(self.shape).numel()
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        return self.numel * self.dtype.itemsize
-
-
-class TensorFile:
-    """A safetensors file on disk.
+class SafetensorsFile(Checkpoint):
+    """A safetensors file, on disk or remote.
 
     Args:
         path: the file.
-
-    Attributes:
-        specs: shape and dtype by name.
-        nbytes: the file's size.
+        label: how messages call it.
 
     Raises:
         CheckpointError: it is not a whole safetensors file, or holds an unknown dtype.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, label: str) -> None:
+        self.label, self.files = label, (path,)
         self._path = path
         try:
             if not is_remote(path):
@@ -94,40 +71,49 @@ class TensorFile:
             raise CheckpointError(
                 f"{path}: not a whole safetensors file ({error}); fetch or save it again"
             ) from error
-        self.specs: dict[str, TensorSpec] = {}
+        specs: dict[str, TensorSpec] = {}
         self._starts: dict[str, int] = {}
         for name, entry in header.items():
             if entry["dtype"] not in SAFETENSORS_DTYPES:
                 raise CheckpointError(
                     f"{path}: tensor '{name}' has dtype {entry['dtype']}, unknown here"
                 )
-            self.specs[name] = TensorSpec(tuple(entry["shape"]), SAFETENSORS_DTYPES[entry["dtype"]])
+            specs[name] = TensorSpec(tuple(entry["shape"]), SAFETENSORS_DTYPES[entry["dtype"]])
             self._starts[name] = start + entry["data_offsets"][0]
+        self.specs = specs
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, the caller's own.
+    def __getitem__(self, name: str) -> Tensor:
+        """Read one tensor, the caller's own.
 
         Raises:
-            CheckpointError: the file was changed since it was opened.
+            KeyError: there is none of this name.
+            CheckpointError: it can't be read, or the file was changed since it was opened.
         """
-        spec = self.specs[name]
-        return self.pieces(name)(slice(0, spec.numel)).view(spec.shape)
+        with reading(self.label, name):
+            spec = self.specs[name]
+            return self._pieces(name)(slice(0, spec.numel)).view(spec.shape)
 
     def prefetch(self, name: str) -> None:
         """Have the system read a tensor ahead into its cache, where it can."""
-        if self._stamp is not None and hasattr(os, "posix_fadvise"):
-            start, size = self._starts[name], self.specs[name].nbytes
-            with self._path.open("rb") as file:
-                for offset in range(start, start + size, _AHEAD):  # Linux reads no more at once
-                    left = min(_AHEAD, start + size - offset)
-                    os.posix_fadvise(file.fileno(), offset, left, os.POSIX_FADV_WILLNEED)
+        if self._stamp is None or not hasattr(os, "posix_fadvise"):
+            return
+        start, size = self._starts[name], self.specs[name].nbytes
+        # What fails here is met again, and reported, when the tensor is read.
+        with suppress(OSError), self._path.open("rb") as file:
+            for offset in range(start, start + size, _AHEAD):  # Linux reads no more at once
+                left = min(_AHEAD, start + size - offset)
+                os.posix_fadvise(file.fileno(), offset, left, os.POSIX_FADV_WILLNEED)
 
     def pieces(self, name: str) -> Pieces:
         """A tensor, to be read in pieces; the file stays open for as long as they are kept.
 
         Raises:
-            CheckpointError: the file was changed since it was opened.
+            CheckpointError: it can't be read, or the file was changed since it was opened.
         """
+        with reading(self.label, name):
+            return self._pieces(name)
+
+    def _pieces(self, name: str) -> "_Pieces":
         place = self._path, name, self._starts[name], self.specs[name].dtype
         if self._stamp is None or not hasattr(os, "preadv"):
             return _SeekingPieces(*place)

@@ -163,7 +163,7 @@ def export(
     from fusionkit.checkpoints.checkpoint import Checkpoint
     from fusionkit.cli import report
 
-    source = None if base is None else Checkpoint(base, strip_prefix, add_prefix)
+    source = None if base is None else Checkpoint.of(base, strip_prefix, add_prefix)
     if format == "peft":
         folder = Path(out)
         left_out = export_adapter(

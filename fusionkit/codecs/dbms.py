@@ -103,7 +103,7 @@ class DBMS(DeltaCodec):
             close = opened.pop_all().close
 
         def encode(vectors: TaskVectors) -> Encoded:
-            residuals = ChangedVectors.of(vectors, _changes(vectors, shift, each))
+            residuals = ChangedVectors(vectors, _changes(vectors, shift, each))
             encoded = inner.encode(residuals)
             return _together(shift.encoded(vectors.name), encoded, _OF_TENSOR)
 

@@ -7,7 +7,6 @@ base gathers it from all ranks: they switch together, to the same task.
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from copy import copy
 
 import torch
 from lightning.pytorch import Trainer
@@ -18,7 +17,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from fusionkit.checkpoints.checkpoint import Checkpoint
-from fusionkit.checkpoints.live_model import aliases, is_sharded, on_meta, part, put
+from fusionkit.checkpoints.in_memory import specs_of
+from fusionkit.checkpoints.live_model import LiveModel, aliases, is_sharded, on_meta, part, put
 from fusionkit.errors import FusionKitError
 from fusionkit.tasks.spread import TasksSpread
 
@@ -72,29 +72,45 @@ class ShardedBase(Checkpoint):
     """A base of which every rank keeps a part; to read a tensor gathers it, on all ranks at once.
 
     Args:
-        model: a sharded model; it has the base's weights, unless they are given.
-        base: the weights of the model as it was before, in their own dtype.
+        shards: name → what this rank keeps of it; tied names share one.
+        label: how messages call it.
+        aliases: tied name → name of the tensor that it shares.
+        buffers: names of the model's buffers.
 
     Attributes:
-        shards: name → what this rank keeps of it; tied names share one.
+        shards: see above.
     """
 
     serial = True
 
-    def __init__(self, model: nn.Module, base: Checkpoint | None = None) -> None:
+    def __init__(
+        self,
+        shards: Mapping[str, Tensor],
+        label: str,
+        aliases: Mapping[str, str],
+        buffers: frozenset[str],
+    ) -> None:
+        self.shards, self.label, self.aliases, self.buffers = shards, label, aliases, buffers
+        self.specs = specs_of(shards)
+        self.nbytes = sum(spec.nbytes for name, spec in self.specs.items() if name not in aliases)
+
+    @classmethod
+    def beside(cls, model: nn.Module, base: Checkpoint | None = None) -> "ShardedBase":
+        """Keep this rank's part of a base's weights.
+
+        Args:
+            model: a sharded model; it has the base's weights, unless they are given.
+            base: the weights of the model as it was before, in their own dtype.
+        """
         state = model.state_dict()
         tied = aliases(model) if base is None else base.aliases
         source = state if base is None else base
-        own = [name for name in state if name not in tied]
         # Cloned, since a part may be a view, which keeps the whole.
-        copies = {name: part(source[name], state[name]).clone() for name in own}
-        self.shards = {name: copies[tied.get(name, name)] for name in state}
-        bare = {n: torch.empty(t.shape, dtype=t.dtype, device="meta") for n, t in copies.items()}
-        super().__init__({name: bare[tied.get(name, name)] for name in state})
+        own = {n: part(source[n], t).clone() for n, t in state.items() if n not in tied}
         buffers = frozenset(name for name, _ in model.named_buffers(remove_duplicate=False))
-        self.label = f"{type(model).__name__} (sharded in memory)" if base is None else base.label
-        self.aliases, self.buffers, self.live = tied, buffers & state.keys(), False
-        self.nbytes = sum(self.specs[name].nbytes for name in copies)
+        label = f"{type(model).__name__} (sharded in memory)" if base is None else base.label
+        shards = {name: own[tied.get(name, name)] for name in state}
+        return cls(shards, label, tied, buffers & state.keys())
 
     def __getitem__(self, name: str) -> Tensor:
         """Gather one tensor, in its own dtype."""
@@ -105,16 +121,18 @@ class ShardedBase(Checkpoint):
 
     def in_memory(self, device: torch.device | None = None) -> Checkpoint:
         """A copy of this rank's parts; see `Checkpoint.in_memory`."""
-        other = copy(self)
-        own = [name for name in self if name not in self.aliases]
-        copies = {name: self.shards[name].to(device, copy=True) for name in own}
-        other.shards = {name: copies[self.aliases.get(name, name)] for name in self}
-        return other
+        own = {
+            name: shard.to(device, copy=True)
+            for name, shard in self.shards.items()
+            if name not in self.aliases
+        }
+        shards = {name: own[self.aliases.get(name, name)] for name in self}
+        return ShardedBase(shards, self.label, self.aliases, self.buffers)
 
 
 def beside(model: nn.Module) -> Checkpoint:
     """A copy of a model's weights, to be kept beside it: sharded where the model is."""
-    return ShardedBase(model) if is_sharded(model) else Checkpoint(model).in_memory()
+    return ShardedBase.beside(model) if is_sharded(model) else LiveModel(model).in_memory()
 
 
 def kept(base: Checkpoint) -> Mapping[str, Tensor]:
@@ -198,7 +216,7 @@ def shard_with_base(
     empty = on_meta(model)
     if empty or not is_sharded(model):
         shard(model, mesh, own, source if empty else None)
-    return ShardedBase(model, None if empty else base)
+    return ShardedBase.beside(model, None if empty else base)
 
 
 def check_strategy(trainer: Trainer, model: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """A family: one base model and the models fine-tuned from it, read as a stream of task vectors.
 
-Every check of names, shapes, dtypes and values that base and fine-tuned checkpoints must pass to
-fit together is here. Each tensor of the base has one role:
+What base and fine-tuned checkpoints must agree in is in `checks`. Each tensor of the base has one
+role:
 
 - *delta*: a floating-point weight; its task vectors are what codecs compress.
 - *exact*: an integer tensor or a buffer (BatchNorm statistics); comes back exactly, stored
@@ -14,7 +14,6 @@ compressed or merged, and free to differ in shape or to be absent from the base.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal, Self, TypeVar
 
@@ -25,10 +24,10 @@ from fusionkit.checkpoints.adapters.folder import is_adapter
 from fusionkit.checkpoints.adapters.layout import fold_into
 from fusionkit.checkpoints.adapters.merged import MergedAdapter
 from fusionkit.checkpoints.adapters.modules import Adapters, AdapterSpace, open_space
-from fusionkit.checkpoints.checkpoint import Checkpoint, Source, matches
-from fusionkit.checkpoints.safetensors_file import Pieces, TensorSpec
+from fusionkit.checkpoints.checkpoint import Checkpoint, Source, TensorSpec, matches
 from fusionkit.errors import CheckpointError, FamilyError, listing
-from fusionkit.task_vectors.vectors import Change, ChangedVectors, TaskVectors
+from fusionkit.task_vectors.checks import check_fit, check_patterns
+from fusionkit.task_vectors.vectors import Change, ChangedVectors, Located, TaskVectors
 from fusionkit.task_vectors.workers import Workers, total
 
 Role = Literal["delta", "exact", "frozen"]
@@ -41,8 +40,8 @@ class Family:
     """A base model and the models fine-tuned from it; iterating streams their task vectors.
 
     Args:
-        base: the base model: anything that `Checkpoint` reads.
-        finetuned: task name → fine-tuned checkpoint: anything that `Checkpoint` reads.
+        base: the base model: anything that `Checkpoint.of` reads.
+        finetuned: task name → fine-tuned checkpoint: anything that `Checkpoint.of` reads.
         private: patterns (`classifier.*`) of the tensors that are each task's own.
         frozen: patterns of the tensors that equal the base's in every task; those that no
             adapter touches are so without being named.
@@ -50,6 +49,8 @@ class Family:
             are merged into; or `modules`, their own tensors, with task vectors from where they
             started. Then all fine-tuned models are adapters of one kind and shape, and `base`
             has the initial tensors beside its own.
+        workers: who does the passes over it; by default some threads of this process.
+        device: where task vectors are formed, and so encoded.
 
     Attributes:
         base: the base's checkpoint.
@@ -61,8 +62,8 @@ class Family:
         space: how adapters' own tensors make the base's weights; None where they are merged.
         sizes: name of a tensor to compress (of role delta) → its number of entries.
         parameters: number of compressible parameters of one task.
-        device: where task vectors are formed, and so encoded: the CPU, unless it is changed.
-        workers: who does the passes over it: some threads, by default.
+        workers: see above; one tensor at a time where the base is read by several processes.
+        device: see above.
 
     Raises:
         FamilyError: the checkpoints don't fit together; the message lists every finding with
@@ -76,6 +77,8 @@ class Family:
         private: Sequence[str] = (),
         frozen: Sequence[str] = (),
         adapters: Adapters = "merged",
+        workers: Workers | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
         if not finetuned:
             raise FamilyError("expected at least one fine-tuned checkpoint, got none")
@@ -88,7 +91,7 @@ class Family:
         self.tasks = tuple(self.finetuned)
         self.private_patterns = tuple(private)
         self.frozen_patterns = tuple(frozen)
-        self._check_patterns()
+        check_patterns(self.base, self.finetuned, self.private_patterns, self.frozen_patterns)
         self.tied = {
             alias: name
             for alias, name in self.base.aliases.items()
@@ -102,18 +105,16 @@ class Family:
         self._known_as: dict[str, list[str]] = {name: [name] for name in self.roles}
         for alias, name in self.tied.items():
             self._known_as.setdefault(name, [name]).append(alias)
-        self.private: dict[str, list[str]] = {}
-        findings = [
-            finding for task in self.tasks for finding in self._check(task, self.finetuned[task])
-        ]
-        if findings:
-            raise FamilyError(
-                f"the fine-tuned checkpoints don't fit the base {self.base.label}:"
-                f"{listing(findings)}{self._hint()}"
-            )
+        self.private = {
+            task: sorted(name for name in checkpoint if self._is_private(name))
+            for task, checkpoint in self.finetuned.items()
+        }
+        wanted = [] if self.space else [name for name in self.base if self._is_private(name)]
+        check_fit(self.base, self.finetuned, self.roles, self._known_as, self.private, wanted)
         self._changes: tuple[Callable[[TaskVectors], Sequence[Change | None]], ...] = ()
-        self.device = torch.device("cpu")
-        self.workers = Workers(threads=1 if self.base.serial else None)
+        self.device = torch.device(device)
+        workers = workers or Workers()
+        self.workers = workers.one_by_one() if self.base.serial else workers
         self.sizes = {name: self.base.specs[name].numel for name in self.names("delta")}
         self.parameters = sum(self.sizes.values())
 
@@ -206,35 +207,14 @@ class Family:
 
     def vectors(self, name: str) -> TaskVectors:
         """The task vectors of one tensor."""
-        vectors = self._vectors(name)
+        tuned = {
+            task: Located(checkpoint, self._name_in(checkpoint, name))
+            for task, checkpoint in self.finetuned.items()
+        }
+        vectors = TaskVectors(Located(self.base, name), tuned, self.device)
         for changes in self._changes:
-            vectors = ChangedVectors.of(vectors, changes(vectors))
+            vectors = ChangedVectors(vectors, changes(vectors))
         return vectors
-
-    def _vectors(self, name: str) -> TaskVectors:
-        def place(task: int | None) -> tuple[Checkpoint, str]:
-            if task is None:
-                return self.base, name
-            checkpoint = self.finetuned[self.tasks[task]]
-            return checkpoint, self._name_in(checkpoint, name)
-
-        def pieces(task: int | None) -> Pieces:
-            checkpoint, known = place(task)
-            return checkpoint.pieces(known)
-
-        def read(task: int | None) -> Tensor:
-            checkpoint, known = place(task)
-            return checkpoint[known]
-
-        def label(task: int | None) -> str:
-            return place(task)[0].label + (" (the base)" if task is None else "")
-
-        def adapter(task: int) -> MergedAdapter | None:
-            checkpoint = self.finetuned[self.tasks[task]]
-            return checkpoint if isinstance(checkpoint, MergedAdapter) else None
-
-        shape = torch.Size(self.base.specs[name].shape)
-        return TaskVectors(name, shape, self.tasks, self.device, read, pieces, label, adapter)
 
     def exact(self, task: str) -> Iterator[tuple[str, Tensor]]:
         """A task's exact tensors that differ from the base's, in their own dtype."""
@@ -339,87 +319,3 @@ class Family:
             return "frozen"
         is_buffer = name in self.base.buffers or matches(name, _BUFFERS)
         return "delta" if spec.dtype.is_floating_point and not is_buffer else "exact"
-
-    def _check_patterns(self) -> None:
-        names = set(self.base).union(*self.finetuned.values())
-        idle = [
-            f"{kind} pattern '{pattern}'"
-            for kind, patterns in (
-                ("private", self.private_patterns),
-                ("frozen", self.frozen_patterns),
-            )
-            for pattern in patterns
-            if not any(fnmatchcase(name, pattern) for name in names)
-        ]
-        if idle:
-            raise FamilyError(
-                f"these match no tensor of {self.base.label} or of a fine-tuned checkpoint:"
-                f"{listing(idle)}\nthe names begin like '{min(names)}'; mend or drop the pattern"
-            )
-        both = [
-            name
-            for name in self.base
-            if self._is_private(name) and matches(name, self.frozen_patterns)
-        ]
-        if both:
-            raise FamilyError(f"declared both private and frozen:{listing(both)}")
-
-    def _check(self, task: str, tuned: Checkpoint) -> Iterator[str]:
-        where = f"{tuned.label} (task '{task}')"
-        self.private[task] = sorted(name for name in tuned if self._is_private(name))
-        for name in self.base:
-            if self._is_private(name) and name not in tuned and self.space is None:
-                yield f"{where}: misses the private tensor '{name}'"
-        for name, role in self.roles.items():
-            known = self._known(tuned, name)
-            if known is None:
-                if role != "frozen":
-                    yield f"{where}: misses tensor '{name}' (declare it frozen if it is the base's)"
-                continue
-            yield from self._check_spec(where, known, self.base.specs[name], tuned.specs[known])
-            yield from self._check_tied(where, tuned, name, known)
-        known_names = set(self.roles) | set(self.tied)
-        for name in tuned:
-            if name not in known_names and not self._is_private(name):
-                yield f"{where}: has tensor '{name}', which the base lacks (declare it private?)"
-
-    def _check_spec(
-        self, where: str, name: str, base: TensorSpec, tuned: TensorSpec
-    ) -> Iterator[str]:
-        if base.shape != tuned.shape:
-            yield (
-                f"{where}: tensor '{name}' has shape {list(tuned.shape)}, the base's has "
-                f"{list(base.shape)} (declare it private to store it whole)"
-            )
-        elif base.dtype != tuned.dtype and not (
-            base.dtype.is_floating_point and tuned.dtype.is_floating_point
-        ):
-            yield f"{where}: tensor '{name}' is {tuned.dtype}, the base's is {base.dtype}"
-
-    def _check_tied(self, where: str, tuned: Checkpoint, name: str, known: str) -> Iterator[str]:
-        for other in self._known_as[name]:
-            if other == known or other not in tuned or tuned.aliases.get(other) == known:
-                continue
-            if tuned.specs[other] != tuned.specs[known] or not torch.equal(
-                tuned[other], tuned[known]
-            ):
-                yield (
-                    f"{where}: '{known}' and '{other}' are one tied tensor in the base but differ "
-                    "here (untie them in the base: give it as a checkpoint that holds both)"
-                )
-
-    def _hint(self) -> str:
-        """Name the prefix that would make the names fit, where there is one."""
-        for tuned in self.finetuned.values():
-            for name in self.roles:
-                for other in tuned:
-                    if other.endswith("." + name):
-                        prefix = other.removesuffix(name)
-                        if sum(prefix + own in tuned for own in self.roles) > len(self.roles) // 2:
-                            return (
-                                f"\n{tuned.label} names its tensors with the prefix '{prefix}': "
-                                f"give the base as Checkpoint(…, add_prefix='{prefix}') or the "
-                                f"fine-tuned one as Checkpoint(…, strip_prefix='{prefix}')"
-                            )
-                break
-        return ""

@@ -1,15 +1,14 @@
 """The task vectors of one tensor: what merges and codecs see of a family."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fusionkit.checkpoints.adapters.lowrank import LowRank
 from fusionkit.checkpoints.adapters.merged import MergedAdapter
-from fusionkit.checkpoints.safetensors_file import Pieces
+from fusionkit.checkpoints.checkpoint import Checkpoint, Pieces
 from fusionkit.errors import FamilyError
 from fusionkit.task_vectors import kernels
 
@@ -26,28 +25,54 @@ Change = Callable[[Tensor, slice], None]
 """Changes one task's vector in place: some of its flattened entries, and their place in it."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
+class Located:
+    """A tensor where it is: in a checkpoint, under the name that it has there.
+
+    Attributes:
+        checkpoint: the checkpoint.
+        name: its name in it.
+    """
+
+    checkpoint: Checkpoint
+    name: str
+
+    def read(self) -> Tensor:
+        """The tensor as it is, in its own dtype; not to be changed."""
+        return self.checkpoint[self.name]
+
+    def pieces(self) -> Pieces:
+        """The same, to be read piece by piece."""
+        return self.checkpoint.pieces(self.name)
+
+
 class TaskVectors:
     """The task vectors of one tensor, one per task: θ_t − θ₀ in float32, formed on demand.
 
     Nothing but the tensors asked for is read or kept: `vectors[t]` forms one task's,
     `stack()` all of them, `blocks()` all of them a block at a time.
 
+    Args:
+        base_at: where the base's tensor is.
+        tuned_at: task → where its fine-tuned tensor is.
+        device: where the vectors are formed.
+
     Attributes:
         name: the tensor's name.
         shape: its shape.
         tasks: the tasks' names, in the order of the indices.
-        device: where they are formed.
+        device: see above.
+        base_at: see above.
+        tuned_at: see above.
     """
 
-    name: str
-    shape: torch.Size
-    tasks: tuple[str, ...]
-    device: torch.device
-    _read: Callable[[int | None], Tensor]  # a task's tensor; None: the base's
-    _pieces: Callable[[int | None], Pieces]
-    _label: Callable[[int | None], str]
-    _adapter: Callable[[int], MergedAdapter | None]
+    def __init__(
+        self, base_at: Located, tuned_at: Mapping[str, Located], device: torch.device
+    ) -> None:
+        self.base_at, self.tuned_at, self.device = base_at, tuned_at, device
+        self.name = base_at.name
+        self.shape = torch.Size(base_at.checkpoint.specs[base_at.name].shape)
+        self.tasks = tuple(tuned_at)
 
     def __len__(self) -> int:
         return len(self.tasks)
@@ -71,8 +96,8 @@ class TaskVectors:
         Raises:
             FamilyError: it holds a NaN or an infinity.
         """
-        adapter = self._adapter(task)
-        factors = adapter.low_rank(self.name) if adapter else None
+        adapter = self._at(task).checkpoint
+        factors = adapter.low_rank(self.name) if isinstance(adapter, MergedAdapter) else None
         if factors:
             self._check_finite(factors.left, task)
             self._check_finite(factors.right, task)
@@ -85,7 +110,7 @@ class TaskVectors:
         Raises:
             FamilyError: it holds a NaN or an infinity.
         """
-        tuned = self._read(task)
+        tuned = self._at(task).read()
         self._check_finite(tuned, task)
         return tuned
 
@@ -106,21 +131,22 @@ class TaskVectors:
         Args:
             count: about how many; all of them, if there are not more.
         """
-        total = self.shape.numel()
-        runs = [
-            block.clone()
-            for place, block in self._blocks(_RUN, max(total // count, 1) * _RUN, range(len(self)))
-        ]
+        step = max(self.shape.numel() // count, 1) * _RUN
+        runs = [block.clone() for _, block in self.blocks(_RUN, step=step)]
         return torch.cat(runs, 1) if runs else torch.empty(len(self), 0, device=self.device)
 
     def blocks(
-        self, size: int | None = None, tasks: Sequence[int] | None = None
+        self,
+        size: int | None = None,
+        tasks: Sequence[int] | None = None,
+        step: int | None = None,
     ) -> Iterator[tuple[slice, Tensor]]:
         """The tasks' vectors, flattened, a block of at most `size` entries at a time.
 
         Args:
             size: of a block; by default what suits the device.
             tasks: which tasks' (T of them); by default all.
+            step: how many entries after another a block starts; by default where that one ends.
 
         Yields:
             the block's place in the flattened tensor, and contiguous float32 `(T, n)`; the
@@ -130,20 +156,17 @@ class TaskVectors:
             FamilyError: a block holds a NaN or an infinity.
         """
         size = size or self._block
-        return self._blocks(size, size, range(len(self)) if tasks is None else tasks)
-
-    def _blocks(self, size: int, step: int, tasks: Sequence[int]) -> Iterator[tuple[slice, Tensor]]:
-        """Blocks that start every `step` entries."""
-        base = self._pieces(None)
+        tasks = range(len(self)) if tasks is None else tasks
+        base = self.base_at.pieces()
         deltas = [self._of_adapter(task) for task in tasks]
         tuned = [
-            self._pieces(task) if delta is None else delta.reshape(-1).__getitem__
+            self._at(task).pieces() if delta is None else delta.reshape(-1).__getitem__
             for task, delta in zip(tasks, deltas, strict=True)
         ]
         width = min(size, self.shape.numel())
         buffer = torch.empty(len(tuned) * width, device=self.device)
         start = torch.empty(width, device=self.device)
-        for place in self._places(size, step):
+        for place in self._places(size, step or size):
             count = place.stop - place.start
             block = buffer[: len(tuned) * count].view(len(tuned), count)
             before = start[:count].copy_(base(place))
@@ -158,12 +181,12 @@ class TaskVectors:
     @property
     def base(self) -> Tensor:
         """The base's tensor as it is, in its own dtype; not to be changed."""
-        return self._read(None)
+        return self.base_at.read()
 
     def _difference(self, task: int) -> Tensor:
         """τ = θ − θ₀ in float32, in pieces that stay in cache: neither is copied whole."""
         delta = torch.empty(self.shape, device=self.device)
-        flat, ours, base = delta.view(-1), self._pieces(task), self._pieces(None)
+        flat, ours, base = delta.view(-1), self._at(task).pieces(), self.base_at.pieces()
         start = torch.empty(min(self._block, flat.numel()), device=self.device)
         for place in self._places(self._block, self._block):
             piece = flat[place]
@@ -195,75 +218,67 @@ class TaskVectors:
         for start in range(0, count, step):
             yield slice(start, min(start + size, count))
 
-    @cached_property
-    def _base(self) -> Tensor:
-        return self.base.to(torch.float32)
+    def _at(self, task: int) -> Located:
+        return self.tuned_at[self.tasks[task]]
 
     def _of_adapter(self, task: int) -> Tensor | None:
         """What an adapter does to the tensor, as it is: no rounding against the base."""
-        adapter = self._adapter(task)
-        return adapter.delta(self.name, self._base) if adapter else None
+        adapter = self._at(task).checkpoint
+        return adapter.delta(self.name) if isinstance(adapter, MergedAdapter) else None
 
     def _check_finite(self, values: Tensor, task: int) -> None:
         # The sum is one cheap pass; only a suspicious one is looked at entry by entry.
         if torch.isfinite(values.sum()) or torch.isfinite(values).all():
             return
         bad = int((~torch.isfinite(values)).sum())
-        at_fault = self._label(task if torch.isfinite(self._base).all() else None)
+        if torch.isfinite(self.base.to(torch.float32)).all():
+            at_fault = self._at(task).checkpoint.label
+        else:
+            at_fault = f"{self.base_at.checkpoint.label} (the base)"
         raise FamilyError(
             f"{at_fault}: tensor '{self.name}' holds {bad} values that are NaN or infinite "
             f"(task '{self.tasks[task]}'); mend or retrain that checkpoint"
         )
 
 
-@dataclass(frozen=True, eq=False)
 class ChangedVectors(TaskVectors):
     """Task vectors that are changed as they are formed: shifted, say, or scaled.
 
-    Attributes:
+    Args:
+        vectors: the vectors before; what was done to them comes first.
         changes: per task what is done to its vector; None: it stays as it is, to the bit.
+
+    Attributes:
+        vectors: see above.
+        changes: see above.
     """
 
-    changes: Sequence[Change | None]
-
-    @classmethod
-    def of(cls, vectors: TaskVectors, changes: Sequence[Change | None]) -> "ChangedVectors":
-        """The same vectors, changed; changes made before come first."""
-        if isinstance(vectors, ChangedVectors):
-            changes = [
-                _both(first, then) for first, then in zip(vectors.changes, changes, strict=True)
-            ]
-        own = {field.name: getattr(vectors, field.name) for field in fields(TaskVectors)}
-        return cls(**own, changes=changes)
+    def __init__(self, vectors: TaskVectors, changes: Sequence[Change | None]) -> None:
+        super().__init__(vectors.base_at, vectors.tuned_at, vectors.device)
+        self.vectors, self.changes = vectors, changes
 
     def __getitem__(self, task: int) -> Tensor:
         """One task's changed vector: float32 `(*shape)`."""
-        delta = super().__getitem__(task)
+        delta = self.vectors[task]
         change = self.changes[task]
         if change is not None:
             change(delta.view(-1), slice(0, delta.numel()))
         return delta
 
     def low_rank(self, task: int) -> LowRank | None:
-        """As of the vectors themselves; None of one that is changed."""
-        return None if self.changes[task] else super().low_rank(task)
+        """As of the vectors before; None of one that is changed."""
+        return None if self.changes[task] else self.vectors.low_rank(task)
 
-    def _blocks(self, size: int, step: int, tasks: Sequence[int]) -> Iterator[tuple[slice, Tensor]]:
-        """As of the vectors themselves, then changed."""
-        changes = [self.changes[task] for task in tasks]
-        for place, block in super()._blocks(size, step, tasks):
+    def blocks(
+        self,
+        size: int | None = None,
+        tasks: Sequence[int] | None = None,
+        step: int | None = None,
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """As of the vectors before, then changed."""
+        changes = self.changes if tasks is None else [self.changes[task] for task in tasks]
+        for place, block in self.vectors.blocks(size, tasks, step):
             for change, values in zip(changes, block, strict=True):
                 if change is not None:
                     change(values, place)
             yield place, block
-
-
-def _both(first: Change | None, then: Change | None) -> Change | None:
-    if first is None or then is None:
-        return first or then
-
-    def change(values: Tensor, place: slice) -> None:
-        first(values, place)
-        then(values, place)
-
-    return change

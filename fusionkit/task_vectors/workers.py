@@ -48,6 +48,10 @@ class Workers:
         self.threads = threads
         self._passes = 0
 
+    def one_by_one(self) -> "Workers":
+        """The same, with one tensor at work at a time."""
+        return Workers(self.processes, self._progress, threads=1)
+
     def share(self, sizes: Mapping[str, int]) -> list[str]:
         """The tensors that are this process's: neighbours, of about as many entries as others'.
 

@@ -244,7 +244,7 @@ class Finetune(LightningModule):
         kind = next((file for file in KINDS if (folder / file).is_file()), WEIGHTS)
         if self.method == "full":
             with new_folder(folder, overwrite, known_by=kind) as new:
-                tied = Checkpoint(self.model).aliases
+                tied = Checkpoint.of(self.model).aliases
                 state = {
                     name: tensor.cpu().contiguous()
                     for name, tensor in self.model.state_dict().items()
@@ -372,7 +372,7 @@ class Finetune(LightningModule):
         order = list(dict.fromkeys(name.rpartition(".lora_")[0] for name in self._start))
         start = {name: tensor.cpu() for name, tensor in self._start.items()}
         seeded = Seeded(self.seed, init=True, order=order, sha256=digest(start))
-        base = Checkpoint(_below(self.model))
+        base = Checkpoint.of(_below(self.model))
         layout = AdapterFolder(folder).layout(base)
         shapes = {name: tuple(tensor.shape) for name, tensor in start.items()}
         record: Mapping[str, Any] = dataclasses.asdict(seeded)

@@ -24,7 +24,7 @@ def fit(trainer: Any, module: LightningModule, datamodule: Any, ckpt_path: str |
         KeyboardInterrupt: it was interrupted.
     """
     if ckpt_path and Path(ckpt_path).is_file():
-        Checkpoint(ckpt_path)  # says what is wrong with a damaged one
+        Checkpoint.of(ckpt_path)  # says what is wrong with a damaged one
     try:
         trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
     except FileNotFoundError as error:

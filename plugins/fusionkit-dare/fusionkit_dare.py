@@ -108,7 +108,7 @@ class DAREMerge(Merge):
 
     def vector(self, merge_tensor: MergeTensor, vectors: TaskVectors) -> Tensor:
         """As the merge takes a tensor, of the vectors as they are left."""
-        dropped = ChangedVectors.of(vectors, self._changes(vectors))
+        dropped = ChangedVectors(vectors, self._changes(vectors))
         return self._merge.vector(merge_tensor, dropped)
 
     def _changes(self, vectors: TaskVectors) -> Sequence[Change]:

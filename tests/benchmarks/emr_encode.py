@@ -25,7 +25,7 @@ def fusionkit_emr(out: Path) -> None:
     import fusionkit
 
     fusionkit.compress(
-        fusionkit.Checkpoint(BASE, add_prefix="bert."),
+        fusionkit.Checkpoint.of(BASE, add_prefix="bert."),
         {folder.name: folder / "model.safetensors" for folder in sorted(ZOO.iterdir())},
         fusionkit.EMR(),
         out / "bundle",

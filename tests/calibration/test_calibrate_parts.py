@@ -58,7 +58,7 @@ def test_it_learns_the_magnitudes_and_nothing_else(
         teacher = logits(finetuned[task], tokens)
         base_state = reuse.base_weights
         for source, value in ((plain, record.loss_before), (bundle, record.loss_after)):
-            source.attach_base(fusionkit.Checkpoint(base_state))
+            source.attach_base(fusionkit.Checkpoint.of(base_state))
             found = kl(teacher, logits(source.state_dict(task), tokens))
             assert value == pytest.approx(found, rel=1e-4, abs=1e-7)
         assert record.loss_after < 0.9 * record.loss_before

@@ -44,7 +44,7 @@ def check_same(checkpoint: Checkpoint, state: States) -> None:
 def refused(source: object, *said: str) -> None:
     """Check that a source is refused, with all of this in the message, in this order."""
     with pytest.raises(CheckpointError, match="(?s)" + ".*".join(map(re.escape, said))):
-        Checkpoint(source)  # type: ignore[arg-type]
+        Checkpoint.of(source)  # type: ignore[arg-type]
 
 
 # --- one file -------------------------------------------------------------------------------
@@ -54,7 +54,7 @@ def test_safetensors(tmp_path: Path, state: States) -> None:
     path = tmp_path / "model.safetensors"
     save_file(state, path)
     for source in (path, str(path)):
-        checkpoint = Checkpoint(source)
+        checkpoint = Checkpoint.of(source)
         check_same(checkpoint, state)
         assert checkpoint.label == str(path)
         assert checkpoint.nbytes == path.stat().st_size
@@ -68,7 +68,7 @@ def test_pickles_plain_and_wrapped(
 ) -> None:
     path = tmp_path / f"model{suffix}"
     torch.save({wrapper: state, "epoch": 3, "name": "x"} if wrapper else state, path)
-    checkpoint = Checkpoint(path)
+    checkpoint = Checkpoint.of(path)
     check_same(checkpoint, state)
     assert checkpoint.nbytes == path.stat().st_size
     assert not checkpoint.live
@@ -77,7 +77,7 @@ def test_pickles_plain_and_wrapped(
 def test_a_pickle_from_before_torch_1_6(tmp_path: Path, state: States) -> None:
     path = tmp_path / "old.pt"
     torch.save(state, path, _use_new_zipfile_serialization=False)
-    check_same(Checkpoint(path), state)
+    check_same(Checkpoint.of(path), state)
 
 
 DTYPES = [
@@ -96,7 +96,7 @@ def test_dtypes_come_back_as_they_are(tmp_path: Path, suffix: str) -> None:
         torch.save(state, path)
     else:
         save_file(state, path)
-    checkpoint = Checkpoint(path)
+    checkpoint = Checkpoint.of(path)
     assert checkpoint.specs == {n: TensorSpec(tuple(t.shape), t.dtype) for n, t in state.items()}
     for name, tensor in state.items():
         assert checkpoint[name].dtype == tensor.dtype
@@ -120,7 +120,7 @@ def test_a_large_tensor_costs_nothing_until_asked_for(tmp_path: Path) -> None:
         file.seek(huge, os.SEEK_CUR)
         file.write(struct.pack("<2f", 1.5, -2.0))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    checkpoint = Checkpoint(path)
+    checkpoint = Checkpoint.of(path)
     assert checkpoint.specs["huge"].shape == (huge // 4,)
     assert checkpoint["small"].tolist() == [1.5, -2.0]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -136,7 +136,7 @@ def test_values_are_read_when_asked_for_and_not_before(
         torch.save(state, path)
     else:
         save_file(state, path)
-    checkpoint = Checkpoint(path)
+    checkpoint = Checkpoint.of(path)
     other = torch.randn(3, 4)
     place = path.read_bytes().index(state["a.weight"].numpy().tobytes())
     stat = path.stat()
@@ -150,7 +150,7 @@ def test_values_are_read_when_asked_for_and_not_before(
 def test_a_file_that_was_changed_is_refused(tmp_path: Path, state: States) -> None:
     path = tmp_path / "model.safetensors"
     save_file(state, path)
-    checkpoint = Checkpoint(path)
+    checkpoint = Checkpoint.of(path)
     save_file({name: tensor.clone() for name, tensor in state.items()}, path)
     os.utime(path, ns=(1, 1))
     with pytest.raises(CheckpointError, match=r"'a\.weight' can't be read: the file was changed"):
@@ -165,9 +165,10 @@ def test_pieces_are_those_of_the_tensor(
         monkeypatch.delattr(os, "preadv", raising=False)
     path = tmp_path / "model.safetensors"
     save_file(state, path)
-    for checkpoint in (Checkpoint(path), Checkpoint(state), Checkpoint(Checkpoint(path))):
+    kinds = [Checkpoint.of(path), Checkpoint.of(state), Checkpoint.of(path, add_prefix="net.")]
+    for checkpoint in kinds:
         for name, tensor in state.items():
-            pieces = checkpoint.pieces(name)
+            pieces = checkpoint.pieces(checkpoint.add_prefix + name)
             for start in range(0, tensor.numel(), 2):
                 place = slice(start, min(start + 2, tensor.numel()))
                 assert torch.equal(pieces(place), tensor.reshape(-1)[place])
@@ -178,7 +179,7 @@ def test_a_file_replaced_by_a_shorter_one_is_named_with_the_tensor(
 ) -> None:
     path = tmp_path / "model.safetensors"
     save_file(state, path)
-    checkpoint = Checkpoint(path)
+    checkpoint = Checkpoint.of(path)
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(CheckpointError, match=rf"{path}: tensor 'a\.bias' can't be read"):
         checkpoint["a.bias"]
@@ -208,7 +209,7 @@ def write_shards(folder: Path, state: States, suffix: str = "safetensors") -> Pa
 def test_a_sharded_folder_or_its_index(tmp_path: Path, state: States, suffix: str) -> None:
     index = write_shards(tmp_path, state, suffix)
     for source in (tmp_path, index):
-        checkpoint = Checkpoint(source)
+        checkpoint = Checkpoint.of(source)
         check_same(checkpoint, state)
         assert checkpoint.label == str(source)
         shards = tmp_path.glob(f"*.{suffix}")
@@ -220,7 +221,7 @@ def test_ties_inside_a_shard_are_found_whatever_the_order_of_the_index(tmp_path:
     torch.save({"a": weight, "z": weight, "m": torch.randn(2)}, tmp_path / "one.bin")
     index = tmp_path / "pytorch_model.bin.index.json"
     index.write_text(json.dumps({"weight_map": {"z": "one.bin", "m": "one.bin", "a": "one.bin"}}))
-    checkpoint = Checkpoint(tmp_path)
+    checkpoint = Checkpoint.of(tmp_path)
     assert checkpoint.aliases == {"z": "a"}
     copied = checkpoint.in_memory()
     assert torch.equal(copied["a"], weight)
@@ -277,7 +278,7 @@ def test_a_folder_with_one_file(tmp_path: Path, state: States, file: str) -> Non
     else:
         save_file(state, tmp_path / file)
     (tmp_path / "config.json").write_text("{}")
-    check_same(Checkpoint(tmp_path), state)
+    check_same(Checkpoint.of(tmp_path), state)
 
 
 def test_folders_without_one_checkpoint_say_what_is_expected(tmp_path: Path, state: States) -> None:
@@ -332,8 +333,8 @@ def test_a_lightning_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
     module = Lit(rate=0.01, extra={"layers": [1, 2]})
     save_lightning(module, path)
-    check_same(Checkpoint(path), module.state_dict())
-    net = Checkpoint(path, strip_prefix="net.")
+    check_same(Checkpoint.of(path), module.state_dict())
+    net = Checkpoint.of(path, strip_prefix="net.")
     check_same(net, module.net.state_dict())
     assert net.aliases == {"decoder.weight": "embed.weight"}
 
@@ -349,7 +350,7 @@ def test_a_lightning_checkpoint_with_objects_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_module(base: TinyNet) -> None:
-    checkpoint = Checkpoint(base)
+    checkpoint = Checkpoint.of(base)
     check_same(checkpoint, base.state_dict())
     assert checkpoint.label == "TinyNet (module in memory)"
     assert checkpoint.live
@@ -366,17 +367,17 @@ def test_buffers_that_are_not_saved_are_not_listed() -> None:
     module = nn.Linear(2, 2)
     module.register_buffer("seen", torch.zeros(1), persistent=False)
     module.register_buffer("kept", torch.zeros(1))
-    assert Checkpoint(module).buffers == {"kept"}
+    assert Checkpoint.of(module).buffers == {"kept"}
 
 
 def test_a_mapping(state: States) -> None:
-    check_same(Checkpoint(state), state)
-    assert Checkpoint(state).label == "dict of tensors in memory"
-    assert Checkpoint(state).nbytes == sum(tensor.nbytes for tensor in state.values())
+    check_same(Checkpoint.of(state), state)
+    assert Checkpoint.of(state).label == "dict of tensors in memory"
+    assert Checkpoint.of(state).nbytes == sum(tensor.nbytes for tensor in state.values())
 
 
 def test_a_checkpoint_comes_back_as_it_is(state: States) -> None:
-    checkpoint = Checkpoint(state)
+    checkpoint = Checkpoint.of(state)
     assert Checkpoint.of(checkpoint) is checkpoint
     check_same(Checkpoint.of(state), state)
 
@@ -390,13 +391,13 @@ def test_ties_are_found_in_pickles_and_only_where_all_is_shared(tmp_path: Path) 
     path = tmp_path / "model.pt"
     torch.save(state, path)
     for source in (path, state):
-        checkpoint = Checkpoint(source)
+        checkpoint = Checkpoint.of(source)
         assert checkpoint.aliases == {"tied": "a"}
         check_same(checkpoint, state)
 
 
 def test_in_memory_copies_and_keeps_what_is_known(tmp_path: Path, base: TinyNet) -> None:
-    checkpoint = Checkpoint(base, add_prefix="net.")
+    checkpoint = Checkpoint.of(base, add_prefix="net.")
     copied = checkpoint.in_memory()
     before = {name: tensor.clone() for name, tensor in copied.items()}
     with torch.no_grad():
@@ -417,14 +418,33 @@ def test_in_memory_copies_and_keeps_what_is_known(tmp_path: Path, base: TinyNet)
 def test_prefixes_are_taken_off_and_put_on(tmp_path: Path, state: States) -> None:
     path = tmp_path / "model.safetensors"
     save_file({f"model.{name}": t for name, t in state.items()} | {"ema.a": torch.ones(1)}, path)
-    check_same(Checkpoint(path, strip_prefix="model."), state)
+    check_same(Checkpoint.of(path, strip_prefix="model."), state)
     bert = {f"bert.{name}": tensor for name, tensor in state.items()}
-    check_same(Checkpoint(path, strip_prefix="model.", add_prefix="bert."), bert)
-    assert "model.a.bias" not in Checkpoint(path, strip_prefix="model.")
+    check_same(Checkpoint.of(path, strip_prefix="model.", add_prefix="bert."), bert)
+    assert "model.a.bias" not in Checkpoint.of(path, strip_prefix="model.")
+
+
+def test_prefixes_over_prefixes_are_again_one_of_each(tmp_path: Path, state: States) -> None:
+    """What a manifest keeps of them opens the same tensors again."""
+    path = tmp_path / "model.safetensors"
+    save_file({f"model.net.{name}": tensor for name, tensor in state.items()}, path)
+    inner = Checkpoint.of(path, strip_prefix="model.", add_prefix="a.b.")
+    for strip, add in (("", "x."), ("a.", ""), ("a.b.", "x."), ("a.b.net.", "x."), ("a.b.ne", "")):
+        twice = Checkpoint.of(inner, strip_prefix=strip, add_prefix=add)
+        once = Checkpoint.of(path, twice.strip_prefix, twice.add_prefix)
+        check_same(twice, dict(once))
+        assert (twice.label, twice.files, twice.live) == (str(path), (path,), False)
+    with pytest.raises(CheckpointError, match=r"no tensor whose name starts with 'b\.'"):
+        Checkpoint.of(inner, strip_prefix="b.")
+
+
+def test_the_interface_itself_says_how_to_open(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"write Checkpoint\.of\(…\)"):
+        Checkpoint(tmp_path)  # type: ignore[abstract]
 
 
 def test_a_prefix_is_no_set_of_characters(state: States) -> None:
-    checkpoint = Checkpoint({"model.model.ode": torch.ones(1)}, strip_prefix="model.")
+    checkpoint = Checkpoint.of({"model.model.ode": torch.ones(1)}, strip_prefix="model.")
     assert list(checkpoint) == ["model.ode"]
 
 
@@ -433,15 +453,15 @@ def test_a_prefix_that_nothing_has_is_refused(tmp_path: Path, state: States) -> 
     save_file(state, path)
     said = rf"{path}: holds no tensor whose name starts with 'bert\.'"
     with pytest.raises(CheckpointError, match=said):
-        Checkpoint(path, strip_prefix="bert.")
+        Checkpoint.of(path, strip_prefix="bert.")
 
 
 def test_a_name_that_is_not_there_is_a_key_error(tmp_path: Path, state: States) -> None:
     path = tmp_path / "model.safetensors"
     save_file(state, path)
     with pytest.raises(KeyError, match=rf"{path}: no tensor 'c'"):
-        Checkpoint(path)["c"]
-    assert Checkpoint(path).get("c") is None
+        Checkpoint.of(path)["c"]
+    assert Checkpoint.of(path).get("c") is None
 
 
 def test_checkpoints_are_found_by_pattern(tmp_path: Path, state: States) -> None:

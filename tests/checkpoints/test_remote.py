@@ -42,11 +42,11 @@ def store(files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 
 def test_a_checkpoint_is_read_in_place(store: Any, files: Files) -> None:
-    check_same(dict(Checkpoint("memory://zoo/base")), dict(Checkpoint(files.base)))
-    there = Checkpoint("memory://zoo/tasks/ant/model.safetensors")
-    check_same(dict(there), dict(Checkpoint(files.finetuned["ant"])))
+    check_same(dict(Checkpoint.of("memory://zoo/base")), dict(Checkpoint.of(files.base)))
+    there = Checkpoint.of("memory://zoo/tasks/ant/model.safetensors")
+    check_same(dict(there), dict(Checkpoint.of(files.finetuned["ant"])))
     store.pipe("/zoo/base.pt", _saved(load_file(files.base)))
-    check_same(dict(Checkpoint("memory://zoo/base.pt")), dict(Checkpoint(files.base)))
+    check_same(dict(Checkpoint.of("memory://zoo/base.pt")), dict(Checkpoint.of(files.base)))
 
 
 def _saved(state: dict[str, torch.Tensor]) -> bytes:
@@ -64,7 +64,7 @@ def test_only_what_is_asked_for_is_fetched(store: Any, monkeypatch: pytest.Monke
         return read(self, memory, offset)
 
     monkeypatch.setattr(tensorfile._SeekingPieces, "_read", count)
-    checkpoint = Checkpoint("memory://zoo/tasks/bee/model.safetensors")
+    checkpoint = Checkpoint.of("memory://zoo/tasks/bee/model.safetensors")
     assert not fetched
     tensor = checkpoint["hidden.weight"]
     assert sum(fetched) == tensor.nbytes
@@ -73,7 +73,7 @@ def test_only_what_is_asked_for_is_fetched(store: Any, monkeypatch: pytest.Monke
 def test_a_pattern_finds_the_tasks(store: Any) -> None:
     found = find_checkpoints("memory://zoo/tasks/*/model.safetensors")
     assert list(found) == sorted(TASKS)
-    assert Checkpoint(found["cat"]).label == "memory://zoo/tasks/cat/model.safetensors"
+    assert Checkpoint.of(found["cat"]).label == "memory://zoo/tasks/cat/model.safetensors"
     with pytest.raises(CheckpointError, match=r"memory://zoo/\*/nothing: nothing matches"):
         find_checkpoints("memory://zoo/*/nothing")
 
@@ -82,7 +82,7 @@ def test_a_pattern_finds_the_tasks(store: Any) -> None:
 def test_there_and_back(store: Any, files: Files, tmp_path: Path, codec: Any) -> None:
     """From remote checkpoints into a remote bundle: the bytes are those of the local one."""
     tuned = find_checkpoints("memory://zoo/tasks/*/model.safetensors")
-    base = Checkpoint("memory://zoo/base")
+    base = Checkpoint.of("memory://zoo/base")
     compress(base, tuned, codec, "memory://bundles/one", private=PRIVATE)
     local = compress(
         files.base,
@@ -134,11 +134,11 @@ def test_what_can_not_be_done_there_is_said(store: Any, tmp_path: Path) -> None:
     bundle.save(tmp_path / "local")
     Bundle(tmp_path / "local").remove("ant")
     with pytest.raises(CheckpointError, match=r"memory://zoo/nowhere.safetensors: no such file"):
-        Checkpoint("memory://zoo/nowhere.safetensors")
+        Checkpoint.of("memory://zoo/nowhere.safetensors")
     with pytest.raises(BundleError, match=r"memory://zoo: not a bundle"):
         Bundle("memory://zoo")
     with pytest.raises(FusionKitError, match="nonsense"):
-        Checkpoint("nonsense://zoo/model.safetensors")
+        Checkpoint.of("nonsense://zoo/model.safetensors")
 
 
 def test_a_file_cut_short_is_refused(store: Any) -> None:
@@ -146,4 +146,4 @@ def test_a_file_cut_short_is_refused(store: Any) -> None:
     for cut in (whole[:-4], whole[:50], whole[:3], b"<html>"):
         store.pipe("/zoo/cut.safetensors", cut)
         with pytest.raises(CheckpointError, match=r"cut\.safetensors: not a whole safetensors"):
-            Checkpoint("memory://zoo/cut.safetensors")
+            Checkpoint.of("memory://zoo/cut.safetensors")

@@ -101,7 +101,7 @@ def record(folder: Path, **changes: Any) -> None:
 def test_a_seed_replays_pefts_draw_exactly(settings: dict[str, Any], tmp_path: Path) -> None:
     _, start = trained(tmp_path / "a", seed=5, move=1, **settings)
     folder = AdapterFolder(tmp_path / "a")
-    layout = folder.layout(Checkpoint(net()))
+    layout = folder.layout(Checkpoint.of(net()))
     state = torch.get_rng_state()
     kind, found = start_of(folder, layout)
     assert torch.equal(torch.get_rng_state(), state)
@@ -114,7 +114,7 @@ def test_several_threads_replay_the_same_draw(tmp_path: Path) -> None:
     """Each from the random state that all of them have."""
     _, start = trained(tmp_path / "a", seed=5, move=1)
     folder = AdapterFolder(tmp_path / "a")
-    layout = folder.layout(Checkpoint(net()))
+    layout = folder.layout(Checkpoint.of(net()))
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda _: start_of(folder, layout)[1], range(40)))
     for each in found:

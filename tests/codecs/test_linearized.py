@@ -57,7 +57,7 @@ def factors(fits: Fits) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]
         for task, file in files.items()
     }
     start = start_of(
-        folder := AdapterFolder(fits.paths["digit"]), folder.layout(Checkpoint(tiny_vit()))
+        folder := AdapterFolder(fits.paths["digit"]), folder.layout(Checkpoint.of(tiny_vit()))
     )[1]
     modules = [n.removesuffix(".lora_A.weight") for n in start if ".lora_A." in n]
     return (

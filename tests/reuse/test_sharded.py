@@ -367,7 +367,7 @@ def evaluated(strategy: Any, devices: int, meta: bool = False, tasks: bool = Fal
     source = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     with torch.device("meta" if meta else "cpu"):
         model = TinyNet().eval()
-    base_of: Any = fusionkit.Checkpoint(source)
+    base_of: Any = fusionkit.Checkpoint.of(source)
     module = ReuseModule(model, bundle=bundle, base=base_of, private=PRIVATE)
     found = []
     for verb in ("validate", "test"):

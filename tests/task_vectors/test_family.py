@@ -361,9 +361,9 @@ def test_a_prefix_that_would_make_the_names_fit_is_named(tmp_path: Path, files: 
     options = {"base": files.base, "finetuned": {"ant": path}}
     refused("misses tensor", str(path), "with the prefix 'model.net.'",
             "strip_prefix='model.net.'", **options, private=["*head.*"])  # fmt: skip
-    base = Checkpoint(files.base, add_prefix="model.net.")
+    base = Checkpoint.of(files.base, add_prefix="model.net.")
     assert len(Family(base, {"ant": path}, private=["*head.*"])) == len(DELTAS)
-    tuned = Checkpoint(path, strip_prefix="model.net.")
+    tuned = Checkpoint.of(path, strip_prefix="model.net.")
     assert len(Family(files.base, {"ant": tuned}, private=PRIVATE)) == len(DELTAS)
 
 
@@ -385,7 +385,27 @@ def test_a_task_is_written_into_a_model_to_the_bit(base: TinyNet, finetuned: Sta
     model = TinyNet()
     out = dict(model.state_dict())
     head = model.head.weight.detach().clone()
-    family.write_into("bee", Checkpoint(base), out)
+    family.write_into("bee", Checkpoint.of(base), out)
     for name in (*DELTAS, *EXACT):
         assert torch.equal(model.state_dict()[name], finetuned["bee"][name])
     assert torch.equal(model.head.weight, head)
+
+
+def test_changes_come_one_after_another_however_the_vectors_are_read() -> None:
+    def double(values: Tensor, place: slice) -> None:
+        values.mul_(2)
+
+    def count(values: Tensor, place: slice) -> None:
+        values.add_(torch.arange(place.start, place.stop))
+
+    base, tuned = {"w": torch.zeros(4, 300)}, {"w": torch.randn(4, 300)}
+    family = Family(base, {"a": tuned, "b": tuned})
+    vectors = family.changed(lambda _: [double, None]).changed(lambda _: [count, None]).vectors("w")
+    wanted = torch.stack([2 * tuned["w"] + torch.arange(1200.0).view(4, 300), tuned["w"]])
+    assert torch.equal(vectors.stack(), wanted)
+    blocks = torch.cat([block.clone() for _, block in vectors.blocks(7)], 1)
+    assert torch.equal(blocks.view_as(wanted), wanted)
+    assert torch.equal(vectors.sample(1200), wanted.view(2, -1))
+    [(_, block)] = vectors.blocks(tasks=[1])
+    assert torch.equal(block.view(4, 300), wanted[1])
+    assert torch.equal(vectors.tuned(0), tuned["w"])  # what was trained, which no change touches

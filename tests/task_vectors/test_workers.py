@@ -112,7 +112,7 @@ def test_totals_are_the_same_by_any_number_of_threads() -> None:
     for vectors in family:
         wanted += sums(vectors)
     for threads in (1, 2, 5):
-        family.workers = Workers(threads=threads)
+        family = Family(**models(), workers=Workers(threads=threads))
         found = family.total(sums)
         assert found is not None
         assert torch.equal(found, wanted)  # added in the base's order, to the bit

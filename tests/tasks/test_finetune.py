@@ -120,7 +120,7 @@ class TestStart:
         fits: Fits = request.getfixturevalue(method)
         for path in fits.paths.values():
             folder = AdapterFolder(path)
-            record, start = start_of(folder, folder.layout(Checkpoint(tiny_vit())))
+            record, start = start_of(folder, folder.layout(Checkpoint.of(tiny_vit())))
             assert record["seed"] == 0
             wanted = self.drawn()
             assert start.keys() == wanted.keys()
@@ -183,7 +183,7 @@ class TestStart:
 
     def test_a_replay_that_fits_the_order_only_is_none(self, lora: Fits) -> None:
         folder = AdapterFolder(lora.paths["digit"])
-        layout = folder.layout(Checkpoint(tiny_vit()))
+        layout = folder.layout(Checkpoint.of(tiny_vit()))
         shapes = {name: folder.tensors.specs[name].shape for name in layout.tensors}
         seeded = Seeded(**folder.start["start"])
         assert seeded.replay(layout, shapes) is not None

@@ -19,6 +19,7 @@ from typing import Any
 from fusionkit.checkpoints.adapters.layout import AdapterLayout, Ia3Module, LoraModule, Module
 from fusionkit.checkpoints.checkpoint import Checkpoint
 from fusionkit.checkpoints.paths import open_path
+from fusionkit.checkpoints.view import View
 from fusionkit.errors import CheckpointError, FamilyError, listing
 
 CONFIG = "adapter_config.json"
@@ -78,10 +79,10 @@ class AdapterFolder:
 
     Args:
         path: the folder.
-        files: the files in it.
 
     Attributes:
         label: how messages call it.
+        files: the files in it.
         config: the content of `adapter_config.json`.
         tensors: its tensors, named as the base would name them.
         start: the content of `fusionkit.json`; empty where there is none.
@@ -98,10 +99,9 @@ class AdapterFolder:
         file = next((self.path / name for name in TENSORS if (self.path / name).is_file()), None)
         if file is None:
             raise CheckpointError(f"{path}: has {CONFIG} but none of {', '.join(TENSORS)}")
-        self.tensors = AdapterTensors(file, self.label)
         self.start = _read_json(self.path / RECORD) if (self.path / RECORD).is_file() else {}
         self.files = tuple(path for path in sorted(self.path.iterdir()) if path.is_file())
-        self.tensors.files = self.files
+        self.tensors = _plain(Checkpoint.of(file), self.label, self.files)
         self._refuse_tensors()
 
     @property
@@ -260,15 +260,10 @@ class AdapterFolder:
             )
 
 
-class AdapterTensors(Checkpoint):
+def _plain(file: Checkpoint, label: str, files: tuple[Path, ...]) -> Checkpoint:
     """An adapter's tensors, without what PEFT wraps around the base's names."""
-
-    def __init__(self, file: Path, label: str) -> None:
-        super().__init__(file)
-        self.label = label
-        plain = {name.removeprefix(PREFIX).replace(".base_layer.", "."): name for name in self}
-        self._names = plain
-        self.specs = {name: self.specs[raw] for name, raw in plain.items()}
+    names = {name.removeprefix(PREFIX).replace(".base_layer.", "."): name for name in file}
+    return View(file, names, label=label, files=files)
 
 
 def _adapted(name: str) -> str | None:

@@ -9,12 +9,11 @@ from fusionkit.checkpoints.adapters.folder import AdapterFolder
 from fusionkit.checkpoints.adapters.layout import LoraModule, Module
 from fusionkit.checkpoints.adapters.lowrank import LowRank
 from fusionkit.checkpoints.adapters.start import start_of
-from fusionkit.checkpoints.checkpoint import Checkpoint
-from fusionkit.checkpoints.overlay import Overlay
+from fusionkit.checkpoints.checkpoint import Checkpoint, Pieces
 from fusionkit.errors import FamilyError
 
 
-class MergedAdapter(Overlay):
+class MergedAdapter(Checkpoint):
     """A base with an adapter merged into it, tensor by tensor as they are asked for.
 
     Equal to PEFT's `merge_and_unload()` to float32 rounding.
@@ -24,6 +23,8 @@ class MergedAdapter(Overlay):
         path: the adapter's folder.
 
     Attributes:
+        below: the base.
+        folder: the adapter's folder.
         layout: what the adapter does to the base.
         touched: names of the base's tensors that it changes or replaces.
 
@@ -33,13 +34,15 @@ class MergedAdapter(Overlay):
     """
 
     def __init__(self, base: Checkpoint, path: str | Path) -> None:
-        self.folder = AdapterFolder(path)
+        self.below, self.folder = base, AdapterFolder(path)
         self.layout = self.folder.layout(base)
         tensors = self.folder.tensors
         self._whole = frozenset(self.folder.whole)
-        super().__init__(base, {name: tensors.specs[name] for name in self._whole})
-        self.label, self.nbytes, self.live = self.folder.label, tensors.nbytes, False
-        self.files = self.folder.files
+        self.label, self.files, self.nbytes = self.folder.label, self.folder.files, tensors.nbytes
+        self.strip_prefix, self.add_prefix = base.strip_prefix, base.add_prefix
+        self.buffers, self.serial = base.buffers, base.serial
+        self.specs = {**base.specs, **{name: tensors.specs[name] for name in self._whole}}
+        self.aliases = {name: to for name, to in base.aliases.items() if name not in self._whole}
         self._start: dict[str, Tensor] | None = None
         self._modules = {name: (module, name) for name, module in self.layout.by_target.items()}
         tied = {*self.aliases, *self.aliases.values()} & self._modules.keys()
@@ -50,10 +53,8 @@ class MergedAdapter(Overlay):
             )
         self.touched = {*self._modules, *self._whole}
 
-    def top(self, name: str) -> Tensor | None:
-        """A tensor that the adapter changes or replaces, in the dtype of what it replaces."""
-        if name not in self.touched:
-            return None
+    def __getitem__(self, name: str) -> Tensor:
+        """Read one tensor; one that the adapter changes or replaces, in the dtype that it had."""
         base = (self.folder.tensors if name in self._whole else self.below)[name]
         if name not in self._modules:
             return base
@@ -61,14 +62,26 @@ class MergedAdapter(Overlay):
         delta = module.delta(target, base, *self._tensors(module))
         return torch.add(base.to(torch.float32), delta).to(base.dtype)
 
-    def delta(self, name: str, base: Tensor) -> Tensor | None:
+    def pieces(self, name: str) -> Pieces:
+        """Read one tensor piece by piece; what the adapter changes or replaces is made whole."""
+        return super().pieces(name) if name in self.touched else self.below.pieces(name)
+
+    def prefetch(self, name: str) -> None:
+        """Have a tensor of the base read ahead."""
+        if name in self.below:
+            self.below.prefetch(name)
+
+    def delta(self, name: str) -> Tensor | None:
         """The change of a tensor, float32 `(*shape)`; None where the base's was replaced first."""
+        shape = torch.Size(self.specs[name].shape)
         if name not in self.touched:
-            return torch.zeros(base.shape)
+            return torch.zeros(shape)
         if name not in self._modules or name in self._whole:
             return None
+        if product := self.low_rank(name):
+            return product.dense(shape)  # the base's need not be read
         module, target = self._modules[name]
-        return module.delta(target, base, *self._tensors(module))
+        return module.delta(target, self.below[name], *self._tensors(module))
 
     def low_rank(self, name: str) -> LowRank | None:
         """The change of a weight as a product; None where it is not one."""

@@ -1,0 +1,68 @@
+"""A checkpoint in several files, and the index that says which tensor is in which."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor
+
+from fusionkit.checkpoints.checkpoint import Checkpoint, Pieces, reading
+from fusionkit.errors import CheckpointError, listing
+
+
+class Shards(Checkpoint):
+    """A Hugging Face index and the files that it names.
+
+    Args:
+        index: the index.
+        label: how messages call it.
+        open_file: opens one of the files.
+
+    Raises:
+        CheckpointError: it is no index, or a file or a tensor that it names is missing.
+    """
+
+    def __init__(self, index: Path, label: str, open_file: Callable[[Path], Checkpoint]) -> None:
+        try:
+            weight_map: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
+            paths = {file: index.parent / file for file in sorted(set(weight_map.values()))}
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{index}: not a shard index ('weight_map' expected): {error}"
+            ) from error
+        shards: dict[str, Checkpoint] = {}
+        for file, path in paths.items():
+            if Path(file).name != file:
+                raise CheckpointError(f"{index}: names a shard outside its own folder: '{file}'")
+            if not path.is_file():
+                raise CheckpointError(f"{index}: names a shard that is missing: '{file}'")
+            shards[file] = open_file(path)
+        absent = [f"'{n}' in {f}" for n, f in weight_map.items() if n not in shards[f]]
+        if absent:
+            raise CheckpointError(
+                f"{index}: names tensors that their shards lack:{listing(absent)}"
+            )
+        self.label = label
+        self._shard = {name: shards[file] for name, file in weight_map.items()}
+        self.specs = {name: shard.specs[name] for name, shard in self._shard.items()}
+        self.nbytes = sum(shard.nbytes for shard in shards.values())
+        self.aliases = {
+            alias: name
+            for shard in shards.values()
+            for alias, name in shard.aliases.items()
+            if alias in self.specs and name in self.specs
+        }
+        self.files = (index, *paths.values())
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Read one tensor from its file."""
+        with reading(self.label, name):
+            return self._shard[name][name]
+
+    def pieces(self, name: str) -> Pieces:
+        """Read one tensor from its file, piece by piece."""
+        return self._shard[name].pieces(name)
+
+    def prefetch(self, name: str) -> None:
+        """Have a tensor read ahead, where its file can be."""
+        self._shard[name].prefetch(name)

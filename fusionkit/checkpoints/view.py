@@ -1,0 +1,88 @@
+"""Another checkpoint seen otherwise: under other names, in part, with other things known of it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from fusionkit.checkpoints.checkpoint import Checkpoint, Pieces, reading
+
+
+class View(Checkpoint):
+    """Another checkpoint's tensors; what is not given is as there.
+
+    Args:
+        below: the other checkpoint.
+        names: name here → its name there, of all that are seen; by default all, as they are.
+        label: how messages call it.
+        files: the files that it is read from.
+        buffers: names, as here, of its buffers.
+        strip_prefix: what was taken off the source's names.
+        add_prefix: what was put in front of them.
+    """
+
+    def __init__(
+        self,
+        below: Checkpoint,
+        names: Mapping[str, str] | None = None,
+        *,
+        label: str | None = None,
+        files: tuple[Path, ...] | None = None,
+        buffers: frozenset[str] | None = None,
+        strip_prefix: str | None = None,
+        add_prefix: str | None = None,
+    ) -> None:
+        self._below = below
+        self._names = {name: name for name in below} if names is None else names
+        new = {there: name for name, there in self._names.items()}
+        seen = frozenset(new[name] for name in below.buffers if name in new)
+        self.label = below.label if label is None else label
+        self.files = below.files if files is None else files
+        self.buffers = seen if buffers is None else buffers
+        self.strip_prefix = below.strip_prefix if strip_prefix is None else strip_prefix
+        self.add_prefix = below.add_prefix if add_prefix is None else add_prefix
+        self.nbytes, self.live, self.serial = below.nbytes, below.live, below.serial
+        self.specs = {name: below.specs[there] for name, there in self._names.items()}
+        self.aliases = {
+            new[alias]: new[name]
+            for alias, name in below.aliases.items()
+            if alias in new and name in new
+        }
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Read one tensor."""
+        with reading(self.label, name):
+            return self._below[self._names[name]]
+
+    def pieces(self, name: str) -> Pieces:
+        """Read one tensor piece by piece, as below."""
+        return self._below.pieces(self._names[name])
+
+    def prefetch(self, name: str) -> None:
+        """Have a tensor read ahead, as below."""
+        self._below.prefetch(self._names[name])
+
+
+def renamed(below: Checkpoint, strip_prefix: str, add_prefix: str) -> View:
+    """See a checkpoint under other names.
+
+    Args:
+        below: the checkpoint.
+        strip_prefix: see only names that start with it, and take it off.
+        add_prefix: put in front of every name.
+    """
+    names = {
+        add_prefix + name.removeprefix(strip_prefix): name
+        for name in below
+        if name.startswith(strip_prefix)
+    }
+    # Over names that have prefixes already, both together are again one of each.
+    there = below.add_prefix
+    further = strip_prefix.removeprefix(there) if strip_prefix.startswith(there) else ""
+    left = there.removeprefix(strip_prefix) if there.startswith(strip_prefix) else ""
+    return View(
+        below,
+        names,
+        strip_prefix=below.strip_prefix + further,
+        add_prefix=add_prefix + left,
+    )
