@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -89,6 +91,14 @@ def test_lightning_is_where_training_is(module: str) -> None:
     if package(module) not in LIGHTNING:
         own = {name.split(".")[0] for name in imports(modules()[module])}
         assert not own & {"lightning", "torchmetrics"}
+
+
+def test_the_start_is_quick() -> None:
+    """By what it leaves out: each of these takes as long as all the rest."""
+    slow = ("lightning", "torchmetrics", "transformers", "numba", "torch.distributed.tensor")
+    code = f"import sys, fusionkit; print([m for m in {slow} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_files_are_small() -> None:
