@@ -3,10 +3,11 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from fusionkit.bundles.add_tasks import add_tasks as add_tasks
 from fusionkit.bundles.bundle import Bundle as Bundle
-from fusionkit.bundles.compress import add_tasks as add_tasks
 from fusionkit.bundles.compress import compress as compress
 from fusionkit.bundles.export_peft import export_adapter as export_adapter
+from fusionkit.checkpoints.adapters.lowrank import LowRank as LowRank
 from fusionkit.checkpoints.checkpoint import Checkpoint as Checkpoint
 from fusionkit.codecs.base import WHOLE_MODEL as WHOLE_MODEL
 from fusionkit.codecs.base import DeltaCodec as DeltaCodec

@@ -1,5 +1,6 @@
 """A tiny base and its fine-tuned models, with everything in them that real ones have."""
 
+import os
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -8,6 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several, which together fill the machine
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
 
 pytest_plugins = ["pytester"]
 

@@ -1,20 +1,54 @@
-"""Test files run as scripts, in new processes: what several processes do together."""
+"""Several processes that work together, as the Trainer and `torchrun` start them.
+
+They are forked off one process that has imported what takes seconds, and so start at once.
+"""
 
 import os
-import subprocess
-import sys
+import socket
+from collections.abc import Callable
+from multiprocessing import get_context
+from multiprocessing.context import ForkServerContext
+from typing import Any
 
-from conftest import TESTS
+from torch import multiprocessing
+
+SLOW_IMPORTS = ["lightning.pytorch", "peft", "fusionkit.reuse.module", "fusionkit.testing"]
 
 
-def run_script(file: str, *arguments: object) -> None:
-    """Run a file in a process of its own, one thread to each that it starts, and see it succeed."""
-    done = subprocess.run(
-        [sys.executable, file, *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"},
-        timeout=300,
-        capture_output=True,
-        text=True,
-        check=False,
+def forking() -> ForkServerContext:
+    """What starts processes off the one that has imported what takes long."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(SLOW_IMPORTS)
+    return context
+
+
+def together(count: int, function: Callable[..., None], *arguments: Any) -> None:
+    """Call `function(rank, count, *arguments)` in each of `count` processes, to its end.
+
+    Where it fails in one of them, the others are ended, and its traceback is raised here.
+    """
+    forking()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.start_processes(
+        _work, (count, port, function, arguments), nprocs=count, start_method="forkserver"
     )
-    assert done.returncode == 0, done.stderr[-5000:]
+
+
+def _work(
+    rank: int, count: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]
+) -> None:
+    as_rank(rank, count)
+    os.environ["MASTER_PORT"] = str(port)
+    function(rank, count, *arguments)
+
+
+def as_rank(rank: int, count: int) -> None:
+    """Tell this process its rank, as one that is started by others knows it."""
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "WORLD_SIZE": str(count),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+    }

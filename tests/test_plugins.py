@@ -15,14 +15,13 @@ from fusionkit.registry import GROUPS, load, origin
 FOLDERS = sorted((Path(__file__).parents[1] / "plugins").glob("fusionkit-*"))
 PUBLIC = {
     "fusionkit",
+    "fusionkit.codecs.decomposition",
     "fusionkit.codecs.merged",
-    "fusionkit.errors",
-    "fusionkit.checkpoints.adapters.lowrank",
     "fusionkit.codecs.packing",
-    "fusionkit.task_vectors.vectors",
-    "fusionkit.testing",
-    "fusionkit.task_vectors.topk",
     "fusionkit.codecs.values",
+    "fusionkit.errors",
+    "fusionkit.task_vectors",
+    "fusionkit.testing",
 }
 """As the README lists them."""
 

@@ -77,30 +77,10 @@ def export_adapter(
         raise BundleError(f"unknown dtype '{dtype}'; expected {', '.join(DTYPES)}")
     space = bundle.manifest.base.space
     made = _of_space(bundle, task) if space else _of_weights(bundle, task, rank)
-    if space and space.layout.kind == "ia3":
-        config = dict(space.config)
-    else:
-        config = _lora_config(bundle, made)
     left_out = sorted(made.whole) if lora_only else []
     if lora_only:
         made.whole, made.has_bias = {}, False
-        config["modules_to_save"] = None
-    else:
-        homeless = [
-            f"'{name}'"
-            for name in made.whole
-            if _module(name) not in made.ranks and ("." not in name or _crowded(name, bundle))
-        ]
-        if homeless:
-            raise BundleError(
-                f"a PEFT adapter has no place for tensors outside a module of their own:"
-                f"{listing(homeless)}\nset lora_only to leave out all that is not a LoRA"
-            )
-        adapted = set(made.ranks)
-        saved = {m for name in made.whole if (m := _module(name)) not in adapted}
-        config["modules_to_save"] = sorted(saved) or None
-    if made.has_bias:
-        config["bias"] = "all"
+    config = _config(bundle, made)
     tensors = {PREFIX + name: _rounded(t, name, dtype) for name, t in made.tensors.items()}
     for name, tensor in made.whole.items():
         module, _, leaf = name.rpartition(".")
@@ -110,6 +90,32 @@ def export_adapter(
         save_file(tensors, folder / TENSORS[0], metadata={"format": "pt"})
         _write_config(folder, config)
     return left_out
+
+
+def _config(bundle: Bundle, made: _Adapter) -> dict[str, Any]:
+    """PEFT's config of what was made.
+
+    Raises:
+        BundleError: a tensor that is stored whole is in no module of its own.
+    """
+    homeless = [
+        f"'{name}'"
+        for name in made.whole
+        if _module(name) not in made.ranks and ("." not in name or _crowded(name, bundle))
+    ]
+    if homeless:
+        raise BundleError(
+            f"a PEFT adapter has no place for tensors outside a module of their own:"
+            f"{listing(homeless)}\nset lora_only to leave out all that is not a LoRA"
+        )
+    space = bundle.manifest.base.space
+    is_ia3 = space is not None and space.layout.kind == "ia3"
+    config = dict(space.config) if space and is_ia3 else _lora_config(bundle, made)
+    saved = {m for name in made.whole if (m := _module(name)) not in made.ranks}
+    config["modules_to_save"] = sorted(saved) or None
+    if made.has_bias:
+        config["bias"] = "all"
+    return config
 
 
 def _of_space(bundle: Bundle, task: str) -> _Adapter:
@@ -203,11 +209,9 @@ def _changed_whole(bundle: Bundle, task: str, adapted: set[str]) -> dict[str, Te
     base = bundle.base
     whole = dict(bundle.private_tensors(task))
     for name in bundle.manifest.base.names("delta"):
-        if name not in adapted and (delta := bundle.delta(task, name)) is not None:
-            whole[name] = torch.add(base[name].to(torch.float32), delta).to(base[name].dtype)
-    for name in bundle.manifest.base.names("exact"):
-        if (own := bundle.exact(task, name)) is not None:
-            whole[name] = own
+        if name not in adapted and (own := bundle.tensor(task, name, base[name])) is not None:
+            whole[name] = own.to(base[name].dtype)
+    whole.update(bundle.exact(task))
     modules = {_module(name) for name in whole} - {_module(name) for name in adapted}
     for name in bundle.manifest.base.tensors:
         if _module(name) in modules:

@@ -40,7 +40,7 @@ class DBMS(DeltaCodec):
     Compressing alone takes for them what is best in weight error: of a few shifts, given as
     multiples of the projection ⟨τ_t, u_t⟩ / ‖u_t‖², with β = ⟨δ, C(δ)⟩ / ‖C(δ)‖², that which leaves
     the least ‖δ − β C(δ)‖. With 0 among them, and where C takes each task by itself, that is
-    never worse than C at its best scale. `fusionkit fit` calibrates them on data instead.
+    never worse than C at its best scale. `fusionkit calibrate` learns them on data instead.
 
     What is known of the paper is its idea; the formulas are one reading of it. PERU-FFT is the
     shared shift by task arithmetic with α = β = 1 and magnitude pruning.

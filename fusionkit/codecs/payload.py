@@ -70,12 +70,8 @@ def _encode(
     form: Callable[[Encoded], Form],
     sums: dict[str, Tensor | None],
 ) -> Iterator[Form]:
-    def one(name: str) -> tuple[Tensor | None, Form]:
-        encoded = _checked(encoder.encode(family.vectors(name)), name, codec, family)
-        return encoded.sums, form(encoded)
-
     left = {name: size for name, size in family.share.items() if name not in sums}
-    for name, (own, formed) in family.run(one, left):
+    for name, (own, formed) in family.run(lambda n: _one(n, encoder, codec, family, form), left):
         sums[name] = own
         yield formed
         del formed  # it is not needed any more
@@ -85,6 +81,14 @@ def _encode(
         whole = encoder.finish(total(each for each in found if each is not None))
         if whole is not None:
             yield form(_checked(whole, WHOLE_MODEL, codec, family))
+
+
+def _one(
+    name: str, encoder: Encoder, codec: DeltaCodec, family: Family, form: Callable[[Encoded], Form]
+) -> tuple[Tensor | None, Form]:
+    """What one tensor adds to the sums, and what was made of it."""
+    encoded = _checked(encoder.encode(family.vectors(name)), name, codec, family)
+    return encoded.sums, form(encoded)
 
 
 def _checked(encoded: Encoded, name: str, codec: DeltaCodec, family: Family) -> Encoded:

@@ -15,7 +15,7 @@ class Weighted(Merge):
     """Weighted sum of the task vectors: τ* = Σ w_t τ_t; LoraHub's (2307.13269), once searched.
 
     Args:
-        weights: task → its weight; `fusionkit.reuse.fused.LoraHub` finds them.
+        weights: task → its weight; `fusionkit.calibration.lorahub.LoraHub` finds them.
 
     Raises:
         CodecError: a task of the family has no weight.

@@ -6,8 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fusionkit import SVD, DeltaCodec, Encoder, Family, Parts, SharedParts, TensorMerge
-from fusionkit.checkpoints.adapters.lowrank import LowRank
+from fusionkit import SVD, DeltaCodec, Encoder, Family, LowRank, Parts, SharedParts, TensorMerge
 from fusionkit.codecs.decomposition import Spectral, svd_gram, svd_randomized
 from fusionkit.codecs.values import ValueDtype
 from fusionkit.errors import CodecError

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from fusionkit import DBMS, Calibration, Checkpoint, MagnitudePrune, ReuseModule, calibrate
 from fusionkit.calibration.calibrate import EPOCHS
 from fusionkit.calibration.pair_search import PROBES
-from fusionkit.cli.recipe import _quieten
+from fusionkit.cli.recipe import quieten
 from fusionkit.tasks.models import sequence_classifier
 from fusionkit.tasks.texts import TextClassification
 
@@ -100,11 +100,11 @@ def measure_memory(tasks: int) -> None:
             model,
             codec=DBMS(MagnitudePrune(0.01)),
             finetuned=finetuned,
-            calibration=Calibration(rows=16),
         )
         before = anonymous()  # the model and its base
         with peak() as most:
-            calibrate(module, Noise(list(finetuned)), trainer=trainer(len(PROBES) + 2))
+            run = trainer(len(PROBES) + 2)
+            calibrate(module, Noise(list(finetuned)), settings=Calibration(rows=16), trainer=run)
         grown = (most[0] - before) / nbytes
         print(
             f"{tasks} tasks of {nbytes / 1e6:.0f} MB: model, base, and {grown:.2f} models more; "
@@ -123,11 +123,12 @@ def measure_methods() -> None:
             finetuned={task: str(SHARED / f"zoo/text/{task}/model.safetensors") for task in tasks},
             private=["classifier.*"],
             frozen=["bert.embeddings.*"],
-            calibration=Calibration(method=method),  # type: ignore[arg-type]
         )
         data = TextClassification({t: str(SHARED / "data/text" / t) for t in tasks}, BASE)
         started = time.perf_counter()
-        bundle = calibrate(module, data, trainer=trainer(EPOCHS * (1 + (method == "search"))))
+        settings: Any = Calibration(method=method)  # type: ignore[arg-type]
+        run = trainer(EPOCHS * (1 + (method == "search")))
+        bundle = calibrate(module, data, settings=settings, trainer=run)
         seconds = (time.perf_counter() - started) / len(tasks)
         found = [record.calibration for record in bundle.manifest.tasks.values()]
         losses = " ".join(
@@ -139,7 +140,7 @@ def measure_methods() -> None:
 
 
 if __name__ == "__main__":
-    _quieten()
+    quieten()
     if sys.argv[1] == "methods":
         measure_methods()
     elif len(sys.argv) > 2:

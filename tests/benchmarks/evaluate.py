@@ -5,6 +5,7 @@ One task of the text zoo, all its test rows, tokenised beforehand in both; score
     python tests/benchmarks/evaluate.py [task] [rounds]
 """
 
+import json
 import statistics
 import sys
 import time
@@ -31,6 +32,7 @@ def main(task: str, rounds: int) -> None:
         finetuned={task: str(file)},
         private=["classifier.*"],
         frozen=["bert.embeddings.*"],
+        num_classes={task: len(json.loads((file.parent / "labels.json").read_text())["labels"])},
     )
     data = TextClassification(
         tokenizer=BASE,

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from checks import contents
 from conftest import TESTS, Files
+from processes import as_rank, forking
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -77,7 +77,7 @@ def _plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def work(rank: int, count: int, job: str, folder: str, result: str) -> None:
     """What each process does."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "RANK": str(rank), "WORLD_SIZE": str(count)}
+    as_rank(rank, count)
     store = f"file://{folder}/{job}.store"
     torch.distributed.init_process_group("gloo", store, rank=rank, world_size=count)
     said = ""
@@ -91,7 +91,7 @@ def work(rank: int, count: int, job: str, folder: str, result: str) -> None:
 def run(count: int, job: str, folder: Path) -> list[str]:
     """Run a job in several processes; what each said in the end."""
     result = folder / f"{job}.said"
-    context = mp.get_context("spawn")
+    context = forking()
     started = [
         context.Process(target=work, args=(rank, count, job, str(folder), str(result)))
         for rank in range(count)

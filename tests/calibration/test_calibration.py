@@ -1,7 +1,6 @@
 """Calibration of DBMS: gradients, objectives, what is learned, resuming, what it refuses."""
 
 import math
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from checks import check_same
 from conftest import TASKS, TinyNet
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from processes import run_script
+from processes import together
 from tiny_tasks import (
     EPOCHS,
     Rows,
@@ -322,8 +321,8 @@ class TestTraining:
 
     def test_two_processes(self, tmp_path: Path) -> None:
         """Rows over two processes: the losses of all of them, and one bundle."""
-        for devices in (1, 2):
-            run_script(__file__, devices, tmp_path / str(devices))
+        calibrated(0, 1, tmp_path)
+        together(2, calibrated, tmp_path)
         one, two = (Bundle(tmp_path / str(devices)).manifest.tasks for devices in (1, 2))
         for task in TASKS:
             a, b = one[task].calibration, two[task].calibration
@@ -435,14 +434,16 @@ def _like(model: nn.Module, base: nn.Module) -> nn.Module:
     return model
 
 
+def calibrated(rank: int, devices: int, folder: Path) -> None:
+    """A bundle calibrated by one process, or by this and others."""
+    run = trainer(devices=devices, strategy="ddp" if devices > 1 else "auto")
+    reuse = module(*_family())
+    calibrate(reuse, Rows(), folder / str(devices), settings=settings(rows=15), trainer=run)
+
+
 def _family() -> tuple[TinyNet, States]:
     from conftest import perturbed
 
     torch.manual_seed(0)
     base = TinyNet().eval()
     return base, {task: perturbed(base, place, place + 2) for place, task in enumerate(TASKS)}
-
-
-if __name__ == "__main__":  # one of the processes of `test_two_processes`
-    run = trainer(devices=int(sys.argv[1]), strategy="ddp" if sys.argv[1] != "1" else "auto")
-    calibrate(module(*_family()), Rows(), sys.argv[2], settings=settings(rows=15), trainer=run)

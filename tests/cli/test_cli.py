@@ -191,3 +191,25 @@ def test_two_processes_report_once_what_one_reports(
     assert done.stdout.count("written:") == 2
     for name in ("scores.csv", "scores.json"):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+
+def test_metrics_by_name(recipe: Path, tmp_path: Path) -> None:
+    """In YAML, and on the command line."""
+    content = yaml.safe_load(recipe.read_text())
+    content["model"]["bundle"] = None
+    recipe.write_text(yaml.safe_dump(content, sort_keys=False))
+    run("test", "--config", recipe)
+    content["model"]["metric"] = {
+        "ant": "MatthewsCorrCoef",
+        "bee": {"class_path": "F1Score", "init_args": {"average": "macro"}},
+    }
+    recipe.write_text(yaml.safe_dump(content, sort_keys=False))
+    run("test", "--config", recipe, "--out", tmp_path / "by_name")
+    run("test", "--config", recipe, "--model.metric", "Accuracy", "--out", tmp_path / "same")
+    scores = {
+        name: (tmp_path / name / "scores.csv").read_text().splitlines()
+        for name in ("out", "by_name", "same")
+    }
+    assert scores["same"] == scores["out"]
+    ant, bee, cat = (scores["by_name"][line] == scores["out"][line] for line in range(1, 4))
+    assert (ant, bee, cat) == (False, False, True)

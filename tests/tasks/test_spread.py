@@ -1,7 +1,6 @@
 """Evaluation over several processes: the same scores as in one, to the last count."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from conftest import TinyNet, perturbed
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch import Trainer
-from processes import run_script
+from processes import together
 from spread_data import Data
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
@@ -63,11 +62,22 @@ def evaluate(case: str, spread: str, processes: int) -> tuple[dict[str, float], 
     return module.scores.values, counted
 
 
+def evaluate_all(rank: int, count: int, out: Path) -> None:
+    """What each of several processes does."""
+    found = {
+        f"{case}, {spread}": evaluate(case, spread, count)
+        for case in CASES
+        for spread in ("rows", "tasks")
+    }
+    if not rank:
+        out.write_text(json.dumps(found))
+
+
 @pytest.fixture(scope="module", params=[2, 3])
 def spread_out(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """All cases evaluated by several processes, started once."""
     out = tmp_path_factory.mktemp("spread") / "scores.json"
-    run_script(__file__, request.param, out)
+    together(request.param, evaluate_all, out)
     return json.loads(out.read_text())
 
 
@@ -128,13 +138,3 @@ def test_streams_can_not_be_spread_by_task() -> None:
 def test_spread_by_task_in_one_process_is_all_of_it() -> None:
     for case in ("uneven", "more tasks than processes"):
         assert evaluate(case, "tasks", 1) == evaluate(case, "rows", 1)
-
-
-if __name__ == "__main__":
-    found = {
-        f"{case}, {spread}": evaluate(case, spread, int(sys.argv[1]))
-        for case in CASES
-        for spread in ("rows", "tasks")
-    }
-    if not torch.distributed.get_rank():
-        Path(sys.argv[2]).write_text(json.dumps(found))

@@ -1,0 +1,101 @@
+"""Add tasks to a bundle: the other tasks' files are not touched."""
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from glob import escape
+from pathlib import Path
+
+from fusionkit.bundles.bundle import Bundle
+from fusionkit.bundles.format import task_file
+from fusionkit.bundles.manifest import TaskRecord
+from fusionkit.bundles.writer import BundleWriter
+from fusionkit.checkpoints.adapters.modules import Adapters
+from fusionkit.checkpoints.checkpoint import Checkpoint, Source
+from fusionkit.checkpoints.output_folder import disk_errors
+from fusionkit.checkpoints.overlay import WithStart
+from fusionkit.checkpoints.view import View
+from fusionkit.errors import BundleError
+from fusionkit.task_vectors.family import Family
+from fusionkit.task_vectors.workers import Progress, Workers
+
+_SHARES = (
+    "its tasks share a vector computed from all of them; compress all checkpoints again, or set "
+    "keep_shared to encode against the vector as it is"
+)
+
+
+def add_tasks(
+    bundle: Bundle,
+    finetuned: Mapping[str, Source | Checkpoint],
+    *,
+    keep_shared: bool = False,
+    progress: Progress | None = None,
+) -> None:
+    """Add tasks to a bundle on disk; the other tasks' files are not touched.
+
+    Args:
+        bundle: the bundle; its base must be at hand.
+        finetuned: task name → fine-tuned model.
+        keep_shared: needed where tasks share a vector (EMR, a merge): the new tasks are then
+            encoded against the stored one, which was not computed with them in it.
+        progress: called after each tensor of each pass.
+
+    Raises:
+        BundleError: a task is there already, or the tasks share a vector and `keep_shared` is
+            not set.
+        CheckpointError: a checkpoint can't be read.
+        FamilyError: a checkpoint does not fit the base.
+    """
+    bundle.check_writable()
+    present = sorted(set(finetuned) & set(bundle.tasks))
+    if present:
+        raise BundleError(f"{bundle.path}: has task '{present[0]}' already; remove it first")
+    if bundle.tasks_share and not keep_shared:
+        raise BundleError(f"{bundle.path}: {_SHARES}")
+    family = _family(bundle, finetuned, progress)
+    with (
+        disk_errors(bundle.path),
+        tempfile.TemporaryDirectory(prefix=".add.", dir=bundle.path) as temporary,
+    ):
+        folder = Path(temporary)
+        shared = bundle.shared_parts if keep_shared else None
+        writer = BundleWriter(folder, family, bundle.codec, resumable=False)
+        new_shared, records = writer.write(shared, adding=True)
+        if new_shared:
+            raise BundleError(f"{bundle.path}: {_SHARES}")
+        _place(bundle, folder, records)
+
+
+def _family(
+    bundle: Bundle, finetuned: Mapping[str, Source | Checkpoint], progress: Progress | None
+) -> Family:
+    """The new tasks and the bundle's base, whose tensors have the roles that they have there."""
+    record, space = bundle.manifest.base, bundle.manifest.base.space
+    base = bundle.base.below if isinstance(bundle.base, WithStart) else bundle.base
+    # Which tensors are buffers is the bundle's to say: a file of the base does not know.
+    base = View(base, buffers=frozenset(record.names("exact")))
+    frozen = [escape(name) for name in record.names("frozen")]
+    adapters: Adapters = "modules" if space else "merged"
+    workers = Workers(progress=progress)
+    family = Family(base, finetuned, bundle.manifest.private, frozen, adapters, workers)
+    own = family.space
+    if space and own and (space.layout, space.start) != (own.layout, own.start):
+        raise BundleError(
+            f"{bundle.path}: its adapters have other modules, scaling or start than those of "
+            f"{', '.join(finetuned)}; compress all of them again with adapters: merged"
+        )
+    return family
+
+
+def _place(bundle: Bundle, folder: Path, records: Mapping[str, TaskRecord]) -> None:
+    """Move the new tasks' files to the others, and name them in the manifest; all or none."""
+    placed = [bundle.path / task_file(task) for task in records]
+    try:
+        for path in placed:
+            (folder / path.name).rename(path)
+        bundle.update(replace(bundle.manifest, tasks={**bundle.manifest.tasks, **records}))
+    except OSError:
+        for path in placed:
+            path.unlink(missing_ok=True)
+        raise
