@@ -40,12 +40,16 @@ from fusionkit.task_vectors.vectors import TaskVectors as TaskVectors
 if TYPE_CHECKING:
     from fusionkit.calibration.calibrate import calibrate as calibrate
     from fusionkit.calibration.settings import Calibration as Calibration
+    from fusionkit.cli.compare import compare as compare
+    from fusionkit.cli.fuse import fuse as fuse
     from fusionkit.reuse.module import ReuseModule as ReuseModule
     from fusionkit.tasks.finetune import Finetune as Finetune
 
 _LIGHTNING = {
     "calibrate": "fusionkit.calibration.calibrate",
     "Calibration": "fusionkit.calibration.settings",
+    "compare": "fusionkit.cli.compare",
+    "fuse": "fusionkit.cli.fuse",
     "Finetune": "fusionkit.tasks.finetune",
     "ReuseModule": "fusionkit.reuse.module",
 }
