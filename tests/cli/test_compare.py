@@ -109,8 +109,9 @@ class TestCompare:
             fusionkit.compare(reuse, Data(), CODECS, "memory://out")
 
     def test_what_more_is_asked_for(self, reuse: ReuseModule) -> None:
-        """A fresh Trainer for each calibration; a row for all seeds."""
+        """A fresh Trainer for each calibration, none to evaluate; a row for all seeds."""
         made: list[Trainer] = []
+        one = trainer()
 
         def make() -> Trainer:
             made.append(trainer(2))
@@ -125,12 +126,15 @@ class TestCompare:
             shift=EMR(),
             seeds=[0, 3],
             settings=settings(),
+            trainer=one,
             make_trainer=make,
         )
         assert [row.name for row in results.rows] == ["fine-tuned", "prune", "DBMS prune"]
         assert results.rows[2].settings == repr(DBMS(MagnitudePrune(0.1), EMR()))
         assert results.rows[2].spread is not None
-        assert len(made) == 3
+        assert len(made) == 2
+        assert all(each.state.fn == "fit" for each in made)
+        assert one.state.fn == "test"
 
     def test_a_task_without_data(self, reuse: ReuseModule) -> None:
         with pytest.raises(DataError, match="no calibration data for task 'bee'"):
