@@ -143,14 +143,19 @@ def compare(
     trainer = trainer or plain_trainer()
     bench = _Bench(module, datamodule, trainer, make, settings, seeds, spread, verbose)
     family, own = module.family(), module.finetuned_scores
+    results = ComparisonReport()
+
+    def add(row: Comparison) -> None:
+        results.rows.append(row)
+        if folder is not None:
+            report.write_rows(results.flat(), folder, "compare")
+
     try:
-        results = ComparisonReport([bench.finetuned(family)])
+        add(bench.finetuned(family))
         module.finetuned_scores = results.rows[0].scores.values
         for name, codec, calibrates in _each(codecs, calibrated, dbms, shift):
             measure = bench.calibrated if calibrates else bench.compressed
-            results.rows.append(measure(name, codec))
-            if folder is not None:
-                report.write_rows(results.flat(), folder, "compare")
+            add(measure(name, codec))
     finally:
         module.finetuned_scores = own
         module.reuse(family)

@@ -93,12 +93,12 @@ class FuseCLI(FitCLI):
         """Train what is missing, fuse, score; write as rows come in.
 
         Raises:
+            DataError: the datamodule has no `tasks`.
             FusionKitError: `--out` holds the results of another recipe.
         """
-        out = self.out
+        out, tasks = self.out, _tasks_of(self.datamodule)
         results = self._earlier(out)
         merges, lorahub = self.config_init["merges"], self.config_init["lorahub"]
-        tasks = list(getattr(self.datamodule, "tasks", []))
         for name, settings in self._recipe["families"].items():
             module = self._reuse(settings, self._paths(name, settings, tasks, out))
             results = fuse(
@@ -225,15 +225,15 @@ def fuse(
         a notebook shows their table.
 
     Raises:
-        DataError: there are no validation rows to search on.
+        DataError: the datamodule has no `tasks`, or no validation rows to search on.
         FamilyError: a task has no fine-tuned checkpoint, or the checkpoints don't fit together.
         FusionKitError: `out` is a URL.
     """
     folder = None if out is None else report.local_folder(out)
     trainer = trainer or plain_trainer()
-    tasks = list(getattr(datamodule, "tasks", []))
+    tasks = _tasks_of(datamodule)
     searches = lorahub is not None or bool(scales)
-    batches = _batches(datamodule, tasks, search_batches) if searches else {}
+    batches = _batches(datamodule, trainer, tasks, search_batches) if searches else {}
     results = FusionReport(list(earlier.rows) if earlier else [])
     for name, module in families.items():
         if lacking := [task for task in tasks if task not in module.finetuned]:
@@ -247,6 +247,7 @@ def fuse(
             if verbose:
                 report.show(f"{name}: {', '.join(chosen)}: done")
     if folder is not None:
+        report.write_rows(results.flat(), folder, "fuse")
         results.plot(folder / "fuse.png")
     return results
 
@@ -285,11 +286,13 @@ class _Fusing:
         self.results, self.out = results, out
         self.done = {row.key: row for row in results.rows}
         self.own: dict[str, float] = {}
+        # Asked of what is searched on alone: a datamodule may know of the others once it is set up.
+        searched = list(batches)
+        self.kinds: Mapping[str, Task] = kinds_of(datamodule, searched, module.num_classes)
 
     def singles(self, tasks: Sequence[str]) -> None:
         """Score each task's own model."""
         self.family = self.module.family()
-        self.kinds: Mapping[str, Task] = kinds_of(self.datamodule, list(tasks))
         for task in tasks:
             key = (self.name, _SINGLE, task)
             if key not in self.done:
@@ -331,13 +334,32 @@ class _Fusing:
             report.write_rows(self.results.flat(), self.out, "fuse")
 
 
-def _batches(datamodule: Any, tasks: Sequence[str], count: int) -> Batches:
+def _tasks_of(datamodule: Any) -> list[str]:
+    """The names of a datamodule's tasks, of which there must be some."""
+    tasks = list(getattr(datamodule, "tasks", []))
+    if not tasks:
+        raise DataError("expected a datamodule with the names of its `tasks`")
+    return tasks
+
+
+def _set_up(datamodule: Any, trainer: Trainer) -> None:
+    """Have a datamodule's rows read, as the Trainer does before it validates."""
+    datamodule.trainer = trainer
+    per_node: bool = datamodule.prepare_data_per_node
+    if trainer.local_rank == 0 and (per_node or trainer.node_rank == 0):
+        datamodule.prepare_data()
+    trainer.strategy.barrier("prepare_data")
+    datamodule.setup("validate")
+
+
+def _batches(datamodule: Any, trainer: Trainer, tasks: Sequence[str], count: int) -> Batches:
     """A few validation batches of each task, spread over all of them."""
     if not is_overridden("val_dataloader", datamodule):
         raise DataError(
             f"{type(datamodule).__name__} has no validation rows to search on; leave `scales` and "
             "`lorahub` out"
         )
+    _set_up(datamodule, trainer)
     picked = {}
     for task, loader in zip(tasks, datamodule.val_dataloader(), strict=True):
         batches = list(loader)

@@ -166,7 +166,7 @@ class RecipeCLI(LightningCLI):
         Args:
             settings: what it is told in place of the recipe's.
         """
-        told = Namespace(trainer=self.config["trainer"])
+        told = Namespace(trainer=self.config["trainer"])  # type: ignore[no-untyped-call]
         made = self.parser.instantiate_classes(told, instantiate_groups=False)
         self.config_init["trainer"] = made["trainer"]
         return self.instantiate_trainer(**settings)
