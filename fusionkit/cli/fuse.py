@@ -15,6 +15,7 @@ from fusionkit.calibration.lorahub import Batches, LoraHub, search_scale
 from fusionkit.checkpoints.checkpoint import find_checkpoints
 from fusionkit.checkpoints.paths import is_there
 from fusionkit.cli import report
+from fusionkit.cli.earlier import same_recipe
 from fusionkit.cli.fit import FINETUNED, FitCLI, train
 from fusionkit.cli.fusion_report import Fusion, FusionReport
 from fusionkit.cli.recipe import quiet
@@ -121,14 +122,13 @@ class FuseCLI(FitCLI):
         text = self.parser.dump(self._recipe, skip_none=False)
         begun = is_there(rows) or any(out.glob(f"*/*/{FINETUNED}"))
         if begun or any(out.glob("*/*/checkpoints/last.ckpt")):
-            if not config.exists() or config.read_text() != text:
+            if not same_recipe(config, text):
                 raise FusionKitError(
                     f"{out}: holds the results of another recipe ({config}); give another --out"
                 )
         else:
-            out.mkdir(parents=True, exist_ok=True)
             report.replace_file(config, text.encode())
-        earlier = json.loads(rows.read_text()) if rows.exists() else []
+        earlier = json.loads(rows.read_text()) if is_there(rows) else []
         return FusionReport([Fusion(**row) for row in earlier])
 
     def _paths(
@@ -153,7 +153,7 @@ class FuseCLI(FitCLI):
         report.show(f"{family}: training '{task}'")
         self._instantiate(folder, {**settings, "task": task})
         last = folder / "checkpoints" / "last.ckpt"
-        resume = str(last) if last.exists() else None
+        resume = str(last) if is_there(last) else None
         train(self.trainer, self.model, self.datamodule, folder / FINETUNED, resume)
         return str(folder / FINETUNED)
 

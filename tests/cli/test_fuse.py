@@ -94,10 +94,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 @pytest.fixture
 def again(finished: tuple[Path, str], tmp_path: Path) -> Path:
-    """The same, a copy for each test; its recipe gives the same results in its own place."""
+    """The same, moved: a copy for each test."""
     shutil.copytree(finished[0] / "out", tmp_path / "out")
-    config = tmp_path / "out/config.yaml"
-    config.write_text(config.read_text().replace(str(finished[0]), str(tmp_path)))
     write(tmp_path)
     return tmp_path
 
@@ -268,7 +266,39 @@ class TestGoingOn:
         assert (place / "finetuned/adapter_model.safetensors").read_bytes() == wanted
 
 
+    def test_a_run_of_an_earlier_version(self, again: Path) -> None:
+        """Its recipe had other sections, and FusionKit's classes were in other modules."""
+        config = again / "out/config.yaml"
+        content = yaml.safe_load(config.read_text())
+        del content["calibration"]
+        content["spread"], content["ckpt_path"], content["overwrite"] = "tasks", "last", True
+        own = content["model"]["init_args"]
+        own["metric"] = "fusionkit.models.accuracy"
+        assert own["model"]["class_path"] == "fusionkit.tasks.digits.base_model"
+        own["model"]["class_path"] = "fusionkit.demo.base_model"
+        config.write_text("# lightning.pytorch==2.5\n" + yaml.safe_dump(content, sort_keys=True))
+        before, stamp = times(again), config.stat().st_mtime_ns
+        (again / "out/fuse.json").write_text(json.dumps(rows(again)[:-1]))
+        assert "training" not in run("fuse", "--config", again / "fuse.yaml")
+        assert (times(again), config.stat().st_mtime_ns) == (before, stamp)
+        assert len(rows(again)) == 9 + 3 * len(SETS) * len(METHODS)
+
+
 class TestRefusals:
+    @pytest.mark.parametrize("text", [None, "{", "- 1", "families: {LoRA: {}}"])
+    def test_results_of_no_recipe(self, again: Path, text: str | None) -> None:
+        config = again / "out/config.yaml"
+        config.unlink() if text is None else config.write_text(text)
+        output = run("fuse", "--config", again / "fuse.yaml", code=1)
+        assert "holds the results of another recipe" in output
+
+    @pytest.mark.parametrize(
+        "change", ["--seed_everything=1", "--search_batches=2", "--trainer.max_steps=2"]
+    )
+    def test_a_recipe_of_other_results(self, again: Path, change: str) -> None:
+        output = run("fuse", "--config", again / "fuse.yaml", change, code=1)
+        assert "holds the results of another recipe" in output
+
     @pytest.mark.parametrize("begun", ["scored", "trained", "training"])
     def test_another_recipe_in_the_same_place(self, again: Path, begun: str) -> None:
         if begun != "scored":
