@@ -43,15 +43,23 @@ if TYPE_CHECKING:
     from fusionkit.cli.compare import compare as compare
     from fusionkit.cli.fuse import fuse as fuse
     from fusionkit.reuse.module import ReuseModule as ReuseModule
+    from fusionkit.tasks.classification import Classification as Classification
     from fusionkit.tasks.finetune import Finetune as Finetune
+    from fusionkit.tasks.only import only as only
+    from fusionkit.tasks.regression import Regression as Regression
+    from fusionkit.tasks.task import Task as Task
 
 _LIGHTNING = {
     "calibrate": "fusionkit.calibration.calibrate",
     "Calibration": "fusionkit.calibration.settings",
     "compare": "fusionkit.cli.compare",
     "fuse": "fusionkit.cli.fuse",
+    "Classification": "fusionkit.tasks.classification",
     "Finetune": "fusionkit.tasks.finetune",
+    "Regression": "fusionkit.tasks.regression",
     "ReuseModule": "fusionkit.reuse.module",
+    "Task": "fusionkit.tasks.task",
+    "only": "fusionkit.tasks.only",
 }
 
 

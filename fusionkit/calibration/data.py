@@ -3,14 +3,13 @@
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Subset
 
 from fusionkit.errors import DataError
-from fusionkit.tasks.task import Task
+from fusionkit.tasks.wrapped import TRANSFERS, Wrapped
 
 
-class CalibrationData(LightningDataModule):
+class CalibrationData(Wrapped):
     """A few training rows of every task of a datamodule, one batch of each per step.
 
     Args:
@@ -21,21 +20,12 @@ class CalibrationData(LightningDataModule):
     """
 
     def __init__(self, datamodule: Any, rows: int, seed: int) -> None:
-        super().__init__()
-        self.datamodule = datamodule
+        super().__init__(datamodule, list(getattr(datamodule, "tasks", [])))
         self.rows = rows
         self.seed = seed
-        self.tasks: list[str] = list(getattr(datamodule, "tasks", []))
-        self.kinds: dict[str, Task] = getattr(datamodule, "kinds", {})
-        self.num_classes: dict[str, int] = getattr(datamodule, "num_classes", {})
-
-    def prepare_data(self) -> None:
-        """The datamodule's."""
-        self.datamodule.prepare_data()
-
-    def setup(self, stage: str) -> None:
-        """The datamodule's."""
-        self.datamodule.setup(stage)
+        for hook in TRANSFERS:
+            if self.overrides(hook):
+                setattr(self, hook, self._of_each(hook))
 
     def train_dataloader(self) -> dict[str, Any]:
         """Each task's rows.
@@ -48,6 +38,18 @@ class CalibrationData(LightningDataModule):
             if task not in loaders or not len(loaders[task]):
                 raise DataError(f"there are no calibration data for task '{task}'")
         return loaders
+
+    def _of_each(self, hook: str) -> Any:
+        """The datamodule's hook, which knows batches of one task, for those of all."""
+        own = getattr(self.datamodule, hook)
+
+        def of_each(batch: dict[str, Any], *rest: Any) -> dict[str, Any]:
+            *device, _ = rest  # the last is the dataloader's place, of which there is one here
+            return {
+                task: own(rows, *device, self.tasks.index(task)) for task, rows in batch.items()
+            }
+
+        return of_each
 
     def _loaders(self) -> dict[str, Any]:
         if hasattr(self.datamodule, "calibration_dataloaders"):

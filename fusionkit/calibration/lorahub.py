@@ -1,6 +1,7 @@
 """Scales and weights of a merge, searched on a few labelled batches (LoraHub, 2307.13269)."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from fusionkit.merges.weighted import Weighted
 from fusionkit.reuse.fused import Fused
 from fusionkit.reuse.module import ReuseModule
 from fusionkit.task_vectors.family import Family
-from fusionkit.tasks.metrics import metric_of, value_of
+from fusionkit.tasks.metrics import is_lower_better, metric_of, update, value_of
 from fusionkit.tasks.task import Task
 
 Batches = Mapping[str, Sequence[Any]]
@@ -23,7 +24,7 @@ Batches = Mapping[str, Sequence[Any]]
 def evaluate(
     module: ReuseModule, fused: Fused, batches: Batches, kinds: Mapping[str, Task]
 ) -> tuple[float, float]:
-    """The tasks' own losses and scores, each a mean over the tasks.
+    """The tasks' own losses and scores, each a mean over the tasks; of scores, more is better.
 
     Args:
         module: evaluates, by its metric.
@@ -40,14 +41,15 @@ def evaluate(
             module.switch(task)
             kind = kinds[task]
             metric = metric_of(module.metric, task, kind).to(module.device)
+            sign = -1 if is_lower_better(metric) else 1
             total = rows = 0.0
             for batch in its_batches:
                 outputs, count = kind.predict(module, batch), kind.count(batch)
                 total += float(kind.loss(outputs, batch)) * count
                 rows += count
-                kind.update(metric, outputs, batch)
+                update(metric, task, kind, outputs, batch)
             losses.append(total / rows)
-            scores.append(value_of(metric, task))
+            scores.append(sign * value_of(metric, task))
     module.train(training)
     return sum(losses) / len(losses), sum(scores) / len(scores)
 
@@ -78,8 +80,8 @@ def search_scale(
     for scale in scales:
         fused.scale = scale
         loss, score = evaluate(module, fused, batches, kinds)
-        found.append((-score, loss, scale))
-    chosen: Merge = dataclasses.replace(settings, scale=min(found)[2])
+        found.append((math.isnan(score), -score, loss, scale))
+    chosen: Merge = dataclasses.replace(settings, scale=min(found)[-1])
     return chosen
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
@@ -164,6 +165,8 @@ class CalibrationModule(LightningModule, ABC):
         if self.scalars is None:
             return
         self.close()
+        self.progress = []
+        self.reuse.trainer = None  # which would keep all of this
         self.reuse.switch(None)
         for name, parameter in self.reuse.model.named_parameters():
             parameter.requires_grad_(name in self._trained)
@@ -354,7 +357,9 @@ class CalibrationModule(LightningModule, ABC):
         with torch.no_grad():
             for place, each in enumerate(self.progress):
                 leaf = _tensor(values[place]).to(self.device)
-                for batch_idx, (batch, _) in each.targets.items():
+                for batch_idx, (rows, _) in each.targets.items():
+                    # After `Trainer.fit` the model is on the CPU again.
+                    batch = move_data_to_device(rows, self.device)
                     count = self.kinds[place].count(batch)
                     sums[0, place] += count * float(self.loss_of(place, leaf, batch, batch_idx))
                     sums[1, place] += count

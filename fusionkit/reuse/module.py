@@ -28,9 +28,16 @@ from fusionkit.task_vectors.processes import ALONE, Processes
 from fusionkit.task_vectors.task_source import TaskSource
 from fusionkit.task_vectors.workers import Progress
 from fusionkit.tasks.kinds import kinds_of
-from fusionkit.tasks.metrics import MetricChoice, check_choice, metric_of, value_of
+from fusionkit.tasks.metrics import (
+    MetricChoice,
+    check_choice,
+    is_lower_better,
+    metric_of,
+    update,
+    value_of,
+)
 from fusionkit.tasks.scores import Scores
-from fusionkit.tasks.spread import real_rows
+from fusionkit.tasks.spread import TasksSpread, alone, of_owner, real_rows
 from fusionkit.tasks.task import Task
 
 
@@ -282,7 +289,7 @@ class ReuseModule(LightningModule):
             )
         if isinstance(self._source, Bundle):
             self._source.check(tasks)  # now, not after half of them
-        check_choice(self.metric, tasks)
+        check_choice(self.metric, {*self.tasks, *self.finetuned, *tasks})
         kinds = kinds_of(self._datamodule, tasks, self.num_classes)
         self._kinds = [kinds[task] for task in tasks]
         self.metrics = nn.ModuleList(metric_of(self.metric, task, kinds[task]) for task in tasks)
@@ -327,20 +334,31 @@ class ReuseModule(LightningModule):
         self._rows += count
         if real:
             metric = cast(Metric, self.metrics[dataloader_idx])
-            kind.update(metric, outputs[:real], kind.first(batch, real))
+            update(metric, task, kind, outputs[:real], kind.first(batch, real))
 
     def _finish(self, stage: str) -> None:
         tasks = self._evaluated()
         metrics = [cast(Metric, metric) for metric in self.metrics]
-        values = {t: value_of(metric, t) for t, metric in zip(tasks, metrics, strict=True)}
+        values = {t: self._value(metric, t) for t, metric in zip(tasks, metrics, strict=True)}
         for metric in metrics:
             metric.reset()
-        self.scores = Scores(values, self.finetuned_scores)
+        lower = {t for t, m in zip(tasks, metrics, strict=True) if is_lower_better(m)}
+        self.scores = Scores(values, self.finetuned_scores, frozenset(lower))
         logged = {f"{stage}/{task}": value for task, value in values.items()}
         logged[f"{stage}/mean"] = self.scores.mean
         if self.scores.share is not None:
             logged[f"{stage}/share"] = self.scores.share
         self.log_dict(logged, rank_zero_only=True)
+
+    def _value(self, metric: Metric, task: str) -> float:
+        """A task's score; where one process alone evaluates it, that process's."""
+        if not isinstance(self._datamodule, TasksSpread):
+            return value_of(metric, task)
+        own = metric.update_called
+        alone(metric)
+        pair = torch.tensor([value_of(metric, task) if own else 0.0, float(own)])
+        gathered: Any = self.all_gather(pair.to(self.device))
+        return of_owner(gathered.view(-1, 2))
 
     def _own_tensors(self) -> set[str]:
         """Names of the tensors that are a task's own."""

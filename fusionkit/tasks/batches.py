@@ -12,11 +12,17 @@ def count(batch: Any) -> int:
     return len(_tensors(batch)[0])
 
 
-def first(batch: Any, rows: int) -> Any:
-    """A batch's first rows; what is no tensor comes along as it is."""
+def first(batch: Any, rows: int, of: int) -> Any:
+    """A batch's first rows.
+
+    Args:
+        batch: a mapping or sequence of tensors, and of others.
+        rows: how many.
+        of: how many rows it has; what is no tensor with so many comes along as it is.
+    """
     if isinstance(batch, Mapping):
-        return {name: _first(value, rows) for name, value in batch.items()}
-    return [_first(value, rows) for value in batch]
+        return {name: _first(value, rows, of) for name, value in batch.items()}
+    return [_first(value, rows, of) for value in batch]
 
 
 def same(one: Any, other: Any) -> bool:
@@ -25,10 +31,10 @@ def same(one: Any, other: Any) -> bool:
     return all(a.shape == b.shape and torch.equal(a.to(b.device), b) for a, b in pairs)
 
 
-def _first(value: Any, rows: int) -> Any:
+def _first(value: Any, rows: int, of: int) -> Any:
     if isinstance(value, Tensor):
-        return value[:rows]
-    return first(value, rows) if isinstance(value, Mapping | list | tuple) else value
+        return value[:rows] if value.ndim and len(value) == of else value
+    return first(value, rows, of) if isinstance(value, Mapping | list | tuple) else value
 
 
 def _tensors(batch: Any) -> list[Tensor]:

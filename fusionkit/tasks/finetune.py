@@ -23,7 +23,7 @@ from fusionkit.checkpoints.output_folder import new_folder
 from fusionkit.errors import DataError, FusionKitError
 from fusionkit.tasks.kinds import kinds_of
 from fusionkit.tasks.linearize import linearize
-from fusionkit.tasks.metrics import MetricChoice, metric_of
+from fusionkit.tasks.metrics import MetricChoice, check_choice, metric_of, update
 from fusionkit.tasks.only import only
 from fusionkit.tasks.task import Task
 
@@ -127,7 +127,7 @@ class Finetune(LightningModule):
         if own is not datamodule:
             raise DataError(
                 f"the datamodule has {len(datamodule.tasks)} tasks, and one is trained: give "
-                f"`fusionkit.tasks.only.only(datamodule, ['{self.task}'])` to the Trainer"
+                f"`fusionkit.only(datamodule, ['{self.task}'])` to the Trainer"
             )
         if self._kind is not None:
             return
@@ -157,6 +157,8 @@ class Finetune(LightningModule):
             self.task = tasks[0]
         if self.task is None and tasks:
             raise DataError(f"which task? give `task`, one of {', '.join(tasks)}")
+        if len(tasks) > 1:  # else those that the metrics are of may be another datamodule's
+            check_choice(self.metric_choice, tasks)
         return only(datamodule, [self.task or ""])
 
     def train(self, mode: bool = True) -> "Finetune":
@@ -181,7 +183,7 @@ class Finetune(LightningModule):
         loss = kind.loss(outputs, batch)
         self.log("val/loss", loss, batch_size=kind.count(batch), prog_bar=True, sync_dist=True)
         assert self.metric is not None
-        kind.update(self.metric, outputs, batch)
+        update(self.metric, str(self.task), kind, outputs, batch)
         self.log("val/score", self.metric, prog_bar=True)
         return None
 

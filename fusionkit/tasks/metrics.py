@@ -36,41 +36,56 @@ def check_choice(choice: MetricChoice, tasks: Collection[str]) -> None:
                 )
 
 
-def metric_of(choice: MetricChoice, name: str, task: Task) -> Metric:
+def metric_of(choice: MetricChoice, task: str, kind: Task) -> Metric:
     """A fresh metric for a task.
 
     Args:
         choice: what was asked for.
-        name: the task's.
-        task: of what kind it is; fills in what arguments are left out (`num_classes`, …).
+        task: the task's name.
+        kind: of what kind it is; fills in what arguments are left out (`num_classes`, …).
 
     Raises:
         FusionKitError: there is no such metric, or its arguments are not right.
     """
     if isinstance(choice, dict) and "class_path" not in choice:
-        choice = choice.get(name)
+        choice = choice.get(task)
     if choice is None:
-        return task.metric()
+        return kind.metric()
     given: dict[str, Any] = {}
     made: Any = choice
     if isinstance(choice, str | dict):
         settings: dict[str, Any] = choice if isinstance(choice, dict) else {"class_path": choice}
-        given = {**settings.get("init_args", {}), **settings.get("dict_kwargs", {})}
+        given = {**(settings.get("init_args") or {}), **(settings.get("dict_kwargs") or {})}
         made = _named(settings["class_path"])
     try:
         if isinstance(made, type):
             known = _parameters(made)
-            own = {key: value for key, value in task.metric_arguments.items() if key in known}
+            own = {key: value for key, value in kind.metric_arguments.items() if key in known}
             metric = made(**{**own, **given})
         else:
-            metric = made(task.head_size, **given)
-    except (TypeError, ValueError) as error:
+            metric = made(kind.head_size, **given)
+    except Exception as error:  # of anyone's constructor
         raise FusionKitError(
-            f"metric {getattr(made, '__name__', made)} of task '{name}' can't be made: {error}"
+            f"metric {getattr(made, '__name__', made)} of task '{task}' can't be made: {error}"
         ) from error
     if not isinstance(metric, Metric):
-        raise FusionKitError(f"metric of task '{name}': {metric!r} is no torchmetrics.Metric")
+        raise FusionKitError(f"metric of task '{task}': {metric!r} is no torchmetrics.Metric")
     return metric
+
+
+def update(metric: Metric, task: str, kind: Task, outputs: Tensor, batch: Any) -> None:
+    """Let a task's metric take in the outputs of a batch.
+
+    Raises:
+        FusionKitError: it is for other outputs or labels than the task's.
+    """
+    try:
+        kind.update(metric, outputs, batch)
+    except (ArithmeticError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise FusionKitError(
+            f"the metric of task '{task}', {type(metric).__name__}, is not for what the task has, "
+            f"{kind!r}: {error}"
+        ) from error
 
 
 def value_of(metric: Metric, task: str) -> float:
@@ -88,12 +103,20 @@ def value_of(metric: Metric, task: str) -> float:
     return float(value)
 
 
-def _named(path: str) -> Any:
-    place, _, leaf = path.rpartition(".")
+def is_lower_better(metric: Metric) -> bool:
+    """Whether less is better: an error, say."""
+    return metric.higher_is_better is False
+
+
+def _named(path: Any) -> Any:
+    place, _, leaf = str(path).rpartition(".")
     for package in [place] if place else [f"torchmetrics{each}" for each in _PACKAGES]:
         try:
             return getattr(import_module(package), leaf)
-        except (ImportError, AttributeError):
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{package}.".startswith(f"{error.name}."):
+                raise FusionKitError(f"metric '{path}' fails to import: {error}") from error
+        except AttributeError:
             continue
     near = get_close_matches(leaf, torchmetrics.__all__, 3)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""

@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from fusionkit.errors import DataError
-from fusionkit.tasks.task import Task
+from fusionkit.tasks.wrapped import DATALOADERS, Wrapped
 
 
 def only(datamodule: Any, tasks: Sequence[str]) -> LightningDataModule:
@@ -35,32 +34,18 @@ def only(datamodule: Any, tasks: Sequence[str]) -> LightningDataModule:
     if hasattr(datamodule, "only"):
         own: LightningDataModule = datamodule.only(tasks)
         return own
-    return _Only(datamodule, tasks)
+    return _Only(datamodule, list(tasks))
 
 
-class _Only(LightningDataModule):
+class _Only(Wrapped):
     """Picks the dataloaders of some tasks."""
 
-    def __init__(self, datamodule: Any, tasks: Sequence[str]) -> None:
-        super().__init__()
-        self.datamodule = datamodule
-        self.tasks = list(tasks)
+    def __init__(self, datamodule: Any, tasks: list[str]) -> None:
+        super().__init__(datamodule, tasks)
         self._places = [list(datamodule.tasks).index(task) for task in tasks]
-        self.kinds: dict[str, Task] = getattr(datamodule, "kinds", {})
-        self.num_classes: dict[str, int] = getattr(datamodule, "num_classes", {})
-        # Lightning looks whether a dataloader is overridden: only those that there are, are.
-        for name in ("train_dataloader", "val_dataloader", "test_dataloader"):
-            if is_overridden(name, datamodule, LightningDataModule):
+        for name in DATALOADERS:
+            if self.overrides(name):
                 setattr(self, name, self._picked(name))
-
-    def prepare_data(self) -> None:
-        """The datamodule's."""
-        self.datamodule.prepare_data()
-
-    def setup(self, stage: str) -> None:
-        """The datamodule's."""
-        self.datamodule.trainer = self.trainer
-        self.datamodule.setup(stage)
 
     def _picked(self, name: str) -> Any:
         def dataloaders() -> list[Any]:

@@ -8,11 +8,12 @@ place, and left out of the metrics: scores are those of one process, to the last
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from lightning.pytorch import LightningDataModule
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
+from torchmetrics import Metric
 
 from fusionkit.errors import DataError
-from fusionkit.tasks.task import Task
+from fusionkit.tasks.wrapped import Wrapped
 
 Spread = Literal["rows", "tasks"]
 """What each of several processes evaluates: its share of every task's rows, or whole tasks."""
@@ -35,7 +36,7 @@ def real_rows(loader: Any, first: int, count: int) -> int:
     return min(max(own - first, 0), count)
 
 
-class TasksSpread(LightningDataModule):
+class TasksSpread(Wrapped):
     """A datamodule whose tasks are shared out among the processes, each evaluated by one, whole.
 
     A process then switches to its own tasks only: for many tasks, of few rows each. The largest
@@ -47,21 +48,8 @@ class TasksSpread(LightningDataModule):
     """
 
     def __init__(self, datamodule: Any) -> None:
-        super().__init__()
-        self.datamodule = datamodule
-        self.tasks: list[str] = list(datamodule.tasks)
-        self.kinds: dict[str, Task] = getattr(datamodule, "kinds", {})
-        self.num_classes: dict[str, int] = getattr(datamodule, "num_classes", {})
+        super().__init__(datamodule, list(datamodule.tasks))
         self.allow_zero_length_dataloader_with_multiple_devices = True
-
-    def prepare_data(self) -> None:
-        """The datamodule's."""
-        self.datamodule.prepare_data()
-
-    def setup(self, stage: str) -> None:
-        """The datamodule's."""
-        self.datamodule.trainer = self.trainer
-        self.datamodule.setup(stage)
 
     def test_dataloader(self) -> list[DataLoader[Any]]:
         """This process's tasks', and empty ones of the others.
@@ -76,7 +64,6 @@ class TasksSpread(LightningDataModule):
         return self._own(self.datamodule.val_dataloader())
 
     def _own(self, loaders: Sequence[DataLoader[Any]]) -> list[DataLoader[Any]]:
-        assert self.trainer is not None
         for task, loader in zip(self.tasks, loaders, strict=True):
             if not hasattr(getattr(loader, "dataset", None), "__len__") or not loader.batch_size:
                 raise DataError(
@@ -95,6 +82,18 @@ class TasksSpread(LightningDataModule):
         if not own:
             found[0] = _loader(loaders[0], Subset(loaders[0].dataset, [0]), replicas=2, rank=1)
         return found
+
+
+def alone(metric: Metric) -> None:
+    """Let a metric be computed by the process that has its rows, without the others."""
+    for part in metric.modules():
+        if isinstance(part, Metric):
+            part.sync_on_compute = False
+
+
+def of_owner(values: Tensor) -> float:
+    """The value of the process that has one: `(processes, 2)`, a value and whether it is one."""
+    return float(values[values[:, 1] > 0, 0].mean())
 
 
 def share_out(sizes: Sequence[int], processes: int) -> list[list[int]]:

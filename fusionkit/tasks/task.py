@@ -62,7 +62,8 @@ class Task(ABC):
 
     def first(self, batch: Any, rows: int) -> Any:
         """A batch's first rows; of all of them, the batch itself."""
-        return batch if rows >= self.count(batch) else batches.first(batch, rows)
+        count = self.count(batch)
+        return batch if rows >= count else batches.first(batch, rows, count)
 
 
 class LabelledTask(Task):

@@ -22,6 +22,7 @@ from fusionkit.tasks.kinds import kinds_of
 from fusionkit.tasks.metrics import metric_of
 from fusionkit.tasks.only import only
 from fusionkit.tasks.regression import Regression
+from fusionkit.tasks.scores import Scores
 from fusionkit.tasks.task import Task
 
 QUIET: dict[str, Any] = {
@@ -185,6 +186,11 @@ class TestMetrics:
             ({"class_path": "F1Score", "init_args": {"averge": 1}}, "F1Score of task 'colour'"),
             ({"color": "Accuracy"}, "no task 'color'; there is colour, size"),
             ("torch.nn.Linear", "Linear"),
+            (
+                {"class_path": "F1Score", "init_args": None, "dict_kwargs": {"x": 1}},
+                "can't be made",
+            ),
+            ({"class_path": None}, "no metric 'None'"),
         ],
     )
     def test_refused_before_anything_runs(
@@ -192,6 +198,23 @@ class TestMetrics:
     ) -> None:
         with pytest.raises(FusionKitError, match=said):
             self.scores(base, tuned, metric)
+
+    def test_an_error_has_no_share(
+        self, base: TinyNet, tuned: dict[str, dict[str, Tensor]]
+    ) -> None:
+        own = {"colour": 1.0, "size": 0.5}
+        reuse = module(base, tuned, metric={"size": "MeanSquaredError"}, finetuned_scores=own)
+        Trainer(**QUIET).test(reuse, datamodule=Mixed(), verbose=False)
+        assert reuse.scores is not None
+        assert reuse.scores.lower == {"size"}
+        assert reuse.scores.share_of("size") is reuse.scores.share is None
+        assert reuse.scores.share_of("colour") == reuse.scores.values["colour"]
+
+    def test_one_that_is_for_something_else(
+        self, base: TinyNet, tuned: dict[str, dict[str, Tensor]]
+    ) -> None:
+        with pytest.raises(FusionKitError, match=r"'colour', PearsonCorrCoef, is not for what"):
+            self.scores(base, tuned, {"colour": "PearsonCorrCoef"})
 
     def test_a_score_is_one_number(
         self, base: TinyNet, tuned: dict[str, dict[str, Tensor]]
@@ -231,6 +254,42 @@ class TestOnly:
         assert is_overridden("test_dataloader", own)
         assert not is_overridden("val_dataloader", own)
 
+    def test_its_hooks_are_the_datamodules(self, base: TinyNet) -> None:
+        """Where rows are made ready on the device, say; and what its `setup` finds out."""
+        seen: list[Any] = []
+
+        class Hooked(Mixed):
+            def setup(self, stage: str) -> None:
+                self.kinds = {**KINDS, "size": Regression()}
+                seen.append((stage, self.trainer is not None))
+
+            def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+                seen.append(len(batch[0][0]) if isinstance(batch[0], list) else len(batch[0]))
+                return batch
+
+            def teardown(self, stage: str) -> None:
+                seen.append(stage)
+
+        own = only(Hooked(), ["size"])
+        trained = Finetune(base, "size", "full", private=["head.*"])
+        Trainer(max_epochs=1, **QUIET).fit(trained, datamodule=own)
+        assert seen == [("fit", True), 7, 7, 7, 3, "fit"]
+
+    def test_calibration_rows_go_through_the_hooks_task_by_task(
+        self, base: TinyNet, tuned: dict[str, dict[str, Tensor]]
+    ) -> None:
+        seen: set[tuple[int, torch.dtype]] = set()
+
+        class Hooked(Mixed):
+            def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+                seen.add((dataloader_idx, batch[1].dtype))
+                return batch
+
+        reuse = module(base, tuned, codec=DBMS(MagnitudePrune(0.2)))
+        run = Trainer(max_epochs=2, **QUIET)
+        fusionkit.calibrate(reuse, Hooked(), settings=Calibration(rows=14), trainer=run)
+        assert seen == {(0, torch.int64), (1, torch.float32)}
+
     def test_a_task_that_is_not_there(self) -> None:
         with pytest.raises(DataError, match="no data for task 'taste'; there is colour, size"):
             only(Mixed(), ["taste"])
@@ -239,10 +298,28 @@ class TestOnly:
 def test_rows_of_a_batch() -> None:
     nested = {"text": {"ids": torch.arange(6).view(3, 2)}, "labels": torch.arange(3), "name": "x"}
     assert batches.count(nested) == 3
-    cut = batches.first(nested, 2)
+    cut = batches.first(nested, 2, of=3)
     assert cut["text"]["ids"].tolist() == [[0, 1], [2, 3]]
     assert (cut["labels"].tolist(), cut["name"]) == ([0, 1], "x")
     assert batches.same(nested, {**nested, "labels": torch.arange(3)})
     assert not batches.same(nested, {**nested, "labels": torch.arange(1, 4)})
-    pair = batches.first((torch.ones(4), np.ones(4), torch.zeros(4)), 1)
+    pair = batches.first((torch.ones(4), np.ones(4), torch.zeros(4)), 1, of=4)
     assert [len(each) for each in pair] == [1, 4, 1]
+    weighted = batches.first((torch.ones(4), torch.zeros(4), torch.tensor(0.5)), 2, of=4)
+    assert [each.numel() for each in weighted] == [2, 2, 1]
+
+
+class TestScores:
+    def test_shares(self) -> None:
+        scores = Scores({"a": 0.4, "b": 0.2}, {"a": 0.5, "b": 0.0})
+        assert scores.share_of("a") == pytest.approx(0.8)
+        assert scores.share_of("b") is None  # of nothing there is no share
+        assert scores.share == pytest.approx(0.3 / 0.25)
+        assert scores.rows()[-1]["finetuned"] == pytest.approx(0.25)
+
+    def test_where_all_is_lost(self) -> None:
+        assert Scores({"a": 0.0}, {"a": 0.5}).rows()[-1] == {
+            "task": "mean", "score": 0.0, "finetuned": 0.5, "share": 0.0,
+        }  # fmt: skip
+        assert Scores({"a": 0.0}, {"a": 0.0}).share is None
+        assert Scores({"a": 0.5}, {"b": 0.5}).finetuned_mean is None
