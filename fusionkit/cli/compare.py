@@ -198,7 +198,7 @@ class _Bench:
         return Comparison(
             "fine-tuned",
             "",
-            Scores(scores.values, scores.values),
+            replace(scores, finetuned=scores.values),
             sum(checkpoint.nbytes for checkpoint in family.finetuned.values()),
             1.0,
             family.bits_per_parameter,

@@ -3,8 +3,10 @@
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -28,6 +30,7 @@ from fusionkit.task_vectors.family import Family
 from fusionkit.task_vectors.task_source import TaskSource
 from fusionkit.tasks.kinds import kinds_of
 from fusionkit.tasks.only import only
+from fusionkit.tasks.scores import Scores
 from fusionkit.tasks.task import Task
 
 _SINGLE = "single"
@@ -167,6 +170,7 @@ class FuseCLI(FitCLI):
             private=self.model.private,
             frozen=self.model.frozen if full else [],
             adapters="merged" if full else "modules",
+            metric=self.model.metric_choice,
         )
 
     def _instantiate(self, out: Path, settings: dict[str, Any]) -> None:
@@ -296,7 +300,7 @@ class _Fusing:
         for task in tasks:
             key = (self.name, _SINGLE, task)
             if key not in self.done:
-                self._add(Fusion(*key, 1, self._scores(self.family, [task])[task], 1.0))
+                self._add(Fusion(*key, 1, self._scores(self.family, [task]).mean, 1.0))
             self.own[task] = self.done[key].score
 
     def fused(self, tasks: Sequence[str]) -> None:
@@ -310,9 +314,9 @@ class _Fusing:
                 continue
             merge = self._merge(method, family)
             scores = self._scores(Fused(family, merge), tasks)
-            mean = sum(scores.values()) / len(scores)
-            share = sum(_share(scores[task], self.own[task]) for task in tasks) / len(tasks)
-            self._add(Fusion(*key, len(tasks), mean, share, repr(merge)))
+            shares = [scores.share_of(task) for task in tasks]
+            share = mean(math.nan if each is None else each for each in shares)
+            self._add(Fusion(*key, len(tasks), scores.mean, share, repr(merge)))
 
     def _merge(self, method: str, family: Family) -> Merge:
         """How to fuse, with its scale or weights searched."""
@@ -323,9 +327,10 @@ class _Fusing:
         assert self.lorahub is not None
         return self.lorahub.search(self.module, family, batches, self.kinds)
 
-    def _scores(self, source: TaskSource, tasks: Sequence[str]) -> dict[str, float]:
+    def _scores(self, source: TaskSource, tasks: Sequence[str]) -> Scores:
         self.module.reuse(source)
-        return evaluate(self.module, only(self.datamodule, tasks), self.trainer).values
+        scores = evaluate(self.module, only(self.datamodule, tasks), self.trainer)
+        return replace(scores, finetuned=self.own)
 
     def _add(self, row: Fusion) -> None:
         self.results.rows.append(row)
@@ -367,10 +372,6 @@ def _batches(datamodule: Any, trainer: Trainer, tasks: Sequence[str], count: int
             raise DataError(f"no validation rows of '{task}' to search on; raise val_fraction")
         picked[task] = batches[:: max(len(batches) // count, 1)][:count]
     return picked
-
-
-def _share(score: float, own: float) -> float:
-    return score / own if own else math.nan
 
 
 def _sets(tasks: Sequence[str]) -> Iterator[tuple[str, ...]]:

@@ -90,7 +90,7 @@ def averaged(rows: Sequence[Comparison]) -> Comparison:
     spread = statistics.stdev(row.scores.mean for row in rows) if len(rows) > 1 else None
     return replace(
         rows[-1],
-        scores=Scores(values, rows[-1].scores.finetuned),
+        scores=replace(rows[-1].scores, values=values),
         encode_seconds=statistics.fmean(row.encode_seconds or 0.0 for row in rows),
         switch_seconds=statistics.fmean(row.switch_seconds or 0.0 for row in rows),
         spread=spread,

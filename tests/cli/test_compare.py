@@ -180,6 +180,20 @@ class TestCompare:
         assert all(each.state.fn == "fit" for each in made)
         assert one.state.fn == "test"
 
+    def test_an_error_has_no_share(self, reuse: ReuseModule) -> None:
+        reuse.metric = {"ant": "CalibrationError"}
+        results = fusionkit.compare(
+            reuse,
+            Rows(),
+            {"own": DBMS(EMR())},
+            seeds=[0, 1],
+            settings=settings(),
+            trainer=trainer(),
+            make_trainer=lambda: trainer(1),
+        )
+        assert [row.scores.lower for row in results.rows] == [{"ant"}, {"ant"}]
+        assert [row.scores.share for row in results.rows] == [None, None]
+
     def test_a_task_without_data(self, reuse: ReuseModule) -> None:
         with pytest.raises(DataError, match="no calibration data for task 'bee'"):
             fusionkit.compare(

@@ -16,6 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from program import run
 from torch import nn
 
+import fusionkit
 from fusionkit import Family, Mean, TaskArithmetic
 from fusionkit.cli.fusion_report import Fusion, FusionReport
 from fusionkit.reuse.fused import Fused
@@ -265,7 +266,6 @@ class TestGoingOn:
         run("fuse", "--config", again / "fuse.yaml")
         assert (place / "finetuned/adapter_model.safetensors").read_bytes() == wanted
 
-
     def test_a_run_of_an_earlier_version(self, again: Path) -> None:
         """Its recipe had other sections, and FusionKit's classes were in other modules."""
         config = again / "out/config.yaml"
@@ -345,6 +345,37 @@ class TestRefusals:
         recipe = write(tmp_path, families={"LoRA": there}, out=str(tmp_path / "other"))
         output = run("fuse", "--config", recipe, "--data.tasks=[digit,parity]", code=1)
         assert "has no 'parity'; it has digit, photo, rotation" in output
+
+    def test_the_recipes_metric_scores_the_fusions(
+        self, finished: tuple[Path, str], tmp_path: Path
+    ) -> None:
+        """One for all tasks, or each task's own; what is an error has no share."""
+        there = {"finetuned": f"{finished[0]}/out/LoRA/*/finetuned"}
+        recipe = write(tmp_path, families={"LoRA": there}, lorahub=None)
+        plain = {r["tasks"]: r["score"] for r in rows(finished[0]) if r["family"] == "LoRA"}
+        found = {}
+        own = {"digit": "MatthewsCorrCoef", "photo": "CalibrationError"}
+        for place, metric in (("all", "MatthewsCorrCoef"), ("own", json.dumps(own))):
+            args = ["--model.metric", metric, "--out", tmp_path / place / "out"]
+            run("fuse", "--config", recipe, *args)
+            found[place] = {(r["method"], r["tasks"]): r for r in rows(tmp_path / place)}
+        torch.manual_seed(0)  # the recipe's seed
+        paths = {task: f"{finished[0]}/out/LoRA/{task}/finetuned" for task in TASKS}
+        reuse = ReuseModule(
+            base_model(),
+            finetuned=dict(paths),
+            private=HEAD,
+            adapters="modules",
+            metric="MatthewsCorrCoef",
+        )
+        wanted = fusionkit.fuse({"LoRA": reuse}, FewDigits(TASKS), {"mean": Mean()})
+        for row in wanted.rows:
+            assert found["all"][row.method, row.tasks]["score"] == row.score
+        single = {task: found["own"]["single", task]["score"] for task in TASKS}
+        assert single["digit"] == found["all"]["single", "digit"]["score"] != plain["digit"]
+        assert single["rotation"] == plain["rotation"]
+        assert not math.isnan(found["own"]["mean", "digit+rotation"]["share"])
+        assert math.isnan(found["own"]["mean", "rotation+photo"]["share"])
 
     def test_validation_rows_to_search_on(self, tmp_path: Path) -> None:
         data = {"class_path": f"{__name__}.NoValidation"}
