@@ -1,12 +1,9 @@
 """`fusionkit calibrate`."""
 
-from lightning.pytorch.cli import LightningArgumentParser
-
 from fusionkit.calibration.calibrate import EPOCHS, calibrate
 from fusionkit.cli import report
 from fusionkit.cli.compress import take_bundle
-from fusionkit.cli.fit import FitCLI
-from fusionkit.cli.recipe import RecipeCLI
+from fusionkit.cli.training import TrainingCLI
 
 
 def run(args: list[str]) -> None:
@@ -14,14 +11,11 @@ def run(args: list[str]) -> None:
     CalibrateCLI(args).calibrate()
 
 
-class CalibrateCLI(FitCLI):
+class CalibrateCLI(TrainingCLI):
     """Compress the recipe's fine-tuned checkpoints calibrated, into `--model.bundle`."""
 
     verb = "calibrate"
-
-    def add_model_arguments(self, parser: LightningArgumentParser) -> None:
-        """ReuseModule's."""
-        RecipeCLI.add_model_arguments(self, parser)
+    replaces = "the bundle"
 
     def check_out(self) -> None:
         """Take the bundle's folder as the place to write; it must not be there.

@@ -16,9 +16,9 @@ from fusionkit.calibration.calibrate import EPOCHS, calibrate
 from fusionkit.calibration.settings import Calibration
 from fusionkit.cli import report
 from fusionkit.cli.compress import progress_bar
-from fusionkit.cli.recipe import RecipeCLI, quiet
+from fusionkit.cli.recipe import quiet
 from fusionkit.cli.report import Comparison, ComparisonReport
-from fusionkit.cli.test import evaluate, plain_trainer
+from fusionkit.cli.test import EvaluationCLI, evaluate, plain_trainer
 from fusionkit.codecs.base import DeltaCodec
 from fusionkit.codecs.dbms import DBMS
 from fusionkit.reuse.module import ReuseModule
@@ -38,13 +38,14 @@ def run(args: list[str]) -> None:
     report.show(f"plot: {out / 'compare.png'}")
 
 
-class CompareCLI(RecipeCLI):
+class CompareCLI(EvaluationCLI):
     """Score several codecs over the recipe's checkpoints: one table, CSV, JSON and plot."""
 
     verb = "compare"
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """`--codecs`, and what else to make of each."""
+        super().add_arguments_to_parser(parser)
         parser.add_argument(
             "--codecs",
             type=dict[str, DeltaCodec],

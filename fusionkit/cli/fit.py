@@ -1,15 +1,14 @@
 """`fusionkit fit`: a LightningModule trained by the Trainer, its flags and its checkpoints."""
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser
 
 from fusionkit.checkpoints.paths import is_there, refuse_existing
 from fusionkit.cli import report
-from fusionkit.cli.recipe import RecipeCLI
+from fusionkit.cli.training import TrainingCLI
 from fusionkit.errors import BundleError
 from fusionkit.tasks.finetune import KINDS, Finetune
 from fusionkit.tasks.training import fit
@@ -23,38 +22,15 @@ def run(args: list[str]) -> None:
     FitCLI(args).fit()
 
 
-class FitCLI(RecipeCLI):
+class FitCLI(TrainingCLI):
     """Fine-tune one task of the recipe: `--model.task`; written to `--out`/finetuned."""
 
     verb = "fit"
-    trainer_settings: ClassVar[dict[str, Any]] = {"logger": False, "enable_model_summary": False}
+    replaces = "the fine-tune"
 
     def add_model_arguments(self, parser: LightningArgumentParser) -> None:
         """Any LightningModule's that trains; `Finetune`'s as a rule."""
         parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True)
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """`--ckpt_path`, `--overwrite`, and Lightning's checkpointing as `--checkpoint`."""
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults(
-            {"checkpoint.save_last": True, "checkpoint.enable_version_counter": False}
-        )
-        parser.add_argument(
-            "--ckpt_path", type=str | None, default=None, help="resume: a checkpoint, or 'last'"
-        )
-        parser.add_argument("--overwrite", type=bool, default=False, help="replace the fine-tune")
-
-    def before_instantiate_classes(self) -> None:
-        """Refuse what would be lost, and keep Lightning's files beside the results."""
-        self.check_out()
-        trainer = self.config["trainer"]
-        trainer["default_root_dir"] = trainer["default_root_dir"] or self.config["out"]
-        self.config["checkpoint"]["dirpath"] = self.config["checkpoint"]["dirpath"] or str(
-            Path(self.config["out"]) / "checkpoints"
-        )
-        if trainer["enable_checkpointing"] is False:  # Lightning refuses to be given one, then
-            keys = self.parser.callback_keys
-            self.parser.callback_keys = [key for key in keys if key != "checkpoint"]
 
     def check_out(self) -> None:
         """Refuse to write over what is there.

@@ -22,7 +22,6 @@ from fusionkit.calibration.settings import Calibration
 from fusionkit.cli import report
 from fusionkit.errors import DataError, FusionKitError
 from fusionkit.reuse.module import ReuseModule
-from fusionkit.tasks.spread import Spread
 
 _MENDS = {
     r"Parser key \"model\".*class_path 'lightning\S*\.LightningModule'": (
@@ -35,6 +34,9 @@ _MENDS = {
     ),
     r"'model' does not accept option 'calibration": (
         "`calibration` is a section of its own, beside `model`: --calibration.rows, say"
+    ),
+    r"^(Option 'spread' is not|unrecognized arguments: --spread\b)": (
+        "`spread` is read by 'fusionkit test' and 'fusionkit compare' alone; leave it out here"
     ),
 }
 """What the parser says → what to do about it."""
@@ -133,14 +135,6 @@ class RecipeCLI(LightningCLI):
             LightningDataModule, "data", subclass_mode=True, required=False
         )
         parser.add_argument("--out", type=str, default="out", help="folder for scores and plots")
-        if self.needs_trainer:
-            parser.add_argument(
-                "--spread",
-                type=Spread,
-                default="rows",
-                help="what each of several processes evaluates: a share of every task's rows, or "
-                "whole tasks",
-            )
 
     def add_model_arguments(self, parser: LightningArgumentParser) -> None:
         """ReuseModule's."""

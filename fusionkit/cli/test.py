@@ -3,6 +3,7 @@
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser
 
 from fusionkit.bundles.bundle import Bundle
 from fusionkit.cli import report
@@ -21,7 +22,21 @@ def run(args: list[str]) -> None:
         report.show(f"written: {path}")
 
 
-class TestCLI(RecipeCLI):
+class EvaluationCLI(RecipeCLI):
+    """A recipe whose tasks are scored."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """`--spread`."""
+        parser.add_argument(
+            "--spread",
+            type=Spread,
+            default="rows",
+            help="what each of several processes evaluates: a share of every task's rows, or "
+            "whole tasks",
+        )
+
+
+class TestCLI(EvaluationCLI):
     """Score every task of the recipe, from its bundle or compressed on the fly."""
 
     verb = "test"

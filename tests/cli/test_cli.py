@@ -120,6 +120,16 @@ def test_help_is_short_and_complete(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--task TASK" in run("export", "--help")
 
 
+@pytest.mark.parametrize("verb", ["compress", "calibrate", "test", "compare", "fit", "fuse"])
+def test_help_has_what_the_verb_reads(verb: str) -> None:
+    text = " ".join(run(verb, "--help").split())
+    written = {"compress": "bundle", "calibrate": "bundle", "fit": "fine-tune"}
+    if verb in written:
+        assert f"--overwrite {{true,false}} replace the {written[verb]}" in text
+    assert ("--spread" in text) == (verb in ("test", "compare"))
+    assert ("--ckpt_path" in text) == (verb in ("calibrate", "fit", "fuse"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message", "code"),
     [
@@ -228,3 +238,10 @@ def test_recipes_of_before_are_told_what_to_write(recipe: Path, change: Any, men
     content["model"].update(change)
     recipe.write_text(yaml.safe_dump(content, sort_keys=False))
     assert mend in run("compress", "--config", recipe, code=2)
+
+
+def test_what_only_evaluation_reads(recipe: Path) -> None:
+    mend = "`spread` is read by 'fusionkit test' and 'fusionkit compare' alone"
+    assert mend in run("calibrate", "--config", recipe, "--spread", "tasks", code=2)
+    recipe.write_text(recipe.read_text() + "spread: tasks\n")
+    assert mend in run("calibrate", "--config", recipe, code=2)
