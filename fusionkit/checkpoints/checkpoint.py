@@ -155,7 +155,8 @@ class Copied(Checkpoint):
 
     def __init__(self, source: Checkpoint, device: torch.device | None = None) -> None:
         self.label, self.buffers = source.label, source.buffers
-        self.specs, self.aliases = source.specs, source.aliases
+        self.specs = source.specs
+        self.aliases = dict(source.aliases)  # the class's own can't be pickled
         self.strip_prefix, self.add_prefix = source.strip_prefix, source.add_prefix
         own: dict[str, Tensor] = {}
         for name in source:
