@@ -39,7 +39,7 @@ class Switcher:
         self._cached_of: TaskSource | None = None
         self._cached_version: object = None
         self._cache_bytes = cache_bytes
-        self._private: Set[str] = frozenset()
+        self._private: frozenset[str] = frozenset()
 
     def forget(self) -> None:
         """Drop what was kept of tasks: they come from elsewhere now, or in another dtype."""
@@ -92,7 +92,7 @@ class Switcher:
             # A head that the last task had and this one lacks goes back to the base's.
             left = {name: kept(self.base)[name] for name in self._private - private.keys()}
             self._place(state, {**left, **private})
-        self._private = private.keys()
+        self._private = frozenset(private)
 
     def _write(self, task: str, source: TaskSource, out: Mapping[str, Tensor], keep: bool) -> None:
         """Write a task's weights, as they were kept, or anew; then keep them if they fit."""
