@@ -58,6 +58,7 @@ class Switcher:
         Raises:
             BundleError: the source has no such task, a file of it was changed, or one of its
                 tensors has no place in the model, which is then the base.
+            FamilyError: the source is a family, and has no such task; the model is then the base.
             FusionKitError: the model is on the meta device.
         """
         # Weights made under inference mode could never be trained again.

@@ -219,7 +219,11 @@ class Family:
         return vectors
 
     def exact(self, task: str) -> Iterator[tuple[str, Tensor]]:
-        """A task's exact tensors that differ from the base's, in their own dtype."""
+        """A task's exact tensors that differ from the base's, in their own dtype.
+
+        Raises:
+            FamilyError: there is no such task.
+        """
         for name in self.names("exact"):
             tuned = self._tuned(task, name)
             base = self.base[name]
@@ -227,9 +231,14 @@ class Family:
                 yield name, tuned
 
     def private_tensors(self, task: str) -> Iterator[tuple[str, Tensor]]:
-        """A task's private tensors, whole, in their own dtype."""
+        """A task's private tensors, whole, in their own dtype.
+
+        Raises:
+            FamilyError: there is no such task.
+        """
+        checkpoint = self._checkpoint(task)
         for name in self.private[task]:
-            yield name, self.finetuned[task][name]
+            yield name, checkpoint[name]
 
     def check_frozen(self) -> None:
         """Check that frozen tensors, where present, do equal the base's.
@@ -259,7 +268,11 @@ class Family:
         return {name: self.base[name] for name in names}
 
     def tensor(self, task: str, name: str, base: Tensor, out: Tensor | None = None) -> Tensor:
-        """One of a task's tensors, uncompressed, in its own dtype; see `TaskSource`."""
+        """One of a task's tensors, uncompressed, in its own dtype; see `TaskSource`.
+
+        Raises:
+            FamilyError: there is no such task.
+        """
         return self._tuned(task, name).to(base.device)
 
     def _prefetch(self, name: str) -> None:
@@ -272,8 +285,16 @@ class Family:
             return MergedAdapter(self.base, source)
         return Checkpoint.of(source)
 
+    def _checkpoint(self, task: str) -> Checkpoint:
+        if task not in self.finetuned:
+            raise FamilyError(
+                f"the family of {self.base.label} has no task '{task}'; it has "
+                f"{', '.join(self.tasks)}"
+            )
+        return self.finetuned[task]
+
     def _tuned(self, task: str, name: str) -> Tensor:
-        checkpoint = self.finetuned[task]
+        checkpoint = self._checkpoint(task)
         return checkpoint[self._name_in(checkpoint, name)]
 
     def _name_in(self, checkpoint: Checkpoint, name: str) -> str:
