@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fusionkit import DBMS, EMR, Bundle, Dense, MagnitudePrune, Mean
 from fusionkit.bundles import journal
-from fusionkit.bundles import part_file as partfile
+from fusionkit.bundles import part_file
 from fusionkit.bundles.compress import compress
 from fusionkit.checkpoints.output_folder import LOCK
 from fusionkit.codecs.base import DeltaCodec
@@ -72,7 +72,7 @@ def partial(out: Path) -> Path:
 def test_it_goes_on_from_what_is_written(
     files: Files, tmp_path: Path, name: str, large: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(partfile, "_LARGE", large)
+    monkeypatch.setattr(part_file, "_LARGE", large)
     codec = CODECS[name]
     whole = run(files, codec, tmp_path / "one")
     for stops in ([2], [1, 2], [len(whole) - 1]):
