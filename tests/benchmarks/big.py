@@ -29,8 +29,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import fusionkit
-from fusionkit.bundles import manifest
-from fusionkit.bundles import part_file
+from fusionkit.bundles import manifest, part_file
 from fusionkit.checkpoints import safetensors_file
 from fusionkit.codecs import payload
 

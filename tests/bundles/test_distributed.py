@@ -18,8 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fusionkit import DBMS, EMR, SVD, TIES, Bundle, Dense, Elect, MagnitudePrune, Merged, Normalized
-from fusionkit.bundles import journal
-from fusionkit.bundles import part_file
+from fusionkit.bundles import journal, part_file
 from fusionkit.bundles.compress import compress
 from fusionkit.codecs.base import DeltaCodec
 from fusionkit.errors import FusionKitError
