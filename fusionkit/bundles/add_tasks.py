@@ -11,9 +11,9 @@ from fusionkit.bundles.format import task_file
 from fusionkit.bundles.manifest import TaskRecord
 from fusionkit.bundles.writer import BundleWriter
 from fusionkit.checkpoints.adapters.modules import Adapters
+from fusionkit.checkpoints.adapters.with_start import WithStart
 from fusionkit.checkpoints.checkpoint import Checkpoint, Source
 from fusionkit.checkpoints.output_folder import disk_errors
-from fusionkit.checkpoints.overlay import WithStart
 from fusionkit.checkpoints.view import View
 from fusionkit.errors import BundleError
 from fusionkit.task_vectors.family import Family
