@@ -344,7 +344,7 @@ class Bundle:
 
     def _with_start(self, base: Checkpoint) -> Checkpoint:
         """The base as deltas are taken from: with adapters' initial tensors, if it lacks them."""
-        if not self.space or isinstance(base, WithStart):
+        if not self.space or base.plain is not base:
             return base
         return WithStart(base, self.initial)
 

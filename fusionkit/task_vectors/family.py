@@ -125,12 +125,11 @@ class Family:
         """Bits per compressible parameter in the fine-tuned checkpoints, over all tasks."""
         bits = 0
         for checkpoint in self.finetuned.values():
-            own = checkpoint
-            if isinstance(checkpoint, MergedAdapter):
-                own = checkpoint.folder.tensors
-                names = [name for name in own if not self._is_private(name)]
-            else:
+            own = checkpoint.stored
+            if own is checkpoint:
                 names = [known for n in self.names("delta") if (known := self._known(own, n))]
+            else:
+                names = [name for name in own if not self._is_private(name)]
             bits += sum(8 * own.specs[name].nbytes for name in names)
         return bits / max(self.parameters * len(self.tasks), 1)
 
@@ -311,10 +310,8 @@ class Family:
         return matches(name, self.private_patterns)
 
     def _touches(self, checkpoint: Checkpoint, name: str) -> bool:
-        """Whether a checkpoint has a tensor of its own, rather than the base's seen through it."""
-        if isinstance(checkpoint, MergedAdapter):
-            return name in checkpoint.touched
-        return self.space is None or name in checkpoint
+        """Whether a checkpoint has a tensor of its own; of adapters' own, those that are there."""
+        return checkpoint.touches(name) and (self.space is None or name in checkpoint)
 
     def _role(self, name: str, spec: TensorSpec) -> Role:
         touched = any(self._touches(checkpoint, name) for checkpoint in self.finetuned.values())
