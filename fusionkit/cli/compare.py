@@ -86,7 +86,8 @@ class CompareCLI(RecipeCLI):
             shift=self.config_init["shift"],
             seeds=self.config["seeds"],
             settings=self.config_init["calibration"],
-            make_trainer=lambda: self.instantiate_trainer(**limit),
+            trainer=self.trainer,
+            make_trainer=lambda: self.another_trainer(**limit),
             spread=self.config["spread"],
             verbose=True,
         )
@@ -104,6 +105,7 @@ def compare(
     shift: DeltaCodec | None = None,
     seeds: Sequence[int] = (),
     settings: Calibration = _CALIBRATION,
+    trainer: Trainer | None = None,
     make_trainer: Callable[[], Trainer] | None = None,
     spread: Spread = "rows",
     verbose: bool = False,
@@ -124,8 +126,9 @@ def compare(
         seeds: calibrate with each of these, in place of the settings'; such a row has the mean of
             the scores, and how far they scatter.
         settings: how to calibrate.
-        make_trainer: makes the Trainer that evaluates, and one for each calibration; by default
-            plain ones, of so many epochs as `calibrate` has.
+        trainer: evaluates; by default a plain one.
+        make_trainer: makes one for each calibration; by default plain ones, of so many epochs as
+            `calibrate` has.
         spread: what each of several processes evaluates.
         verbose: show in the terminal what is being done.
 
@@ -137,16 +140,22 @@ def compare(
     """
     folder = None if out is None else report.local_folder(out)
     make = make_trainer or (lambda: plain_trainer(max_epochs=EPOCHS))
-    bench = _Bench(module, datamodule, make(), make, settings, seeds, spread, verbose)
+    trainer = trainer or plain_trainer()
+    bench = _Bench(module, datamodule, trainer, make, settings, seeds, spread, verbose)
     family, own = module.family(), module.finetuned_scores
+    results = ComparisonReport()
+
+    def add(row: Comparison) -> None:
+        results.rows.append(row)
+        if folder is not None:
+            report.write_rows(results.flat(), folder, "compare")
+
     try:
-        results = ComparisonReport([bench.finetuned(family)])
+        add(bench.finetuned(family))
         module.finetuned_scores = results.rows[0].scores.values
         for name, codec, calibrates in _each(codecs, calibrated, dbms, shift):
             measure = bench.calibrated if calibrates else bench.compressed
-            results.rows.append(measure(name, codec))
-            if folder is not None:
-                report.write_rows(results.flat(), folder, "compare")
+            add(measure(name, codec))
     finally:
         module.finetuned_scores = own
         module.reuse(family)
@@ -189,7 +198,7 @@ class _Bench:
         return Comparison(
             "fine-tuned",
             "",
-            Scores(scores.values, scores.values),
+            replace(scores, finetuned=scores.values),
             sum(checkpoint.nbytes for checkpoint in family.finetuned.values()),
             1.0,
             family.bits_per_parameter,

@@ -3,8 +3,10 @@
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -15,6 +17,7 @@ from fusionkit.calibration.lorahub import Batches, LoraHub, search_scale
 from fusionkit.checkpoints.checkpoint import find_checkpoints
 from fusionkit.checkpoints.paths import is_there
 from fusionkit.cli import report
+from fusionkit.cli.earlier import same_recipe
 from fusionkit.cli.fit import FINETUNED, FitCLI, train
 from fusionkit.cli.fusion_report import Fusion, FusionReport
 from fusionkit.cli.recipe import quiet
@@ -27,6 +30,7 @@ from fusionkit.task_vectors.family import Family
 from fusionkit.task_vectors.task_source import TaskSource
 from fusionkit.tasks.kinds import kinds_of
 from fusionkit.tasks.only import only
+from fusionkit.tasks.scores import Scores
 from fusionkit.tasks.task import Task
 
 _SINGLE = "single"
@@ -93,12 +97,12 @@ class FuseCLI(FitCLI):
         """Train what is missing, fuse, score; write as rows come in.
 
         Raises:
+            DataError: the datamodule has no `tasks`.
             FusionKitError: `--out` holds the results of another recipe.
         """
-        out = self.out
+        out, tasks = self.out, _tasks_of(self.datamodule)
         results = self._earlier(out)
         merges, lorahub = self.config_init["merges"], self.config_init["lorahub"]
-        tasks = list(getattr(self.datamodule, "tasks", []))
         for name, settings in self._recipe["families"].items():
             module = self._reuse(settings, self._paths(name, settings, tasks, out))
             results = fuse(
@@ -121,14 +125,13 @@ class FuseCLI(FitCLI):
         text = self.parser.dump(self._recipe, skip_none=False)
         begun = is_there(rows) or any(out.glob(f"*/*/{FINETUNED}"))
         if begun or any(out.glob("*/*/checkpoints/last.ckpt")):
-            if not config.exists() or config.read_text() != text:
+            if not same_recipe(config, text):
                 raise FusionKitError(
                     f"{out}: holds the results of another recipe ({config}); give another --out"
                 )
         else:
-            out.mkdir(parents=True, exist_ok=True)
             report.replace_file(config, text.encode())
-        earlier = json.loads(rows.read_text()) if rows.exists() else []
+        earlier = json.loads(rows.read_text()) if is_there(rows) else []
         return FusionReport([Fusion(**row) for row in earlier])
 
     def _paths(
@@ -153,7 +156,7 @@ class FuseCLI(FitCLI):
         report.show(f"{family}: training '{task}'")
         self._instantiate(folder, {**settings, "task": task})
         last = folder / "checkpoints" / "last.ckpt"
-        resume = str(last) if last.exists() else None
+        resume = str(last) if is_there(last) else None
         train(self.trainer, self.model, self.datamodule, folder / FINETUNED, resume)
         return str(folder / FINETUNED)
 
@@ -167,6 +170,7 @@ class FuseCLI(FitCLI):
             private=self.model.private,
             frozen=self.model.frozen if full else [],
             adapters="merged" if full else "modules",
+            metric=self.model.metric_choice,
         )
 
     def _instantiate(self, out: Path, settings: dict[str, Any]) -> None:
@@ -225,15 +229,15 @@ def fuse(
         a notebook shows their table.
 
     Raises:
-        DataError: there are no validation rows to search on.
+        DataError: the datamodule has no `tasks`, or no validation rows to search on.
         FamilyError: a task has no fine-tuned checkpoint, or the checkpoints don't fit together.
         FusionKitError: `out` is a URL.
     """
     folder = None if out is None else report.local_folder(out)
     trainer = trainer or plain_trainer()
-    tasks = list(getattr(datamodule, "tasks", []))
+    tasks = _tasks_of(datamodule)
     searches = lorahub is not None or bool(scales)
-    batches = _batches(datamodule, tasks, search_batches) if searches else {}
+    batches = _batches(datamodule, trainer, tasks, search_batches) if searches else {}
     results = FusionReport(list(earlier.rows) if earlier else [])
     for name, module in families.items():
         if lacking := [task for task in tasks if task not in module.finetuned]:
@@ -247,6 +251,7 @@ def fuse(
             if verbose:
                 report.show(f"{name}: {', '.join(chosen)}: done")
     if folder is not None:
+        report.write_rows(results.flat(), folder, "fuse")
         results.plot(folder / "fuse.png")
     return results
 
@@ -285,15 +290,17 @@ class _Fusing:
         self.results, self.out = results, out
         self.done = {row.key: row for row in results.rows}
         self.own: dict[str, float] = {}
+        # Asked of what is searched on alone: a datamodule may know of the others once it is set up.
+        searched = list(batches)
+        self.kinds: Mapping[str, Task] = kinds_of(datamodule, searched, module.num_classes)
 
     def singles(self, tasks: Sequence[str]) -> None:
         """Score each task's own model."""
         self.family = self.module.family()
-        self.kinds: Mapping[str, Task] = kinds_of(self.datamodule, list(tasks))
         for task in tasks:
             key = (self.name, _SINGLE, task)
             if key not in self.done:
-                self._add(Fusion(*key, 1, self._scores(self.family, [task])[task], 1.0))
+                self._add(Fusion(*key, 1, self._scores(self.family, [task]).mean, 1.0))
             self.own[task] = self.done[key].score
 
     def fused(self, tasks: Sequence[str]) -> None:
@@ -307,9 +314,9 @@ class _Fusing:
                 continue
             merge = self._merge(method, family)
             scores = self._scores(Fused(family, merge), tasks)
-            mean = sum(scores.values()) / len(scores)
-            share = sum(_share(scores[task], self.own[task]) for task in tasks) / len(tasks)
-            self._add(Fusion(*key, len(tasks), mean, share, repr(merge)))
+            shares = [scores.share_of(task) for task in tasks]
+            share = mean(math.nan if each is None else each for each in shares)
+            self._add(Fusion(*key, len(tasks), scores.mean, share, repr(merge)))
 
     def _merge(self, method: str, family: Family) -> Merge:
         """How to fuse, with its scale or weights searched."""
@@ -320,9 +327,10 @@ class _Fusing:
         assert self.lorahub is not None
         return self.lorahub.search(self.module, family, batches, self.kinds)
 
-    def _scores(self, source: TaskSource, tasks: Sequence[str]) -> dict[str, float]:
+    def _scores(self, source: TaskSource, tasks: Sequence[str]) -> Scores:
         self.module.reuse(source)
-        return evaluate(self.module, only(self.datamodule, tasks), self.trainer).values
+        scores = evaluate(self.module, only(self.datamodule, tasks), self.trainer)
+        return replace(scores, finetuned=self.own)
 
     def _add(self, row: Fusion) -> None:
         self.results.rows.append(row)
@@ -331,13 +339,32 @@ class _Fusing:
             report.write_rows(self.results.flat(), self.out, "fuse")
 
 
-def _batches(datamodule: Any, tasks: Sequence[str], count: int) -> Batches:
+def _tasks_of(datamodule: Any) -> list[str]:
+    """The names of a datamodule's tasks, of which there must be some."""
+    tasks = list(getattr(datamodule, "tasks", []))
+    if not tasks:
+        raise DataError("expected a datamodule with the names of its `tasks`")
+    return tasks
+
+
+def _set_up(datamodule: Any, trainer: Trainer) -> None:
+    """Have a datamodule's rows read, as the Trainer does before it validates."""
+    datamodule.trainer = trainer
+    per_node: bool = datamodule.prepare_data_per_node
+    if trainer.local_rank == 0 and (per_node or trainer.node_rank == 0):
+        datamodule.prepare_data()
+    trainer.strategy.barrier("prepare_data")
+    datamodule.setup("validate")
+
+
+def _batches(datamodule: Any, trainer: Trainer, tasks: Sequence[str], count: int) -> Batches:
     """A few validation batches of each task, spread over all of them."""
     if not is_overridden("val_dataloader", datamodule):
         raise DataError(
             f"{type(datamodule).__name__} has no validation rows to search on; leave `scales` and "
             "`lorahub` out"
         )
+    _set_up(datamodule, trainer)
     picked = {}
     for task, loader in zip(tasks, datamodule.val_dataloader(), strict=True):
         batches = list(loader)
@@ -345,10 +372,6 @@ def _batches(datamodule: Any, tasks: Sequence[str], count: int) -> Batches:
             raise DataError(f"no validation rows of '{task}' to search on; raise val_fraction")
         picked[task] = batches[:: max(len(batches) // count, 1)][:count]
     return picked
-
-
-def _share(score: float, own: float) -> float:
-    return score / own if own else math.nan
 
 
 def _sets(tasks: Sequence[str]) -> Iterator[tuple[str, ...]]:

@@ -21,7 +21,8 @@ class Fusion:
         tasks: the tasks' names, joined by `+`.
         count: how many there are.
         score: mean over these tasks.
-        share: mean over these tasks of the score relative to the task's own single model.
+        share: mean over these tasks of the score relative to the task's own single model; not a
+            number where a task has none.
         settings: the merge as it was chosen.
     """
 

@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
-from lightning.pytorch import LightningDataModule
+from jsonargparse import Namespace
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from fusionkit import registry
@@ -158,6 +159,17 @@ class RecipeCLI(LightningCLI):
             if self.datamodule is None:
                 raise DataError(f"'fusionkit {self.verb}' needs a `data` section in the recipe")
             self.trainer = self.instantiate_trainer()
+
+    def another_trainer(self, **settings: Any) -> Trainer:
+        """A Trainer of the recipe's settings that shares no strategy, callback or logger.
+
+        Args:
+            settings: what it is told in place of the recipe's.
+        """
+        told = Namespace(trainer=self.config["trainer"])  # type: ignore[no-untyped-call]
+        made = self.parser.instantiate_classes(told, instantiate_groups=False)
+        self.config_init["trainer"] = made["trainer"]
+        return self.instantiate_trainer(**settings)
 
     @property
     def out(self) -> Path:

@@ -90,7 +90,7 @@ def averaged(rows: Sequence[Comparison]) -> Comparison:
     spread = statistics.stdev(row.scores.mean for row in rows) if len(rows) > 1 else None
     return replace(
         rows[-1],
-        scores=Scores(values, rows[-1].scores.finetuned),
+        scores=replace(rows[-1].scores, values=values),
         encode_seconds=statistics.fmean(row.encode_seconds or 0.0 for row in rows),
         switch_seconds=statistics.fmean(row.switch_seconds or 0.0 for row in rows),
         spread=spread,
@@ -251,9 +251,8 @@ def checkpoint_bytes(bundle: Bundle) -> int:
 
 def write_rows(rows: Sequence[dict[str, Any]], folder: Path, name: str) -> list[Path]:
     """Write rows as `<name>.csv` and `<name>.json` into a folder, each whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else [])
     writer.writeheader()
     writer.writerows(rows)
     paths = [folder / f"{name}.csv", folder / f"{name}.json"]
@@ -282,9 +281,15 @@ def main_process() -> bool:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file to a temporary name and rename it; of several processes, in one."""
-    if not main_process():
+    """Write a file to a temporary name and rename it; of several processes, in one.
+
+    Args:
+        path: the file; its folder is made. One that has this content already is left alone.
+        content: what is in it afterwards.
+    """
+    if not main_process() or (path.is_file() and path.read_bytes() == content):
         return
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(content)
     os.replace(temporary, path)

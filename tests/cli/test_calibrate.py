@@ -147,6 +147,23 @@ def test_compare_with_and_without(dbms: Path, tmp_path: Path) -> None:
     assert rows["own"]["settings"].startswith("DBMS(codec=EMR(")
 
 
+def test_compare_with_a_strategy_of_its_own(dbms: Path, tmp_path: Path) -> None:
+    """A strategy is one Trainer's: each calibration, and the evaluation, has its own."""
+    content = yaml.safe_load(dbms.read_text())
+    content["codecs"] = {"own": content["model"].pop("codec")}
+    content["trainer"]["max_epochs"] = 2
+    content["trainer"]["strategy"] = {
+        "class_path": "lightning.pytorch.strategies.SingleDeviceStrategy",
+        "init_args": {"device": "cpu"},
+    }
+    content["trainer"]["callbacks"] = [{"class_path": f"{__name__}.SlowEpochs"}]
+    content["seeds"] = [0, 1]
+    dbms.write_text(yaml.safe_dump(content, sort_keys=False))
+    assert run("compare", "--config", dbms).count("epoch 1") == 2
+    rows = json.loads((tmp_path / "out/compare.json").read_text())
+    assert [row["name"] for row in rows] == ["fine-tuned", "own"]
+
+
 def test_a_recipe_of_another_codec(dbms: Path) -> None:
     shown = run("calibrate", "--config", dbms, "--model.codec", "EMR", code=1)
     assert "has nothing to calibrate; wrap it" in shown

@@ -1,6 +1,7 @@
 """`fusionkit.compare` and `fusionkit.fuse`: what the verbs call, as a notebook does."""
 
 import csv
+import json
 import math
 from html.parser import HTMLParser
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import Any
 import pytest
 from conftest import TASKS, TinyNet
 from lightning.pytorch import Trainer
+from lightning.pytorch.demos.boring_classes import BoringDataModule
 from tiny_tasks import PRIVATE, Data, Rows, States, module, settings, trainer
+from torch import Tensor
 
 import fusionkit
 from fusionkit import DBMS, EMR, Dense, Family, MagnitudePrune, Mean, ReuseModule, TaskArithmetic
@@ -19,6 +22,40 @@ from fusionkit.errors import DataError, FamilyError, FusionKitError
 from fusionkit.reuse.fused import Fused
 
 CODECS = {"dense <fp32>": Dense("fp32"), "prune": MagnitudePrune(0.1)}
+
+
+class SetUp(Data):
+    """Rows, and what the tasks are, once it is set up."""
+
+    ready: tuple[str, ...] = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.classes = self.num_classes
+        del self.num_classes
+
+    def prepare_data(self) -> None:
+        self.ready += ("prepared",)
+
+    def setup(self, stage: str) -> None:
+        assert self.trainer is not None
+        self.ready += (stage,)
+        self.num_classes = self.classes
+
+    def rows(self, task: str) -> tuple[Tensor, Tensor]:
+        assert self.ready
+        return super().rows(task)
+
+
+class Untold(Data):
+    """Does not say what its tasks are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_classes = {}
+
+    def rows(self, task: str) -> tuple[Tensor, Tensor]:
+        return Data().rows(task)
 
 
 class Cells(HTMLParser):
@@ -108,9 +145,17 @@ class TestCompare:
         with pytest.raises(FusionKitError, match="written to the local disk"):
             fusionkit.compare(reuse, Data(), CODECS, "memory://out")
 
+    def test_no_codec_at_all(self, reuse: ReuseModule, tmp_path: Path) -> None:
+        out = tmp_path / "new" / "out"
+        results = fusionkit.compare(reuse, Data(), {}, out)
+        rows = json.loads((out / "compare.json").read_text())
+        assert [row["name"] for row in rows] == [row.name for row in results.rows] == ["fine-tuned"]
+        assert (out / "compare.png").is_file()
+
     def test_what_more_is_asked_for(self, reuse: ReuseModule) -> None:
-        """A fresh Trainer for each calibration; a row for all seeds."""
+        """A fresh Trainer for each calibration, none to evaluate; a row for all seeds."""
         made: list[Trainer] = []
+        one = trainer()
 
         def make() -> Trainer:
             made.append(trainer(2))
@@ -125,12 +170,29 @@ class TestCompare:
             shift=EMR(),
             seeds=[0, 3],
             settings=settings(),
+            trainer=one,
             make_trainer=make,
         )
         assert [row.name for row in results.rows] == ["fine-tuned", "prune", "DBMS prune"]
         assert results.rows[2].settings == repr(DBMS(MagnitudePrune(0.1), EMR()))
         assert results.rows[2].spread is not None
-        assert len(made) == 3
+        assert len(made) == 2
+        assert all(each.state.fn == "fit" for each in made)
+        assert one.state.fn == "test"
+
+    def test_an_error_has_no_share(self, reuse: ReuseModule) -> None:
+        reuse.metric = {"ant": "CalibrationError"}
+        results = fusionkit.compare(
+            reuse,
+            Rows(),
+            {"own": DBMS(EMR())},
+            seeds=[0, 1],
+            settings=settings(),
+            trainer=trainer(),
+            make_trainer=lambda: trainer(1),
+        )
+        assert [row.scores.lower for row in results.rows] == [{"ant"}, {"ant"}]
+        assert [row.scores.share for row in results.rows] == [None, None]
 
     def test_a_task_without_data(self, reuse: ReuseModule) -> None:
         with pytest.raises(DataError, match="no calibration data for task 'bee'"):
@@ -188,6 +250,37 @@ class TestFuse:
         monkeypatch.setattr(Trainer, "test", lambda *_, **__: pytest.fail("scored again"))
         assert fusionkit.fuse({"a": reuse}, Data(), {"mean": Mean()}, earlier=whole) == whole
         assert Cells(whole._repr_html_()).rows[1][:2] == ["a", "single"]
+
+    def test_what_was_scored_already_is_written_elsewhere(
+        self, reuse: ReuseModule, tmp_path: Path
+    ) -> None:
+        whole = fusionkit.fuse({"a": reuse}, Data(), {"mean": Mean()})
+        out = tmp_path / "new" / "out"
+        fusionkit.fuse({"a": reuse}, Data(), {"mean": Mean()}, out, earlier=whole)
+        assert json.loads((out / "fuse.json").read_text()) == whole.flat()
+        assert {path.suffix for path in out.iterdir()} == {".csv", ".json", ".png"}
+
+    def test_data_that_are_set_up(self, reuse: ReuseModule) -> None:
+        """As the Trainer sets them up, before validation rows are searched on."""
+        sums, data = {"sum": TaskArithmetic()}, SetUp()
+        found = fusionkit.fuse({"a": reuse}, data, sums, scales=[0.3, 1.0])
+        assert data.ready[:3] == ("prepared", "validate", "prepared")
+        wanted = fusionkit.fuse({"a": reuse}, Data(), sums, scales=[0.3, 1.0])
+        assert found.rows == wanted.rows
+
+    @pytest.mark.parametrize("scales", [[], [0.3, 1.0]])
+    def test_classes_that_the_module_tells(self, reuse: ReuseModule, scales: list[float]) -> None:
+        sums = {"sum": TaskArithmetic()}
+        wanted = fusionkit.fuse({"a": reuse}, Data(), sums, scales=scales)
+        reuse.num_classes = Data().num_classes
+        assert fusionkit.fuse({"a": reuse}, Untold(), sums, scales=scales).rows == wanted.rows
+        reuse.num_classes = None
+        with pytest.raises(DataError, match="number of classes of 'ant' is not known"):
+            fusionkit.fuse({"a": reuse}, Untold(), sums, scales=scales)
+
+    def test_data_without_tasks(self, reuse: ReuseModule) -> None:
+        with pytest.raises(DataError, match="with the names of its `tasks`"):
+            fusionkit.fuse({"a": reuse}, BoringDataModule(), {"mean": Mean()})
 
     def test_a_task_without_a_checkpoint(self, reuse: ReuseModule) -> None:
         del reuse.finetuned["bee"]

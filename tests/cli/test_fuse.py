@@ -16,6 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from program import run
 from torch import nn
 
+import fusionkit
 from fusionkit import Family, Mean, TaskArithmetic
 from fusionkit.cli.fusion_report import Fusion, FusionReport
 from fusionkit.reuse.fused import Fused
@@ -94,10 +95,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 @pytest.fixture
 def again(finished: tuple[Path, str], tmp_path: Path) -> Path:
-    """The same, a copy for each test; its recipe gives the same results in its own place."""
+    """The same, moved: a copy for each test."""
     shutil.copytree(finished[0] / "out", tmp_path / "out")
-    config = tmp_path / "out/config.yaml"
-    config.write_text(config.read_text().replace(str(finished[0]), str(tmp_path)))
     write(tmp_path)
     return tmp_path
 
@@ -267,8 +266,39 @@ class TestGoingOn:
         run("fuse", "--config", again / "fuse.yaml")
         assert (place / "finetuned/adapter_model.safetensors").read_bytes() == wanted
 
+    def test_a_run_of_an_earlier_version(self, again: Path) -> None:
+        """Its recipe had other sections, and FusionKit's classes were in other modules."""
+        config = again / "out/config.yaml"
+        content = yaml.safe_load(config.read_text())
+        del content["calibration"]
+        content["spread"], content["ckpt_path"], content["overwrite"] = "tasks", "last", True
+        own = content["model"]["init_args"]
+        own["metric"] = "fusionkit.models.accuracy"
+        assert own["model"]["class_path"] == "fusionkit.tasks.digits.base_model"
+        own["model"]["class_path"] = "fusionkit.demo.base_model"
+        config.write_text("# lightning.pytorch==2.5\n" + yaml.safe_dump(content, sort_keys=True))
+        before, stamp = times(again), config.stat().st_mtime_ns
+        (again / "out/fuse.json").write_text(json.dumps(rows(again)[:-1]))
+        assert "training" not in run("fuse", "--config", again / "fuse.yaml")
+        assert (times(again), config.stat().st_mtime_ns) == (before, stamp)
+        assert len(rows(again)) == 9 + 3 * len(SETS) * len(METHODS)
+
 
 class TestRefusals:
+    @pytest.mark.parametrize("text", [None, "{", "- 1", "families: {LoRA: {}}"])
+    def test_results_of_no_recipe(self, again: Path, text: str | None) -> None:
+        config = again / "out/config.yaml"
+        config.unlink() if text is None else config.write_text(text)
+        output = run("fuse", "--config", again / "fuse.yaml", code=1)
+        assert "holds the results of another recipe" in output
+
+    @pytest.mark.parametrize(
+        "change", ["--seed_everything=1", "--search_batches=2", "--trainer.max_steps=2"]
+    )
+    def test_a_recipe_of_other_results(self, again: Path, change: str) -> None:
+        output = run("fuse", "--config", again / "fuse.yaml", change, code=1)
+        assert "holds the results of another recipe" in output
+
     @pytest.mark.parametrize("begun", ["scored", "trained", "training"])
     def test_another_recipe_in_the_same_place(self, again: Path, begun: str) -> None:
         if begun != "scored":
@@ -315,6 +345,37 @@ class TestRefusals:
         recipe = write(tmp_path, families={"LoRA": there}, out=str(tmp_path / "other"))
         output = run("fuse", "--config", recipe, "--data.tasks=[digit,parity]", code=1)
         assert "has no 'parity'; it has digit, photo, rotation" in output
+
+    def test_the_recipes_metric_scores_the_fusions(
+        self, finished: tuple[Path, str], tmp_path: Path
+    ) -> None:
+        """One for all tasks, or each task's own; what is an error has no share."""
+        there = {"finetuned": f"{finished[0]}/out/LoRA/*/finetuned"}
+        recipe = write(tmp_path, families={"LoRA": there}, lorahub=None)
+        plain = {r["tasks"]: r["score"] for r in rows(finished[0]) if r["family"] == "LoRA"}
+        found = {}
+        own = {"digit": "MatthewsCorrCoef", "photo": "CalibrationError"}
+        for place, metric in (("all", "MatthewsCorrCoef"), ("own", json.dumps(own))):
+            args = ["--model.metric", metric, "--out", tmp_path / place / "out"]
+            run("fuse", "--config", recipe, *args)
+            found[place] = {(r["method"], r["tasks"]): r for r in rows(tmp_path / place)}
+        torch.manual_seed(0)  # the recipe's seed
+        paths = {task: f"{finished[0]}/out/LoRA/{task}/finetuned" for task in TASKS}
+        reuse = ReuseModule(
+            base_model(),
+            finetuned=dict(paths),
+            private=HEAD,
+            adapters="modules",
+            metric="MatthewsCorrCoef",
+        )
+        wanted = fusionkit.fuse({"LoRA": reuse}, FewDigits(TASKS), {"mean": Mean()})
+        for row in wanted.rows:
+            assert found["all"][row.method, row.tasks]["score"] == row.score
+        single = {task: found["own"]["single", task]["score"] for task in TASKS}
+        assert single["digit"] == found["all"]["single", "digit"]["score"] != plain["digit"]
+        assert single["rotation"] == plain["rotation"]
+        assert not math.isnan(found["own"]["mean", "digit+rotation"]["share"])
+        assert math.isnan(found["own"]["mean", "rotation+photo"]["share"])
 
     def test_validation_rows_to_search_on(self, tmp_path: Path) -> None:
         data = {"class_path": f"{__name__}.NoValidation"}
