@@ -27,6 +27,7 @@ from fusionkit.codecs.svd import SVD as SVD
 from fusionkit.merges.base import Merge as Merge
 from fusionkit.merges.base import MergeTensor as MergeTensor
 from fusionkit.merges.base import TensorMerge as TensorMerge
+from fusionkit.merges.base import in_blocks as in_blocks
 from fusionkit.merges.elect import Elect as Elect
 from fusionkit.merges.mean import Mean as Mean
 from fusionkit.merges.normalized import Normalized as Normalized
@@ -39,12 +40,16 @@ from fusionkit.task_vectors.vectors import TaskVectors as TaskVectors
 if TYPE_CHECKING:
     from fusionkit.calibration.calibrate import calibrate as calibrate
     from fusionkit.calibration.settings import Calibration as Calibration
+    from fusionkit.cli.compare import compare as compare
+    from fusionkit.cli.fuse import fuse as fuse
     from fusionkit.reuse.module import ReuseModule as ReuseModule
     from fusionkit.tasks.finetune import Finetune as Finetune
 
 _LIGHTNING = {
     "calibrate": "fusionkit.calibration.calibrate",
     "Calibration": "fusionkit.calibration.settings",
+    "compare": "fusionkit.cli.compare",
+    "fuse": "fusionkit.cli.fuse",
     "Finetune": "fusionkit.tasks.finetune",
     "ReuseModule": "fusionkit.reuse.module",
 }

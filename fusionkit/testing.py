@@ -25,7 +25,7 @@ from fusionkit import registry
 from fusionkit.bundles.add_tasks import add_tasks
 from fusionkit.bundles.bundle import Bundle
 from fusionkit.bundles.compress import compress
-from fusionkit.codecs.base import WHOLE_MODEL, DeltaCodec, Encoded, Parts, RestoringCodec
+from fusionkit.codecs.base import WHOLE_MODEL, DeltaCodec, Encoded, Parts
 from fusionkit.errors import FamilyError, FusionKitError
 from fusionkit.task_vectors.family import Family
 from fusionkit.task_vectors.workers import full_precision, total
@@ -120,18 +120,17 @@ class CodecContract:
         compress(codec=codec, out=tmp_path / "bundle", **arguments)
         bundle = Bundle(tmp_path / "bundle", arguments["base"])
         assert bundle.codec == codec
-        restores = isinstance(codec, RestoringCodec)
         for task in family.tasks:
             for name in family.names("delta"):
                 base = bundle.base[name]
-                found = bundle.delta(task, name)
-                if restores:
-                    found = bundle.restored(task, name, base)
+                found = (
+                    bundle.tensor(task, name, base) if codec.restores else bundle.delta(task, name)
+                )
                 what = f"'{name}' of task '{task}'"
-                _check_same(found, wanted[task, name], what, exact=restores)
+                _check_same(found, wanted[task, name], what, exact=codec.restores)
                 if found is not None:
                     assert found.shape == base.shape, what
-                    assert found.dtype == (dtype if restores else torch.float32), what
+                    assert found.dtype == (dtype if codec.restores else torch.float32), what
 
     def test_whole_models_come_back(
         self, codec: DeltaCodec, dtype: torch.dtype, tmp_path: Path
@@ -371,9 +370,7 @@ def _parts(encoded: Sequence[Encoded], family: Family) -> Iterator[tuple[str, st
 
 
 def _decode(codec: DeltaCodec, parts: Parts, base: Tensor) -> Tensor:
-    if isinstance(codec, RestoringCodec):
-        return codec.restore(parts, base)
-    return codec.decode(parts, base.shape)
+    return codec.restore(parts, base) if codec.restores else codec.decode(parts, base.shape)
 
 
 def _decoded(codec: DeltaCodec, family: Family) -> dict[tuple[str, str], Tensor | None]:

@@ -2,7 +2,7 @@
 
 import shutil
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -13,15 +13,15 @@ from torch import Tensor
 from fusionkit.bundles.format import INITIAL, MANIFEST, SHARED, task_file
 from fusionkit.bundles.manifest import Manifest, reopen_base
 from fusionkit.bundles.reader import BundleReader, decoding
-from fusionkit.checkpoints.adapters.layout import fold_into
 from fusionkit.checkpoints.adapters.lowrank import LowRank
 from fusionkit.checkpoints.checkpoint import Checkpoint, Source
 from fusionkit.checkpoints.output_folder import disk_errors, new_folder
 from fusionkit.checkpoints.overlay import WithStart
 from fusionkit.checkpoints.paths import copy_file, is_remote, open_path
-from fusionkit.codecs.base import WHOLE, DeltaCodec, Parts, RestoringCodec
+from fusionkit.codecs.base import WHOLE, DeltaCodec, Parts
 from fusionkit.errors import BundleError, WrongBaseError, listing
 from fusionkit.registry import from_config
+from fusionkit.task_vectors.task_source import own_tensor, write_weights
 from fusionkit.task_vectors.workers import full_precision
 
 Decoded = TypeVar("Decoded")
@@ -38,6 +38,9 @@ class Bundle:
         path: the bundle's folder.
         manifest: what it says of itself.
         codec: the codec that decodes it.
+        roles: base tensor's name → role; private tensors and tied names are not in it.
+        space: how adapters' own tensors make the base's weights; None where weights are reused.
+        version: how often its tasks were changed since it was opened.
 
     Raises:
         BundleError: the folder holds no bundle, or its shared file is missing or truncated; a
@@ -52,6 +55,9 @@ class Bundle:
         if not isinstance(codec, DeltaCodec):
             raise BundleError(f"{self.path / MANIFEST}: '{codec.id}' is no codec; compress again")
         self.codec: DeltaCodec = codec
+        self.roles = {name: tensor.role for name, tensor in self.manifest.base.tensors.items()}
+        self.space = self.manifest.base.space
+        self.version = 0
         self._base_checked = False
         self._stored = BundleReader(self.path, self.manifest)
         self._initial: dict[str, Tensor] = {}
@@ -130,30 +136,34 @@ class Bundle:
         Raises:
             BundleError: the bundle has no such task or tensor, or a file was changed.
         """
-        if isinstance(self.codec, RestoringCodec):
+        if self.codec.restores:
             base = self.base[name].to(device or torch.device("cpu"))
-            whole = self.restored(task, name, base)
+            whole = self.tensor(task, name, base)
             return None if whole is None else whole.to(torch.float32) - base.to(torch.float32)
         return self._shaped(task, name, self._decoded(task, name, self.codec.decode, device))
 
-    def restored(self, task: str, name: str, base: Tensor) -> Tensor | None:
-        """One task's tensor itself, by a codec that restores tensors; nothing else is read.
+    def tensor(
+        self, task: str, name: str, base: Tensor, out: Tensor | None = None
+    ) -> Tensor | None:
+        """One task's tensor; nothing else is read.
 
         Args:
             task: one of `tasks`.
             name: the tensor's name.
             base: the base's tensor; the result is on its device.
+            out: float32 `(*shape)`; a sum is formed in it, and not in memory of its own.
 
         Returns:
-            the tensor in the dtype that it had; None where it is the base's, or where the codec
-            keeps deltas.
+            base plus delta in float32, not rounded; or, by a codec that restores tensors, the
+            tensor in the dtype that it had; None where it is the base's.
 
         Raises:
             BundleError: as for `delta`.
         """
+        if out is not None and not self.codec.restores:
+            delta = self.delta(task, name, base.device)
+            return None if delta is None else torch.add(base.to(torch.float32), delta, out=out)
         codec = self.codec
-        if not isinstance(codec, RestoringCodec):
-            return None
         whole = self._decoded(task, name, lambda parts, _: codec.restore(parts, base), base.device)
         return self._shaped(task, name, whole)
 
@@ -198,65 +208,32 @@ class Bundle:
                 tensor = self.task_parts(task, name)[WHOLE]
             yield name, tensor
 
-    @property
-    def written(self) -> list[str]:
-        """Names of the tensors that `write_into` writes: all but private and frozen ones."""
-        base = self.manifest.base
-        if base.space:  # what adapters do, they do to the weights beside them
-            return list(base.tensors)
-        return [name for name, tensor in base.tensors.items() if tensor.role != "frozen"]
-
-    def write_into(self, task: str, base: Mapping[str, Tensor], out: Mapping[str, Tensor]) -> None:
-        """Rebuild a task's weights from the base into `out`, all but private and frozen ones.
-
-        θ̂ = θ₀ + δ̂ is formed in float32 and rounded once, to `out`'s dtype. Always from the
-        base, never from what `out` holds: the result does not depend on what was there.
-
-        Args:
-            task: one of `tasks`.
-            base: the base's tensors by name.
-            out: tensors to write into, by name; on any device.
+    def exact(self, task: str) -> Iterator[tuple[str, Tensor]]:
+        """A task's exact tensors that differ from the base's, in their own dtype.
 
         Raises:
-            BundleError: the bundle has no such task, or a file was changed.
+            BundleError: one has another shape than the base's.
         """
-        space = self.manifest.base.space
-        own = set(space.layout.tensors) if space else set()
-        for name, tensor in self.manifest.base.tensors.items():
-            if tensor.role == "frozen" or name in own:
+        for name in self.manifest.base.names("exact"):
+            with decoding(self.path, self._known(task), name, self.codec):
+                whole = self.task_parts(task, name).get(WHOLE)
+            if whole is None:
                 continue
-            whole = self.exact(task, name) if tensor.role == "exact" else None
-            if name not in out and whole is None:
-                continue  # a buffer that this model does not save
-            target = out[name]
-            if tensor.role == "delta":
-                self._rebuild(task, name, base[name], target)
-            else:
-                target.copy_(base[name] if whole is None else whole)
-        if space:
-            fold_into(space.layout, lambda n, d: self._own(task, n, d), self._start_on, base, out)
-
-    def _rebuild(self, task: str, name: str, start: Tensor, target: Tensor) -> None:
-        """Write a task's tensor into `target`, given the base's."""
-        if isinstance(self.codec, RestoringCodec):
-            whole = self.restored(task, name, start.to(target.device))
-            target.copy_(start if whole is None else whole)
-            return
-        delta = self.delta(task, name, target.device)
-        if delta is None:
-            target.copy_(start)
-        elif target.dtype == start.dtype == torch.float32:
-            torch.add(start, delta, out=target)
-        else:
-            # Not in place: a codec may have lent the payload's own memory.
-            target.copy_(torch.add(start.to(torch.float32), delta))
+            shape = self.manifest.base.tensors[name].shape
+            if list(whole.shape) != shape:
+                raise BundleError(
+                    f"{self.path}: '{name}' of task '{task}' has shape {list(whole.shape)}, "
+                    f"expected {shape}; compress again"
+                )
+            yield name, whole
 
     def adapter_tensors(self, task: str) -> dict[str, Tensor]:
         """A task's adapter as it comes back: float32, by name; empty where weights are reused."""
         self._known(task)
-        space = self.manifest.base.space
-        names = space.layout.tensors if space else []
-        return {name: self._own(task, name, torch.device("cpu")) for name in names}
+        return {
+            name: own_tensor(self, task, name, start).to(torch.float32)
+            for name, start in self.initial.items()
+        }
 
     @property
     def initial(self) -> dict[str, Tensor]:
@@ -265,7 +242,7 @@ class Bundle:
         Raises:
             BundleError: the installed PEFT draws others from the seed on record.
         """
-        space = self.manifest.base.space
+        space = self.space
         if space and not self._initial:
             names, records = space.layout.tensors, self.manifest.base.tensors
             if space.stored:
@@ -293,8 +270,7 @@ class Bundle:
         """
         self._known(task)
         base = self.base
-        space = self.manifest.base.space
-        own = set(space.layout.tensors) if space else set()
+        own = set(self.space.layout.tensors) if self.space else set()
         if lacking := [name for name in self.manifest.base.tensors if name not in base]:
             raise WrongBaseError(
                 f"{base.label} lacks tensors of the base that this bundle was made from "
@@ -309,12 +285,12 @@ class Bundle:
             target = dtype if dtype and stored.is_floating_point else stored
             if tensor.role == "frozen":
                 state[name] = base[name].to(target, copy=True)
-            elif tensor.role == "delta" and isinstance(self.codec, RestoringCodec):
-                whole = self.restored(task, name, base[name])
+            elif tensor.role == "delta" and self.codec.restores:
+                whole = self.tensor(task, name, base[name])
                 restored[name] = base[name].clone() if whole is None else whole
             else:
                 state[name] = torch.empty(tensor.shape, dtype=target)
-        self.write_into(task, base, state)
+        write_weights(self, task, base, state)
         state.update({name: whole.to(dtype or whole.dtype) for name, whole in restored.items()})
         for name, value in self.private_tensors(task):
             target = dtype if dtype and value.is_floating_point() else value.dtype
@@ -363,45 +339,19 @@ class Bundle:
     def update(self, manifest: Manifest) -> None:
         """Write a new manifest, and see the tasks that it names."""
         manifest.write(self.path)
-        self.manifest = manifest
+        self.manifest, self.version = manifest, self.version + 1
         self._stored = BundleReader(self.path, manifest)
 
     def _with_start(self, base: Checkpoint) -> Checkpoint:
         """The base as deltas are taken from: with adapters' initial tensors, if it lacks them."""
-        if not self.manifest.base.space or isinstance(base, WithStart):
+        if not self.space or isinstance(base, WithStart):
             return base
         return WithStart(base, self.initial)
-
-    def _start_on(self, name: str, device: torch.device) -> Tensor:
-        return self.initial[name].to(device)
-
-    def _own(self, task: str, name: str, device: torch.device) -> Tensor:
-        """One of a task's adapter tensors."""
-        start = self._start_on(name, device)
-        if self.manifest.base.tensors[name].role == "frozen":
-            return start
-        if isinstance(self.codec, RestoringCodec):
-            whole = self.restored(task, name, start)
-            return start if whole is None else whole
-        delta = self.delta(task, name, device)
-        return start if delta is None else start.to(torch.float32) + delta
 
     def _known(self, task: str) -> str:
         if task not in self.manifest.tasks:
             raise BundleError(f"{self.path}: has no task '{task}'; it has {', '.join(self.tasks)}")
         return task
-
-    def exact(self, task: str, name: str) -> Tensor | None:
-        """A task's own exact tensor; None where it is the base's."""
-        shape = self.manifest.base.tensors[name].shape
-        with decoding(self.path, task, name, self.codec):
-            whole = self.task_parts(task, name).get(WHOLE)
-        if whole is not None and list(whole.shape) != shape:
-            raise BundleError(
-                f"{self.path}: '{name}' of task '{task}' has shape {list(whole.shape)}, expected "
-                f"{shape}; compress again"
-            )
-        return whole
 
     def _decoded(
         self,

@@ -1,13 +1,16 @@
 """Write one task's whole model to a file that other tools read."""
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from fusionkit.bundles.bundle import Bundle
+from fusionkit.checkpoints.paths import copy_file, is_remote, open_path, refuse_existing
 from fusionkit.errors import BundleError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -15,7 +18,7 @@ _PICKLES = {".pt", ".pth", ".bin"}
 
 
 def export_task(
-    bundle: Bundle, task: str, out: Path, dtype: str | None = None, overwrite: bool = False
+    bundle: Bundle, task: str, out: str | Path, dtype: str | None = None, overwrite: bool = False
 ) -> Path:
     """Write a task's model; the file appears whole or not at all.
 
@@ -23,7 +26,7 @@ def export_task(
         bundle: the bundle, its base at hand.
         task: one of its tasks.
         out: `.safetensors` (tied tensors are written once, under the first name, as Hugging Face
-            does) or `.pt`, `.pth`, `.bin` (a state dict with every name).
+            does) or `.pt`, `.pth`, `.bin` (a state dict with every name); a URL, too.
         dtype: `fp32`, `fp16` or `bf16` for all floating-point tensors; by default the base's.
         overwrite: replace the file if it is there.
 
@@ -35,25 +38,30 @@ def export_task(
             task, or the base can't be found.
         WrongBaseError: the base at hand is another model.
     """
+    out = open_path(out)
     if out.suffix not in {".safetensors", *_PICKLES}:
         raise BundleError(f"{out}: expected a name that ends in .safetensors, .pt, .pth or .bin")
     if dtype is not None and dtype not in DTYPES:
         raise BundleError(f"unknown dtype '{dtype}'; expected {', '.join(DTYPES)}")
-    if out.exists() and not overwrite:
-        raise BundleError(f"{out}: exists; choose another name, or set overwrite")
+    refuse_existing(out, overwrite, "choose another name, or set overwrite")
     state = bundle.state_dict(task, DTYPES[dtype] if dtype else None)
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.tmp")
-    try:
-        if out.suffix == ".safetensors":
-            tied = bundle.manifest.base.tied
-            once = {name: t.contiguous() for name, t in state.items() if name not in tied}
-            save_file(once, temporary, metadata={"format": "pt", "task": task})
-        else:
-            torch.save(state, temporary)
-        os.replace(temporary, out)
-    except (OSError, SafetensorError, RuntimeError) as error:  # torch's and safetensors' own too
-        raise BundleError(f"{out}: could not be written ({error})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    remote = is_remote(out)
+    with TemporaryDirectory(prefix="fusionkit-") if remote else nullcontext(out.parent) as folder:
+        temporary = Path(folder) / f".{out.name}.tmp"
+        try:
+            if out.suffix == ".safetensors":
+                tied = bundle.manifest.base.tied
+                once = {name: t.contiguous() for name, t in state.items() if name not in tied}
+                save_file(once, temporary, metadata={"format": "pt", "task": task})
+            else:
+                torch.save(state, temporary)
+            if remote:
+                copy_file(temporary, out)
+            else:
+                os.replace(temporary, out)
+        except (OSError, SafetensorError, RuntimeError) as error:  # torch's and safetensors' too
+            raise BundleError(f"{out}: could not be written ({error})") from error
+        finally:
+            temporary.unlink(missing_ok=True)
     return out

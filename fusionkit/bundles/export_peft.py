@@ -16,7 +16,8 @@ from fusionkit.bundles.export_model import DTYPES
 from fusionkit.checkpoints.adapters.folder import CONFIG, LINEARIZED, PREFIX, TENSORS
 from fusionkit.checkpoints.adapters.layout import Form, LoraModule
 from fusionkit.checkpoints.adapters.lowrank import LowRank
-from fusionkit.checkpoints.output_folder import new_folder
+from fusionkit.checkpoints.output_folder import check_replaceable, new_folder
+from fusionkit.checkpoints.paths import open_path
 from fusionkit.codecs.base import DeltaCodec
 from fusionkit.codecs.decomposition import svd_gram
 from fusionkit.errors import BundleError, listing
@@ -38,7 +39,7 @@ class _Adapter:
 def export_adapter(
     bundle: Bundle,
     task: str,
-    out: Path,
+    out: str | Path,
     *,
     rank: int | None = None,
     lora_only: bool = False,
@@ -57,7 +58,7 @@ def export_adapter(
     Args:
         bundle: the bundle, its base at hand.
         task: one of its tasks.
-        out: the folder to write; it appears whole or not at all.
+        out: the folder to write, of the local disk or a URL; it appears whole or not at all.
         rank: cut the deltas of codecs that have no factors (anything but SVD or adapters) to
             this rank by SVD, which changes outputs.
         lora_only: leave out whatever is not a LoRA; some servers read nothing else.
@@ -75,6 +76,8 @@ def export_adapter(
     """
     if dtype not in DTYPES:
         raise BundleError(f"unknown dtype '{dtype}'; expected {', '.join(DTYPES)}")
+    out = open_path(out)
+    check_replaceable(out, overwrite, known_by=CONFIG)
     space = bundle.manifest.base.space
     made = _of_space(bundle, task) if space else _of_weights(bundle, task, rank)
     left_out = sorted(made.whole) if lora_only else []
@@ -209,11 +212,9 @@ def _changed_whole(bundle: Bundle, task: str, adapted: set[str]) -> dict[str, Te
     base = bundle.base
     whole = dict(bundle.private_tensors(task))
     for name in bundle.manifest.base.names("delta"):
-        if name not in adapted and (delta := bundle.delta(task, name)) is not None:
-            whole[name] = torch.add(base[name].to(torch.float32), delta).to(base[name].dtype)
-    for name in bundle.manifest.base.names("exact"):
-        if (own := bundle.exact(task, name)) is not None:
-            whole[name] = own
+        if name not in adapted and (own := bundle.tensor(task, name, base[name])) is not None:
+            whole[name] = own.to(base[name].dtype)
+    whole.update(bundle.exact(task))
     modules = {_module(name) for name in whole} - {_module(name) for name in adapted}
     for name in bundle.manifest.base.tensors:
         if _module(name) in modules:

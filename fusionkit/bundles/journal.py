@@ -120,7 +120,7 @@ def identity(family: Family, codec: DeltaCodec, processes: Processes) -> str:
         read[task] = [checkpoint.strip_prefix, checkpoint.add_prefix, *files]
     patterns = [family.private_patterns, family.frozen_patterns, bool(family.space)]
     own = [processes.rank, processes.count]
-    settings = [to_config(codec), repr(vars(codec))]  # and what is no setting, but set
+    settings = [to_config(codec), repr(codec)]  # which shows what is no setting, too
     return json.dumps([version("fusionkit"), settings, read, patterns, own])
 
 

@@ -145,8 +145,8 @@ class CalibrationRecord:
     Attributes:
         shift: DBMS's α; None of another codec, whose scales are in its payload.
         scale: DBMS's β; None of another codec.
-        objective: as in `fusionkit.calibration.settings.Calibration`.
-        method: as in `fusionkit.calibration.settings.Calibration`.
+        objective: as in `fusionkit.Calibration`.
+        method: as in `fusionkit.Calibration`.
         rows: calibration rows that were used.
         seed: that drew them.
         epochs: steps, or evaluations, taken.

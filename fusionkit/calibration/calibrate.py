@@ -7,16 +7,17 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 from fusionkit.bundles.bundle import Bundle
+from fusionkit.bundles.format import MANIFEST
 from fusionkit.bundles.manifest import CalibrationRecord
 from fusionkit.calibration.data import CalibrationData
 from fusionkit.calibration.dbms import DBMSCalibration
 from fusionkit.calibration.learned_parts import PartsCalibration
 from fusionkit.calibration.module import CalibrationModule
 from fusionkit.calibration.settings import Calibration
-from fusionkit.checkpoints.paths import open_path
+from fusionkit.checkpoints.output_folder import check_replaceable
 from fusionkit.codecs.base import DeltaCodec
 from fusionkit.codecs.dbms import DBMS
-from fusionkit.errors import BundleError, FusionKitError
+from fusionkit.errors import FusionKitError
 from fusionkit.reuse.module import ReuseModule
 from fusionkit.tasks.training import fit
 
@@ -61,8 +62,8 @@ def calibrate(
         FusionKitError: there is nothing to calibrate, or no checkpoint to resume from.
         KeyboardInterrupt: it was interrupted; nothing is saved but checkpoints.
     """
-    if out is not None and open_path(out).exists() and not overwrite:
-        raise BundleError(f"{out}: exists; choose another folder, or set overwrite to replace it")
+    if out is not None:
+        check_replaceable(out, overwrite, known_by=MANIFEST)
     trainer = trainer or Trainer(
         max_epochs=EPOCHS, logger=False, enable_checkpointing=False, enable_model_summary=False
     )

@@ -9,7 +9,7 @@ from glob import escape as glob_escape
 from glob import glob
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +73,8 @@ class Checkpoint(Mapping[str, Tensor], ABC):
     live: bool = False
     strip_prefix: str = ""
     add_prefix: str = ""
+    opener: ClassVar[Callable[["Source", str, str], "Checkpoint"]]
+    """What `of` calls; `opening`, which knows every kind of checkpoint, puts it here."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Refuse to make a checkpoint of no kind.
@@ -109,10 +111,7 @@ class Checkpoint(Mapping[str, Tensor], ABC):
         Raises:
             CheckpointError: the source can't be read; the message names the file and the mend.
         """
-        # Here, since each kind is a checkpoint, and so knows this file.
-        from fusionkit.checkpoints.opening import open_source
-
-        return open_source(source, strip_prefix, add_prefix)
+        return cls.opener(source, strip_prefix, add_prefix)
 
     @abstractmethod
     def __getitem__(self, name: str) -> Tensor:
@@ -131,8 +130,6 @@ class Checkpoint(Mapping[str, Tensor], ABC):
         Args:
             device: where to; by default each tensor stays where it is.
         """
-        from fusionkit.checkpoints.in_memory import Copied
-
         return Copied(self, device)
 
     def __iter__(self) -> Iterator[str]:
@@ -146,6 +143,32 @@ class Checkpoint(Mapping[str, Tensor], ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.label!r}, {len(self)} tensors)"
+
+
+class Copied(Checkpoint):
+    """A copy of another checkpoint, which stays as it is; tied tensors stay tied.
+
+    Args:
+        source: what is copied.
+        device: where to; by default each tensor stays where it is.
+    """
+
+    def __init__(self, source: Checkpoint, device: torch.device | None = None) -> None:
+        self.label, self.buffers = source.label, source.buffers
+        self.specs, self.aliases = source.specs, source.aliases
+        self.strip_prefix, self.add_prefix = source.strip_prefix, source.add_prefix
+        own: dict[str, Tensor] = {}
+        for name in source:
+            if name not in source.aliases:
+                tensor = source[name]
+                own[name] = tensor.to(device or tensor.device, copy=True)
+        self._tensors = {name: own[source.aliases.get(name, name)] for name in source}
+        self.nbytes = bytes_of(self._tensors, self.aliases)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The copy itself."""
+        with reading(self.label, name):
+            return self._tensors[name].detach()
 
 
 @contextmanager
@@ -166,6 +189,11 @@ def reading(label: str, name: str) -> Iterator[None]:
         raise KeyError(f"{label}: no tensor '{name}'") from None
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{label}: tensor '{name}' can't be read: {error}") from error
+
+
+def bytes_of(tensors: Mapping[str, Tensor], aliases: Mapping[str, str]) -> int:
+    """Their bytes, tied ones once."""
+    return sum(tensor.nbytes for name, tensor in tensors.items() if name not in aliases)
 
 
 def find_checkpoints(pattern: str) -> dict[str, str]:

@@ -1,11 +1,10 @@
-"""Tensors in memory: a mapping's own, and copies of any checkpoint's."""
+"""Tensors in memory: a live model's, or a mapping's."""
 
 from collections.abc import Mapping
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fusionkit.checkpoints.checkpoint import Checkpoint, TensorSpec, reading
+from fusionkit.checkpoints.checkpoint import Checkpoint, TensorSpec, bytes_of, reading
 from fusionkit.errors import CheckpointError, listing
 
 
@@ -35,28 +34,30 @@ class TensorMapping(Checkpoint):
             return self._tensors[name].detach()
 
 
-class Copied(Checkpoint):
-    """A copy of another checkpoint, which stays as it is; tied tensors stay tied.
+class LiveModel(Checkpoint):
+    """A model in memory, as it is: what changes there changes here.
 
     Args:
-        source: what is copied.
-        device: where to; by default each tensor stays where it is.
+        model: the model.
+
+    Raises:
+        CheckpointError: its state holds more than tensors.
     """
 
-    def __init__(self, source: Checkpoint, device: torch.device | None = None) -> None:
-        self.label, self.buffers = source.label, source.buffers
-        self.specs, self.aliases = source.specs, source.aliases
-        self.strip_prefix, self.add_prefix = source.strip_prefix, source.add_prefix
-        own: dict[str, Tensor] = {}
-        for name in source:
-            if name not in source.aliases:
-                tensor = source[name]
-                own[name] = tensor.to(device or tensor.device, copy=True)
-        self._tensors = {name: own[source.aliases.get(name, name)] for name in source}
+    live = True
+
+    def __init__(self, model: nn.Module) -> None:
+        self.label = f"{type(model).__name__} (module in memory)"
+        self._tensors: dict[str, Tensor] = model.state_dict()
+        check_tensors(self._tensors, self.label)
+        self.specs = specs_of(self._tensors)
+        self.aliases = shared(self._tensors)
+        buffers = (name for name, _ in model.named_buffers(remove_duplicate=False))
+        self.buffers = frozenset(name for name in buffers if name in self.specs)
         self.nbytes = bytes_of(self._tensors, self.aliases)
 
     def __getitem__(self, name: str) -> Tensor:
-        """The copy itself."""
+        """The model's tensor itself."""
         with reading(self.label, name):
             return self._tensors[name].detach()
 
@@ -79,11 +80,6 @@ def check_tensors(tensors: Mapping[str, object], label: str) -> None:
 def specs_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
     """Their shapes and dtypes."""
     return {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in tensors.items()}
-
-
-def bytes_of(tensors: Mapping[str, Tensor], aliases: Mapping[str, str]) -> int:
-    """Their bytes, tied ones once."""
-    return sum(tensor.nbytes for name, tensor in tensors.items() if name not in aliases)
 
 
 def shared(tensors: Mapping[str, Tensor]) -> dict[str, str]:

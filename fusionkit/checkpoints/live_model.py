@@ -4,37 +4,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from fusionkit.checkpoints.checkpoint import Checkpoint, matches, reading
-from fusionkit.checkpoints.in_memory import bytes_of, check_tensors, shared, specs_of
+from fusionkit.checkpoints.checkpoint import Checkpoint, matches
+from fusionkit.checkpoints.in_memory import LiveModel
 from fusionkit.errors import FusionKitError
-
-
-class LiveModel(Checkpoint):
-    """A model in memory, as it is: what changes there changes here.
-
-    Args:
-        model: the model.
-
-    Raises:
-        CheckpointError: its state holds more than tensors.
-    """
-
-    live = True
-
-    def __init__(self, model: nn.Module) -> None:
-        self.label = f"{type(model).__name__} (module in memory)"
-        self._tensors: dict[str, Tensor] = model.state_dict()
-        check_tensors(self._tensors, self.label)
-        self.specs = specs_of(self._tensors)
-        self.aliases = shared(self._tensors)
-        buffers = (name for name, _ in model.named_buffers(remove_duplicate=False))
-        self.buffers = frozenset(name for name in buffers if name in self.specs)
-        self.nbytes = bytes_of(self._tensors, self.aliases)
-
-    def __getitem__(self, name: str) -> Tensor:
-        """The model's tensor itself."""
-        with reading(self.label, name):
-            return self._tensors[name].detach()
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -6,8 +6,7 @@ from pathlib import Path
 from torch import nn
 
 from fusionkit.checkpoints.checkpoint import Checkpoint, Source
-from fusionkit.checkpoints.in_memory import TensorMapping
-from fusionkit.checkpoints.live_model import LiveModel
+from fusionkit.checkpoints.in_memory import LiveModel, TensorMapping
 from fusionkit.checkpoints.paths import open_path
 from fusionkit.checkpoints.pickle_file import PickleFile
 from fusionkit.checkpoints.safetensors_file import SafetensorsFile
@@ -78,3 +77,6 @@ def _open_file(path: Path, label: str) -> Checkpoint:
         f"{path}: unknown kind of checkpoint '{path.suffix}'; expected .safetensors, "
         f"{', '.join(sorted(_PICKLES))}, or a folder of them"
     )
+
+
+Checkpoint.opener = staticmethod(open_source)

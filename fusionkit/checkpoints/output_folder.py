@@ -9,12 +9,42 @@ from uuid import uuid4
 
 from filelock import FileLock, Timeout
 
-from fusionkit.checkpoints.paths import is_remote, upload
+from fusionkit.checkpoints.paths import (
+    MEND,
+    is_remote,
+    is_there,
+    open_path,
+    refuse_existing,
+    upload,
+)
 from fusionkit.errors import BundleError, FusionKitError, ProcessError
 
 _PARTIAL = "partial"
 LOCK = "lock"
 """Held by the run that fills a folder."""
+
+
+def check_replaceable(path: str | Path, overwrite: bool, known_by: str, mend: str = MEND) -> None:
+    """See that a folder may be written, before what goes into it is made.
+
+    Args:
+        path: the folder to make; of the local disk, or a URL.
+        overwrite: a folder of this kind may be replaced.
+        known_by: the file that tells the kind: a bundle's manifest, an adapter's config.
+        mend: what to do where one is there and may not be.
+
+    Raises:
+        BundleError: something is there, and `overwrite` is not set, or it is of another kind.
+    """
+    refuse_existing(path, overwrite, mend)
+    path = open_path(path)
+    if is_there(path) and (
+        (not is_remote(path) and path.is_symlink()) or not (path / known_by).is_file()
+    ):
+        raise BundleError(
+            f"{path}: exists and is not a folder with {known_by}, so it is not overwritten; choose "
+            "another folder, or delete it first"
+        )
 
 
 @contextmanager
@@ -32,15 +62,7 @@ def new_folder(path: Path, overwrite: bool, known_by: str, keep: bool = False) -
             full, or another run is making it.
     """
     path = path if path.name or is_remote(path) else path.absolute()
-    if path.exists() and not overwrite:
-        raise BundleError(f"{path}: exists; choose another folder, or set overwrite to replace it")
-    if path.exists() and (
-        (not is_remote(path) and path.is_symlink()) or not (path / known_by).is_file()
-    ):
-        raise BundleError(
-            f"{path}: exists and is not a folder with {known_by}, so it is not overwritten; choose "
-            "another folder, or delete it first"
-        )
+    check_replaceable(path, overwrite, known_by)
     if is_remote(path):
         with disk_errors(path), TemporaryDirectory(prefix="fusionkit-") as temporary:
             yield Path(temporary)

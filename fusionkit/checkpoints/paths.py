@@ -8,9 +8,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
-from fusionkit.errors import FusionKitError
+from fusionkit.errors import BundleError, FusionKitError
 
 _SCHEME = "package:"
+MEND = "choose another folder, or set overwrite to replace it"
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
@@ -44,6 +45,35 @@ def open_path(path: str | Path) -> Path:
         raise FusionKitError(f"{path}: needs more: {error}; pip install {missing}") from error
     except ValueError as error:
         raise FusionKitError(f"{path}: can't be opened ({error})") from error
+
+
+def is_there(path: str | Path) -> bool:
+    """Whether a path, wherever it is, leads to something: a file, a folder, or what a URL names.
+
+    Raises:
+        FusionKitError: as of `open_path`.
+    """
+    return open_path(path).exists()
+
+
+def refuse_existing(
+    path: str | Path,
+    overwrite: bool,
+    mend: str = MEND,
+) -> None:
+    """Refuse to write where something is already, unless it may be replaced.
+
+    Args:
+        path: where to write; of the local disk, or a URL.
+        overwrite: it may be replaced.
+        mend: what the caller can do about it.
+
+    Raises:
+        BundleError: something is there.
+        FusionKitError: as of `open_path`.
+    """
+    if not overwrite and is_there(path):
+        raise BundleError(f"{path}: exists; {mend}")
 
 
 def resolve_package_path(path: str) -> str:

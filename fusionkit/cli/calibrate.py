@@ -1,15 +1,17 @@
 """`fusionkit calibrate`."""
 
-from pathlib import Path
-
 from lightning.pytorch.cli import LightningArgumentParser
 
 from fusionkit.calibration.calibrate import EPOCHS, calibrate
-from fusionkit.checkpoints.paths import open_path
 from fusionkit.cli import report
+from fusionkit.cli.compress import take_bundle
 from fusionkit.cli.fit import FitCLI
 from fusionkit.cli.recipe import RecipeCLI
-from fusionkit.errors import BundleError
+
+
+def run(args: list[str]) -> None:
+    """Compress the fine-tuned checkpoints of a recipe, a few scalars per task learned."""
+    CalibrateCLI(args).calibrate()
 
 
 class CalibrateCLI(FitCLI):
@@ -27,22 +29,13 @@ class CalibrateCLI(FitCLI):
         Raises:
             BundleError: it is there, or none was given.
         """
-        self._bundle = self.config["model"]["bundle"]
-        self.config["model"]["bundle"] = None
-        if self._bundle is None:
-            raise BundleError("where to? give the bundle's folder: --model.bundle FOLDER")
-        if open_path(self._bundle).exists() and not self.config["overwrite"]:
-            raise BundleError(f"{self._bundle}: exists; replace it with --overwrite true")
+        self._bundle = take_bundle(self.config)
         trainer = self.config["trainer"]
         if trainer["max_epochs"] is None and trainer["max_steps"] == -1:
             trainer["max_epochs"] = EPOCHS
 
-    def calibrate(self) -> Path:
-        """Calibrate, and show what was learned.
-
-        Returns:
-            the bundle's folder.
-        """
+    def calibrate(self) -> None:
+        """Calibrate, and show what was learned."""
         if self.trainer.is_global_zero:
             self.save_config()
         bundle = calibrate(
@@ -56,4 +49,3 @@ class CalibrateCLI(FitCLI):
         )
         if self.trainer.is_global_zero:
             report.show(report.calibration_table(bundle), f"written: {self._bundle}")
-        return Path(self._bundle)

@@ -2,17 +2,24 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from lightning.pytorch.cli import LightningArgumentParser
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fusionkit.bundles.bundle import Bundle
-from fusionkit.checkpoints.paths import open_path
+from fusionkit.bundles.format import MANIFEST
+from fusionkit.checkpoints.output_folder import check_replaceable
 from fusionkit.cli import report
 from fusionkit.cli.launch import launched
 from fusionkit.cli.recipe import RecipeCLI
-from fusionkit.errors import BundleError, FusionKitError
+from fusionkit.errors import BundleError
 from fusionkit.task_vectors.workers import Progress as ProgressCallback
+
+
+def run(args: list[str]) -> None:
+    """Compress fine-tuned checkpoints into a bundle: the recipe's `model.bundle`."""
+    report.show(report.bundle_table(CompressCLI(args).compress()))
 
 
 class CompressCLI(RecipeCLI):
@@ -27,12 +34,7 @@ class CompressCLI(RecipeCLI):
 
     def before_instantiate_classes(self) -> None:
         """Take the bundle's folder as the place to write, not to read."""
-        self._bundle = self.config["model"]["bundle"]
-        self.config["model"]["bundle"] = None
-        if self._bundle is None:
-            raise FusionKitError("where to? give the bundle's folder: --model.bundle FOLDER")
-        if open_path(self._bundle).exists() and not self.config["overwrite"]:
-            raise BundleError(f"{self._bundle}: exists; replace it with --overwrite true")
+        self._bundle = take_bundle(self.config)
 
     def compress(self) -> Bundle:
         """Compress, with a progress bar; among the processes that the recipe's trainer has."""
@@ -50,9 +52,32 @@ class CompressCLI(RecipeCLI):
         return bundle
 
 
+def take_bundle(config: Any) -> str:
+    """Take a recipe's bundle as the place to write, not to read, and see that it may be written.
+
+    Args:
+        config: the recipe, parsed; its bundle is taken out.
+
+    Raises:
+        BundleError: there is something already, or no place was given.
+    """
+    bundle: str | None = config["model"]["bundle"]
+    config["model"]["bundle"] = None
+    if bundle is None:
+        raise BundleError("where to? give the bundle's folder: --model.bundle FOLDER")
+    mend = "replace it with --overwrite true"
+    check_replaceable(bundle, config["overwrite"], known_by=MANIFEST, mend=mend)
+    return bundle
+
+
 @contextmanager
-def progress_bar(what: str) -> Iterator[ProgressCallback]:
-    """A bar that follows the passes over a family."""
+def progress_bar(what: str, shown: bool = True) -> Iterator[ProgressCallback]:
+    """A bar that follows the passes over a family.
+
+    Args:
+        what: what is done.
+        shown: it is to be seen at all.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -60,7 +85,7 @@ def progress_bar(what: str) -> Iterator[ProgressCallback]:
         TextColumn("tensors"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, disable=not report.main_process()) as progress:
+    with Progress(*columns, disable=not shown or not report.main_process()) as progress:
         bar = progress.add_task(what, total=None)
 
         def update(this_pass: int, done: int, total: int) -> None:

@@ -16,9 +16,10 @@ import torch
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from torch.utils.data import DataLoader, TensorDataset
 
-from fusionkit.cli import report
-from fusionkit.cli.compare import CompareCLI
-from fusionkit.cli.recipe import _quieten, recipes_folder
+from fusionkit.checkpoints.paths import is_there
+from fusionkit.cli import compare, report
+from fusionkit.cli.arguments import call
+from fusionkit.cli.recipe import quieten, recipes_folder
 from fusionkit.tasks.digits import SIZES, DigitTasks, Rows, base_model, pretraining_rows
 from fusionkit.tasks.finetune import WEIGHTS, Finetune
 
@@ -97,7 +98,7 @@ def _trained(
     settings = dict(SETTINGS[kind])
     folder = place / kind / name
     path = folder / WEIGHTS if settings["method"] == "full" else folder
-    if path.exists():
+    if is_there(path):
         return path
     steps = settings.pop("steps")
     report.show(f"training '{name}' ({kind}): {steps} steps over {len(rows[1]):,} images")
@@ -122,24 +123,33 @@ def _trained(
     return module.save(folder)
 
 
-def run_demo(out: Path, cache: Path | None) -> list[report.ComparisonReport]:
-    """Train the demo's families (or take them from the cache), and compare codecs on each."""
-    _quieten()
-    torch.set_num_threads(
-        1
-    )  # such small matrices gain nothing from more, and a busy machine stalls
-    folder = cache or Path.home() / ".cache" / "fusionkit" / "demo"
-    family = prepare(folder)
-    reports = []
+def run(args: list[str]) -> None:
+    """The whole way on a small family of vision models."""
+    call(demo, args)
+
+
+def demo(out: str = "out/demo", cache: str | None = None) -> None:
+    """The whole way on a small family of vision models: train, compress, compare, plot.
+
+    Args:
+        out: folder for the table, the scores and the plot.
+        cache: folder that keeps the trained models; by default the user's cache folder.
+    """
+    quieten()
+    # Such small matrices gain nothing from more threads, and a busy machine stalls.
+    torch.set_num_threads(1)
+    own = Path.home() / ".cache" / "fusionkit" / "demo"
+    results = report.local_folder(out)
+    family = prepare(report.local_folder(cache) if cache else own)
     for name, finetuned, place in (
-        ("demo", family.full, out),
-        ("demo_lora", family.lora, out / "lora"),
+        ("demo", family.full, results),
+        ("demo_lora", family.lora, results / "lora"),
     ):
-        arguments = [
-            f"--config={recipes_folder() / name}.yaml",
-            f"--model.base={family.base}",
-            *(f"--model.finetuned.{task}={path}" for task, path in finetuned.items()),
-            f"--out={place}",
-        ]
-        reports.append(CompareCLI(arguments).compare())
-    return reports
+        compare.run(
+            [
+                f"--config={recipes_folder() / name}.yaml",
+                f"--model.base={family.base}",
+                *(f"--model.finetuned.{task}={path}" for task, path in finetuned.items()),
+                f"--out={place}",
+            ]
+        )

@@ -7,6 +7,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser
 
+from fusionkit.checkpoints.paths import is_there, refuse_existing
 from fusionkit.cli import report
 from fusionkit.cli.recipe import RecipeCLI
 from fusionkit.errors import BundleError
@@ -15,6 +16,11 @@ from fusionkit.tasks.training import fit
 
 FINETUNED = "finetuned"
 """The folder, inside `--out`, of what was fine-tuned."""
+
+
+def run(args: list[str]) -> None:
+    """Fine-tune one task of a recipe, in full or by an adapter."""
+    FitCLI(args).fit()
 
 
 class FitCLI(RecipeCLI):
@@ -57,9 +63,8 @@ class FitCLI(RecipeCLI):
             BundleError: it is there.
         """
         out = Path(self.config["out"]) / FINETUNED
-        if out.exists() and not self.config["overwrite"]:
-            raise BundleError(f"{out}: exists; replace it with --overwrite true")
-        if out.exists() and not any((out / file).is_file() for file in KINDS):
+        refuse_existing(out, self.config["overwrite"], "replace it with --overwrite true")
+        if is_there(out) and not any((out / file).is_file() for file in KINDS):
             raise BundleError(f"{out}: exists and is no fine-tune; give another --out")
 
     def fit(self) -> Path | None:

@@ -1,30 +1,45 @@
-"""`fusionkit fuse`: train families of adapters, fuse every set of tasks, and score the fusions."""
+"""`fusionkit fuse`, and the function behind it: fuse every set of tasks, and score the fusions."""
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from fusionkit.calibration.lorahub import Batches, LoraHub, search_scale
 from fusionkit.checkpoints.checkpoint import find_checkpoints
+from fusionkit.checkpoints.paths import is_there
 from fusionkit.cli import report
 from fusionkit.cli.fit import FINETUNED, FitCLI, train
 from fusionkit.cli.fusion_report import Fusion, FusionReport
-from fusionkit.errors import DataError, FusionKitError
+from fusionkit.cli.recipe import quiet
+from fusionkit.cli.test import evaluate, plain_trainer
+from fusionkit.errors import DataError, FamilyError, FusionKitError
 from fusionkit.merges.base import Merge
 from fusionkit.reuse.fused import Fused
 from fusionkit.reuse.module import ReuseModule
 from fusionkit.task_vectors.family import Family
+from fusionkit.task_vectors.task_source import TaskSource
 from fusionkit.tasks.kinds import kinds_of
 from fusionkit.tasks.only import only
+from fusionkit.tasks.task import Task
 
 _SINGLE = "single"
+_LORAHUB = "LoraHub"
 _THERE = "finetuned"
+
+
+def run(args: list[str]) -> None:
+    """Train families of adapters, fuse every set of their tasks, and score the fusions."""
+    cli = FuseCLI(args)
+    results, out = cli.fuse(), cli.out
+    report.show(results)
+    report.show(f"written: {out / 'fuse.csv'}, {out / 'fuse.json'}\nplot: {out / 'fuse.png'}")
 
 
 class FuseCLI(FitCLI):
@@ -75,70 +90,36 @@ class FuseCLI(FitCLI):
         self.config = self._recipe.clone()
 
     def fuse(self) -> FusionReport:
-        """Train what is missing, fuse, score; show and write as rows come in.
+        """Train what is missing, fuse, score; write as rows come in.
 
         Raises:
             FusionKitError: `--out` holds the results of another recipe.
         """
         out = self.out
         results = self._earlier(out)
-        merges: dict[str, Merge] = self.config_init["merges"]
-        lorahub: LoraHub | None = self.config_init["lorahub"]
-        data: Any = self.datamodule
-        tasks: list[str] = list(data.tasks)
-        kinds = kinds_of(data, tasks)
+        merges, lorahub = self.config_init["merges"], self.config_init["lorahub"]
+        tasks = list(getattr(self.datamodule, "tasks", []))
         for name, settings in self._recipe["families"].items():
-            paths = self._paths(name, settings, tasks, out)
-            module, family_args = self._reuse(settings, paths)
-            batches = self._batches(tasks) if lorahub or self._recipe["scales"] else {}
-            done = {row.key: row for row in results.rows}
-            own: dict[str, float] = {}
-            for task in tasks:
-                key = (name, _SINGLE, task)
-                if key not in done:
-                    scores = self._score(module, module.family(), [task])
-                    results.rows.append(Fusion(*key, 1, scores[task], 1.0))
-                    report.write_rows(results.flat(), out, "fuse")
-                    done[key] = results.rows[-1]
-                own[task] = done[key].score
-            for chosen in _sets(tasks):
-                family = Family(module.family().base, {t: paths[t] for t in chosen}, **family_args)
-                searched = {task: batches[task] for task in chosen if task in batches}
-                for method in [*merges, *(["LoraHub"] if lorahub else [])]:
-                    if (name, method, "+".join(chosen)) in done:
-                        continue
-                    if method in merges:
-                        scales = self._recipe["scales"]
-                        merge = search_scale(
-                            module, family, merges[method], scales, searched, kinds
-                        )
-                    else:
-                        assert lorahub is not None
-                        merge = lorahub.search(module, family, searched, kinds)
-                    scores = self._score(module, Fused(family, merge), list(chosen))
-                    results.rows.append(
-                        Fusion(
-                            name,
-                            method,
-                            "+".join(chosen),
-                            len(chosen),
-                            sum(scores.values()) / len(scores),
-                            sum(_share(scores[t], own[t]) for t in chosen) / len(chosen),
-                            repr(merge),
-                        )
-                    )
-                    report.write_rows(results.flat(), out, "fuse")
-                report.show(f"{name}: {', '.join(chosen)}: done")
-        report.show(results.table())
-        results.plot(out / "fuse.png")
-        report.show(f"written: {out / 'fuse.csv'}, {out / 'fuse.json'}\nplot: {out / 'fuse.png'}")
+            module = self._reuse(settings, self._paths(name, settings, tasks, out))
+            results = fuse(
+                {name: module},
+                self.datamodule,
+                merges,
+                out,
+                scales=self._recipe["scales"],
+                lorahub=lorahub,
+                search_batches=self._recipe["search_batches"],
+                trainer=self.trainer,
+                earlier=results,
+                verbose=True,
+            )
         return results
 
     def _earlier(self, out: Path) -> FusionReport:
         """What an earlier run of the same recipe has scored already."""
         rows, config = out / "fuse.json", out / "config.yaml"
         text = self.parser.dump(self._recipe, skip_none=False)
-        begun = rows.exists() or any(out.glob(f"*/*/{FINETUNED}"))
+        begun = is_there(rows) or any(out.glob(f"*/*/{FINETUNED}"))
         if begun or any(out.glob("*/*/checkpoints/last.ckpt")):
             if not config.exists() or config.read_text() != text:
                 raise FusionKitError(
@@ -167,7 +148,7 @@ class FuseCLI(FitCLI):
     def _finetuned(self, family: str, settings: dict[str, Any], task: str, out: Path) -> str:
         """The path of one fine-tuned adapter; trained, or trained further, if it is not there."""
         folder = out / family / task
-        if (folder / FINETUNED).exists():
+        if is_there(folder / FINETUNED):
             return str(folder / FINETUNED)
         report.show(f"{family}: training '{task}'")
         self._instantiate(folder, {**settings, "task": task})
@@ -176,19 +157,17 @@ class FuseCLI(FitCLI):
         train(self.trainer, self.model, self.datamodule, folder / FINETUNED, resume)
         return str(folder / FINETUNED)
 
-    def _reuse(
-        self, settings: dict[str, Any], paths: dict[str, str]
-    ) -> tuple[ReuseModule, dict[str, Any]]:
-        """A module on a fresh base model, and what a family of its adapters is made with."""
+    def _reuse(self, settings: dict[str, Any], paths: dict[str, str]) -> ReuseModule:
+        """A module of a family's adapters, on a fresh base model."""
         self._instantiate(self.out / ".recipe", settings)
         full = self.model.method == "full"
-        arguments: dict[str, Any] = {
-            "private": self.model.private,
-            "frozen": self.model.frozen if full else [],
-            "adapters": "merged" if full else "modules",
-        }
-        finetuned: dict[str, Any] = dict(paths)
-        return ReuseModule(self.model.model, finetuned=finetuned, **arguments), arguments
+        return ReuseModule(
+            self.model.model,
+            finetuned=dict(paths),
+            private=self.model.private,
+            frozen=self.model.frozen if full else [],
+            adapters="merged" if full else "modules",
+        )
 
     def _instantiate(self, out: Path, settings: dict[str, Any]) -> None:
         """Make model, data and Trainer anew, with some of the model's settings changed."""
@@ -208,36 +187,171 @@ class FuseCLI(FitCLI):
         content["model"]["init_args"].update(own)
         return self.parser.parse_object(content)
 
-    def _batches(self, tasks: list[str]) -> Batches:
-        """A few validation batches of each task, spread over all of them."""
-        data: Any = self.datamodule
-        if not is_overridden("val_dataloader", data):
-            raise DataError(
-                f"{type(data).__name__} has no validation rows to search on; leave `scales` and "
-                "`lorahub` out"
-            )
-        loaders = dict(zip(tasks, data.val_dataloader(), strict=True))
-        count: int = self._recipe["search_batches"]
-        picked = {}
-        for task, loader in loaders.items():
-            batches = list(loader)
-            if not batches:
-                raise DataError(f"no validation rows of '{task}' to search on; raise val_fraction")
-            picked[task] = batches[:: max(len(batches) // count, 1)][:count]
-        return picked
 
-    def _score(self, module: ReuseModule, source: Any, tasks: list[str]) -> dict[str, float]:
-        module.reuse(source)
-        self.trainer.test(module, datamodule=only(self.datamodule, tasks), verbose=False)
-        assert module.scores is not None
-        return module.scores.values
+@quiet()
+def fuse(
+    families: Mapping[str, ReuseModule],
+    datamodule: Any,
+    merges: Mapping[str, Merge],
+    out: str | Path | None = None,
+    *,
+    scales: Sequence[float] = (),
+    lorahub: LoraHub | None = None,
+    search_batches: int = 4,
+    trainer: Trainer | None = None,
+    earlier: FusionReport | None = None,
+    verbose: bool = False,
+) -> FusionReport:
+    """Fuse every set of a family's tasks into one model, and score it on each of them.
+
+    A family's module reuses its last fusion afterwards.
+
+    Args:
+        families: a name for the table → a module with its base and a fine-tuned checkpoint for
+            each of the datamodule's tasks.
+        datamodule: the tasks' test rows; where anything is searched, validation rows, too.
+        merges: a name for the table → how task vectors become one.
+        out: folder for `fuse.csv` and `fuse.json`, written as rows come in, and `fuse.png`; by
+            default nothing is written.
+        scales: tried on validation rows for the merges that have a scale.
+        lorahub: search a weight for each task, too.
+        search_batches: validation batches per task to search on.
+        trainer: evaluates; by default a plain one.
+        earlier: what was scored already, and is not scored again.
+        verbose: show in the terminal what is being done.
+
+    Returns:
+        the earlier rows, one for each task by itself, and one for each set and way of fusing it;
+        a notebook shows their table.
+
+    Raises:
+        DataError: there are no validation rows to search on.
+        FamilyError: a task has no fine-tuned checkpoint, or the checkpoints don't fit together.
+        FusionKitError: `out` is a URL.
+    """
+    folder = None if out is None else report.local_folder(out)
+    trainer = trainer or plain_trainer()
+    tasks = list(getattr(datamodule, "tasks", []))
+    searches = lorahub is not None or bool(scales)
+    batches = _batches(datamodule, tasks, search_batches) if searches else {}
+    results = FusionReport(list(earlier.rows) if earlier else [])
+    for name, module in families.items():
+        if lacking := [task for task in tasks if task not in module.finetuned]:
+            raise FamilyError(f"{name}: there is no fine-tuned checkpoint of task '{lacking[0]}'")
+        fusing = _Fusing(
+            name, module, datamodule, trainer, merges, scales, lorahub, batches, results, folder
+        )
+        fusing.singles(tasks)
+        for chosen in _sets(tasks):
+            fusing.fused(chosen)
+            if verbose:
+                report.show(f"{name}: {', '.join(chosen)}: done")
+    if folder is not None:
+        results.plot(folder / "fuse.png")
+    return results
+
+
+class _Fusing:
+    """One family's fusions, measured one after the other.
+
+    Args:
+        name: the family's, for the table.
+        module: evaluates.
+        datamodule: the tasks' rows.
+        trainer: evaluates.
+        merges: see `fuse`.
+        scales: see `fuse`.
+        lorahub: see `fuse`.
+        batches: to search on.
+        results: what was scored; rows are added.
+        out: where they are written, if at all.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: ReuseModule,
+        datamodule: Any,
+        trainer: Trainer,
+        merges: Mapping[str, Merge],
+        scales: Sequence[float],
+        lorahub: LoraHub | None,
+        batches: Batches,
+        results: FusionReport,
+        out: Path | None,
+    ) -> None:
+        self.name, self.module, self.datamodule, self.trainer = name, module, datamodule, trainer
+        self.merges, self.scales, self.lorahub, self.batches = merges, scales, lorahub, batches
+        self.results, self.out = results, out
+        self.done = {row.key: row for row in results.rows}
+        self.own: dict[str, float] = {}
+
+    def singles(self, tasks: Sequence[str]) -> None:
+        """Score each task's own model."""
+        self.family = self.module.family()
+        self.kinds: Mapping[str, Task] = kinds_of(self.datamodule, list(tasks))
+        for task in tasks:
+            key = (self.name, _SINGLE, task)
+            if key not in self.done:
+                self._add(Fusion(*key, 1, self._scores(self.family, [task])[task], 1.0))
+            self.own[task] = self.done[key].score
+
+    def fused(self, tasks: Sequence[str]) -> None:
+        """Fuse some tasks every way, and score each fusion on all of them."""
+        finetuned = {task: self.module.finetuned[task] for task in tasks}
+        settings = (self.module.private, self.module.frozen, self.module.adapters)
+        family = Family(self.family.base, finetuned, *settings)
+        for method in [*self.merges, *([_LORAHUB] if self.lorahub else [])]:
+            key = (self.name, method, "+".join(tasks))
+            if key in self.done:
+                continue
+            merge = self._merge(method, family)
+            scores = self._scores(Fused(family, merge), tasks)
+            mean = sum(scores.values()) / len(scores)
+            share = sum(_share(scores[task], self.own[task]) for task in tasks) / len(tasks)
+            self._add(Fusion(*key, len(tasks), mean, share, repr(merge)))
+
+    def _merge(self, method: str, family: Family) -> Merge:
+        """How to fuse, with its scale or weights searched."""
+        batches = {task: self.batches[task] for task in family.tasks if task in self.batches}
+        if method in self.merges:
+            merge = self.merges[method]
+            return search_scale(self.module, family, merge, self.scales, batches, self.kinds)
+        assert self.lorahub is not None
+        return self.lorahub.search(self.module, family, batches, self.kinds)
+
+    def _scores(self, source: TaskSource, tasks: Sequence[str]) -> dict[str, float]:
+        self.module.reuse(source)
+        return evaluate(self.module, only(self.datamodule, tasks), self.trainer).values
+
+    def _add(self, row: Fusion) -> None:
+        self.results.rows.append(row)
+        self.done[row.key] = row
+        if self.out is not None:
+            report.write_rows(self.results.flat(), self.out, "fuse")
+
+
+def _batches(datamodule: Any, tasks: Sequence[str], count: int) -> Batches:
+    """A few validation batches of each task, spread over all of them."""
+    if not is_overridden("val_dataloader", datamodule):
+        raise DataError(
+            f"{type(datamodule).__name__} has no validation rows to search on; leave `scales` and "
+            "`lorahub` out"
+        )
+    picked = {}
+    for task, loader in zip(tasks, datamodule.val_dataloader(), strict=True):
+        batches = list(loader)
+        if not batches:
+            raise DataError(f"no validation rows of '{task}' to search on; raise val_fraction")
+        picked[task] = batches[:: max(len(batches) // count, 1)][:count]
+    return picked
 
 
 def _share(score: float, own: float) -> float:
     return score / own if own else math.nan
 
 
-def _sets(tasks: list[str]) -> Iterator[tuple[str, ...]]:
+def _sets(tasks: Sequence[str]) -> Iterator[tuple[str, ...]]:
     """All sets of two tasks and more."""
     for count in range(2, len(tasks) + 1):
         yield from combinations(tasks, count)

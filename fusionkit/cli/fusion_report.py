@@ -1,14 +1,14 @@
 """Fused models side by side: a table, CSV and JSON, and a plot over the number of tasks fused."""
 
-import io
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
+from fusionkit.cli.report import Report, blank_figure, percent
+from fusionkit.cli.table import Table
 
-from fusionkit.cli.report import percent, replace_file
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Fusion:
 
 
 @dataclass
-class FusionReport:
+class FusionReport(Report):
     """All of them."""
 
     rows: list[Fusion] = field(default_factory=list)
@@ -65,28 +65,23 @@ class FusionReport:
     def table(self) -> Table:
         """Mean score, and share of the single-task models, by the number of tasks fused."""
         counts = sorted({row.count for row in self.rows})
-        table = Table("family", "fused by", title="Score (share of single-task score), in percent")
-        for count in counts:
-            table.add_column(f"{count} task" + "s" * (count > 1), justify="right")
+        columns = [f"{count} task" + "s" * (count > 1) for count in counts]
         if len(counts) > 1:
-            table.add_column(f"mean of {counts[1]} to {counts[-1]}", justify="right")
+            columns.append(f"mean of {counts[1]} to {counts[-1]}")
+        title = "Score (share of single-task score), in percent"
+        table = Table(title, ("family", "fused by", *columns), words=2)
         for (family, method), by_count in self.means().items():
             cells = [_cell(by_count.get(count)) for count in counts]
             if len(counts) > 1:
                 fused = [pair for count, pair in by_count.items() if count > 1]
                 both = (mean(p[0] for p in fused), mean(p[1] for p in fused)) if fused else None
                 cells.append(_cell(both))
-            table.add_row(family, method, *cells)
+            table.add(family, method, *cells)
         return table
 
-    def plot(self, path: Path) -> None:
-        """Draw score and share against the number of tasks fused (PNG)."""
-        import matplotlib as mpl
-
-        mpl.use("Agg")
-        from matplotlib import pyplot as plt
-
-        figure, panels = plt.subplots(1, 2, figsize=(12, 5.5), layout="constrained", sharex=True)
+    def figure(self) -> "Figure":
+        """Score and share against the number of tasks fused."""
+        figure, panels = blank_figure(12, 5.5, panels=2)
         families = list(dict.fromkeys(row.family for row in self.rows))
         methods = [m for m in dict.fromkeys(row.method for row in self.rows) if m != "single"]
         means = self.means()
@@ -112,10 +107,7 @@ class FusionReport:
             axes.grid(alpha=0.3)
         panels[0].legend(fontsize=8)
         figure.suptitle("Fused models: mean over all sets of so many tasks")
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=140)
-        plt.close(figure)
-        replace_file(path, buffer.getvalue())
+        return figure
 
 
 def _cell(pair: tuple[float, float] | None) -> str:

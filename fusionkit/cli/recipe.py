@@ -1,7 +1,15 @@
-"""Recipes through LightningCLI: one schema for `compress`, `test` and `compare`."""
+"""Recipes through LightningCLI: the schema that all verbs share.
+
+It is the constructors' signatures: `model` is `ReuseModule` (of `fit` and `fuse` any
+LightningModule that trains), `data` any LightningDataModule, `trainer` the Lightning Trainer,
+`calibration` how a codec's numbers are learned.
+"""
 
 import logging
+import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
@@ -13,15 +21,22 @@ from fusionkit.calibration.settings import Calibration
 from fusionkit.cli import report
 from fusionkit.errors import DataError, FusionKitError
 from fusionkit.reuse.module import ReuseModule
-from fusionkit.tasks.scores import Scores
-from fusionkit.tasks.spread import Spread, TasksSpread
+from fusionkit.tasks.spread import Spread
 
 
 class _Parser(LightningArgumentParser):
-    """Names the installed codecs where a class of a recipe is not found."""
+    """Says what to do where a recipe's model is not one that trains, or a class is not found."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if "codec" in message or "merge" in message:
+        if re.search(
+            r"Parser key \"model\".*class_path 'lightning\S*\.LightningModule'", message, re.S
+        ):
+            message = (
+                "`model` has no class_path: give one that trains, such as Finetune, and its "
+                "settings as init_args\nA recipe of fine-tuned checkpoints and a codec is for "
+                "'fusionkit calibrate', or for 'fusionkit compress'"
+            )
+        elif "codec" in message or "merge" in message:
             failures = registry.load_all()
             found = {
                 group: [
@@ -57,11 +72,12 @@ class RecipeCLI(LightningCLI):
     def __init__(self, args: list[str]) -> None:
         # Imported so that recipes can use bare class names.
         registry.load_all()
+        import fusionkit.calibration.lorahub
         import fusionkit.tasks.digits
         import fusionkit.tasks.images
         import fusionkit.tasks.texts  # noqa: F401
 
-        _quieten()
+        quieten()
         summary = (type(self).__doc__ or "").partition("\n")[0]
         super().__init__(
             model_class=ReuseModule,
@@ -83,8 +99,13 @@ class RecipeCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse; LightningCLI would warn that the arguments don't come from `sys.argv`."""
+        """Parse; LightningCLI would warn that the arguments don't come from `sys.argv`.
+
+        Raises:
+            FusionKitError: `--out` is a URL.
+        """
         self.config = parser.parse_args(args)
+        report.local_folder(self.config["out"])
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The Trainer's, the module's and a datamodule's arguments."""
@@ -135,14 +156,6 @@ class RecipeCLI(LightningCLI):
         text = self.parser.dump(self.config, skip_none=False)
         report.replace_file(self.out / "config.yaml", text.encode())
 
-    def evaluate(self) -> Scores:
-        """Score every task through the Trainer."""
-        whole = self.config["spread"] == "tasks"
-        datamodule = TasksSpread(self.datamodule) if whole else self.datamodule
-        self.trainer.test(self.model, datamodule=datamodule, verbose=False)
-        scores: Scores = self.model.scores
-        return scores
-
 
 def _cause(error: BaseException) -> BaseException:
     """FusionKit's own error among the causes of another, or else that error."""
@@ -152,7 +165,7 @@ def _cause(error: BaseException) -> BaseException:
     return cause or error
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Leave out what Lightning tells every user of every Trainer."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
@@ -161,6 +174,19 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")
     warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*")  # PEFT asks transformers
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """A context, or a function's decorator, that is `quieten` for a while."""
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    level = logger.level
+    with warnings.catch_warnings():
+        quieten()
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
 
 
 def recipes_folder() -> Path:

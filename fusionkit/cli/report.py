@@ -1,4 +1,4 @@
-"""Results that can be looked at: tables in the terminal, CSV, JSON and a plot."""
+"""Results that can be looked at: tables in the terminal and in notebooks, CSV, JSON and a plot."""
 
 import csv
 import io
@@ -6,16 +6,50 @@ import json
 import os
 import statistics
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
 
 from fusionkit.bundles.bundle import Bundle
+from fusionkit.checkpoints.paths import is_remote
+from fusionkit.cli.table import Table
+from fusionkit.errors import FusionKitError
 from fusionkit.tasks.scores import Scores
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class Report(ABC):
+    """Measurements side by side: a notebook, and rich's console, show their table."""
+
+    @abstractmethod
+    def table(self) -> Table:
+        """The measurements as a table."""
+
+    @abstractmethod
+    def flat(self) -> list[dict[str, Any]]:
+        """One flat row each, for CSV and JSON."""
+
+    @abstractmethod
+    def figure(self) -> "Figure":
+        """The plot, drawn."""
+
+    def __rich__(self) -> Table:
+        return self.table()
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
+
+    def plot(self, path: str | Path) -> None:
+        """Write the plot (PNG)."""
+        figure, buffer = self.figure(), io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=140)
+        replace_file(Path(path), buffer.getvalue())
 
 
 @dataclass(frozen=True)
@@ -64,19 +98,17 @@ def averaged(rows: Sequence[Comparison]) -> Comparison:
 
 
 @dataclass
-class ComparisonReport:
+class ComparisonReport(Report):
     """Several ways of keeping one family, side by side."""
 
     rows: list[Comparison] = field(default_factory=list)
 
     def table(self) -> Table:
         """The comparison as a table."""
-        table = Table("codec", title="Scores, shares and sizes")
         columns = ("score", "share", "bundle", "× smaller", "bits/param", "encode s", "switch ms")
-        for column in columns:
-            table.add_column(column, justify="right")
+        table = Table("Scores, shares and sizes", ("codec", *columns))
         for row in self.rows:
-            table.add_row(
+            table.add(
                 row.name,
                 percent(row.scores.mean)
                 + ("" if row.spread is None else f" ± {percent(row.spread)}"),
@@ -101,15 +133,11 @@ class ComparisonReport:
             )
         return flat
 
-    def plot(self, path: Path) -> None:
-        """Draw score against size, one labelled point per codec (PNG)."""
-        import matplotlib as mpl
-
-        mpl.use("Agg")
+    def figure(self) -> "Figure":
+        """Score against size, one labelled point per codec."""
         from adjustText import adjust_text
-        from matplotlib import pyplot as plt
 
-        figure, axes = plt.subplots(figsize=(10, 6.5), layout="constrained")
+        figure, axes = blank_figure(10, 6.5)
         whole = [row for row in self.rows if row.encode_seconds is None]
         packed = [row for row in self.rows if row.encode_seconds is not None]
         for row in whole:
@@ -135,25 +163,28 @@ class ComparisonReport:
         arrows = {"arrowstyle": "-", "color": "grey", "linewidth": 0.6}
         figure.draw_without_rendering()  # labels are moved apart on the final layout
         adjust_text(labels, ax=axes, arrowprops=arrows, expand=(1.15, 1.5), time_lim=5)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=140)
-        plt.close(figure)
-        replace_file(path, buffer.getvalue())
+        return figure
+
+
+def blank_figure(width: float, height: float, panels: int = 1) -> "tuple[Figure, Any]":
+    """A figure with its axes, apart from pyplot: a notebook's own plots stay as they are."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(1, panels, sharex=True)
 
 
 def scores_table(scores: Scores, title: str) -> Table:
     """Scores as a table, in percent."""
-    table = Table("task", title=title)
-    for column in ("score", "fine-tuned", "share"):
-        table.add_column(column, justify="right")
-    rows = scores.rows()
-    for place, row in enumerate(rows):
-        table.add_row(
+    table = Table(title, ("task", "score", "fine-tuned", "share"), footer=1)
+    for row in scores.rows():
+        table.add(
             row["task"],
             percent(row["score"]),
             percent(row["finetuned"]),
             percent(row["share"]),
-            end_section=place == len(rows) - 2,
         )
     return table
 
@@ -162,11 +193,10 @@ def bundle_table(bundle: Bundle) -> Table:
     """What a bundle holds: bytes, bits per parameter, ratio to full checkpoints, per task."""
     manifest = bundle.manifest
     parameters = max(manifest.base.parameters, 1)
-    table = Table("task", title=f"{bundle.path}: {bundle.codec!r}")
-    for column in ("bytes", "of it whole", "bits/param", "full checkpoint", "× smaller"):
-        table.add_column(column, justify="right")
+    columns = ("bytes", "of it whole", "bits/param", "full checkpoint", "× smaller")
+    table = Table(f"{bundle.path}: {bundle.codec!r}", ("task", *columns), footer=1)
     for task, record in manifest.tasks.items():
-        table.add_row(
+        table.add(
             task,
             size(record.file.bytes),
             size(record.private_bytes),
@@ -176,10 +206,9 @@ def bundle_table(bundle: Bundle) -> Table:
         )
     if manifest.shared:
         bits = f"{8 * manifest.shared.bytes / parameters:.3f}"
-        table.add_row("(shared by all)", size(manifest.shared.bytes), "", bits, "", "")
-    table.add_section()
+        table.add("(shared by all)", size(manifest.shared.bytes), "", bits)
     full = checkpoint_bytes(bundle)
-    table.add_row(
+    table.add(
         f"bundle of {len(bundle.tasks)}",
         size(bundle.nbytes),
         size(sum(record.private_bytes for record in manifest.tasks.values())),
@@ -192,18 +221,17 @@ def bundle_table(bundle: Bundle) -> Table:
 
 def calibration_table(bundle: Bundle) -> Table:
     """What calibration learned, and how much closer it brought each task."""
-    table = Table("task", title=f"{bundle.path}: {bundle.codec!r}, calibrated")
     records = {task: record.calibration for task, record in bundle.manifest.tasks.items()}
     scalars = any(learned and learned.scale is not None for learned in records.values())
-    columns = ("shift α", "scale β") if scalars else ()
-    for column in (*columns, "rows", "seed", "epochs", "objective", "before", "after"):
-        table.add_column(column, justify="right")
+    columns = (*(("shift α", "scale β") if scalars else ()), "rows", "seed", "epochs")
+    columns = ("task", *columns, "objective", "before", "after")
+    table = Table(f"{bundle.path}: {bundle.codec!r}, calibrated", columns)
     for task, learned in records.items():
         if learned is None:
-            table.add_row(task)
+            table.add(task)
             continue
         own = [f"{value or 0:.3f}" for value in (learned.shift, learned.scale)] if scalars else []
-        table.add_row(
+        table.add(
             task,
             *own,
             str(learned.rows),
@@ -232,6 +260,19 @@ def write_rows(rows: Sequence[dict[str, Any]], folder: Path, name: str) -> list[
     replace_file(paths[0], text.getvalue().encode())
     replace_file(paths[1], (json.dumps(list(rows), indent=1) + "\n").encode())
     return paths
+
+
+def local_folder(path: str | Path) -> Path:
+    """A folder for results, which are written to the local disk alone.
+
+    Raises:
+        FusionKitError: it is a URL.
+    """
+    if is_remote(path):
+        raise FusionKitError(
+            f"{path}: results and trained models are written to the local disk; give a folder there"
+        )
+    return Path(path)
 
 
 def main_process() -> bool:

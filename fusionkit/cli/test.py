@@ -1,8 +1,24 @@
 """`fusionkit test`."""
 
+from typing import Any
+
+from lightning.pytorch import Trainer
+
 from fusionkit.bundles.bundle import Bundle
+from fusionkit.cli import report
 from fusionkit.cli.recipe import RecipeCLI
+from fusionkit.reuse.module import ReuseModule
 from fusionkit.tasks.scores import Scores
+from fusionkit.tasks.spread import Spread, TasksSpread
+
+
+def run(args: list[str]) -> None:
+    """Score every task of a recipe; writes scores.csv and scores.json to `--out`."""
+    cli = TestCLI(args)
+    scores = cli.test()
+    report.show(report.scores_table(scores, cli.title()))
+    for path in report.write_rows(scores.rows(), cli.out, "scores"):
+        report.show(f"written: {path}")
 
 
 class TestCLI(RecipeCLI):
@@ -14,9 +30,41 @@ class TestCLI(RecipeCLI):
     def test(self) -> Scores:
         """Evaluate; the results are for the caller to show."""
         self.save_config()
-        return self.evaluate()
+        return evaluate(self.model, self.datamodule, self.trainer, self.config["spread"])
 
     def title(self) -> str:
         """What was evaluated."""
         source = self.model.source
         return repr(source.codec) if isinstance(source, Bundle) else "fine-tuned, uncompressed"
+
+
+def evaluate(
+    module: ReuseModule, datamodule: Any, trainer: Trainer, spread: Spread = "rows"
+) -> Scores:
+    """Score every task of a datamodule.
+
+    Args:
+        module: what is scored.
+        datamodule: the tasks' test rows.
+        trainer: evaluates.
+        spread: what each of several processes evaluates.
+    """
+    data = TasksSpread(datamodule) if spread == "tasks" else datamodule
+    trainer.test(module, datamodule=data, verbose=False)
+    assert module.scores is not None
+    return module.scores
+
+
+def plain_trainer(**settings: Any) -> Trainer:
+    """A Trainer that evaluates, and says and keeps nothing.
+
+    Args:
+        settings: what else it is told.
+    """
+    return Trainer(
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        **settings,
+    )

@@ -13,6 +13,7 @@ The contract, in the order of the data:
 3. `decode(parts, shape)` gives back one task's delta of one tensor from its parts: the tensor's
    shared ones, the task's own, and the whole-model ones, by name. It is called only where there
    is a part of the tensor itself; a tensor of which nothing was encoded decodes to zero.
+   `restore(parts, base)` gives back the tensor: base plus delta.
 
 A codec is a frozen dataclass; its fields are its settings, kept in the bundle's manifest as JSON.
 One that handles each tensor of each task alone derives from `TensorCodec` and writes two methods;
@@ -86,8 +87,11 @@ class DeltaCodec(Plugin, ABC):
     group: ClassVar[str] = "fusionkit.codecs"
     unscalable: ClassVar[str | None] = None
     """Why decoded deltas may not be scaled or added to others', where they may not."""
+    restores: ClassVar[bool] = False
+    """Whether tensors come back by `restore` alone, in the dtype that it gives them; else they
+    are base plus `decode`, rounded to the dtype of the model that they go into."""
     learned: ClassVar[tuple[str, ...]] = ()
-    """Names of a task's parts that `fusionkit fit` may learn: floats in which `decode` is
+    """Names of a task's parts that `fusionkit calibrate` may learn: floats in which `decode` is
     differentiable."""
 
     @abstractmethod
@@ -111,6 +115,22 @@ class DeltaCodec(Plugin, ABC):
         Returns:
             float32 `(*shape)`, on the parts' device.
         """
+
+    def restore(self, parts: Parts, base: Tensor) -> Tensor:
+        """Rebuild one task's tensor: base plus delta, unless the codec `restores`.
+
+        Args:
+            parts: as for `decode`.
+            base: the base's tensor `(*shape)`, in its own dtype, on the parts' device; not to be
+                changed.
+
+        Returns:
+            float32 `(*shape)`, not rounded: that is for whoever writes it.
+        """
+        delta = self.decode(parts, base.shape)
+        if delta.shape != base.shape:
+            return delta  # never spread over the base: its shape is what is wrong with it
+        return torch.add(base.to(torch.float32), delta)
 
     def factors(self, parts: Parts, shape: torch.Size) -> LowRank | None:
         """One task's delta of one matrix as a product, where the codec has it as one.
@@ -159,6 +179,7 @@ class RestoringCodec(DeltaCodec):
     a codec restores is.
     """
 
+    restores: ClassVar[bool] = True
     unscalable: ClassVar[str | None] = (
         "it gives back whole tensors, to the bit, where scaled deltas would have to be added"
     )

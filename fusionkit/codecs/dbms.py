@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from copy import copy
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -41,7 +40,7 @@ class DBMS(DeltaCodec):
     Compressing alone takes for them what is best in weight error: of a few shifts, given as
     multiples of the projection ⟨τ_t, u_t⟩ / ‖u_t‖², with β = ⟨δ, C(δ)⟩ / ‖C(δ)‖², that which leaves
     the least ‖δ − β C(δ)‖. With 0 among them, and where C takes each task by itself, that is
-    never worse than C at its best scale. `fusionkit fit` calibrates them on data instead.
+    never worse than C at its best scale. `fusionkit calibrate` learns them on data instead.
 
     What is known of the paper is its idea; the formulas are one reading of it. PERU-FFT is the
     shared shift by task arithmetic with α = β = 1 and magnitude pruning.
@@ -61,8 +60,6 @@ class DBMS(DeltaCodec):
     shift: DeltaCodec | None = None
     grid: tuple[float, ...] = (0.0, 1.0, 2.0)
 
-    _scalars: ClassVar[Mapping[str, Scalars] | None] = None
-
     def __post_init__(self) -> None:
         object.__setattr__(self, "grid", tuple(self.grid))
         # Not the field's default, whose settings a recipe's parser would mix into another shift's.
@@ -79,23 +76,33 @@ class DBMS(DeltaCodec):
         assert self.shift is not None  # once constructed
         return self.shift
 
-    def at(self, scalars: Mapping[str, Scalars]) -> "DBMS":
-        """The same codec, encoding at scalars that are known; they are no setting of it.
+    def at(self, scalars: Mapping[str, Scalars]) -> DeltaCodec:
+        """What encodes at scalars that are known; they are no setting, and it is recorded as this.
 
         Args:
             scalars: task → (α, β); tasks that are not in it are searched for.
         """
-        fixed = copy(self)
-        object.__setattr__(fixed, "_scalars", dict(scalars))
-        return fixed
+        return _AtScalars(self, dict(scalars))
 
     def prepare(self, family: Family, shared: SharedParts | None = None) -> Encoder:
         """Encode the shift; search the scalars, once per try; then what the codec prepares."""
+        return self.prepare_at({}, family, shared)
+
+    def prepare_at(
+        self, known: Mapping[str, Scalars], family: Family, shared: SharedParts | None = None
+    ) -> Encoder:
+        """The same, where some tasks' scalars are known.
+
+        Args:
+            known: task → (α, β); of the other tasks they are searched for.
+            family: as for `prepare`.
+            shared: as for `prepare`.
+        """
         of_codec = _view(shared, "delta")
         with ExitStack() as opened:
             shift = opened.enter_context(Payload(self.direction, family, _view(shared, "shift")))
-            scalars = self._known(family)
-            if len(scalars) < len(family.tasks):
+            scalars = dict(known) if self.grid else {**dict.fromkeys(family.tasks, PLAIN), **known}
+            if not scalars.keys() >= set(family.tasks):
                 scalars = {**self._search(family, shift, of_codec), **scalars}
             each = [scalars[task] for task in family.tasks]
             inner = self.codec.prepare(shifted(family, shift, each), of_codec)
@@ -158,13 +165,6 @@ class DBMS(DeltaCodec):
             rights.append(product.right)
         return LowRank(torch.cat(lefts, 1), torch.cat(rights, 1)) if lefts else None
 
-    def _known(self, family: Family) -> dict[str, Scalars]:
-        """The scalars that need no search."""
-        known = self._scalars or {}
-        if not self.grid:
-            return {task: known.get(task, PLAIN) for task in family.tasks}
-        return {task: known[task] for task in family.tasks if task in known}
-
     def _search(
         self, family: Family, shift: Payload, shared: SharedParts | None
     ) -> dict[str, Scalars]:
@@ -217,6 +217,37 @@ class DBMS(DeltaCodec):
         dot, square, whole = sums
         scale = torch.where(square > 0, dot / square, 1.0)
         return list(zip((whole - scale * dot).tolist(), scale.tolist(), strict=True))
+
+
+@dataclass(frozen=True)
+class _AtScalars(DeltaCodec):
+    """A DBMS that encodes at known scalars.
+
+    Attributes:
+        codec: the DBMS, which is recorded, and decodes.
+        scalars: task → (α, β).
+    """
+
+    id: ClassVar[str] = DBMS.id
+    codec: DBMS
+    scalars: Mapping[str, Scalars]
+
+    @property
+    def recorded(self) -> DBMS:
+        """The DBMS."""
+        return self.codec
+
+    def prepare(self, family: Family, shared: SharedParts | None = None) -> Encoder:
+        """As the DBMS; only scalars that are not known are searched for."""
+        return self.codec.prepare_at(self.scalars, family, shared)
+
+    def decode(self, parts: Parts, shape: torch.Size) -> Tensor:
+        """As the DBMS."""
+        return self.codec.decode(parts, shape)
+
+    def factors(self, parts: Parts, shape: torch.Size) -> LowRank | None:
+        """As the DBMS."""
+        return self.codec.factors(parts, shape)
 
 
 def combine(

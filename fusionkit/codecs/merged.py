@@ -59,20 +59,20 @@ class SharedVector:
     def __init__(
         self, merge: Merge | None, dtype: ValueDtype, family: Family, shared: SharedParts | None
     ) -> None:
-        self._merge = merge
+        self._wanted = merge is not None
         self._dtype = dtype
         self._shared = shared
-        self._merge_tensor = merge.prepare(family) if merge and shared is None else None
+        self._merge = merge.prepare(family) if merge and shared is None else None
 
     def of(self, vectors: TaskVectors) -> StoredVector:
         """The shared vector of one tensor, float32 `(*shape)`."""
-        if self._merge is None:
+        if not self._wanted:
             return StoredVector(None, {})
-        if self._merge_tensor is None:
+        if self._merge is None:
             assert self._shared is not None
             stored = decode_shared(self._shared(vectors.name), vectors.shape, self._dtype)
             return StoredVector(stored.to(vectors.device), {})
-        merged = self._merge.vector(self._merge_tensor, vectors)
+        merged = self._merge(vectors)
         if not merged.any():
             return StoredVector(None, {})
         parts = pack_values(merged.view(-1), self._dtype, _PART)

@@ -9,7 +9,7 @@ from torch import Tensor
 from fusionkit.merges.base import Merge, MergeTensor
 from fusionkit.merges.mean import Mean
 from fusionkit.task_vectors.family import Family
-from fusionkit.task_vectors.vectors import Change, TaskVectors
+from fusionkit.task_vectors.vectors import Change, ChangedVectors, TaskVectors
 
 
 @dataclass(frozen=True)
@@ -42,18 +42,9 @@ class Normalized(Merge):
         lengths = torch.zeros(len(family.tasks)) if total is None else total.sqrt()
         ratios = torch.where(lengths > 0, lengths.mean() / lengths, 1.0)
         scales = ratios.pow(self.power).to(torch.float32)
-        scaled = family.changed(lambda _: [_scaled(float(scale)) for scale in scales])
-        merge_tensor = self.merge.prepare(scaled)
-
-        def merge(name: str, vectors: Tensor) -> Tensor:
-            own = scales.to(vectors.device).view(-1, *[1] * (vectors.ndim - 1))
-            return merge_tensor(name, vectors * own)
-
-        return merge
-
-    def vector(self, merge_tensor: MergeTensor, vectors: TaskVectors) -> Tensor:
-        """As the merge takes a tensor: in blocks, or whole."""
-        return self.merge.vector(merge_tensor, vectors)
+        changes = [_scaled(float(scale)) for scale in scales]
+        merge_tensor = self.merge.prepare(family.changed(lambda _: changes))
+        return lambda vectors: merge_tensor(ChangedVectors(vectors, changes))
 
 
 def _scaled(scale: float) -> Change:

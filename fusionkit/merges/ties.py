@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fusionkit.errors import CodecError
-from fusionkit.merges.base import Merge, MergeTensor
+from fusionkit.merges.base import Merge, MergeTensor, in_blocks
 from fusionkit.task_vectors.family import Family
 from fusionkit.task_vectors.topk import Thresholds
 
@@ -42,8 +42,8 @@ class TIES(Merge):
         counts = [round(self.density * family.parameters)] * len(family.tasks)
         limits = Thresholds.over(family, counts, ties=False).magnitudes
 
-        def merge_tensor(_: str, vectors: Tensor) -> Tensor:
-            limit = limits.to(vectors.device).view(-1, *[1] * (vectors.ndim - 1))
+        def merge(vectors: Tensor) -> Tensor:
+            limit = limits.to(vectors.device)[:, None]
             trimmed = torch.where(vectors.abs() >= limit, vectors, 0.0)
             sign = torch.sign(trimmed.sum(0))
             agreed = torch.where(trimmed * sign > 0, trimmed, 0.0)
@@ -52,4 +52,4 @@ class TIES(Merge):
                 merged /= (agreed != 0).sum(0).clamp_(min=1)
             return merged.mul_(self.scale)
 
-        return merge_tensor
+        return in_blocks(merge)

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 
 from fusionkit.errors import CodecError
-from fusionkit.merges.base import Merge, MergeTensor
+from fusionkit.merges.base import Merge, MergeTensor, in_blocks
 from fusionkit.task_vectors.family import Family
 
 
@@ -15,7 +15,7 @@ class Weighted(Merge):
     """Weighted sum of the task vectors: τ* = Σ w_t τ_t; LoraHub's (2307.13269), once searched.
 
     Args:
-        weights: task → its weight; `fusionkit.reuse.fused.LoraHub` finds them.
+        weights: task → its weight; `fusionkit.calibration.lorahub.LoraHub` finds them.
 
     Raises:
         CodecError: a task of the family has no weight.
@@ -29,4 +29,4 @@ class Weighted(Merge):
         if missing := [task for task in family.tasks if task not in self.weights]:
             raise CodecError(f"Weighted has no weight of task '{missing[0]}'; add it to `weights`")
         weights = torch.tensor([self.weights[task] for task in family.tasks])
-        return lambda _, vectors: torch.tensordot(weights.to(vectors.device), vectors, 1)
+        return in_blocks(lambda vectors: torch.tensordot(weights.to(vectors.device), vectors, 1))

@@ -1,13 +1,13 @@
-"""Several tasks fused into one model, in memory; and the search for the weights to fuse them by."""
+"""Several tasks fused into one model, in memory."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from fusionkit.checkpoints.adapters.layout import fold_into
+from fusionkit.checkpoints.adapters.modules import AdapterSpace
 from fusionkit.merges.base import Merge
-from fusionkit.task_vectors.family import Family
+from fusionkit.task_vectors.family import Family, Role
 
 
 class Fused:
@@ -20,47 +20,45 @@ class Fused:
     Attributes:
         tasks: the tasks' names.
         vectors: tensor's name → the merged vector, float32 `(*shape)`.
+        scale: what the vectors are multiplied by; may be changed.
     """
 
     def __init__(self, family: Family, merge: Merge) -> None:
         self.family = family
         self.tasks = family.tasks
         merge_tensor = merge.prepare(family)
-        self.vectors = {each.name: merge.vector(merge_tensor, each) for each in family}
+        self.vectors = {each.name: merge_tensor(each) for each in family}
         self.scale = 1.0
 
     @property
-    def written(self) -> list[str]:
-        """Names of the tensors that `write_into` writes."""
-        return self.family.written
+    def roles(self) -> dict[str, Role]:
+        """The family's."""
+        return self.family.roles
 
-    def write_into(self, task: str, base: Mapping[str, Tensor], out: Mapping[str, Tensor]) -> None:
-        """Write the fused weights into `out`, all but private and frozen ones."""
-        space = self.family.space
-        own = set(space.layout.tensors) if space else set()
-        for name in self.vectors.keys() - own:
-            out[name].copy_(torch.add(base[name].to(torch.float32), self._vector(name, base[name])))
-        moved = dict(self.family.exact(task))
-        for name in self.family.names("exact"):
-            if name in out:  # unless it is a buffer that this model does not save
-                out[name].copy_(moved.get(name, base[name]))
-        if space:
-            start = self.family.base
-            fold_into(
-                space.layout,
-                lambda name, device: self._moved(name, start[name]).to(device),
-                lambda name, device: start[name].to(device),
-                base,
-                out,
-            )
+    @property
+    def space(self) -> AdapterSpace | None:
+        """The family's."""
+        return self.family.space
+
+    @property
+    def initial(self) -> dict[str, Tensor]:
+        """The family's."""
+        return self.family.initial
+
+    @property
+    def version(self) -> float:
+        """What the model depends on beside the family and the merge: the scale."""
+        return self.scale
+
+    def tensor(self, task: str, name: str, base: Tensor, out: Tensor | None = None) -> Tensor:
+        """Base plus merged vector, in float32; see `TaskSource`."""
+        vector = self.vectors[name].to(base.device) * self.scale
+        return torch.add(base.to(torch.float32), vector, out=out)
+
+    def exact(self, task: str) -> Iterator[tuple[str, Tensor]]:
+        """The task's own exact tensors."""
+        return self.family.exact(task)
 
     def private_tensors(self, task: str) -> Iterator[tuple[str, Tensor]]:
         """The task's private tensors."""
         return self.family.private_tensors(task)
-
-    def _moved(self, name: str, start: Tensor) -> Tensor:
-        """An adapter's tensor; what never moves has no vector."""
-        return start + self._vector(name, start) if name in self.vectors else start
-
-    def _vector(self, name: str, like: Tensor) -> Tensor:
-        return self.vectors[name].to(like.device) * self.scale

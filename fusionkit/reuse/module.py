@@ -22,9 +22,10 @@ from fusionkit.codecs.base import DeltaCodec
 from fusionkit.errors import BundleError, FusionKitError
 from fusionkit.registry import to_config
 from fusionkit.reuse.sharded import ShardedBase, check_strategy, shard_with_base
-from fusionkit.reuse.switcher import Switcher, TaskSource
+from fusionkit.reuse.switcher import Switcher
 from fusionkit.task_vectors.family import Family
 from fusionkit.task_vectors.processes import ALONE, Processes
+from fusionkit.task_vectors.task_source import TaskSource
 from fusionkit.task_vectors.workers import Progress
 from fusionkit.tasks.kinds import kinds_of
 from fusionkit.tasks.metrics import MetricChoice, check_choice, metric_of, value_of

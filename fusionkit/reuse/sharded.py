@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from fusionkit.checkpoints.checkpoint import Checkpoint
 from fusionkit.checkpoints.in_memory import specs_of
-from fusionkit.checkpoints.live_model import LiveModel, aliases, is_sharded, on_meta, part, put
+from fusionkit.checkpoints.live_model import aliases, is_sharded, on_meta, part, put
 from fusionkit.errors import FusionKitError
 from fusionkit.tasks.spread import TasksSpread
 
@@ -132,7 +132,7 @@ class ShardedBase(Checkpoint):
 
 def beside(model: nn.Module) -> Checkpoint:
     """A copy of a model's weights, to be kept beside it: sharded where the model is."""
-    return ShardedBase.beside(model) if is_sharded(model) else LiveModel(model).in_memory()
+    return ShardedBase.beside(model) if is_sharded(model) else Checkpoint.of(model).in_memory()
 
 
 def kept(base: Checkpoint) -> Mapping[str, Tensor]:

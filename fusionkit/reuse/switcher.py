@@ -1,8 +1,7 @@
 """One live model that becomes any task's, in place."""
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Mapping, Set
-from typing import Protocol
+from collections.abc import Mapping, Set
 
 import torch
 from torch import Tensor, nn
@@ -12,31 +11,7 @@ from fusionkit.checkpoints.checkpoint import Checkpoint
 from fusionkit.checkpoints.live_model import on_meta, put
 from fusionkit.errors import BundleError, FusionKitError
 from fusionkit.reuse.sharded import beside, kept, kept_bytes, whole
-
-
-class TaskSource(Protocol):
-    """Where tasks' weights come from: a `Bundle`, or a `Family` as it is, uncompressed."""
-
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        """The tasks' names."""
-        ...
-
-    @property
-    def written(self) -> Collection[str]:
-        """Names of the tensors that `write_into` writes."""
-        ...
-
-    def write_into(self, task: str, base: Mapping[str, Tensor], out: Mapping[str, Tensor]) -> None:
-        """Write a task's weights into `out`, all but private and frozen ones.
-
-        A tensor of `out` is written before another is asked for, or asked for again.
-        """
-        ...
-
-    def private_tensors(self, task: str) -> Iterator[tuple[str, Tensor]]:
-        """A task's private tensors."""
-        ...
+from fusionkit.task_vectors.task_source import TaskSource, write_weights, written
 
 
 class Switcher:
@@ -61,7 +36,8 @@ class Switcher:
         self.model = model
         self.base = base if base is not None and on_meta(model) else beside(model)
         self.cached: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
-        self._cached_of: tuple[object, object] = (None, None)
+        self._cached_of: TaskSource | None = None
+        self._cached_version: object = None
         self._cache_bytes = cache_bytes
         self._private: Set[str] = frozenset()
 
@@ -80,8 +56,8 @@ class Switcher:
             left_out: tensors to leave as they are.
 
         Raises:
-            BundleError: the source has no such task, a file of it was changed, or a private
-                tensor has no place in the model, which is then the base.
+            BundleError: the source has no such task, a file of it was changed, or one of its
+                tensors has no place in the model, which is then the base.
             FusionKitError: the model is on the meta device.
         """
         # Weights made under inference mode could never be trained again.
@@ -120,18 +96,17 @@ class Switcher:
 
     def _write(self, task: str, source: TaskSource, out: Mapping[str, Tensor], keep: bool) -> None:
         """Write a task's weights, as they were kept, or anew; then keep them if they fit."""
-        of = source, getattr(source, "manifest", None)  # which changes as tasks come and go
-        if any(old is not new for old, new in zip(self._cached_of, of, strict=True)):
+        if self._cached_of is not source or self._cached_version != source.version:
             self.forget()
-            self._cached_of = of
+            self._cached_of, self._cached_version = source, source.version
         if keep and task in self.cached:
             self.cached.move_to_end(task)
             for name, value in self.cached[task].items():
                 out[name].copy_(value)
             return
         with whole(out) as targets:
-            source.write_into(task, self.base, targets)
-        names = [name for name in source.written if name in out] if self._cache_bytes else []
+            write_weights(source, task, self.base, targets)
+        names = [name for name in written(source) if name in out] if self._cache_bytes else []
         size = sum(kept_bytes(out[name]) for name in names)
         if not keep or not 0 < size <= self._cache_bytes:
             return

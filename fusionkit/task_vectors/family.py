@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from fusionkit.checkpoints.adapters.folder import is_adapter
-from fusionkit.checkpoints.adapters.layout import fold_into
 from fusionkit.checkpoints.adapters.merged import MergedAdapter
 from fusionkit.checkpoints.adapters.modules import Adapters, AdapterSpace, open_space
 from fusionkit.checkpoints.checkpoint import Checkpoint, Source, TensorSpec, matches
@@ -64,11 +63,14 @@ class Family:
         parameters: number of compressible parameters of one task.
         workers: see above; one tensor at a time where the base is read by several processes.
         device: see above.
+        version: always the same, as its tasks are.
 
     Raises:
         FamilyError: the checkpoints don't fit together; the message lists every finding with
             its file and tensor.
     """
+
+    version = 0
 
     def __init__(
         self,
@@ -251,32 +253,14 @@ class Family:
             )
 
     @property
-    def written(self) -> list[str]:
-        """Names of the tensors that `write_into` writes."""
-        if self.space:
-            return list(self.roles)
-        return [name for name, role in self.roles.items() if role != "frozen"]
+    def initial(self) -> dict[str, Tensor]:
+        """The tensors that adapters started from, by name; empty where they are merged."""
+        names = self.space.layout.tensors if self.space else []
+        return {name: self.base[name] for name in names}
 
-    def write_into(self, task: str, base: Mapping[str, Tensor], out: Mapping[str, Tensor]) -> None:
-        """Write a task's own weights, uncompressed, into `out`, all but private and frozen ones.
-
-        Args:
-            task: one of `tasks`.
-            base: the base's tensors by name.
-            out: tensors to write into, by name; those that it lacks are left out.
-        """
-        own = set(self.space.layout.tensors) if self.space else set()
-        for name, role in self.roles.items():
-            if name not in own and name in out and role != "frozen":
-                out[name].copy_(self._tuned(task, name))
-        if self.space:
-            fold_into(
-                self.space.layout,
-                lambda name, device: self._tuned(task, name).to(device),
-                lambda name, device: self.base[name].to(device),
-                base,
-                out,
-            )
+    def tensor(self, task: str, name: str, base: Tensor, out: Tensor | None = None) -> Tensor:
+        """One of a task's tensors, uncompressed, in its own dtype; see `TaskSource`."""
+        return self._tuned(task, name).to(base.device)
 
     def _prefetch(self, name: str) -> None:
         self.base.prefetch(name)

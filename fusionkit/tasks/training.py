@@ -6,6 +6,7 @@ from typing import Any
 from lightning.pytorch import LightningModule
 
 from fusionkit.checkpoints.checkpoint import Checkpoint
+from fusionkit.checkpoints.paths import is_there
 from fusionkit.errors import FusionKitError
 
 
@@ -28,7 +29,7 @@ def fit(trainer: Any, module: LightningModule, datamodule: Any, ckpt_path: str |
     try:
         trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
     except FileNotFoundError as error:
-        if ckpt_path is None or Path(ckpt_path).exists():
+        if ckpt_path is None or is_there(ckpt_path):
             raise
         raise FusionKitError(f"{ckpt_path}: no such checkpoint to resume from") from error
     except SystemExit as stopped:  # Lightning's answer to Ctrl-C

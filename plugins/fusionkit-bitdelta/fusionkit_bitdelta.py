@@ -16,7 +16,7 @@ from fusionkit.codecs.values import ValueDtype, pack_values, unpack_values
 class BitDelta(TensorCodec):
     """Keep a sign per weight and a scale per matrix: θ̂_t = θ₀ + a sgn(τ_t), a = mean|τ_t|.
 
-    The scale is the one of least weight error; `fusionkit fit` learns it further, from the
+    The scale is the one of least weight error; `fusionkit calibrate` learns it further, from the
     fine-tuned model's outputs (the paper's scale distillation). A delta of exactly 0 counts as
     positive. Vectors, and matrices that match `keep`, are kept whole.
 

@@ -104,20 +104,12 @@ class DAREMerge(Merge):
 
     def prepare(self, family: Family) -> MergeTensor:
         """What the merge prepares, of the vectors as they are left."""
-        return self._merge.prepare(family.changed(self._changes))
-
-    def vector(self, merge_tensor: MergeTensor, vectors: TaskVectors) -> Tensor:
-        """As the merge takes a tensor, of the vectors as they are left."""
-        dropped = ChangedVectors(vectors, self._changes(vectors))
-        return self._merge.vector(merge_tensor, dropped)
+        assert self.merge is not None  # once constructed
+        merge_tensor = self.merge.prepare(family.changed(self._changes))
+        return lambda vectors: merge_tensor(ChangedVectors(vectors, self._changes(vectors)))
 
     def _changes(self, vectors: TaskVectors) -> Sequence[Change]:
         return [_Drop(key_of(self.seed, task, vectors.name), self.drop) for task in vectors.tasks]
-
-    @property
-    def _merge(self) -> Merge:
-        assert self.merge is not None  # once constructed
-        return self.merge
 
 
 class _Drop:

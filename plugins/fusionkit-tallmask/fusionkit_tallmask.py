@@ -130,24 +130,19 @@ class Consensus(Merge):
             CodecError: a task has no threshold.
         """
         limits = torch.tensor(_per_task(self.threshold, family.tasks, "Consensus"))
-        merge_tensor = self._merge.prepare(family)
+        assert self.merge is not None  # once constructed
+        merge_tensor = self.merge.prepare(family)
 
-        def merge(name: str, vectors: Tensor) -> Tensor:
-            merged = merge_tensor(name, vectors)
-            own = limits.to(merged.device).view(-1, *[1] * merged.ndim)
-            masks = tall_mask(vectors, merged, own)
-            return merged.mul_(self.scale).mul_(masks.sum(0) >= self.agree)
+        def merge(vectors: TaskVectors) -> Tensor:
+            merged = merge_tensor(vectors)
+            own = limits.to(vectors.device)[:, None]
+            for place, block in vectors.blocks():
+                entries = merged.view(-1)[place]
+                used = tall_mask(block, entries, own).sum(0)
+                entries.mul_(self.scale).mul_(used >= self.agree)
+            return merged
 
         return merge
-
-    def vector(self, merge_tensor: MergeTensor, vectors: TaskVectors) -> Tensor:
-        """As the merge takes a tensor: in blocks, or whole."""
-        return self._merge.vector(merge_tensor, vectors)
-
-    @property
-    def _merge(self) -> Merge:
-        assert self.merge is not None  # once constructed
-        return self.merge
 
 
 def choose_thresholds(

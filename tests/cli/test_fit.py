@@ -364,6 +364,19 @@ class TestRefusals:
         recipe.write_text(yaml.safe_dump(content))
         assert "needs a `data` section" in run("fit", "--config", recipe, code=1)
 
+    def test_a_recipe_that_trains_no_module(self, recipe: Path) -> None:
+        """`fit` guesses nothing; what such a recipe is for is named."""
+        content = yaml.safe_load(recipe.read_text())
+        content["model"] = {
+            "model": {"class_path": "fits.tiny_vit"},
+            "codec": {"class_path": "EMR"},
+        }
+        recipe.write_text(yaml.safe_dump(content))
+        output = run("fit", "--config", recipe, code=2)
+        assert "`model` has no class_path" in output
+        assert "'fusionkit calibrate'" in output
+        assert len(output.splitlines()) < 10
+
     def test_lost_data_are_not_called_a_lost_checkpoint(self, recipe: Path) -> None:
         with pytest.raises(FileNotFoundError, match=r"rows\.npz"):
             run("fit", "--config", recipe, f"--data={__name__}.Lost")

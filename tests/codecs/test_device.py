@@ -1,5 +1,6 @@
 """Codecs on other devices: the meta device, which has no values, and CUDA where there is one."""
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from fusionkit import (
 from fusionkit.bundles.compress import compress
 from fusionkit.codecs.base import WHOLE_MODEL, DeltaCodec
 from fusionkit.task_vectors.family import Family
+from fusionkit.task_vectors.vectors import TaskVectors
 from fusionkit.testing import models
 
 META = torch.device("meta")
@@ -62,12 +64,26 @@ def test_decoding_stays_on_the_parts_device(name: str) -> None:
             assert (found.device, found.shape, found.dtype) == (META, shape, torch.float32)
 
 
+class OnMeta(TaskVectors):
+    """Task vectors without values."""
+
+    def blocks(
+        self,
+        size: int | None = None,
+        tasks: Sequence[int] | None = None,
+        step: int | None = None,
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """All in one."""
+        count = self.shape.numel()
+        yield slice(0, count), torch.empty(len(tasks or self.tasks), count, device=META)
+
+
 @pytest.mark.parametrize("merge", [Mean(), TaskArithmetic(), TIES(), Normalized()], ids=repr)
 def test_merging_stays_on_the_vectors_device(merge: Any) -> None:
     family = Family(**models())
     merge_tensor = merge.prepare(family)
-    stack = torch.empty(3, 4, 5, device=META)
-    assert merge_tensor("square", stack).device == META
+    square = family.vectors("square")
+    assert merge_tensor(OnMeta(square.base_at, square.tuned_at, META)).device == META
 
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")

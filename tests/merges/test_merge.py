@@ -14,7 +14,8 @@ from torch import Tensor
 import fusionkit
 from fusionkit import TIES, Elect, Family, Mean, Merge, Merged, Normalized, TaskArithmetic
 from fusionkit.errors import CodecError
-from fusionkit.task_vectors.vectors import BLOCK
+from fusionkit.task_vectors import vectors as task_vectors
+from fusionkit.task_vectors.vectors import BLOCK, TaskVectors
 
 PRIVATE = ["head.*"]
 DELTAS = [name for name, _ in TinyNet().named_parameters() if not name.startswith("head")]
@@ -76,7 +77,7 @@ every_merge = pytest.mark.parametrize(
 def merged_vectors(merge: Merge, family: Family) -> Tensor:
     """The merged vector of the whole model, straight from the merge."""
     merge_tensor = merge.prepare(family)
-    return torch.cat([merge.vector(merge_tensor, vectors).flatten() for vectors in family])
+    return torch.cat([merge_tensor(vectors).flatten() for vectors in family])
 
 
 @every_merge
@@ -98,15 +99,17 @@ def test_directly(base: TinyNet, finetuned: States, merge: Merge, naive: object)
 
 
 @pytest.mark.parametrize("merge", [Mean(), TaskArithmetic(), TIES(0.1), Elect()], ids=repr)
-def test_blocks_give_the_same_as_the_whole(merge: Merge) -> None:
-    assert merge.elementwise
+def test_blocks_give_the_same_as_the_whole(merge: Merge, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(TaskVectors, "stack")  # never are all task vectors of a tensor in memory
     sizes = (BLOCK - 1, BLOCK, 2 * BLOCK + 5)
     base, finetuned = random_family({f"w{size}": (size,) for size in sizes}, tasks=3)
     family = Family(base, finetuned)
     merge_tensor = merge.prepare(family)
-    for vectors in family:
-        whole = merge_tensor(vectors.name, vectors.stack())
-        assert torch.equal(merge.vector(merge_tensor, vectors), whole)
+    in_blocks = [merge_tensor(vectors) for vectors in family]
+    monkeypatch.setattr(task_vectors, "BLOCK", 4 * BLOCK)
+    for vectors, found in zip(family, in_blocks, strict=True):
+        assert len(list(vectors.blocks())) == 1
+        assert torch.equal(found, merge_tensor(vectors))
 
 
 def test_ties_trims_over_the_whole_vector() -> None:
@@ -116,7 +119,7 @@ def test_ties_trims_over_the_whole_vector() -> None:
     family = Family(base, {"a": tuned})
     merge = TIES(density=0.2)  # 4 of 20
     merge_tensor = merge.prepare(family)
-    found = {vectors.name: merge.vector(merge_tensor, vectors) for vectors in family}
+    found = {vectors.name: merge_tensor(vectors) for vectors in family}
     assert torch.equal(found["large"], tuned["large"])
     assert not found["small"].any()
 

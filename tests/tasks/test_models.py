@@ -133,5 +133,5 @@ class TestClassPaths:
         assert model(torch.zeros(1, 1, 8, 8)).shape == (1, 7)
 
     def test_demo_base(self) -> None:
-        model = built({"class_path": "fusionkit.cli.demo.base_model"})
+        model = built({"class_path": "fusionkit.tasks.digits.base_model"})
         assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 10)

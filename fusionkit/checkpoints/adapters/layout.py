@@ -5,7 +5,7 @@ adapted, how, and with which scaling. It folds an adapter's tensors into the bas
 is kept in a bundle's manifest where adapters themselves are what is compressed.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -157,30 +157,3 @@ class AdapterLayout:
         kinds: dict[str, type[Module]] = {"lora": LoraModule, "ia3": Ia3Module}
         make = kinds[content["kind"]]
         return cls(content["kind"], tuple(make(**module) for module in content["modules"]))
-
-
-def fold_into(
-    layout: AdapterLayout,
-    tensors: Callable[[str, torch.device], Tensor],
-    initial: Callable[[str, torch.device], Tensor],
-    base: Tensors,
-    out: Tensors,
-) -> None:
-    """Write the base's weights with an adapter folded in; exact, also for a linearized one.
-
-    Args:
-        layout: the adapter's.
-        tensors: name and device → the adapter's tensor.
-        initial: name and device → the tensor that it started from.
-        base: the base's tensors by name.
-        out: tensors to write into, by name; those that the adapter does not change are left.
-    """
-    for module in layout.modules:
-        device = out[module.targets[0]].device
-        own = {name: tensors(name, device) for name in module.tensors}
-        start = (
-            {name: initial(name, device) for name in module.tensors} if layout.linearized else {}
-        )
-        for target in module.targets:
-            delta = module.delta(target, base[target], own, start)
-            out[target].copy_(torch.add(base[target].to(torch.float32), delta))

@@ -83,7 +83,7 @@ def test_consensus_keeps_what_enough_tasks_use(agree: int) -> None:
         merged = tau.sum(0)
         limits = torch.tensor([0.2, 0.5, 0.9]).view(-1, *[1] * merged.ndim)
         used = (tau.abs() >= limits * (merged - tau).abs()).sum(0) >= agree
-        found = consensus.vector(merge_tensor, each)
+        found = merge_tensor(each)
         assert torch.allclose(found, torch.where(used, 0.7 * merged, 0.0), atol=1e-6)
 
 

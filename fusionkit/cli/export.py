@@ -1,0 +1,70 @@
+"""`fusionkit export`."""
+
+from typing import Literal
+
+from fusionkit.bundles.bundle import Bundle
+from fusionkit.bundles.export_model import export_task
+from fusionkit.bundles.export_peft import export_adapter
+from fusionkit.checkpoints.checkpoint import Checkpoint
+from fusionkit.checkpoints.paths import open_path
+from fusionkit.cli import report
+from fusionkit.cli.arguments import call
+from fusionkit.errors import listing
+
+
+def run(args: list[str]) -> None:
+    """Write one task's whole model, or its delta as a PEFT adapter."""
+    call(export, args, positional="bundle")
+
+
+def export(
+    bundle: str,
+    task: str,
+    out: str,
+    base: str | None = None,
+    strip_prefix: str = "",
+    add_prefix: str = "",
+    format: Literal["model", "peft"] = "model",  # noqa: A002
+    rank: int | None = None,
+    lora_only: bool = False,
+    dtype: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write one task's whole model to a file, or its delta as a PEFT adapter.
+
+    Args:
+        bundle: the bundle's folder.
+        task: the task.
+        out: the file: .safetensors (tied tensors once, as Hugging Face does), .pt or .bin; or
+            the adapter's folder.
+        base: the base model, if it is not where it was when the bundle was made.
+        strip_prefix: taken off the base's tensor names.
+        add_prefix: put in front of the base's tensor names.
+        format: `model`, or `peft`: a LoRA that `PeftModel.from_pretrained` loads.
+        rank: of an adapter, where the codec has no factors: cut deltas to this rank.
+        lora_only: of an adapter, leave out heads, norms and biases.
+        dtype: fp32, fp16 or bf16; of all floating-point tensors of a model (by default the
+            base's), of the factors of an adapter (by default fp16).
+        overwrite: replace what is there.
+    """
+    opened = Bundle.load(
+        bundle, None if base is None else Checkpoint.of(base, strip_prefix, add_prefix)
+    )
+    if format == "model":
+        path = export_task(opened, task, out, dtype, overwrite)
+        report.show(f"written: {path} ({report.size(path.stat().st_size)})")
+        return
+    left_out = export_adapter(
+        opened,
+        task,
+        out,
+        rank=rank,
+        lora_only=lora_only,
+        dtype=dtype or "fp16",
+        overwrite=overwrite,
+    )
+    if left_out:
+        report.show(f"left out, as no LoRA can hold them:{listing(left_out)}")
+    folder = open_path(out)
+    nbytes = sum(file.stat().st_size for file in folder.iterdir())
+    report.show(f"written: {folder} ({report.size(nbytes)})")

@@ -1,0 +1,67 @@
+"""A table that terminals and notebooks show: by rich, and as HTML of its own."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from html import escape
+
+from rich import markup
+from rich.table import Table as RichTable
+
+
+@dataclass
+class Table:
+    """Rows of text under a title.
+
+    `rich`'s console prints it, a notebook shows it.
+
+    Args:
+        title: what is shown.
+        columns: the columns' names.
+        words: how many columns, the first, hold words; the others hold numbers, set to the right.
+        footer: how many rows, the last, are set off from the others.
+        rows: a cell for each column, empty where there is nothing to say.
+    """
+
+    title: str
+    columns: Sequence[str]
+    words: int = 1
+    footer: int = 0
+    rows: list[tuple[str, ...]] = field(default_factory=list)
+
+    def add(self, *cells: str) -> None:
+        """Add a row; cells that are left out at its end are empty."""
+        self.rows.append(cells + ("",) * (len(self.columns) - len(cells)))
+
+    def __rich__(self) -> RichTable:
+        """The table as rich draws it."""
+        table = RichTable(title=markup.escape(self.title))
+        for place, column in enumerate(self.columns):
+            table.add_column(
+                markup.escape(column), justify="left" if place < self.words else "right"
+            )
+        for place, row in enumerate(self.rows):
+            last = place == len(self.rows) - self.footer - 1
+            table.add_row(*map(markup.escape, row), end_section=last)
+        return table
+
+    def _repr_html_(self) -> str:
+        """The table as HTML: escaped, its style with it, in the colours of where it is shown."""
+        line = "1px solid currentColor"
+        body = [_row("th", self.columns, self.words, f"border-bottom: {line}; ")]
+        first_below = len(self.rows) - self.footer
+        for place, row in enumerate(self.rows):
+            above = f"border-top: {line}; " if self.footer and place == first_below else ""
+            body.append(_row("td", row, self.words, above))
+        caption = f'<caption style="font-style: italic">{escape(self.title)}</caption>'
+        style = "border-collapse: collapse; font-variant-numeric: tabular-nums"
+        return f'<table style="{style}">\n{caption}\n' + "\n".join(body) + "\n</table>"
+
+
+def _row(tag: str, cells: Sequence[str], words: int, style: str) -> str:
+    """One row; the style of a notebook's own cells is set aside."""
+    found = [
+        f'<{tag} style="{style}padding: 0.2em 0.8em; '
+        f'text-align: {"left" if place < words else "right"}">{escape(cell)}</{tag}>'
+        for place, cell in enumerate(cells)
+    ]
+    return f"<tr>{''.join(found)}</tr>"

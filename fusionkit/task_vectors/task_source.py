@@ -1,0 +1,162 @@
+"""Where tasks' weights come from, tensor by tensor, and the one loop that writes them.
+
+A bundle, a family and a fusion are task sources alike: each knows what every tensor of the base
+is to a task (`Family` says what the roles mean), and gives one tensor at a time.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fusionkit.checkpoints.adapters.layout import Module
+from fusionkit.checkpoints.adapters.modules import AdapterSpace
+from fusionkit.errors import BundleError
+from fusionkit.task_vectors.family import Role
+
+
+class TaskSource(Protocol):
+    """Gives tasks' tensors: a `Bundle`, a `Family` as it is, or a `Fused` one."""
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks' names."""
+        ...
+
+    @property
+    def roles(self) -> Mapping[str, Role]:
+        """Name of a tensor of the base, or of adapters' own → its role; private ones not in it."""
+        ...
+
+    @property
+    def space(self) -> AdapterSpace | None:
+        """How adapters' own tensors make the base's weights; None where weights are reused."""
+        ...
+
+    @property
+    def initial(self) -> Mapping[str, Tensor]:
+        """The tensors that adapters started from, by name; empty where weights are reused."""
+        ...
+
+    @property
+    def version(self) -> object:
+        """Equal as long as every task's tensors are the same."""
+        ...
+
+    def tensor(
+        self, task: str, name: str, base: Tensor, out: Tensor | None = None
+    ) -> Tensor | None:
+        """One of a task's tensors of role *delta*.
+
+        Args:
+            task: one of `tasks`.
+            name: the tensor's name.
+            base: the base's, `(*shape)`, in its own dtype; not to be changed.
+            out: float32 `(*shape)`, on the base's device; the result may be formed in it, which
+                spares memory and a copy.
+
+        Returns:
+            `(*shape)` on the base's device: the tensor in its own dtype, or a sum in float32,
+            which whoever writes it rounds; None where it is the base's.
+        """
+        ...
+
+    def exact(self, task: str) -> Iterator[tuple[str, Tensor]]:
+        """A task's tensors of role *exact* that differ from the base's, in their own dtype."""
+        ...
+
+    def private_tensors(self, task: str) -> Iterator[tuple[str, Tensor]]:
+        """A task's private tensors, in their own dtype."""
+        ...
+
+
+def written(source: TaskSource) -> list[str]:
+    """Names of the tensors that `write_weights` writes, in the base's order."""
+    own = set(source.space.layout.tensors) if source.space else set()
+    adapted = source.space.layout.by_target if source.space else {}
+    return [
+        name
+        for name, role in source.roles.items()
+        if name not in own and (role != "frozen" or name in adapted)
+    ]
+
+
+def write_weights(
+    source: TaskSource, task: str, base: Mapping[str, Tensor], out: Mapping[str, Tensor]
+) -> None:
+    """Write a task's weights into `out`, all but private and frozen ones; adapters folded in.
+
+    Sums are formed in float32 and rounded once, to `out`'s dtype. Always from the base, never
+    from what `out` holds: the result does not depend on what was there. A tensor of `out` is
+    written before another is asked for.
+
+    Args:
+        source: gives the tensors.
+        task: one of its tasks.
+        base: the base's tensors by name.
+        out: tensors to write into, by name; on any device. Those that it lacks are left out.
+
+    Raises:
+        BundleError: `out` lacks a tensor that an adapter changes, or an exact one that differs
+            from the base's; or the source has no such task, or is damaged.
+    """
+    exact = set()
+    for name, value in source.exact(task):
+        _place(out, task, name).copy_(value)
+        exact.add(name)
+    adapted = source.space.layout.by_target if source.space else {}
+    for name in written(source):
+        if name in exact or name in adapted or name not in out:
+            continue
+        target = out[name]
+        room = target if target.dtype == torch.float32 else None
+        value = own_tensor(source, task, name, base[name].to(target.device), room)
+        if value is not target:
+            target.copy_(value)
+    initial = source.initial
+    for module in source.space.layout.modules if source.space else ():
+        _fold(source, task, module, initial, base, out)
+
+
+def own_tensor(
+    source: TaskSource, task: str, name: str, base: Tensor, out: Tensor | None = None
+) -> Tensor:
+    """A task's tensor, or the base's where it is that; arguments as for `TaskSource.tensor`."""
+    own = source.tensor(task, name, base, out) if source.roles[name] == "delta" else None
+    return base if own is None else own
+
+
+def _fold(
+    source: TaskSource,
+    task: str,
+    module: Module,
+    initial: Mapping[str, Tensor],
+    base: Mapping[str, Tensor],
+    out: Mapping[str, Tensor],
+) -> None:
+    """Write the weights of one module with an adapter folded in; exact, also if linearized."""
+    start: dict[str, Tensor] = {}
+    own: dict[str, Tensor] = {}
+    for name in module.targets:
+        target = _place(out, task, name)
+        if not own:
+            start = {n: initial[n].to(target.device) for n in module.tensors}
+            own = {n: own_tensor(source, task, n, value) for n, value in start.items()}
+        weight = own_tensor(source, task, name, base[name].to(target.device))
+        delta = module.delta(name, weight, own, start)
+        target.copy_(torch.add(weight.to(torch.float32), delta))
+
+
+def _place(out: Mapping[str, Tensor], task: str, name: str) -> Tensor:
+    """Where to write what may not be left out.
+
+    Raises:
+        BundleError: there is no such place.
+    """
+    if name not in out:
+        raise BundleError(
+            f"task '{task}' changes '{name}', which has no place in the model; build the model "
+            "with a tensor of that name (a buffer must be persistent)"
+        )
+    return out[name]

@@ -1,0 +1,220 @@
+"""`fusionkit.compare` and `fusionkit.fuse`: what the verbs call, as a notebook does."""
+
+import csv
+import math
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TASKS, TinyNet
+from lightning.pytorch import Trainer
+from tiny_tasks import PRIVATE, Data, Rows, States, module, settings, trainer
+
+import fusionkit
+from fusionkit import DBMS, EMR, Dense, Family, MagnitudePrune, Mean, ReuseModule, TaskArithmetic
+from fusionkit.cli.fusion_report import FusionReport
+from fusionkit.cli.table import Table
+from fusionkit.errors import DataError, FamilyError, FusionKitError
+from fusionkit.reuse.fused import Fused
+
+CODECS = {"dense <fp32>": Dense("fp32"), "prune": MagnitudePrune(0.1)}
+
+
+class Cells(HTMLParser):
+    """A table's cells, row by row, as a browser reads them."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.tags: set[str] = set()
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attributes: Any) -> None:
+        self.tags.add(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_data(self, data: str) -> None:
+        if self.rows and self.rows[-1] and data.strip():
+            self.rows[-1][-1] += data
+
+
+@pytest.fixture
+def reuse(base: TinyNet, finetuned: States) -> ReuseModule:
+    return module(base, finetuned)
+
+
+def score(reuse: ReuseModule, source: Any, task: str) -> float:
+    """One task's accuracy, without the Trainer."""
+    base = TinyNet().eval()
+    base.load_state_dict(dict(reuse.base_weights))
+    own = ReuseModule(base, private=PRIVATE)
+    own.reuse(source)
+    own.switch(task)
+    tokens, labels = Data().rows(task)
+    return float((own.eval()(tokens).argmax(-1) == labels).float().mean())
+
+
+class TestCompare:
+    def test_rows(self, reuse: ReuseModule) -> None:
+        codec, own = reuse.codec, {"ant": 0.5}
+        reuse.finetuned_scores = own
+        results = fusionkit.compare(reuse, Data(), CODECS)
+        assert [row.name for row in results.rows] == ["fine-tuned", *CODECS]
+        first, dense, _ = results.rows
+        family = reuse.family()
+        assert first.scores.values == {
+            task: pytest.approx(score(reuse, family, task)) for task in TASKS
+        }
+        assert dense.scores.values == first.scores.values
+        assert (first.scores.share, dense.scores.share) == (1, 1)
+        assert dense.settings == repr(CODECS["dense <fp32>"])
+        assert dense.bits_per_parameter >= 32
+        assert (reuse.codec, reuse.finetuned_scores) == (codec, own)
+        assert isinstance(reuse.source, Family)
+
+    def test_nothing_is_shown_or_written(
+        self,
+        reuse: ReuseModule,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capfd: pytest.CaptureFixture[str],
+        recwarn: pytest.WarningsRecorder,
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        fusionkit.compare(reuse, Rows(), {"own": DBMS(EMR())}, settings=settings(patience=1))
+        fusionkit.fuse({"a": reuse}, Data(), {"mean": Mean()}, scales=[1.0])
+        assert list(tmp_path.iterdir()) == []
+        assert capfd.readouterr() == ("", "")
+        assert not [str(w.message) for w in recwarn if "lightning" in w.filename]
+
+    def test_written_and_shown_where_asked_for(
+        self, reuse: ReuseModule, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        out = tmp_path / "new" / "out"
+        results = fusionkit.compare(reuse, Data(), CODECS, out, verbose=True)
+        assert "fine-tuned models, uncompressed" in capsys.readouterr().out
+        assert {path.name for path in out.iterdir()} == {
+            "compare.csv",
+            "compare.json",
+            "compare.png",
+        }
+        with (out / "compare.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        assert [row["name"] for row in rows] == [row["name"] for row in results.flat()]
+        with pytest.raises(FusionKitError, match="written to the local disk"):
+            fusionkit.compare(reuse, Data(), CODECS, "memory://out")
+
+    def test_what_more_is_asked_for(self, reuse: ReuseModule) -> None:
+        """A fresh Trainer for each calibration; a row for all seeds."""
+        made: list[Trainer] = []
+
+        def make() -> Trainer:
+            made.append(trainer(2))
+            return made[-1]
+
+        results = fusionkit.compare(
+            reuse,
+            Rows(),
+            {"prune": MagnitudePrune(0.1)},
+            dbms=True,
+            calibrated=True,
+            shift=EMR(),
+            seeds=[0, 3],
+            settings=settings(),
+            make_trainer=make,
+        )
+        assert [row.name for row in results.rows] == ["fine-tuned", "prune", "DBMS prune"]
+        assert results.rows[2].settings == repr(DBMS(MagnitudePrune(0.1), EMR()))
+        assert results.rows[2].spread is not None
+        assert len(made) == 3
+
+    def test_a_task_without_data(self, reuse: ReuseModule) -> None:
+        with pytest.raises(DataError, match="no calibration data for task 'bee'"):
+            fusionkit.compare(
+                reuse, Rows(("ant",)), {"own": DBMS(EMR())}, make_trainer=lambda: trainer(1)
+            )
+
+    def test_a_notebooks_table(self, reuse: ReuseModule) -> None:
+        results = fusionkit.compare(reuse, Data(), CODECS)
+        html = results._repr_html_()
+        cells = Cells(html)
+        assert [row[0] for row in cells.rows] == ["codec", "fine-tuned", *CODECS]
+        assert cells.rows[1:] == [list(row) for row in results.table().rows]
+        assert cells.tags == {"table", "caption", "tr", "th", "td"}
+        assert "://" not in html
+
+
+class TestFuse:
+    def test_rows(self, reuse: ReuseModule) -> None:
+        data = Data()
+        merges = {"mean": Mean(), "sum": TaskArithmetic(0.4)}
+        results = fusionkit.fuse({"full": reuse}, data, merges)
+        assert data.tasks == list(TASKS)
+        sets = ["ant+bee", "ant+cat", "bee+cat", "ant+bee+cat"]
+        assert [row.key for row in results.rows] == [
+            *(("full", "single", task) for task in TASKS),
+            *(("full", method, chosen) for chosen in sets for method in merges),
+        ]
+        own = {task: score(reuse, reuse.family(), task) for task in TASKS}
+        for row in results.rows[:3]:
+            assert row.score == pytest.approx(own[row.tasks])
+        for row in results.rows[3:]:
+            chosen = row.tasks.split("+")
+            finetuned = {task: reuse.finetuned[task] for task in chosen}
+            family = Family(reuse.family().base, finetuned, PRIVATE)
+            fused = Fused(family, merges[row.method])
+            scores = {task: score(reuse, fused, task) for task in chosen}
+            assert row.score == pytest.approx(sum(scores.values()) / len(chosen))
+            shares = [scores[t] / own[t] if own[t] else math.nan for t in chosen]
+            assert row.share == pytest.approx(sum(shares) / len(chosen), nan_ok=True)
+
+    def test_what_was_scored_is_not_scored_again(
+        self, reuse: ReuseModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        whole = fusionkit.fuse({"a": reuse}, Data(), {"mean": Mean()}, tmp_path / "out")
+        assert {path.name for path in (tmp_path / "out").iterdir()} == {
+            "fuse.csv",
+            "fuse.json",
+            "fuse.png",
+        }
+        earlier = FusionReport(whole.rows[:-2])
+        again = fusionkit.fuse({"a": reuse}, Data(), {"mean": Mean()}, earlier=earlier)
+        assert again.rows == whole.rows
+        assert len(earlier.rows) == len(whole.rows) - 2
+        monkeypatch.setattr(Trainer, "test", lambda *_, **__: pytest.fail("scored again"))
+        assert fusionkit.fuse({"a": reuse}, Data(), {"mean": Mean()}, earlier=whole) == whole
+        assert Cells(whole._repr_html_()).rows[1][:2] == ["a", "single"]
+
+    def test_a_task_without_a_checkpoint(self, reuse: ReuseModule) -> None:
+        del reuse.finetuned["bee"]
+        with pytest.raises(FamilyError, match="mine: there is no fine-tuned checkpoint of task 'b"):
+            fusionkit.fuse({"mine": reuse}, Data(), {"mean": Mean()})
+
+    def test_no_rows_to_search_on(self, reuse: ReuseModule) -> None:
+        data = Data()
+        data.val_dataloader = lambda: [[], [], []]  # type: ignore[method-assign]
+        with pytest.raises(DataError, match="no validation rows of 'ant' to search on"):
+            fusionkit.fuse({"a": reuse}, data, {"mean": Mean()}, scales=[0.5])
+
+
+def test_a_table_says_what_it_was_given(capsys: pytest.CaptureFixture[str]) -> None:
+    """Brackets are no markup of rich's, nor `<` of HTML's."""
+    from rich.console import Console
+
+    table = Table("of <b>[bold]", ("task", "[red]"), footer=1)
+    table.add("x & [bold]y", "1")
+    table.add("mean")
+    Console(width=80).print(table)
+    shown = capsys.readouterr().out
+    for text in ("of <b>[bold]", "[red]", "x & [bold]y"):
+        assert text in shown
+    assert Cells(table._repr_html_()).rows == [
+        ["task", "[red]"],
+        ["x & [bold]y", "1"],
+        ["mean", ""],
+    ]
+    assert "<b>" not in table._repr_html_()
