@@ -127,7 +127,8 @@ class CalibrationModule(LightningModule, ABC):
                 f"there are no calibration data for task '{lacking[0]}'; the datamodule has "
                 f"{', '.join(present) or 'none'}"
             )
-        self.open(kinds_of(datamodule, list(self.reuse.finetuned), self.reuse.num_classes))
+        tasks, classes = list(self.reuse.finetuned), self.reuse.num_classes
+        self.open(kinds_of(datamodule, tasks, classes, scored=False))
         parameters = self.reuse.model.named_parameters()
         self._trained = frozenset(name for name, each in parameters if each.requires_grad)
         self.reuse.model.requires_grad_(False)

@@ -23,35 +23,49 @@ from fusionkit.errors import DataError, FusionKitError
 from fusionkit.reuse.module import ReuseModule
 from fusionkit.tasks.spread import Spread
 
+_MENDS = {
+    r"Parser key \"model\".*class_path 'lightning\S*\.LightningModule'": (
+        "`model` has no class_path: give one that trains, such as Finetune, and its settings as "
+        "init_args\nA recipe of fine-tuned checkpoints and a codec is for 'fusionkit calibrate', "
+        "or for 'fusionkit compress'"
+    ),
+    r"Checkpoint is abstract": (
+        "`class_path: fusionkit.Checkpoint.of` opens a checkpoint of any kind"
+    ),
+    r"'model' does not accept option 'calibration": (
+        "`calibration` is a section of its own, beside `model`: --calibration.rows, say"
+    ),
+}
+"""What the parser says → what to do about it."""
+
 
 class _Parser(LightningArgumentParser):
-    """Says what to do where a recipe's model is not one that trains, or a class is not found."""
+    """Says what to do where a recipe is not as it should be; names the installed codecs."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if re.search(
-            r"Parser key \"model\".*class_path 'lightning\S*\.LightningModule'", message, re.S
-        ):
-            message = (
-                "`model` has no class_path: give one that trains, such as Finetune, and its "
-                "settings as init_args\nA recipe of fine-tuned checkpoints and a codec is for "
-                "'fusionkit calibrate', or for 'fusionkit compress'"
-            )
-        elif "codec" in message or "merge" in message:
-            failures = registry.load_all()
-            found = {
-                group: [
-                    registry.load(group, name).__name__
-                    for name in registry.names(group)
-                    if f"{group}:{name}" not in failures
-                ]
-                for group in registry.GROUPS
-            }
-            kinds = "; ".join(f"{group}: {', '.join(names)}" for group, names in found.items())
-            message = f"{message}\ninstalled ({kinds})"
-            for name, failure in failures.items():
-                message += f"\nnot usable: {name.rpartition(':')[2]}: {failure}"
+        for said, mend in _MENDS.items():
+            if re.search(said, message, re.DOTALL):
+                super().error(mend, ex)
+        if "codec" in message or "merge" in message:
+            message += _installed()
         super().error(message, ex)
         raise AssertionError  # super().error never returns
+
+
+def _installed() -> str:
+    """The installed codecs and merges, and those that can't be used."""
+    failures = registry.load_all()
+    found = {
+        group: [
+            registry.load(group, name).__name__
+            for name in registry.names(group)
+            if f"{group}:{name}" not in failures
+        ]
+        for group in registry.GROUPS
+    }
+    kinds = "; ".join(f"{group}: {', '.join(names)}" for group, names in found.items())
+    unusable = [f"\nnot usable: {n.rpartition(':')[2]}: {why}" for n, why in failures.items()]
+    return f"\ninstalled ({kinds})" + "".join(unusable)
 
 
 class RecipeCLI(LightningCLI):

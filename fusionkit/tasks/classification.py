@@ -18,10 +18,11 @@ class Classification(LabelledTask):
     A student is compared to its teacher by KL(teacher ‖ student) of the class probabilities.
 
     Args:
-        num_classes: how many classes there are; labels are int64, from 0.
+        num_classes: how many classes there are; labels are int64, from 0. None: it is not known,
+            and needed for metrics and heads alone.
     """
 
-    num_classes: int
+    num_classes: int | None
 
     def loss(self, outputs: Tensor, batch: Any) -> Tensor:
         """Cross-entropy of logits `(B, classes)`."""
@@ -48,6 +49,6 @@ class Classification(LabelledTask):
         return {"task": "multiclass", "num_classes": self.num_classes}
 
     @property
-    def head_size(self) -> int:
+    def head_size(self) -> int | None:
         """A logit per class."""
         return self.num_classes

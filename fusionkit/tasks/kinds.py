@@ -9,7 +9,10 @@ from fusionkit.tasks.task import Task
 
 
 def kinds_of(
-    datamodule: Any, tasks: list[str], num_classes: Mapping[str, int] | None = None
+    datamodule: Any,
+    tasks: list[str],
+    num_classes: Mapping[str, int] | None = None,
+    scored: bool = True,
 ) -> dict[str, Task]:
     """Of what kind tasks are: as the datamodule declares, or classification.
 
@@ -17,9 +20,11 @@ def kinds_of(
         datamodule: with `kinds`, or `num_classes`, or neither.
         tasks: which tasks.
         num_classes: number of classes by task, which goes before what the datamodule says.
+        scored: whether metrics or heads are made for them; else a task of which nothing is known
+            is classification, of a number of classes that nobody asks for.
 
     Raises:
-        DataError: nothing is known of a task.
+        DataError: nothing is known of a task that is scored.
     """
     given = num_classes or {}
     declared: Mapping[str, Task] = getattr(datamodule, "kinds", None) or {}
@@ -32,6 +37,8 @@ def kinds_of(
             kinds[task] = declared[task]
         elif task in classes:
             kinds[task] = Classification(classes[task])
+        elif not scored:
+            kinds[task] = Classification(None)
         else:
             raise DataError(
                 f"the number of classes of '{task}' is not known: give it in `num_classes`, or use "

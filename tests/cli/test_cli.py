@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -214,3 +215,17 @@ def test_metrics_by_name(recipe: Path, tmp_path: Path) -> None:
     assert scores["same"] == scores["out"]
     ant, bee, cat = (scores["by_name"][line] == scores["out"][line] for line in range(1, 4))
     assert (ant, bee, cat) == (False, False, True)
+
+
+@pytest.mark.parametrize(
+    ("change", "mend"),
+    [
+        ({"base": {"class_path": "Checkpoint", "init_args": {"source": "x"}}}, "Checkpoint.of"),
+        ({"calibration": {"rows": 8}}, "`calibration` is a section of its own"),
+    ],
+)
+def test_recipes_of_before_are_told_what_to_write(recipe: Path, change: Any, mend: str) -> None:
+    content = yaml.safe_load(recipe.read_text())
+    content["model"].update(change)
+    recipe.write_text(yaml.safe_dump(content, sort_keys=False))
+    assert mend in run("compress", "--config", recipe, code=2)

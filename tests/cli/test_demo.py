@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fusionkit import Family
 from fusionkit.cli import demo
+from fusionkit.tasks import digits
 from fusionkit.tasks.digits import DigitTasks, base_model
 
 TASKS = DigitTasks().tasks
@@ -29,7 +30,7 @@ def pixels(image: Tensor) -> bytes:
 def trained_on() -> set[bytes]:
     """All that any training sees, the base's included."""
     data = DigitTasks()
-    rows = [demo._pretraining_rows(), *(data.rows(task, test=False) for task in data.tasks)]
+    rows = [digits.pretraining_rows(), *(data.rows(task, test=False) for task in data.tasks)]
     return every_orientation(torch.cat([images for images, _ in rows]))
 
 
@@ -71,7 +72,7 @@ def test_one_dataloader_per_task_in_order() -> None:
 @pytest.mark.parametrize("task", TASKS)
 def test_rows_are_the_same_every_time(task: str) -> None:
     first = DigitTasks().rows(task, test=True)
-    demo._digits.cache_clear()
+    digits._digits.cache_clear()
     torch.manual_seed(1)
     again = DigitTasks().rows(task, test=True)
     assert torch.equal(first[0], again[0])
@@ -91,7 +92,7 @@ class TestCache:
     def _short(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for kind in ("base", "full", "lora"):
             monkeypatch.setitem(demo.SETTINGS, kind, {**demo.SETTINGS[kind], "steps": 1})
-        monkeypatch.setattr(demo, "_TASKS", {task: demo._TASKS[task] for task in TASKS[:2]})
+        monkeypatch.setattr(digits, "_TASKS", {task: digits._TASKS[task] for task in TASKS[:2]})
 
     def test_trains_once(self, tmp_path: Path) -> None:
         family = demo.prepare(tmp_path)

@@ -211,6 +211,7 @@ class TestKinds:
         assert kinds_of(data, ["size"], {"size": 4}) == {"size": Classification(4)}
         with pytest.raises(DataError, match="'taste' is not known: give it in `num_classes`"):
             kinds_of(data, ["taste"])
+        assert kinds_of(data, ["taste"], scored=False) == {"taste": Classification(None)}
 
 
 class TestOnly:
