@@ -161,7 +161,8 @@ def test_two_runs_do_not_write_one_folder(files: Files, tmp_path: Path) -> None:
 
 KILLED = """
 import os, signal, sys
-from fusionkit import EMR, compress, journal
+from fusionkit import EMR, compress
+from fusionkit.bundles import journal
 
 journal._DUE = 0
 
