@@ -118,10 +118,11 @@ class _Place(NamedTuple):
 
 
 class Payload:
-    """A family's payload by one codec, in a temporary file, to be decoded as another encodes.
+    """A family's payload by one codec, on disk, to be decoded as another encodes.
 
-    In a distributed run it holds this process's share of the tensors. A context manager: the
-    file goes when it ends. Memory is a tensor's parts, and where each part is.
+    In a distributed run it holds this process's share of the tensors. A context manager: what is
+    on disk, in a file without a name, goes when it ends. Memory is a tensor's parts, and where
+    each part is.
 
     Args:
         codec: what encodes.
@@ -136,17 +137,17 @@ class Payload:
         self._given = shared
         self._shared: dict[str, dict[str, _Place]] = {}
         self._own: list[dict[str, dict[str, _Place]]] = [{} for _ in family.tasks]
-        handle, self._path = tempfile.mkstemp(prefix="fusionkit-")
+        handle, path = tempfile.mkstemp(prefix="fusionkit-")
         try:
             with os.fdopen(handle, "wb") as file:
                 for encoded in encode(codec, family, _on_cpu, shared):
                     self._add(file, encoded)
                 file.write(bytes(_ALIGNED))  # never empty: then it could not be mapped
                 size = file.tell()
-            self._data = torch.from_file(self._path, shared=False, size=size, dtype=torch.uint8)
-        except BaseException:
-            self.close()
-            raise
+            self._data = torch.from_file(path, shared=False, size=size, dtype=torch.uint8)
+        finally:  # what is mapped stays for as long as it is, whatever ends this process
+            with suppress(PermissionError):  # of a system that keeps what is mapped
+                os.unlink(path)
         self._owned = set().union(*self._own)
         self._whole = [self._parts(task, WHOLE_MODEL) for task in range(len(self.tasks))]
         self._kept: tuple[tuple[str, torch.device | None], Tensor] | None = None
@@ -158,9 +159,9 @@ class Payload:
         self.close()
 
     def close(self) -> None:
-        """Remove the file."""
-        with suppress(FileNotFoundError):
-            os.unlink(self._path)
+        """Let go of what was kept; nothing can be decoded any more."""
+        self._data = self._data.new_empty(0)
+        self._whole, self._kept = [], None
 
     def encoded(self, name: str) -> Encoded:
         """What the codec encoded under a name."""
