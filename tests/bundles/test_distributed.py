@@ -265,6 +265,7 @@ def test_shares_are_neighbours_and_everything_is_someones() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_the_command_line_starts_them(files: Files, tmp_path: Path) -> None:
     """As Lightning does: by --trainer.devices; the bundle is there, and reported once."""
     recipe = {

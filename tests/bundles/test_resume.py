@@ -66,8 +66,11 @@ def partial(out: Path) -> Path:
     return out.with_name(f".{out.name}.partial")
 
 
-@pytest.mark.parametrize("large", [1 << 26, 64], ids=["small files", "large files"])
-@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize(
+    ("name", "large"),
+    [*((name, 1 << 26) for name in CODECS), ("dense", 64), ("EMR", 64)],
+    ids=[*CODECS, "dense, large files", "EMR, large files"],
+)
 def test_it_goes_on_from_what_is_written(
     files: Files, tmp_path: Path, name: str, large: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
