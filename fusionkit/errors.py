@@ -22,7 +22,11 @@ class PluginError(FusionKitError):
 
 
 class BundleError(FusionKitError):
-    """A bundle is damaged, of another format version, or does not hold what is asked for."""
+    """A bundle is damaged, of another format version, or does not hold what is asked for.
+
+    Also raised for any file or folder, a fine-tune's or an export's as well, that can't be
+    written: something is in its way, another run is writing there, or the disk refuses.
+    """
 
 
 class WrongBaseError(BundleError):

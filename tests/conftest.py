@@ -40,6 +40,11 @@ class TinyNet(nn.Module):
         return self.head(self.decoder(self.hidden(x).relu()))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slow ones first: what is short evens out, among several workers, what is long."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

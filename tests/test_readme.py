@@ -36,6 +36,7 @@ def test_the_python_way(base: TinyNet, tmp_path: Path, monkeypatch: pytest.Monke
     assert torch.equal(base.head.bias, heads + 2)
 
 
+@pytest.mark.slow
 def test_the_codec_of_thirty_lines(
     base: TinyNet,
     finetuned: dict[str, dict[str, torch.Tensor]],

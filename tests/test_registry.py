@@ -2,10 +2,8 @@
 
 import copy
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +14,8 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from conftest import TASKS, TESTS, Files, TinyNet
-from program import PROGRAM, run
+from processes import together
+from program import run
 
 import fusionkit
 from fusionkit import (
@@ -426,21 +425,20 @@ def test_a_recipe_that_asks_for_one_is_told_why(
 def test_two_classes_of_one_name_are_told_apart(install: Install, tmp_path: Path) -> None:
     """Two ids, one class name: the bare name is refused, the full one works."""
     folder = install("clash_plugin", CLASH, "other_emr = clash_plugin:EMR")
-    recipe = tmp_path / "r.yaml"
+    together(1, clash, folder, tmp_path)  # in another process: a class can not be unmade
+
+
+def clash(rank: int, count: int, folder: Path, out: Path) -> None:
+    """What the commands say where the plugin is installed."""
+    sys.path.insert(0, str(folder))
+    recipe = out / "r.yaml"
     recipe.write_text("model: {model: {class_path: torch.nn.Identity}}\n")
 
-    def compress(codec: str) -> str:  # in a process of its own: a class can not be unmade
-        program = [str(PROGRAM), "compress", "--config", str(recipe)]
-        done = subprocess.run(
-            [*program, "--model.bundle", str(tmp_path / "b"), "--model.codec", codec],
-            env={**os.environ, "PYTHONPATH": str(folder)},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode
-        return done.stderr
+    def compress(codec: str, code: int) -> str:
+        bundle = ("--model.bundle", out / "b")
+        return run("compress", "--config", recipe, *bundle, "--model.codec", codec, code=code)
 
-    assert "full class path to avoid ambiguity: clash_plugin.EMR, fusionkit.EMR" in compress("EMR")
+    said = compress("EMR", 2)
+    assert "full class path to avoid ambiguity: clash_plugin.EMR, fusionkit.EMR" in said
     for codec in ("fusionkit.EMR", "clash_plugin.EMR"):
-        assert "holds no tensor" in compress(codec)
+        assert "holds no tensor" in compress(codec, 1)

@@ -24,6 +24,7 @@ def emr(tau: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return unified, masks, tau.double().abs().sum(1) / masked.double().sum(1)
 
 
+@pytest.mark.slow
 def test_emr_of_the_zoo_matches_the_paper(tmp_path: Path) -> None:
     """Vector, masks and rescalers of eight real models, from the files of the bundle, to 1e-6."""
     folder = zoo()

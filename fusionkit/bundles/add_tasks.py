@@ -13,7 +13,6 @@ from fusionkit.bundles.writer import BundleWriter
 from fusionkit.checkpoints.adapters.modules import Adapters
 from fusionkit.checkpoints.checkpoint import Checkpoint, Source
 from fusionkit.checkpoints.output_folder import disk_errors
-from fusionkit.checkpoints.overlay import WithStart
 from fusionkit.checkpoints.view import View
 from fusionkit.errors import BundleError
 from fusionkit.task_vectors.family import Family
@@ -72,9 +71,8 @@ def _family(
 ) -> Family:
     """The new tasks and the bundle's base, whose tensors have the roles that they have there."""
     record, space = bundle.manifest.base, bundle.manifest.base.space
-    base = bundle.base.below if isinstance(bundle.base, WithStart) else bundle.base
     # Which tensors are buffers is the bundle's to say: a file of the base does not know.
-    base = View(base, buffers=frozenset(record.names("exact")))
+    base = View(bundle.base.plain, buffers=frozenset(record.names("exact")))
     frozen = [escape(name) for name in record.names("frozen")]
     adapters: Adapters = "modules" if space else "merged"
     workers = Workers(progress=progress)

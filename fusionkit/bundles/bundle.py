@@ -14,9 +14,9 @@ from fusionkit.bundles.format import INITIAL, MANIFEST, SHARED, task_file
 from fusionkit.bundles.manifest import Manifest, reopen_base
 from fusionkit.bundles.reader import BundleReader, decoding
 from fusionkit.checkpoints.adapters.lowrank import LowRank
+from fusionkit.checkpoints.adapters.with_start import WithStart
 from fusionkit.checkpoints.checkpoint import Checkpoint, Source
 from fusionkit.checkpoints.output_folder import disk_errors, new_folder
-from fusionkit.checkpoints.overlay import WithStart
 from fusionkit.checkpoints.paths import copy_file, is_remote, open_path
 from fusionkit.codecs.base import WHOLE, DeltaCodec, Parts
 from fusionkit.errors import BundleError, WrongBaseError, listing
@@ -344,7 +344,7 @@ class Bundle:
 
     def _with_start(self, base: Checkpoint) -> Checkpoint:
         """The base as deltas are taken from: with adapters' initial tensors, if it lacks them."""
-        if not self.space or isinstance(base, WithStart):
+        if not self.space or base.plain is not base:
             return base
         return WithStart(base, self.initial)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fusionkit.bundles.bundle import Bundle
 from fusionkit.calibration.objective import head_of, loss, outputs
-from fusionkit.calibration.progress import Progress, Values, load_state, state_of
+from fusionkit.calibration.progress import TaskProgress, Values, load_state, state_of
 from fusionkit.calibration.settings import Calibration
 from fusionkit.codecs.base import DeltaCodec
 from fusionkit.errors import DataError, FusionKitError
@@ -57,7 +57,7 @@ class CalibrationModule(LightningModule, ABC):
         super().__init__()
         self.reuse, self.settings, self.codec = reuse, settings, codec
         self.kinds: list[Task] = []
-        self.progress: list[Progress] = []
+        self.progress: list[TaskProgress] = []
         self.scalars: nn.Parameter | None = None
         self.losses = torch.zeros(0, dtype=torch.float64)
         self.strict_loading = False  # checkpoints hold the scalars only
@@ -154,7 +154,8 @@ class CalibrationModule(LightningModule, ABC):
         start = self.prepare()
         ends = torch.tensor([0, *(len(values) for values in start)]).cumsum(0).tolist()
         self.progress = [
-            Progress(values, slice(*ends[place : place + 2])) for place, values in enumerate(start)
+            TaskProgress(values, slice(*ends[place : place + 2]))
+            for place, values in enumerate(start)
         ]
         self.scalars = nn.Parameter(torch.cat([_tensor(values) for values in start]))
         self.losses = torch.zeros(len(start), dtype=torch.float64)
@@ -298,16 +299,16 @@ class CalibrationModule(LightningModule, ABC):
             batch: some of its rows.
             batch_idx: which batch of the epoch it is.
         """
-        task, target = self.kinds[place], self._target(place, batch, batch_idx)
+        kind, target = self.kinds[place], self._target(place, batch, batch_idx)
         self.reuse.place(self.family.tasks[place], self.family)
         model = self.reuse.model
         state = dict(model.state_dict())
         like = {name: state[name] for name in self.family.names("delta")}
         weights = self.weights(place, leaf, like)
         with torch.set_grad_enabled(leaf.requires_grad):
-            found = outputs(model, weights, batch, task, self._head(place))
+            found = outputs(model, weights, batch, kind, self._head(place))
             near = None if target is None else target.to(found.device)
-            return loss(self.settings.objective, task, found, near, batch)
+            return loss(self.settings.objective, kind, found, near, batch)
 
     @property
     def parameter(self) -> nn.Parameter:

@@ -13,7 +13,7 @@ from fusionkit.tasks.task import Task
 
 
 def outputs(
-    model: nn.Module, weights: Mapping[str, Tensor], batch: Any, task: Task, head: str | None
+    model: nn.Module, weights: Mapping[str, Tensor], batch: Any, kind: Task, head: str | None
 ) -> Tensor:
     """What the objective looks at: the model's outputs `(B, …)`, or what a module gets.
 
@@ -21,7 +21,7 @@ def outputs(
         model: the model.
         weights: used in place of its own, where given; ties are kept.
         batch: one of the task's.
-        task: says how the model is called.
+        kind: the task's; says how the model is called.
         head: the module whose input is wanted; None: the outputs.
     """
 
@@ -33,28 +33,28 @@ def outputs(
         )
 
     if head is None:
-        return task.predict(call, batch)
+        return kind.predict(call, batch)
     with _input_of(model.get_submodule(head)) as seen:
-        task.predict(call, batch)
+        kind.predict(call, batch)
     if not seen:
         raise FusionKitError(f"the model does not call its module '{head}': no features to match")
     return seen[-1]
 
 
-def loss(objective: str, task: Task, found: Tensor, target: Tensor | None, batch: Any) -> Tensor:
+def loss(objective: str, kind: Task, found: Tensor, target: Tensor | None, batch: Any) -> Tensor:
     """The objective, a mean over the rows: float32, no axes.
 
     Args:
         objective: as in `Calibration`.
-        task: whose own loss, or divergence, it is.
+        kind: the task's, whose own loss, or divergence, it is.
         found: the reused model's outputs or features.
         target: the fine-tuned model's; None where labels are the objective.
         batch: what they are of.
     """
     if target is None:
-        return task.loss(found, batch)
+        return kind.loss(found, batch)
     if objective == "outputs":
-        return task.divergence(found, target)
+        return kind.divergence(found, target)
     found, target = (each.to(torch.float32).flatten(1) for each in (found, target))
     return ((found - target).square().sum(1) / target.square().sum(1).clamp(min=1e-30)).mean()
 

@@ -11,7 +11,7 @@ Values = tuple[float, ...]
 
 
 @dataclass
-class Progress:
+class TaskProgress:
     """One task's.
 
     Attributes:
@@ -49,7 +49,7 @@ class Progress:
             self.best_loss, self.best, self.best_epoch = loss, values, epoch
 
 
-def state_of(tasks: list[Progress]) -> dict[str, Any]:
+def state_of(tasks: list[TaskProgress]) -> dict[str, Any]:
     """What a training checkpoint keeps of all tasks."""
     return {
         "first": [each.first_loss for each in tasks if each.first_loss is not None],
@@ -59,7 +59,7 @@ def state_of(tasks: list[Progress]) -> dict[str, Any]:
     }
 
 
-def load_state(tasks: list[Progress], state: dict[str, Any]) -> None:
+def load_state(tasks: list[TaskProgress], state: dict[str, Any]) -> None:
     """Go on from what `state_of` kept."""
     for place, each in enumerate(tasks):
         each.first_loss = state["first"][place] if state["first"] else None

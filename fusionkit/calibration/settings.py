@@ -1,4 +1,4 @@
-"""Calibration of a few scalars per task: settings, loss, and weights as DBMS's two make them."""
+"""How a task's few numbers are learned: the settings of calibration."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from fusionkit.checkpoints.adapters.lowrank import LowRank
 from fusionkit.checkpoints.paths import glob_remote, is_remote, resolve_package_path
 from fusionkit.errors import CheckpointError
 
@@ -124,6 +125,28 @@ class Checkpoint(Mapping[str, Tensor], ABC):
     def prefetch(self, name: str) -> None:
         """Have a tensor's bytes read ahead, where that can be."""
 
+    @property
+    def plain(self) -> "Checkpoint":
+        """The model alone, where an adapter's initial tensors are laid over it; else itself."""
+        return self
+
+    @property
+    def stored(self) -> "Checkpoint":
+        """What is stored of it: an adapter's own tensors, where one is merged in; else itself."""
+        return self
+
+    def touches(self, name: str) -> bool:
+        """Whether a tensor may be another than the base's, rather than that, seen through this."""
+        return True
+
+    def delta(self, name: str) -> Tensor | None:
+        """A tensor's change from the base, where an adapter says it: float32 `(*shape)`."""
+        return None
+
+    def low_rank(self, name: str) -> LowRank | None:
+        """The same as a product, where an adapter has it as one."""
+        return None
+
     def in_memory(self, device: torch.device | None = None) -> "Checkpoint":
         """A copy of every tensor, in memory; tied tensors stay tied.
 
@@ -155,7 +178,8 @@ class Copied(Checkpoint):
 
     def __init__(self, source: Checkpoint, device: torch.device | None = None) -> None:
         self.label, self.buffers = source.label, source.buffers
-        self.specs, self.aliases = source.specs, source.aliases
+        self.specs = source.specs
+        self.aliases = dict(source.aliases)  # the class's own can't be pickled
         self.strip_prefix, self.add_prefix = source.strip_prefix, source.add_prefix
         own: dict[str, Tensor] = {}
         for name in source:

@@ -9,22 +9,16 @@ from uuid import uuid4
 
 from filelock import FileLock, Timeout
 
-from fusionkit.checkpoints.paths import (
-    MEND,
-    is_remote,
-    is_there,
-    open_path,
-    refuse_existing,
-    upload,
-)
+from fusionkit.checkpoints.paths import is_remote, is_there, open_path, refuse_existing, upload
 from fusionkit.errors import BundleError, FusionKitError, ProcessError
 
+_MEND = "choose another folder, or set overwrite to replace it"
 _PARTIAL = "partial"
 LOCK = "lock"
 """Held by the run that fills a folder."""
 
 
-def check_replaceable(path: str | Path, overwrite: bool, known_by: str, mend: str = MEND) -> None:
+def check_replaceable(path: str | Path, overwrite: bool, known_by: str, mend: str = _MEND) -> None:
     """See that a folder may be written, before what goes into it is made.
 
     Args:

@@ -11,7 +11,6 @@ from typing import Any, cast
 from fusionkit.errors import BundleError, FusionKitError
 
 _SCHEME = "package:"
-MEND = "choose another folder, or set overwrite to replace it"
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
@@ -56,11 +55,7 @@ def is_there(path: str | Path) -> bool:
     return open_path(path).exists()
 
 
-def refuse_existing(
-    path: str | Path,
-    overwrite: bool,
-    mend: str = MEND,
-) -> None:
+def refuse_existing(path: str | Path, overwrite: bool, mend: str) -> None:
     """Refuse to write where something is already, unless it may be replaced.
 
     Args:

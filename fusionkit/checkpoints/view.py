@@ -5,6 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from fusionkit.checkpoints.adapters.lowrank import LowRank
 from fusionkit.checkpoints.checkpoint import Checkpoint, Pieces, reading
 
 
@@ -61,6 +62,49 @@ class View(Checkpoint):
     def prefetch(self, name: str) -> None:
         """Have a tensor read ahead, as below."""
         self._below.prefetch(self._names[name])
+
+    @property
+    def plain(self) -> Checkpoint:
+        """The model alone, seen likewise."""
+        plain = self._below.plain
+        return self if plain is self._below else self._over(plain, self._names)
+
+    @property
+    def stored(self) -> Checkpoint:
+        """An adapter's own tensors; those that are seen here, under the names that they have here.
+
+        Factors, which are not seen, keep the names that they have.
+        """
+        stored = self._below.stored
+        if stored is self._below:
+            return self
+        factors = {name: name for name in stored if name not in self._below}
+        return self._over(stored, {**self._names, **factors})
+
+    def touches(self, name: str) -> bool:
+        """As below; what is not seen here may be anything."""
+        return name not in self._names or self._below.touches(self._names[name])
+
+    def delta(self, name: str) -> Tensor | None:
+        """As below."""
+        return self._below.delta(self._names[name])
+
+    def low_rank(self, name: str) -> LowRank | None:
+        """As below."""
+        return self._below.low_rank(self._names[name])
+
+    def _over(self, below: Checkpoint, names: Mapping[str, str]) -> "View":
+        """The same over another checkpoint, which need not have all of the tensors."""
+        seen = {name: there for name, there in names.items() if there in below}
+        return View(
+            below,
+            seen,
+            label=self.label,
+            files=self.files,
+            buffers=frozenset(name for name in self.buffers if name in seen),
+            strip_prefix=self.strip_prefix,
+            add_prefix=self.add_prefix,
+        )
 
 
 def renamed(below: Checkpoint, strip_prefix: str, add_prefix: str) -> View:

@@ -232,6 +232,9 @@ class _AtScalars(DeltaCodec):
     codec: DBMS
     scalars: Mapping[str, Scalars]
 
+    def __repr__(self) -> str:
+        return f"{self.codec!r}.at({dict(self.scalars)!r})"
+
     @property
     def recorded(self) -> DBMS:
         """The DBMS."""

@@ -213,6 +213,7 @@ class ReuseModule(LightningModule):
         Raises:
             BundleError: the bundle has no such task, a file of it was changed, or a private
                 tensor has no place in the model.
+            FamilyError: the tasks are uncompressed, and there is no such task.
         """
         self.task = None
         self._switcher.become(task, None if task is None else self.source)

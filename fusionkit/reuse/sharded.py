@@ -90,7 +90,8 @@ class ShardedBase(Checkpoint):
         aliases: Mapping[str, str],
         buffers: frozenset[str],
     ) -> None:
-        self.shards, self.label, self.aliases, self.buffers = shards, label, aliases, buffers
+        self.shards, self.label, self.buffers = shards, label, buffers
+        self.aliases = dict(aliases)  # the class's own can't be pickled
         self.specs = specs_of(shards)
         self.nbytes = sum(spec.nbytes for name, spec in self.specs.items() if name not in aliases)
 

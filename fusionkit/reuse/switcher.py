@@ -39,7 +39,7 @@ class Switcher:
         self._cached_of: TaskSource | None = None
         self._cached_version: object = None
         self._cache_bytes = cache_bytes
-        self._private: Set[str] = frozenset()
+        self._private: frozenset[str] = frozenset()
 
     def forget(self) -> None:
         """Drop what was kept of tasks: they come from elsewhere now, or in another dtype."""
@@ -58,6 +58,7 @@ class Switcher:
         Raises:
             BundleError: the source has no such task, a file of it was changed, or one of its
                 tensors has no place in the model, which is then the base.
+            FamilyError: the source is a family, and has no such task; the model is then the base.
             FusionKitError: the model is on the meta device.
         """
         # Weights made under inference mode could never be trained again.
@@ -92,7 +93,7 @@ class Switcher:
             # A head that the last task had and this one lacks goes back to the base's.
             left = {name: kept(self.base)[name] for name in self._private - private.keys()}
             self._place(state, {**left, **private})
-        self._private = private.keys()
+        self._private = frozenset(private)
 
     def _write(self, task: str, source: TaskSource, out: Mapping[str, Tensor], keep: bool) -> None:
         """Write a task's weights, as they were kept, or anew; then keep them if they fit."""

@@ -125,12 +125,11 @@ class Family:
         """Bits per compressible parameter in the fine-tuned checkpoints, over all tasks."""
         bits = 0
         for checkpoint in self.finetuned.values():
-            own = checkpoint
-            if isinstance(checkpoint, MergedAdapter):
-                own = checkpoint.folder.tensors
-                names = [name for name in own if not self._is_private(name)]
-            else:
+            own = checkpoint.stored
+            if own is checkpoint:
                 names = [known for n in self.names("delta") if (known := self._known(own, n))]
+            else:
+                names = [name for name in own if not self._is_private(name)]
             bits += sum(8 * own.specs[name].nbytes for name in names)
         return bits / max(self.parameters * len(self.tasks), 1)
 
@@ -219,7 +218,11 @@ class Family:
         return vectors
 
     def exact(self, task: str) -> Iterator[tuple[str, Tensor]]:
-        """A task's exact tensors that differ from the base's, in their own dtype."""
+        """A task's exact tensors that differ from the base's, in their own dtype.
+
+        Raises:
+            FamilyError: there is no such task.
+        """
         for name in self.names("exact"):
             tuned = self._tuned(task, name)
             base = self.base[name]
@@ -227,9 +230,14 @@ class Family:
                 yield name, tuned
 
     def private_tensors(self, task: str) -> Iterator[tuple[str, Tensor]]:
-        """A task's private tensors, whole, in their own dtype."""
+        """A task's private tensors, whole, in their own dtype.
+
+        Raises:
+            FamilyError: there is no such task.
+        """
+        checkpoint = self._checkpoint(task)
         for name in self.private[task]:
-            yield name, self.finetuned[task][name]
+            yield name, checkpoint[name]
 
     def check_frozen(self) -> None:
         """Check that frozen tensors, where present, do equal the base's.
@@ -259,7 +267,11 @@ class Family:
         return {name: self.base[name] for name in names}
 
     def tensor(self, task: str, name: str, base: Tensor, out: Tensor | None = None) -> Tensor:
-        """One of a task's tensors, uncompressed, in its own dtype; see `TaskSource`."""
+        """One of a task's tensors, uncompressed, in its own dtype; see `TaskSource`.
+
+        Raises:
+            FamilyError: there is no such task.
+        """
         return self._tuned(task, name).to(base.device)
 
     def _prefetch(self, name: str) -> None:
@@ -272,8 +284,16 @@ class Family:
             return MergedAdapter(self.base, source)
         return Checkpoint.of(source)
 
+    def _checkpoint(self, task: str) -> Checkpoint:
+        if task not in self.finetuned:
+            raise FamilyError(
+                f"the family of {self.base.label} has no task '{task}'; it has "
+                f"{', '.join(self.tasks)}"
+            )
+        return self.finetuned[task]
+
     def _tuned(self, task: str, name: str) -> Tensor:
-        checkpoint = self.finetuned[task]
+        checkpoint = self._checkpoint(task)
         return checkpoint[self._name_in(checkpoint, name)]
 
     def _name_in(self, checkpoint: Checkpoint, name: str) -> str:
@@ -290,10 +310,8 @@ class Family:
         return matches(name, self.private_patterns)
 
     def _touches(self, checkpoint: Checkpoint, name: str) -> bool:
-        """Whether a checkpoint has a tensor of its own, rather than the base's seen through it."""
-        if isinstance(checkpoint, MergedAdapter):
-            return name in checkpoint.touched
-        return self.space is None or name in checkpoint
+        """Whether a checkpoint has a tensor of its own; of adapters' own, those that are there."""
+        return checkpoint.touches(name) and (self.space is None or name in checkpoint)
 
     def _role(self, name: str, spec: TensorSpec) -> Role:
         touched = any(self._touches(checkpoint, name) for checkpoint in self.finetuned.values())

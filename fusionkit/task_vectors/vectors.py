@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from fusionkit.checkpoints.adapters.lowrank import LowRank
-from fusionkit.checkpoints.adapters.merged import MergedAdapter
 from fusionkit.checkpoints.checkpoint import Checkpoint, Pieces
 from fusionkit.errors import FamilyError
 from fusionkit.task_vectors import kernels
@@ -96,8 +95,8 @@ class TaskVectors:
         Raises:
             FamilyError: it holds a NaN or an infinity.
         """
-        adapter = self._at(task).checkpoint
-        factors = adapter.low_rank(self.name) if isinstance(adapter, MergedAdapter) else None
+        at = self._at(task)
+        factors = at.checkpoint.low_rank(at.name)
         if factors:
             self._check_finite(factors.left, task)
             self._check_finite(factors.right, task)
@@ -223,8 +222,8 @@ class TaskVectors:
 
     def _of_adapter(self, task: int) -> Tensor | None:
         """What an adapter does to the tensor, as it is: no rounding against the base."""
-        adapter = self._at(task).checkpoint
-        return adapter.delta(self.name) if isinstance(adapter, MergedAdapter) else None
+        at = self._at(task)
+        return at.checkpoint.delta(at.name)
 
     def _check_finite(self, values: Tensor, task: int) -> None:
         # The sum is one cheap pass; only a suspicious one is looked at entry by entry.

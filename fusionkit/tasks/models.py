@@ -1,4 +1,4 @@
-"""Base models: by config, for recipes, where `class_path` may name a function; called, loaded.
+"""Base models by config, for recipes, where `class_path` may name a function.
 
 timm needs no help from here: `timm.create_model` and its classes are class paths as they are.
 """

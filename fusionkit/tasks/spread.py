@@ -88,7 +88,11 @@ def alone(metric: Metric) -> None:
     """Let a metric be computed by the process that has its rows, without the others."""
     for part in metric.modules():
         if isinstance(part, Metric):
-            part.sync_on_compute = False
+            part.distributed_available_fn = _nobody
+
+
+def _nobody() -> bool:
+    return False
 
 
 def of_owner(values: Tensor) -> float:

@@ -29,9 +29,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import fusionkit
-from fusionkit.bundles import manifest
-from fusionkit.bundles import part_file as partfile
-from fusionkit.checkpoints import safetensors_file as tensorfile
+from fusionkit.bundles import manifest, part_file
+from fusionkit.checkpoints import safetensors_file
 from fusionkit.codecs import payload
 
 HIDDEN, INNER, WORDS = 4096, 11008, 32000
@@ -110,11 +109,11 @@ def read_and_write(folder: Path, tasks: int, nbytes: int) -> None:
 
 RIVAL, ROUNDS = "read and write", 3
 STAGES = {
-    "read": (tensorfile._Pieces, "__call__"),
+    "read": (safetensors_file._Pieces, "__call__"),
     "fingerprint": (manifest, "_sha256"),
-    "checksum": (partfile, "_digest"),
-    "write": (partfile.PartWriter, "_write"),
-    "finish": (partfile.PartWriter, "finish"),
+    "checksum": (part_file, "_digest"),
+    "write": (part_file.PartWriter, "_write"),
+    "finish": (part_file.PartWriter, "finish"),
     "encode, all of it": (payload, "_one"),
 }
 

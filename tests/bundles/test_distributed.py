@@ -18,8 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fusionkit import DBMS, EMR, SVD, TIES, Bundle, Dense, Elect, MagnitudePrune, Merged, Normalized
-from fusionkit.bundles import journal
-from fusionkit.bundles import part_file as partfile
+from fusionkit.bundles import journal, part_file
 from fusionkit.bundles.compress import compress
 from fusionkit.codecs.base import DeltaCodec
 from fusionkit.errors import FusionKitError
@@ -108,7 +107,7 @@ def run(count: int, job: str, folder: Path) -> list[str]:
 
 def all_codecs(folder: Path, processes: Processes) -> None:
     for family, dtype in FAMILIES.items():
-        partfile._LARGE = LARGE if family == "large files" else 1 << 26
+        part_file._LARGE = LARGE if family == "large files" else 1 << 26
         inputs = folder / family
         if processes.rank == 0:
             inputs.mkdir()
@@ -194,7 +193,7 @@ def test_the_bundle_is_that_of_one_process(
     by_several: Path, family: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if family == "large files":
-        monkeypatch.setattr(partfile, "_LARGE", LARGE)
+        monkeypatch.setattr(part_file, "_LARGE", LARGE)
     inputs = by_several / family
     compress(
         inputs / "base.safetensors",
@@ -266,6 +265,7 @@ def test_shares_are_neighbours_and_everything_is_someones() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_the_command_line_starts_them(files: Files, tmp_path: Path) -> None:
     """As Lightning does: by --trainer.devices; the bundle is there, and reported once."""
     recipe = {

@@ -38,7 +38,8 @@ def test_only_bundles_are_overwritten(base: TinyNet, finetuned: States, tmp_path
     (models / "precious.bin").write_bytes(b"1")
     (tmp_path / "file").write_bytes(b"2")
     for out in (models, tmp_path / "file"):
-        with pytest.raises(BundleError, match=rf"{out.name}: exists and is not a bundle's own"):
+        said = rf"{out.name}: exists and is not a folder with manifest\.json, so it is not over"
+        with pytest.raises(BundleError, match=said):
             compress(base, finetuned, Dense(), out, private=PRIVATE, overwrite=True)
     assert (models / "precious.bin").read_bytes() == b"1"
     assert {path.name for path in tmp_path.iterdir()} == {"models", "file"}

@@ -1,7 +1,9 @@
 """PEFT adapters as fine-tuned models: equal to what PEFT makes of them, or refused."""
 
+import copy
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,22 @@ from peft_adapters import CONFIGS, net, saved
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fusionkit import EMR, SVD, TIES, Bundle, Dense, Family, Mean, Merged, TaskArithmetic
+from fusionkit import (
+    EMR,
+    SVD,
+    TIES,
+    Bundle,
+    Checkpoint,
+    Dense,
+    Family,
+    Mean,
+    Merged,
+    TaskArithmetic,
+)
 from fusionkit.bundles.compress import compress
 from fusionkit.checkpoints.adapters.modules import Adapters
+from fusionkit.checkpoints.adapters.with_start import WithStart
+from fusionkit.checkpoints.view import View
 from fusionkit.codecs.base import DeltaCodec
 from fusionkit.errors import CheckpointError, FamilyError
 from fusionkit.reuse.module import ReuseModule
@@ -169,6 +184,83 @@ def test_untouched_tensors_are_frozen_and_families_may_be_mixed(tmp_path: Path) 
     for task in ("t", "full"):
         for name, tensor in bundle.state_dict(task).items():
             torch.testing.assert_close(tensor, mixed.finetuned[task][name])
+
+
+SEEN: dict[str, Callable[[Checkpoint], Checkpoint]] = {
+    "view": lambda adapter: View(adapter, label="seen"),
+    "renamed and back": lambda adapter: Checkpoint.of(Checkpoint.of(adapter, "", "x."), "x."),
+    "copy": lambda adapter: adapter.in_memory(),
+    "deep copy": copy.deepcopy,
+}
+
+
+@pytest.mark.parametrize("how", SEEN)
+@pytest.mark.parametrize("name", ["rslora", "a bias of its own", "whole modules", "ia3 and a head"])
+def test_an_adapter_seen_through_another_checkpoint_is_the_same(
+    name: str, how: str, tmp_path: Path
+) -> None:
+    """Roles, vectors to the bit, products and sizes: no callers ask what class it is of."""
+    saved(tmp_path / "a", CONFIGS[name])
+    private = ["head.*"] if "head" in name or "whole" in name else []
+    plain = Family(net(), {"t": str(tmp_path / "a")}, private)
+    other = Family(net(), {"t": SEEN[how](plain.finetuned["t"])}, private)
+    assert other.roles == plain.roles
+    assert "frozen" in plain.roles.values()
+    assert other.private == plain.private
+    assert other.bits_per_parameter == plain.bits_per_parameter
+    for ours, theirs in zip(plain, other, strict=True):
+        assert torch.equal(ours[0].view(torch.int32), theirs[0].view(torch.int32))
+        assert torch.equal(ours.tuned(0), theirs.tuned(0))
+        one, two = ours.low_rank(0), theirs.low_rank(0)
+        assert (one is None) == (two is None)
+        assert one is None or two is None or all(map(torch.equal, one, two))
+    other.check_frozen()
+
+
+def test_part_of_an_adapter_under_other_names(tmp_path: Path) -> None:
+    """What is stored of it is what is seen of it, and its factors."""
+    saved(tmp_path / "a", CONFIGS["whole modules"])
+    adapter = Family(net(), {"t": str(tmp_path / "a")}).finetuned["t"]
+    seen = View(adapter, {"w": "layer.1.weight", "h": "head.weight", "n": "layer.11.weight"})
+    factors = {f"layer.1.lora_{side}.weight" for side in "AB"}
+    assert set(seen.stored) == {"h", *factors}
+    assert torch.equal(seen.stored["h"], adapter["head.weight"])
+    assert [name for name in seen if seen.touches(name)] == ["w", "h"]
+    assert seen.low_rank("w") is not None
+    assert seen.delta("h") is None
+    assert torch.equal(seen.delta("n"), torch.zeros(8, 8))  # type: ignore[arg-type]
+
+
+def test_a_copy_of_an_adapter_does_not_change_with_its_base(tmp_path: Path) -> None:
+    saved(tmp_path / "a", CONFIGS["ia3"])
+    base = net()
+    adapter = Family(base, {"t": str(tmp_path / "a")}).finetuned["t"]
+    before = {name: adapter[name].clone() for name in adapter}
+    copied = adapter.in_memory()
+    (tmp_path / "a" / "adapter_model.safetensors").unlink()
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.mul_(2)
+    assert all(torch.equal(copied[name], tensor) for name, tensor in before.items())
+    assert not copied.files
+
+
+@pytest.mark.parametrize("how", ["start", *SEEN])
+def test_a_base_is_told_from_the_start_over_it(how: str) -> None:
+    base = Checkpoint.of(net())
+    over = WithStart(base, {"fc.lora_A.weight": torch.ones(2, 10)})
+    seen = SEEN[how](over) if how in SEEN else over
+    assert set(seen) == {*base, "fc.lora_A.weight"}
+    plain = seen.plain
+    assert plain is not seen
+    assert plain.plain is plain
+    assert set(plain) == set(base)
+    assert all(torch.equal(plain[name], base[name]) for name in base)
+    assert base.plain is base
+    assert base.stored is base
+    assert base.touches("fc.weight")
+    assert base.delta("fc.weight") is None
+    assert base.low_rank("fc.weight") is None
 
 
 # Adapters themselves ------------------------------------------------------------------------------

@@ -1,11 +1,13 @@
 """Checkpoints: every kind of source, laziness, ties, prefixes, and what is refused."""
 
+import copy
 import json
 import os
 import pickle
 import re
 import resource
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -413,6 +415,26 @@ def test_in_memory_copies_and_keeps_what_is_known(tmp_path: Path, base: TinyNet)
 
 
 # --- names ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))])
+@pytest.mark.parametrize("kind", ["mapping", "module", "copy", "copy of a file", "view"])
+def test_what_is_in_memory_can_be_copied_and_pickled(
+    kind: str, copied: Callable[[Checkpoint], Checkpoint], tmp_path: Path, base: TinyNet
+) -> None:
+    save_file({"a.weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    sources = {
+        "mapping": Checkpoint.of(dict(base.state_dict())),
+        "module": Checkpoint.of(base),
+        "copy": Checkpoint.of(base).in_memory(),
+        "copy of a file": Checkpoint.of(tmp_path / "model.safetensors").in_memory(),
+        "view": Checkpoint.of(Checkpoint.of(base).in_memory(), add_prefix="model."),
+    }
+    source = sources[kind]
+    other = copied(source)
+    check_same(other, dict(source))
+    assert dict(other.aliases) == dict(source.aliases)
+    assert all(other[name].data_ptr() != source[name].data_ptr() for name in source)
 
 
 def test_prefixes_are_taken_off_and_put_on(tmp_path: Path, state: States) -> None:

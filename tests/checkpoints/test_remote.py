@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from fusionkit import EMR, Bundle, Checkpoint, MagnitudePrune, add_tasks
 from fusionkit.bundles.compress import compress
-from fusionkit.checkpoints import safetensors_file as tensorfile
+from fusionkit.checkpoints import safetensors_file
 from fusionkit.checkpoints.checkpoint import find_checkpoints
 from fusionkit.errors import BundleError, CheckpointError, FusionKitError
 from fusionkit.reuse.module import ReuseModule
@@ -57,13 +57,13 @@ def _saved(state: dict[str, torch.Tensor]) -> bytes:
 
 def test_only_what_is_asked_for_is_fetched(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     fetched: list[int] = []
-    read = tensorfile._SeekingPieces._read
+    read = safetensors_file._SeekingPieces._read
 
     def count(self: Any, memory: memoryview, offset: int) -> int:
         fetched.append(memory.nbytes)
         return read(self, memory, offset)
 
-    monkeypatch.setattr(tensorfile._SeekingPieces, "_read", count)
+    monkeypatch.setattr(safetensors_file._SeekingPieces, "_read", count)
     checkpoint = Checkpoint.of("memory://zoo/tasks/bee/model.safetensors")
     assert not fetched
     tensor = checkpoint["hidden.weight"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fusionkit import EMR, Bundle, Checkpoint, Dense, LinearizedLoRA, Mean, add_tasks
+from fusionkit import EMR, Bundle, Checkpoint, Dense, Family, LinearizedLoRA, Mean, add_tasks
 from fusionkit.bundles.compress import compress
 from fusionkit.checkpoints.adapters.folder import AdapterFolder
 from fusionkit.checkpoints.adapters.start import Seeded, digest, start_of
@@ -208,6 +209,19 @@ def test_linearized_adapters_fold_around_their_start(zero: bool, tmp_path: Path)
     for name, tensor in fused.state_dict("ant").items():
         mean = (merged.state_dict("ant")[name] + merged.state_dict("bee")[name]) / 2
         torch.testing.assert_close(tensor, mean, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("zero", [True, False])
+def test_a_copy_of_a_linearized_adapter_needs_no_files(zero: bool, tmp_path: Path) -> None:
+    trained(tmp_path / "a", 5, 1, linear=True, init_lora_weights=zero)
+    adapter = Family(net(), {"t": str(tmp_path / "a")}).finetuned["t"]
+    copied = adapter.in_memory()
+    before = {name: adapter[name].clone() for name in adapter}
+    shutil.rmtree(tmp_path / "a")
+    again = copied.in_memory(torch.device("cpu"))
+    for name, tensor in before.items():
+        assert torch.equal(copied[name], tensor)
+        assert torch.equal(again[name], tensor)
 
 
 def test_a_linearized_adapter_without_its_start_is_refused(tmp_path: Path) -> None:

@@ -180,6 +180,7 @@ def test_unknown_verb() -> None:
     assert "no verb 'compres'" in run("compres", code=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spread", ["rows", "tasks"])
 def test_two_processes_report_once_what_one_reports(
     recipe: Path, tmp_path: Path, spread: str

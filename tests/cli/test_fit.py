@@ -172,6 +172,7 @@ class TestResuming:
         for name, tensor in whole.items():
             torch.testing.assert_close(resumed[name], tensor, rtol=1e-5, atol=1e-6)
 
+    @pytest.mark.slow
     def test_ctrl_c_then_resumed(self, recipe: Path, tmp_path: Path) -> None:
         command = [
             *(str(PROGRAM), "fit", "--config", str(recipe), "--trainer.max_steps=8"),

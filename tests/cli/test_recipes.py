@@ -46,6 +46,7 @@ def test_recipe_parses_and_says_how_to_run_it(path: Path) -> None:
     assert "# Expect: " in header
 
 
+@pytest.mark.slow
 def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole way with short training: trained, compared, plotted; then all from the cache."""
     for kind, steps in {"base": 60, "full": 30, "lora": 30}.items():
@@ -80,6 +81,7 @@ def at_root(monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_uncompressed_models_reproduce_their_scores(at_root: Path, tmp_path: Path) -> None:
     """All eight, all test rows: to 0.2 points of what was measured when they were trained."""
     run(
@@ -121,6 +123,7 @@ def _bare_score(folder: Path, task: str) -> float:
     return right / len(rows)
 
 
+@pytest.mark.slow
 def test_emr_of_the_text_zoo_from_disk(at_root: Path, tmp_path: Path) -> None:
     """Compress to disk, score from disk; a fifth of the rows is enough to see it work."""
     bundle = ("--model.bundle", tmp_path / "bundle")

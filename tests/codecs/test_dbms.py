@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from checks import check_same
-from conftest import TASKS, TinyNet
+from conftest import TASKS, Files, TinyNet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -23,6 +23,7 @@ from fusionkit import (
     DeltaCodec,
     Dense,
     Elect,
+    Family,
     MagnitudePrune,
     Mean,
     Merged,
@@ -30,8 +31,10 @@ from fusionkit import (
     TaskArithmetic,
     add_tasks,
 )
+from fusionkit.bundles.journal import identity
 from fusionkit.errors import BundleError, CodecError
 from fusionkit.registry import from_config, to_config
+from fusionkit.task_vectors.processes import ALONE
 
 PRIVATE = ["head.*"]
 DELTAS = [name for name, _ in TinyNet().named_parameters() if not name.startswith("head")]
@@ -210,6 +213,15 @@ class TestBundle:
         bundle = fusionkit.compress(base, finetuned, at, tmp_path / "b", private=PRIVATE)
         assert Bundle(tmp_path / "b").codec == codec
         assert scalars_of(bundle, "bee") == (1.0, 2.0)
+
+    def test_at_known_scalars_its_repr_is_the_call(self, files: Files) -> None:
+        codec = DBMS(MagnitudePrune(0.1))
+        at = codec.at({"ant": (0.25, 1.0), "bee": (0.1, 2.0)})
+        assert repr(at) == f"{codec!r}.at({{'ant': (0.25, 1.0), 'bee': (0.1, 2.0)}})"
+        # What a journal tells runs apart by.
+        family = Family(files.base, files.finetuned, private=PRIVATE)
+        told = [codec, at, codec.at({"ant": (0.25, 1.0), "bee": (0.1 + 1e-16, 2.0)})]
+        assert len({identity(family, each, ALONE) for each in told}) == len(told)
 
     def test_adding_a_task(self, base: TinyNet, finetuned: States, tmp_path: Path) -> None:
         first = {task: finetuned[task] for task in TASKS[:2]}

@@ -133,14 +133,6 @@ def test_the_layout_is_the_documented_one() -> None:
     assert coded[10:].tolist() == [0b001_110]  # low bits 0, 1, 1, then high bits 1, 0, 0
 
 
-def test_comparing_and_finding_as_on_other_devices() -> None:
-    values = torch.randn(17, 59).mT
-    mask = packing.above(values, 0.3)
-    assert torch.equal(mask, values > 0.3)
-    assert torch.equal(packing.places(mask), mask.reshape(-1).nonzero().reshape(-1))
-    assert packing.count_set(mask) == int(mask.sum())
-
-
 def check_malformed(coded: bytes, total: int) -> None:
     """Either refused, or positions that a tensor of `total` entries has."""
     code = torch.frombuffer(bytearray(coded), dtype=torch.uint8) if coded else torch.empty(0)

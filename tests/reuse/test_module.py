@@ -4,15 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TASKS, Files, TinyNet
+from conftest import TASKS, Files, TinyNet, perturbed
 from lightning.pytorch import Trainer
 from tiny_tasks import Data
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import fusionkit
-from fusionkit import EMR, SVD, Dense, Family, MagnitudePrune, TaskArithmetic
-from fusionkit.errors import BundleError, DataError, FusionKitError, WrongBaseError
+from fusionkit import EMR, SVD, Checkpoint, Dense, Family, MagnitudePrune, TaskArithmetic
+from fusionkit.errors import BundleError, DataError, FamilyError, FusionKitError, WrongBaseError
 from fusionkit.reuse.module import ReuseModule
 
 PRIVATE = ["head.*"]
@@ -266,6 +266,20 @@ def test_a_base_changed_in_memory_is_noticed(base: TinyNet, finetuned: States) -
         base.conv.bias += 1
     with pytest.raises(WrongBaseError, match=r"'conv.bias' has other values"):
         bundle.state_dict("ant")
+
+
+@pytest.mark.parametrize("private", [PRIVATE, None])
+def test_an_unknown_task_of_checkpoints_is_named(base: TinyNet, private: list[str] | None) -> None:
+    original = bits(ReuseModule(base))
+    tuned: dict[str, str | Checkpoint] = {
+        task: Checkpoint.of(perturbed(base, place, classes=3)) for place, task in enumerate(TASKS)
+    }
+    module = ReuseModule(base, finetuned=tuned, private=private)
+    module.switch("bee")
+    with pytest.raises(FamilyError, match="no task 'nope'; it has ant, bee, cat"):
+        module.switch("nope")
+    assert module.task is None
+    assert same(bits(module), original)
 
 
 def test_a_failed_switch_leaves_the_base(base: TinyNet, finetuned: States, tmp_path: Path) -> None:

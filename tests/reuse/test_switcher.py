@@ -1,5 +1,8 @@
 """The weights kept of the tasks used last: to the bit those decoded anew, within their bytes."""
 
+import copy
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fusionkit
-from fusionkit import EMR, Bundle, Dense, MagnitudePrune
+from fusionkit import EMR, Bundle, Checkpoint, Dense, MagnitudePrune
 from fusionkit.reuse.module import ReuseModule
 from fusionkit.task_vectors.task_source import written
 
@@ -66,6 +69,25 @@ def test_switching_is_the_same_with_a_cache(
         assert list(kept._switcher.cached) == used[max(len(used) - room, 0) :]
         held = kept._switcher.cached.values()
         assert sum(t.nbytes for tensors in held for t in tensors.values()) <= budget
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+@pytest.mark.parametrize("codec", [None, EMR()])
+def test_a_switched_module_can_be_copied_and_pickled(
+    codec: EMR | None,
+    copied: Callable[[ReuseModule], ReuseModule],
+    base: TinyNet,
+    finetuned: States,
+) -> None:
+    tuned: dict[str, str | Checkpoint] = dict(finetuned)  # type: ignore[arg-type]
+    module = ReuseModule(base, codec=codec, finetuned=tuned, private=PRIVATE)
+    module.switch("bee")
+    other = copied(module)
+    check_same(state_of(other), state_of(module))
+    for task in ("ant", None):
+        module.switch(task)
+        other.switch(task)
+        check_same(state_of(other), state_of(module))
 
 
 def test_what_is_kept_is_not_decoded_again(base: TinyNet, bundle: Bundle) -> None:

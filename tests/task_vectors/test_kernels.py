@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fusionkit.codecs import emr, packing
+from fusionkit.codecs.kernels import elect
 from fusionkit.task_vectors import kernels
 from fusionkit.task_vectors.kept import Collected, places_above
 from fusionkit.task_vectors.topk import _histogram
@@ -39,7 +40,7 @@ def test_election_is_the_same_in_both(block: Tensor, given_: bool, squared: bool
     masks = torch.zeros(3, first // 8 + -(-count // 8) + 2, dtype=torch.uint8)
     sums = torch.ones(2, 3, dtype=torch.float64)
     found = [each.clone() for each in (block, elected, masks, sums)]
-    kernels.elect(*(each.numpy() for each in found), first, given_, squared)
+    elect(*(each.numpy() for each in found), first, given_, squared)
     assert torch.equal(found[0], block)
     wanted = [each.clone() for each in (block, elected, masks, sums)]
     emr._elect_in_torch(*wanted, first, given_, squared)
@@ -55,7 +56,7 @@ def test_sums_of_many_entries_are_precise() -> None:
     sums = torch.zeros(2, 1, dtype=torch.float64)
     masks = torch.empty(1, block.shape[1] // 8, dtype=torch.uint8)
     arrays = (each.numpy() for each in (block, torch.empty(block.shape[1]), masks, sums))
-    kernels.elect(*arrays, 0, False, False)
+    elect(*arrays, 0, False, False)
     torch.testing.assert_close(sums[:, 0], block.double().sum().expand(2), rtol=1e-7, atol=0)
 
 
@@ -133,11 +134,19 @@ def test_differences_are_exact_and_tell_what_is_not_finite(count: int, bad: floa
     torch.testing.assert_close(same, out, rtol=0, atol=0, equal_nan=True)
 
 
+def test_comparing_and_finding_as_on_other_devices() -> None:
+    values = torch.randn(17, 59).mT
+    mask = kernels.above(values, 0.3)
+    assert torch.equal(mask, values > 0.3)
+    assert torch.equal(kernels.places(mask), mask.reshape(-1).nonzero().reshape(-1))
+    assert kernels.count_set(mask) == int(mask.sum())
+
+
 def test_without_a_folder_to_keep_what_is_compiled() -> None:
     """As in a container that can't be written to, by a user without a home."""
     program = (
         "import numpy as np\n"
-        "from fusionkit import kernels\n"
+        "from fusionkit.task_vectors import kernels\n"
         "values = np.arange(5, dtype=np.float32)\n"
         "print(kernels.up_to(values, 2.0, np.empty(5, np.float32)))\n"
     )

@@ -240,7 +240,11 @@ class TestTextClassification:
         with pytest.raises(DataError, match=r"train\.tsv\.gz: no such file"):
             TextClassification({"t": str(tmp_path)}, "unused")
 
-    @pytest.mark.parametrize("damage", [b"a\tplain text\n", gzip.compress(b"a\tx\n" * 99)[:-9]])
+    @pytest.mark.parametrize(
+        "damage",
+        [b"a\tplain text\n", gzip.compress(b"a\tx\n" * 99)[:-9]],
+        ids=["plain text", "cut short"],  # names that hold no time, as gzip's header does
+    )
     def test_not_a_whole_gzip_file(self, tmp_path: Path, damage: bytes) -> None:
         folder = texts(tmp_path / "t")
         (folder / "train.tsv.gz").write_bytes(damage)

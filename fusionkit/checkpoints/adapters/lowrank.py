@@ -1,4 +1,4 @@
-"""Low-rank deltas, δ = L Rᵀ, and the singular value decompositions that codecs cut by.
+"""Low-rank deltas, δ = L Rᵀ: an adapter's, or a codec's.
 
 A tensor of more than two axes counts as the matrix (first axis) × (all others).
 """

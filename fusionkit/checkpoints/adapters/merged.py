@@ -1,5 +1,6 @@
 """A PEFT adapter merged into its base, read lazily like any other checkpoint."""
 
+from copy import copy
 from pathlib import Path
 
 import torch
@@ -26,7 +27,6 @@ class MergedAdapter(Checkpoint):
         below: the base.
         folder: the adapter's folder.
         layout: what the adapter does to the base.
-        touched: names of the base's tensors that it changes or replaces.
 
     Raises:
         CheckpointError: the folder can't be read, or is of a kind that is not known.
@@ -36,7 +36,7 @@ class MergedAdapter(Checkpoint):
     def __init__(self, base: Checkpoint, path: str | Path) -> None:
         self.below, self.folder = base, AdapterFolder(path)
         self.layout = self.folder.layout(base)
-        tensors = self.folder.tensors
+        self._own = tensors = self.folder.tensors
         self._whole = frozenset(self.folder.whole)
         self.label, self.files, self.nbytes = self.folder.label, self.folder.files, tensors.nbytes
         self.strip_prefix, self.add_prefix = base.strip_prefix, base.add_prefix
@@ -51,11 +51,11 @@ class MergedAdapter(Checkpoint):
                 f"{self.label}: adapts '{min(tied)}', which shares its tensor with another name in "
                 "the base; merged, the adapter would change both (untie them in the base)"
             )
-        self.touched = {*self._modules, *self._whole}
+        self._touched = {*self._modules, *self._whole}
 
     def __getitem__(self, name: str) -> Tensor:
         """Read one tensor; one that the adapter changes or replaces, in the dtype that it had."""
-        base = (self.folder.tensors if name in self._whole else self.below)[name]
+        base = (self._own if name in self._whole else self.below)[name]
         if name not in self._modules:
             return base
         module, target = self._modules[name]
@@ -64,17 +64,35 @@ class MergedAdapter(Checkpoint):
 
     def pieces(self, name: str) -> Pieces:
         """Read one tensor piece by piece; what the adapter changes or replaces is made whole."""
-        return super().pieces(name) if name in self.touched else self.below.pieces(name)
+        return super().pieces(name) if name in self._touched else self.below.pieces(name)
 
     def prefetch(self, name: str) -> None:
         """Have a tensor of the base read ahead."""
         if name in self.below:
             self.below.prefetch(name)
 
+    @property
+    def stored(self) -> Checkpoint:
+        """The adapter's own tensors."""
+        return self._own
+
+    def touches(self, name: str) -> bool:
+        """Whether the adapter changes or replaces a tensor."""
+        return name in self._touched
+
+    def in_memory(self, device: torch.device | None = None) -> Checkpoint:
+        """A copy of the base and of the adapter's tensors; merged as they are asked for, too."""
+        other = copy(self)
+        other.below, other._own = self.below.in_memory(device), self._own.in_memory(device)
+        if self.layout.linearized:
+            other._start = {n: t.to(device or t.device) for n, t in self._initial().items()}
+        other.files, other.nbytes = (), other._own.nbytes
+        return other
+
     def delta(self, name: str) -> Tensor | None:
         """The change of a tensor, float32 `(*shape)`; None where the base's was replaced first."""
         shape = torch.Size(self.specs[name].shape)
-        if name not in self.touched:
+        if name not in self._touched:
             return torch.zeros(shape)
         if name not in self._modules or name in self._whole:
             return None
@@ -91,9 +109,13 @@ class MergedAdapter(Checkpoint):
         return None if name in self._whole else module.low_rank(*self._tensors(module))
 
     def _tensors(self, module: Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        own = {name: self.folder.tensors[name] for name in module.tensors}
+        own = {name: self._own[name] for name in module.tensors}
         if not self.layout.linearized:
             return own, {}
+        return own, self._initial()
+
+    def _initial(self) -> dict[str, Tensor]:
+        """Where a linearized adapter started; read, or drawn, once."""
         if self._start is None:
             self._start = start_of(self.folder, self.layout)[1]
-        return own, self._start
+        return self._start

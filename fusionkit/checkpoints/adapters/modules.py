@@ -15,8 +15,8 @@ from torch import Tensor
 from fusionkit.checkpoints.adapters.folder import AdapterFolder, is_adapter
 from fusionkit.checkpoints.adapters.layout import AdapterLayout
 from fusionkit.checkpoints.adapters.start import Seeded, Shapes, constant, start_of
+from fusionkit.checkpoints.adapters.with_start import WithStart
 from fusionkit.checkpoints.checkpoint import Checkpoint, Source
-from fusionkit.checkpoints.overlay import WithStart
 from fusionkit.errors import BundleError, FamilyError, listing
 
 Adapters = Literal["merged", "modules"]

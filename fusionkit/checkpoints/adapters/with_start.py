@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from fusionkit.checkpoints.checkpoint import Checkpoint, Pieces
@@ -14,13 +15,10 @@ class WithStart(Checkpoint):
     Args:
         base: the base.
         start: the initial tensors by name.
-
-    Attributes:
-        below: the base.
     """
 
     def __init__(self, base: Checkpoint, start: Mapping[str, Tensor]) -> None:
-        self.below, self._start = base, start
+        self._below, self._start = base, start
         self.label, self.live, self.serial = base.label, base.live, base.serial
         self.strip_prefix, self.add_prefix = base.strip_prefix, base.add_prefix
         self.nbytes, self.files, self.buffers = base.nbytes, base.files, base.buffers
@@ -29,13 +27,23 @@ class WithStart(Checkpoint):
 
     def __getitem__(self, name: str) -> Tensor:
         """Read one tensor of the base, or an initial one."""
-        return self._start[name] if name in self._start else self.below[name]
+        return self._start[name] if name in self._start else self._below[name]
 
     def pieces(self, name: str) -> Pieces:
         """Read one tensor piece by piece, as the base does."""
-        return super().pieces(name) if name in self._start else self.below.pieces(name)
+        return super().pieces(name) if name in self._start else self._below.pieces(name)
 
     def prefetch(self, name: str) -> None:
         """Have a tensor of the base read ahead."""
         if name not in self._start:
-            self.below.prefetch(name)
+            self._below.prefetch(name)
+
+    @property
+    def plain(self) -> Checkpoint:
+        """The base."""
+        return self._below.plain
+
+    def in_memory(self, device: torch.device | None = None) -> Checkpoint:
+        """A copy of both, which can be told apart there, too."""
+        start = {n: t.to(device or t.device, copy=True) for n, t in self._start.items()}
+        return WithStart(self._below.in_memory(device), start)
