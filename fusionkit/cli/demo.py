@@ -1,9 +1,8 @@
 """The embedded demo: a family of small vision models, made on the spot from real images.
 
-The images come with scikit-learn: 1,797 handwritten digits of 8 × 8 pixels, and two photographs,
-cut into patches of that size. A small ViT is pre-trained on the digits, then fine-tuned for each
-task, once in full and once by a LoRA. Every fifth digit, and the right third of each photograph,
-is for testing, and never seen in any training, the base's included.
+Their tasks are those of `fusionkit.tasks.digits`. A small ViT is pre-trained on the digits, then
+fine-tuned for each task, once in full and once by a LoRA. No training, the base's included, ever
+sees a test row.
 """
 
 import hashlib

@@ -15,7 +15,7 @@ import yaml
 from conftest import TESTS
 from fits import HEAD, TARGETS, FewDigits, outputs, tiny_vit
 from lightning.pytorch import Callback, LightningModule, Trainer
-from program import PROGRAM, run
+from program import PROGRAM, run, write_finetune
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
@@ -53,33 +53,13 @@ def steps() -> list[int]:
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
-    content = {
-        "model": {
-            "class_path": "Finetune",
-            "init_args": {
-                "model": {"class_path": "fits.tiny_vit"},
-                "task": "rotation",
-                "private": HEAD,
-                "target_modules": TARGETS,
-                "rank": 4,
-                "alpha": 8,
-                "learning_rate": 0.02,
-            },
-        },
-        "data": {"class_path": "fits.FewDigits"},
-        "trainer": {
-            "accelerator": "cpu",
-            "devices": 1,
-            "max_steps": 4,
-            "max_epochs": -1,
-            "enable_progress_bar": False,
-            "callbacks": [{"class_path": f"{__name__}.CountSteps"}],
-        },
-        "out": str(tmp_path / "out"),
+    model = {
+        "model": {"class_path": "fits.tiny_vit"},
+        "task": "rotation",
+        "target_modules": TARGETS,
+        "alpha": 8,
     }
-    path = tmp_path / "fit.yaml"
-    path.write_text(yaml.safe_dump(content, sort_keys=False))
-    return path
+    return write_finetune(tmp_path / "fit.yaml", model, f"{__name__}.CountSteps")
 
 
 def fit(recipe: Path, *args: object) -> FitCLI:

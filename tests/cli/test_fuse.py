@@ -13,7 +13,7 @@ import torch
 import yaml
 from fits import HEAD, FewDigits, tiny_vit
 from lightning.pytorch import Callback, LightningModule, Trainer
-from program import run
+from program import run, write_finetune
 from torch import nn
 
 import fusionkit
@@ -49,7 +49,9 @@ class PowerCut(Callback):
 
 def write(folder: Path, **changes: Any) -> Path:
     """A recipe whose results go beside it."""
-    content = {
+    # The demo's base: drawn anew, by whatever the generator is at.
+    base = {"class_path": "fusionkit.tasks.digits.base_model"}
+    sections = {
         "families": FAMILIES,
         "merges": {
             "mean": {"class_path": "Mean"},
@@ -58,32 +60,11 @@ def write(folder: Path, **changes: Any) -> Path:
         "scales": [0.3, 1.0],
         "lorahub": {"class_path": "LoraHub", "init_args": {"evaluations": 3}},
         "search_batches": 1,
-        "model": {
-            "class_path": "Finetune",
-            "init_args": {
-                # The demo's: drawn anew, by whatever the generator is at.
-                "model": {"class_path": "fusionkit.tasks.digits.base_model"},
-                "private": HEAD,
-                "target_modules": ["qkv", "fc1"],
-                "rank": 4,
-                "learning_rate": 0.02,
-            },
-        },
         "data": {"class_path": "fits.FewDigits", "init_args": {"tasks": list(TASKS)}},
-        "trainer": {
-            "accelerator": "cpu",
-            "devices": 1,
-            "max_steps": 3,
-            "max_epochs": -1,
-            "enable_progress_bar": False,
-            "callbacks": [{"class_path": f"{__name__}.PowerCut"}],
-        },
-        "out": str(folder / "out"),
         **changes,
     }
-    path = folder / "fuse.yaml"
-    path.write_text(yaml.safe_dump(content, sort_keys=False))
-    return path
+    model = {"model": base, "target_modules": ["qkv", "fc1"]}
+    return write_finetune(folder / "fuse.yaml", model, f"{__name__}.PowerCut", **sections)
 
 
 @pytest.fixture(scope="session")
@@ -246,7 +227,7 @@ class TestGoingOn:
     ) -> None:
         """While the second family's second adapter trains: what comes after is no different."""
         recipe = write(tmp_path)
-        monkeypatch.setattr(PowerCut, "left", 3 * 4 + 2)
+        monkeypatch.setattr(PowerCut, "left", 4 * 4 + 2)
         with pytest.raises(RuntimeError, match="power cut"):
             run("fuse", "--config", recipe)
         assert len(times(tmp_path)) == 4
@@ -262,7 +243,7 @@ class TestGoingOn:
         wanted = (place / "finetuned/adapter_model.safetensors").read_bytes()
         shutil.rmtree(place / "finetuned")
         last = torch.load(place / "checkpoints/last.ckpt", weights_only=True)
-        assert last["global_step"] == 3
+        assert last["global_step"] == 4
         run("fuse", "--config", again / "fuse.yaml")
         assert (place / "finetuned/adapter_model.safetensors").read_bytes() == wanted
 
