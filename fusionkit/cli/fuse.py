@@ -29,7 +29,7 @@ from fusionkit.reuse.module import ReuseModule
 from fusionkit.task_vectors.family import Family
 from fusionkit.task_vectors.task_source import TaskSource
 from fusionkit.tasks.kinds import kinds_of
-from fusionkit.tasks.only import only
+from fusionkit.tasks.only import names_of, only
 from fusionkit.tasks.scores import Scores
 from fusionkit.tasks.task import Task
 
@@ -100,7 +100,7 @@ class FuseCLI(FitCLI):
             DataError: the datamodule has no `tasks`.
             FusionKitError: `--out` holds the results of another recipe.
         """
-        out, tasks = self.out, _tasks_of(self.datamodule)
+        out, tasks = self.out, names_of(self.datamodule)
         results = self._earlier(out)
         merges, lorahub = self.config_init["merges"], self.config_init["lorahub"]
         for name, settings in self._recipe["families"].items():
@@ -235,7 +235,7 @@ def fuse(
     """
     folder = None if out is None else report.local_folder(out)
     trainer = trainer or plain_trainer()
-    tasks = _tasks_of(datamodule)
+    tasks = names_of(datamodule)
     searches = lorahub is not None or bool(scales)
     batches = _batches(datamodule, trainer, tasks, search_batches) if searches else {}
     results = FusionReport(list(earlier.rows) if earlier else [])
@@ -337,14 +337,6 @@ class _Fusing:
         self.done[row.key] = row
         if self.out is not None:
             report.write_rows(self.results.flat(), self.out, "fuse")
-
-
-def _tasks_of(datamodule: Any) -> list[str]:
-    """The names of a datamodule's tasks, of which there must be some."""
-    tasks = list(getattr(datamodule, "tasks", []))
-    if not tasks:
-        raise DataError("expected a datamodule with the names of its `tasks`")
-    return tasks
 
 
 def _set_up(datamodule: Any, trainer: Trainer) -> None:

@@ -9,6 +9,18 @@ from fusionkit.errors import DataError
 from fusionkit.tasks.wrapped import DATALOADERS, Wrapped
 
 
+def names_of(datamodule: Any) -> list[str]:
+    """The names of a datamodule's tasks.
+
+    Raises:
+        DataError: it has none.
+    """
+    names = list(getattr(datamodule, "tasks", []))
+    if not names:
+        raise DataError("expected a datamodule with the names of its `tasks`")
+    return names
+
+
 def only(datamodule: Any, tasks: Sequence[str]) -> LightningDataModule:
     """A datamodule of some tasks of another, in the order asked for.
 
@@ -22,9 +34,7 @@ def only(datamodule: Any, tasks: Sequence[str]) -> LightningDataModule:
     Raises:
         DataError: it has no such task.
     """
-    present = list(getattr(datamodule, "tasks", []))
-    if not present:
-        raise DataError("expected a datamodule with the names of its `tasks`")
+    present = names_of(datamodule)
     for task in tasks:
         if task not in present:
             raise DataError(f"there is no data for task '{task}'; there is {', '.join(present)}")
