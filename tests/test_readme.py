@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TinyNet
 from safetensors.torch import save_file
+from tiny_net import TinyNet
 
 import fusionkit
 from fusionkit.cli import main as cli

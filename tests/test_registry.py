@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from conftest import TASKS, TESTS, Files, TinyNet
 from processes import together
 from program import run
+from tiny_net import TASKS, TESTS, Files, TinyNet
 
 import fusionkit
 from fusionkit import (

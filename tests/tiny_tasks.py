@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from conftest import TASKS, TinyNet
 from lightning.pytorch import LightningDataModule, Trainer
+from tiny_net import TASKS, TinyNet
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 

@@ -290,7 +290,7 @@ class ReuseModule(LightningModule):
             )
         if isinstance(self._source, Bundle):
             self._source.check(tasks)  # now, not after half of them
-        check_choice(self.metric, {*self.tasks, *self.finetuned, *tasks})
+        check_choice(self.metric, [*dict.fromkeys([*self.finetuned, *self.tasks, *tasks])])
         kinds = kinds_of(self._datamodule, tasks, self.num_classes)
         self._kinds = [kinds[task] for task in tasks]
         self.metrics = nn.ModuleList(metric_of(self.metric, task, kinds[task]) for task in tasks)

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 from checks import check_same, contents
-from conftest import TASKS, Files, TinyNet
 from safetensors.torch import save_file
+from tiny_net import TASKS, Files, TinyNet
 from torch import Tensor, nn
 
 from fusionkit import EMR, SVD, Bundle, Dense, MagnitudePrune, Mean, Merged, add_tasks

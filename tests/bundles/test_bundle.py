@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from checks import check_same, contents
-from conftest import TASKS, Files, TinyNet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny_net import TASKS, Files, TinyNet
 from torch import Tensor
 
 from fusionkit import EMR, Bundle, Checkpoint, Dense, MagnitudePrune, Mean

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from checks import contents
-from conftest import Files, TinyNet
+from tiny_net import Files, TinyNet
 from torch import Tensor
 
 from fusionkit import EMR, Bundle, Dense, MagnitudePrune, add_tasks

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from checks import check_same, contents
-from conftest import TASKS, Files, TinyNet
+from tiny_net import TASKS, Files, TinyNet
 from torch import Tensor
 
 from fusionkit import (

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 from checks import contents
-from conftest import TESTS, Files
 from processes import as_rank, forking
 from safetensors.torch import load_file, save_file
+from tiny_net import TESTS, Files
 from torch import Tensor
 
 from fusionkit import DBMS, EMR, SVD, TIES, Bundle, Dense, Elect, MagnitudePrune, Merged, Normalized
@@ -270,7 +270,7 @@ def test_the_command_line_starts_them(files: Files, tmp_path: Path) -> None:
     """As Lightning does: by --trainer.devices; the bundle is there, and reported once."""
     recipe = {
         "model": {
-            "model": {"class_path": "conftest.TinyNet"},
+            "model": {"class_path": "tiny_net.TinyNet"},
             "base": {
                 "class_path": "fusionkit.Checkpoint.of",
                 "init_args": {"source": str(files.base)},

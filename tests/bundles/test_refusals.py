@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from checks import check_same, contents
-from conftest import TASKS, TESTS, TinyNet
+from tiny_net import TASKS, TESTS, TinyNet
 from torch import Tensor
 
 from fusionkit import EMR, Dense, Mean, add_tasks

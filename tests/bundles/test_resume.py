@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from checks import contents
-from conftest import Files
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
+from tiny_net import Files
 from torch import Tensor
 
 from fusionkit import DBMS, EMR, Bundle, Dense, MagnitudePrune, Mean

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from checks import check_same
-from conftest import TASKS, TinyNet
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from processes import together
+from tiny_net import TASKS, TinyNet
 from tiny_tasks import (
     EPOCHS,
     Rows,
@@ -442,7 +442,7 @@ def calibrated(rank: int, devices: int, folder: Path) -> None:
 
 
 def _family() -> tuple[TinyNet, States]:
-    from conftest import perturbed
+    from tiny_net import perturbed
 
     torch.manual_seed(0)
     base = TinyNet().eval()

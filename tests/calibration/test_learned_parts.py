@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TASKS, TESTS, TinyNet
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
+from tiny_net import TASKS, TESTS, TinyNet
 from tiny_tasks import PRIVATE, Rows, States, kl, logits, module, opened, rows_of, settings, trainer
 from torch import Tensor
 

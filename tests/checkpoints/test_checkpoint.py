@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TinyNet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import LightningModule, Trainer
 from safetensors.torch import save_file
+from tiny_net import TinyNet
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 

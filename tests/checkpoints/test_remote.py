@@ -10,8 +10,8 @@ import fsspec
 import pytest
 import torch
 from checks import check_same, contents
-from conftest import TASKS, Files
 from safetensors.torch import load_file, save_file
+from tiny_net import TASKS, Files
 
 from fusionkit import EMR, Bundle, Checkpoint, MagnitudePrune, add_tasks
 from fusionkit.bundles.compress import compress

@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import TESTS, Files
+from tiny_net import TESTS, Files
 
 
 @pytest.fixture
 def recipe(tmp_path: Path, files: Files, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A recipe of the tiny family, its modules beside it."""
     (tmp_path / "tiny.py").write_text(
-        "from conftest import TinyNet\n"
+        "from tiny_net import TinyNet\n"
         "from tiny_tasks import Data\n"
         "import torch\n"
         "def build() -> torch.nn.Module:\n"

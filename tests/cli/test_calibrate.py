@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import TASKS, Files
 from lightning.pytorch import Callback, LightningModule, Trainer
 from program import PROGRAM, run
+from tiny_net import TASKS, Files
 from tiny_tasks import EPOCHS
 
 from fusionkit import DBMS, Bundle, MagnitudePrune

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import TASKS, Files
 from program import PROGRAM, run
 from safetensors.torch import load_file
+from tiny_net import TASKS, Files
 
 import fusionkit
 from fusionkit.cli import main as cli

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TASKS, TinyNet
 from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringDataModule
+from tiny_net import TASKS, TinyNet
 from tiny_tasks import PRIVATE, Data, Rows, States, module, settings, trainer
 from torch import Tensor
 

@@ -8,9 +8,9 @@ import fsspec
 import pytest
 import torch
 import yaml
-from conftest import TASKS, TinyNet
 from lightning.pytorch import Trainer
 from program import run
+from tiny_net import TASKS, TinyNet
 from tiny_tasks import PRIVATE, Rows, States, module, settings, trainer
 
 import fusionkit

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import TESTS
 from fits import HEAD, TARGETS, FewDigits, outputs, tiny_vit
 from lightning.pytorch import Callback, LightningModule, Trainer
 from program import PROGRAM, run, write_finetune
 from safetensors.torch import load_file
+from tiny_net import TESTS
 from torch.utils.data import DataLoader
 
 from fusionkit import Checkpoint, Family

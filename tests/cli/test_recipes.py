@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import SHARED, TESTS, zoo
 from program import run
 from safetensors.torch import load_file
+from tiny_net import SHARED, TESTS, zoo
 
 import fusionkit
 from fusionkit.checkpoints.paths import resolve_package_path

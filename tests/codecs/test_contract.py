@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TASKS, TESTS
+from tiny_net import TASKS, TESTS
 
 from fusionkit import (
     DBMS,

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TASKS, TinyNet, zoo
 from safetensors.torch import load_file
 from stacked import decoded, random_family, stack
+from tiny_net import TASKS, TinyNet, zoo
 from torch import Tensor
 
 import fusionkit

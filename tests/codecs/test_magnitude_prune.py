@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TASKS, TinyNet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from stacked import decoded, keep_largest, random_family, stack
+from tiny_net import TASKS, TinyNet
 from torch import Tensor
 
 import fusionkit

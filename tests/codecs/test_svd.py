@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import zoo
 from safetensors.torch import load_file
+from tiny_net import zoo
 from torch import Tensor
 
 import fusionkit

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TASKS, TinyNet
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from stacked import decoded, keep_largest, random_family, stack
+from tiny_net import TASKS, TinyNet
 from torch import Tensor
 
 import fusionkit

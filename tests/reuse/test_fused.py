@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TinyNet
 from fits import HEAD, TASKS, FewDigits, Fits, outputs, tiny_vit
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_net import TinyNet
 from torch import Tensor, nn
 
 import fusionkit

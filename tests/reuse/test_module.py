@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TASKS, Files, TinyNet, perturbed
 from lightning.pytorch import Trainer
+from tiny_net import TASKS, Files, TinyNet, perturbed
 from tiny_tasks import Data
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset

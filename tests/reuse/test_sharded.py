@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TASKS, TinyNet, perturbed
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from peft_adapters import CONFIGS, net, saved
 from processes import together
 from safetensors.torch import save_file
 from spread_data import Data
+from tiny_net import TASKS, TinyNet, perturbed
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from checks import check_same
-from conftest import TASKS, TinyNet, perturbed
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_net import TASKS, TinyNet, perturbed
 from torch import Tensor
 
 import fusionkit

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TASKS, Files, TinyNet
 from safetensors.torch import load_file, save_file
+from tiny_net import TASKS, Files, TinyNet
 from torch import Tensor, nn
 
 from fusionkit import Checkpoint, Family

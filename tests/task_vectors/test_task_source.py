@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TinyNet, perturbed
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_net import TinyNet, perturbed
 from torch import Tensor, nn
 
 import fusionkit

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED
+from tiny_net import SHARED
 
 from fusionkit.errors import DataError, FusionKitError
 from fusionkit.tasks.data import TaskData

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TinyNet
 from fits import HEAD, TARGETS, TASKS, FewDigits, Fits, finetune, images, outputs, tiny_vit, trainer
 from lightning.pytorch import LightningDataModule
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from tiny_net import TinyNet
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TinyNet, perturbed
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch import Trainer
 from processes import together
 from spread_data import Data
+from tiny_net import TinyNet, perturbed
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from fusionkit import EMR
