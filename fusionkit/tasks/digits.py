@@ -9,10 +9,8 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from lightning.pytorch import LightningDataModule
-from sklearn.datasets import load_digits, load_sample_images
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -29,6 +27,8 @@ _PATCH = 8
 
 def base_model() -> nn.Module:
     """The base: a ViT of 8 × 8 grey images in patches of 2 × 2, with a head of 10 classes."""
+    import timm  # here, as every recipe's start imports this file
+
     return timm.create_model(
         "vit_tiny_patch16_224",
         img_size=_PATCH,
@@ -84,6 +84,8 @@ class DigitTasks(LightningDataModule):
 
 @cache
 def _digits(test: bool) -> Rows:
+    from sklearn.datasets import load_digits
+
     digits = load_digits()
     chosen = (np.arange(len(digits.target)) % TEST_EVERY == 0) == test
     images = torch.from_numpy(digits.images[chosen]).to(torch.float32)[:, None] / 8 - 1
@@ -124,6 +126,8 @@ def _parity(test: bool) -> Rows:
 
 
 def _photo(test: bool) -> Rows:
+    from sklearn.datasets import load_sample_images
+
     patches, labels = [], []
     for label, photo in enumerate(load_sample_images().images):
         grey = torch.from_numpy(photo.copy()).to(torch.float32).mean(-1) / 127.5 - 1
