@@ -174,6 +174,7 @@ compress(base, tasks, EMR(), out, private=["head.*"], progress=progress, overwri
 """
 
 
+@pytest.mark.slow
 def test_killed(files: Files, tmp_path: Path) -> None:
     """No folder of the final name appears; a bundle that is there stays whole."""
     paths = files.finetuned.values()

@@ -179,7 +179,7 @@ JOBS: dict[str, Callable[[Path, Processes], None]] = {
 }
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[pytest.param(n, marks=pytest.mark.slow) for n in (2, 3)])
 def by_several(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Bundles by all codecs, compressed by several processes."""
     folder = tmp_path_factory.mktemp("several")

@@ -18,6 +18,7 @@ import fusionkit
 from fusionkit.cli import main as cli
 
 
+@pytest.mark.slow
 def test_the_installed_program(recipe: Path, tmp_path: Path) -> None:
     """As from a shell: exit codes, one message on stderr, no traceback, nothing left behind."""
     command = [str(PROGRAM), "compress", "--config", str(recipe)]

@@ -80,7 +80,7 @@ def evaluate_all(rank: int, count: int, out: Path) -> None:
         out.write_text(json.dumps(found))
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
 def spread_out(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """All cases evaluated by several processes, started once."""
     out = tmp_path_factory.mktemp("spread") / "scores.json"
