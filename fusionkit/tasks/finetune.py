@@ -20,6 +20,7 @@ from fusionkit.checkpoints.adapters.start import Seeded, digest
 from fusionkit.checkpoints.checkpoint import Checkpoint, matches
 from fusionkit.checkpoints.live_model import load_base
 from fusionkit.checkpoints.output_folder import new_folder
+from fusionkit.checkpoints.paths import open_path
 from fusionkit.errors import DataError, FusionKitError
 from fusionkit.tasks.kinds import kinds_of
 from fusionkit.tasks.linearize import linearize
@@ -242,7 +243,7 @@ class Finetune(LightningModule):
         """
         from peft import get_peft_model_state_dict
 
-        folder = Path(folder)
+        folder = open_path(folder)
         kind = next((file for file in KINDS if (folder / file).is_file()), WEIGHTS)
         if self.method == "full":
             with new_folder(folder, overwrite, known_by=kind) as new:

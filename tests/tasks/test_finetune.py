@@ -500,3 +500,18 @@ class TestSave:
     def test_images_are_of_every_class(self) -> None:
         """Of the fixtures themselves: comparing outputs on like images would show little."""
         assert images().flatten(1).unique(dim=0).shape[0] > 30
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_saved_at_a_url(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever fsspec reaches, and nowhere else; what is there is not written over."""
+    pytest.importorskip("upath", reason="pip install '.[test]'")
+    monkeypatch.chdir(tmp_path)
+    module = Finetune(tiny_vit(), "digit", method, private=HEAD, target_modules=TARGETS, rank=2)
+    module.prepare(only(FewDigits(), ["digit"]))
+    path = module.save(f"memory://saved/{method}")
+    with pytest.raises(BundleError, match="exists"):
+        module.save(f"memory://saved/{method}")
+    assert not list(tmp_path.iterdir())
+    found = Family(tiny_vit(), {"digit": str(path)}, HEAD)
+    assert found.tasks == ("digit",)

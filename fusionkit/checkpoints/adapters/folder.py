@@ -101,7 +101,7 @@ class AdapterFolder:
             raise CheckpointError(f"{path}: has {CONFIG} but none of {', '.join(TENSORS)}")
         self.start = _read_json(self.path / RECORD) if (self.path / RECORD).is_file() else {}
         self.files = tuple(path for path in sorted(self.path.iterdir()) if path.is_file())
-        self.tensors = _plain(Checkpoint.of(file), self.label, self.files)
+        self.tensors = _plain(Checkpoint.of(str(file)), self.label, self.files)
         self._refuse_tensors()
 
     @property
