@@ -1,6 +1,7 @@
 """The command line: the installed program, its verbs run in this process, and their recipes."""
 
 import io
+import signal
 import sys
 import warnings
 from contextlib import redirect_stderr, redirect_stdout
@@ -53,3 +54,8 @@ def write_finetune(path: Path, model: dict[str, Any], callback: str, **sections:
     }
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     return path
+
+
+def hear_interrupts() -> None:
+    """For a process about to start: Ctrl-C reaches it, even if this one was told to ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
-from program import PROGRAM, run
+from program import PROGRAM, hear_interrupts, run
 from tiny_net import TASKS, Files
 from tiny_tasks import EPOCHS
 
@@ -107,6 +107,7 @@ def test_interrupted_and_resumed(dbms: Path, tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=hear_interrupts,  # noqa: PLW1509 (no threads are at work)
     )
     assert process.stdout
     for line in process.stdout:

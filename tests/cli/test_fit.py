@@ -14,7 +14,7 @@ import torch
 import yaml
 from fits import HEAD, TARGETS, FewDigits, outputs, tiny_vit
 from lightning.pytorch import Callback, LightningModule, Trainer
-from program import PROGRAM, run, write_finetune
+from program import PROGRAM, hear_interrupts, run, write_finetune
 from safetensors.torch import load_file
 from tiny_net import TESTS
 from torch.utils.data import DataLoader
@@ -164,6 +164,7 @@ class TestResuming:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=hear_interrupts,  # noqa: PLW1509 (no threads are at work)
             env={**os.environ, "PYTHONPATH": str(TESTS)},
         )
         assert process.stdout is not None
