@@ -11,7 +11,6 @@ from fusionkit.checkpoints.adapters.layout import LoraModule, Module
 from fusionkit.checkpoints.adapters.lowrank import LowRank
 from fusionkit.checkpoints.adapters.start import start_of
 from fusionkit.checkpoints.checkpoint import Checkpoint, Pieces
-from fusionkit.errors import FamilyError
 
 
 class MergedAdapter(Checkpoint):
@@ -41,17 +40,17 @@ class MergedAdapter(Checkpoint):
         self.label, self.files, self.nbytes = self.folder.label, self.folder.files, tensors.nbytes
         self.strip_prefix, self.add_prefix = base.strip_prefix, base.add_prefix
         self.buffers, self.serial = base.buffers, base.serial
+        self.architecture, self.unread = base.architecture, base.unread
         self.specs = {**base.specs, **{name: tensors.specs[name] for name in self._whole}}
-        self.aliases = {name: to for name, to in base.aliases.items() if name not in self._whole}
         self._start: dict[str, Tensor] | None = None
         self._modules = {name: (module, name) for name, module in self.layout.by_target.items()}
-        tied = {*self.aliases, *self.aliases.values()} & self._modules.keys()
-        if tied:
-            raise FamilyError(
-                f"{self.label}: adapts '{min(tied)}', which shares its tensor with another name in "
-                "the base; merged, the adapter would change both (untie them in the base)"
-            )
         self._touched = {*self._modules, *self._whole}
+        # PEFT puts its factors beside one of two tied weights, which then are two.
+        self.aliases = {
+            name: to
+            for name, to in base.aliases.items()
+            if name not in self._touched and to not in self._touched
+        }
 
     def __getitem__(self, name: str) -> Tensor:
         """Read one tensor; one that the adapter changes or replaces, in the dtype that it had."""
@@ -66,10 +65,25 @@ class MergedAdapter(Checkpoint):
         """Read one tensor piece by piece; what the adapter changes or replaces is made whole."""
         return super().pieces(name) if name in self._touched else self.below.pieces(name)
 
+    def row(self, name: str, index: int) -> Tensor:
+        """Read one entry along a tensor's first axis; of what is changed, all is made for it."""
+        return self[name][index] if name in self._touched else self.below.row(name, index)
+
+    def row_pieces(self, name: str, index: int) -> Pieces:
+        """Read the same piece by piece."""
+        if name in self._touched:
+            return super().row_pieces(name, index)
+        return self.below.row_pieces(name, index)
+
     def prefetch(self, name: str) -> None:
         """Have a tensor of the base read ahead."""
         if name in self.below:
             self.below.prefetch(name)
+
+    def prefetch_row(self, name: str, index: int) -> None:
+        """Have one entry of a tensor of the base read ahead."""
+        if name in self.below:
+            self.below.prefetch_row(name, index)
 
     @property
     def stored(self) -> Checkpoint:
@@ -100,6 +114,12 @@ class MergedAdapter(Checkpoint):
             return product.dense(shape)  # the base's need not be read
         module, target = self._modules[name]
         return module.delta(target, self.below[name], *self._tensors(module))
+
+    def row_delta(self, name: str, index: int) -> Tensor | None:
+        """The change of one entry along the first axis, float32 `(*shape[1:])`."""
+        if name not in self._touched:
+            return torch.zeros(self.specs[name].shape[1:])
+        return super().row_delta(name, index)
 
     def low_rank(self, name: str) -> LowRank | None:
         """The change of a weight as a product; None where it is not one."""
