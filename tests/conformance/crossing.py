@@ -116,9 +116,12 @@ Sink = Callable[[Sources, fusionkit.Bundle, Wanted, Path], str]
 
 
 def read(sources: Sources, bundle: fusionkit.Bundle, wanted: Wanted, folder: Path) -> str:
-    """Load the bundle's state dict into the class."""
+    """Load the bundle's state dict into the class; what the class never saves may be absent."""
     model = copy.deepcopy(sources.base)
-    model.load_state_dict(bundle.state_dict("task"))
+    keys = model.load_state_dict(bundle.state_dict("task"), strict=False)
+    unsaved = getattr(model, "_keys_to_ignore_on_save", None) or set()
+    if wrong := [*keys.unexpected_keys, *(k for k in keys.missing_keys if k not in unsaved)]:
+        return f"other names: {wrong[:4]}"
     return wanted.difference(models.outputs(sources.row, model), model.state_dict())
 
 

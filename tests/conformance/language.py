@@ -283,6 +283,7 @@ SEQ2SEQS = [
         {**SEQ2SEQ, "decoder_start_token_id": 0},
         pairs,
         ("q_proj", "v_proj", "fc1"),
+        remark="positions that folders don't hold",
     ),
     ModelFamily(
         "Pegasus",
