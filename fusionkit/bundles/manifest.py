@@ -57,6 +57,7 @@ class BaseRecord:
         tied: tied name → name of the tensor that it shares.
         space: where adapters are what is compressed, how they make the base's weights; their
             initial tensors are among `tensors`.
+        variant: as given to `Checkpoint.of`.
     """
 
     source: str
@@ -65,6 +66,7 @@ class BaseRecord:
     tensors: dict[str, BaseTensor]
     tied: dict[str, str]
     space: AdapterSpace | None = None
+    variant: str = ""
 
     def __post_init__(self) -> None:
         if unknown := set(self.tied.values()) - self.tensors.keys():
@@ -88,7 +90,13 @@ class BaseRecord:
             for name, role in family.roles.items()
         }
         return cls(
-            base.label, base.strip_prefix, base.add_prefix, tensors, family.tied, family.space
+            source=base.label,
+            strip_prefix=base.strip_prefix,
+            add_prefix=base.add_prefix,
+            tensors=tensors,
+            tied=family.tied,
+            space=family.space,
+            variant=base.variant,
         )
 
     @property
@@ -231,6 +239,8 @@ class Manifest:
             if record["calibration"] is None:
                 record.pop("calibration")
         content["base"].pop("space")
+        if not self.base.variant:
+            content["base"].pop("variant")
         if self.base.space:
             content["base"]["space"] = self.base.space.to_json()
         return json.dumps({**content, "checksum": _checksum(content)}, indent=1) + "\n"
@@ -290,6 +300,7 @@ class Manifest:
                 tensors={name: BaseTensor(**tensor) for name, tensor in base["tensors"].items()},
                 tied=base["tied"],
                 space=AdapterSpace.from_json(base["space"]) if base.get("space") else None,
+                variant=base.get("variant", ""),
             ),
             private=content["private"],
             frozen=content["frozen"],
@@ -305,7 +316,7 @@ def reopen_base(record: BaseRecord) -> Checkpoint:
         BundleError: it was not a path, or is no longer there.
     """
     try:
-        return Checkpoint.of(record.source, record.strip_prefix, record.add_prefix)
+        return Checkpoint.of(record.source, record.strip_prefix, record.add_prefix, record.variant)
     except Exception as error:
         raise BundleError(
             f"the bundle's base ({record.source}) can't be opened from here; a bundle does not "

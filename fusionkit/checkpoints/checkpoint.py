@@ -1,6 +1,6 @@
 """Weights by name, read one tensor at a time: what every kind of checkpoint is."""
 
-from abc import ABC, abstractmethod
+from abc import ABCMeta
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,13 +9,13 @@ from glob import escape as glob_escape
 from glob import glob
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from fusionkit.checkpoints.adapters.lowrank import LowRank
-from fusionkit.checkpoints.paths import glob_remote, is_remote, resolve_package_path
+from fusionkit.checkpoints.paths import glob_remote, is_remote, written_out
 from fusionkit.errors import CheckpointError
 
 Source = str | Path | nn.Module | Mapping[str, Tensor]
@@ -24,6 +24,9 @@ Source = str | Path | nn.Module | Mapping[str, Tensor]
 Pieces = Callable[[slice], Tensor]
 """Reads some neighbouring entries of one tensor, flattened, in its own dtype; not to be changed,
 and valid until the next call."""
+
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,18 @@ class TensorSpec:
         return self.numel * self.dtype.itemsize
 
 
-class Checkpoint(Mapping[str, Tensor], ABC):
-    """A model's tensors by name, read one at a time; `Checkpoint.of` opens one.
+class _Opening(ABCMeta):
+    """Has `Checkpoint(…)` open a source by the class of its kind, as `pathlib.Path(…)` does."""
+
+    def __call__(cls: type[Made], *args: Any, **kwargs: Any) -> Made:
+        """Open a source, where it is `Checkpoint` itself that is called."""
+        if cls is Checkpoint:
+            return cast(Made, Checkpoint.of(*args, **kwargs))
+        return cast(Made, type.__call__(cls, *args, **kwargs))
+
+
+class Checkpoint(Mapping[str, Tensor], metaclass=_Opening):
+    """A model's tensors by name, read one at a time; `Checkpoint.of`, or a call, opens one.
 
     Every kind of source has a class of its own, which says what is known of it and how a tensor
     is read. Names that share one tensor (tied weights) are listed in `aliases`; they are entries
@@ -62,6 +75,7 @@ class Checkpoint(Mapping[str, Tensor], ABC):
         live: others can change the tensors while they are read from here: a module or mapping.
         strip_prefix: what was taken off the source's names.
         add_prefix: what was put in front of them.
+        variant: which of a folder's weights they are; empty for those without one.
     """
 
     label: str
@@ -74,25 +88,27 @@ class Checkpoint(Mapping[str, Tensor], ABC):
     live: bool = False
     strip_prefix: str = ""
     add_prefix: str = ""
-    opener: ClassVar[Callable[["Source", str, str], "Checkpoint"]]
+    variant: str = ""
+    opener: ClassVar[Callable[["Source", str, str, str], "Checkpoint"]]
     """What `of` calls; `opening`, which knows every kind of checkpoint, puts it here."""
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Refuse to make a checkpoint of no kind.
+    def __init__(
+        self, source: Source, strip_prefix: str = "", add_prefix: str = "", variant: str = ""
+    ) -> None:
+        """`Checkpoint(…)` is `Checkpoint.of(…)`; a class derived from it has its own.
 
-        Raises:
-            CheckpointError: it is `Checkpoint` itself that is called.
+        Args:
+            source: see `of`.
+            strip_prefix: see `of`.
+            add_prefix: see `of`.
+            variant: see `of`.
         """
-        if cls is Checkpoint:
-            raise CheckpointError(
-                "Checkpoint has a class for each kind of source, and Checkpoint.of chooses it: "
-                "write Checkpoint.of(…) for Checkpoint(…), and in a recipe "
-                "`class_path: fusionkit.Checkpoint.of` for `class_path: Checkpoint`"
-            )
-        return super().__new__(cls)
+        raise NotImplementedError(f"{type(self).__name__} has no __init__ of its own")
 
     @classmethod
-    def of(cls, source: Source, strip_prefix: str = "", add_prefix: str = "") -> "Checkpoint":
+    def of(
+        cls, source: Source, strip_prefix: str = "", add_prefix: str = "", variant: str = ""
+    ) -> "Checkpoint":
         """Open a source, whatever it is.
 
         Reads a safetensors file, a (sharded) Hugging Face folder or its index, a PyTorch
@@ -108,15 +124,22 @@ class Checkpoint(Mapping[str, Tensor], ABC):
                 (`model.` for many Lightning checkpoints).
             add_prefix: put in front of every name (`bert.` to give a bare encoder the names that
                 it has inside a classifier).
+            variant: of a folder's weights, as in `from_pretrained`: `fp16` for
+                `model.fp16.safetensors`.
 
         Raises:
-            CheckpointError: the source can't be read; the message names the file and the mend.
+            CheckpointError: the source can't be read, or the folder holds two models; the message
+                names the file and the mend.
         """
-        return cls.opener(source, strip_prefix, add_prefix)
+        return cls.opener(source, strip_prefix, add_prefix, variant)
 
-    @abstractmethod
     def __getitem__(self, name: str) -> Tensor:
-        """Read one tensor in its own dtype; it may share memory with a live source."""
+        """Read one tensor in its own dtype; it may share memory with a live source.
+
+        Every kind has its own. (It is not marked abstract, so that type checkers and recipes let
+        `Checkpoint(…)` be called.)
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say how a tensor is read")
 
     def pieces(self, name: str) -> Pieces:
         """Read a tensor piece by piece; from a safetensors file, no more of it is in memory."""
@@ -181,6 +204,7 @@ class Copied(Checkpoint):
         self.specs = source.specs
         self.aliases = dict(source.aliases)  # the class's own can't be pickled
         self.strip_prefix, self.add_prefix = source.strip_prefix, source.add_prefix
+        self.variant = source.variant
         own: dict[str, Tensor] = {}
         for name in source:
             if name not in source.aliases:
@@ -234,7 +258,7 @@ def find_checkpoints(pattern: str) -> dict[str, str]:
     """
     if pattern.count("*") != 1 or "**" in pattern:
         raise CheckpointError(f"{pattern}: expected exactly one '*', for the task's name")
-    before, after = resolve_package_path(pattern).split("*")
+    before, after = written_out(pattern).split("*")
     if is_remote(pattern):
         names = glob_remote(pattern)
         if not names:

@@ -7,6 +7,8 @@ from torch import nn
 
 from fusionkit.checkpoints.checkpoint import Checkpoint, Source
 from fusionkit.checkpoints.in_memory import LiveModel, TensorMapping
+from fusionkit.checkpoints.model_folder import file_of_folder, is_index
+from fusionkit.checkpoints.path_text import expanded
 from fusionkit.checkpoints.paths import open_path
 from fusionkit.checkpoints.pickle_file import PickleFile
 from fusionkit.checkpoints.safetensors_file import SafetensorsFile
@@ -15,17 +17,13 @@ from fusionkit.checkpoints.view import renamed
 from fusionkit.errors import CheckpointError
 
 _PICKLES = {".pt", ".pth", ".bin", ".ckpt"}
-_FOLDER_FILES = (
-    "model.safetensors.index.json",
-    "model.safetensors",
-    "pytorch_model.bin.index.json",
-    "pytorch_model.bin",
-)
 
 
-def open_source(source: Source, strip_prefix: str = "", add_prefix: str = "") -> Checkpoint:
+def open_source(
+    source: Source, strip_prefix: str = "", add_prefix: str = "", variant: str = ""
+) -> Checkpoint:
     """Open a source by the class of its kind; see `Checkpoint.of`."""
-    opened = _open(source)
+    opened = _open(source, variant)
     if not any(name.startswith(strip_prefix) for name in opened):
         raise CheckpointError(
             f"{opened.label}: holds no tensor"
@@ -34,41 +32,44 @@ def open_source(source: Source, strip_prefix: str = "", add_prefix: str = "") ->
     return renamed(opened, strip_prefix, add_prefix) if strip_prefix or add_prefix else opened
 
 
-def _open(source: Source) -> Checkpoint:
+def _open(source: Source, variant: str) -> Checkpoint:
+    if isinstance(source, str | Path):
+        return _open_path(str(source), variant)
+    if variant:
+        raise CheckpointError(
+            f"variant '{variant}': chooses among a folder's files, and the source is no folder "
+            f"({type(source).__name__}); leave it out"
+        )
     if isinstance(source, Checkpoint):
         return source
     if isinstance(source, nn.Module):
         return LiveModel(source)
     if isinstance(source, Mapping):
         return TensorMapping(source)
-    if not isinstance(source, str | Path):
-        raise CheckpointError(
-            f"expected a path, a module or a mapping of tensors, got {type(source).__name__}"
-        )
-    label, path = str(source), open_path(str(source))
+    raise CheckpointError(
+        f"expected a path, a module or a mapping of tensors, got {type(source).__name__}"
+    )
+
+
+def _open_path(source: str, variant: str) -> Checkpoint:
+    label, path = expanded(source), open_path(source)
     if path.is_dir():
-        path = _file_of_folder(path)
+        path = file_of_folder(path, variant, lambda file: _open_file(file, str(file)))
+    elif variant:
+        raise CheckpointError(
+            f"{path}: variant '{variant}' chooses among a folder's files, and this is no folder; "
+            "leave it out"
+        )
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; check the path (relative to {Path.cwd()})")
-    if path.name.endswith(".index.json"):
-        return Shards(path, label, lambda shard: _open_file(shard, label))
-    return _open_file(path, label)
-
-
-def _file_of_folder(folder: Path) -> Path:
-    for name in _FOLDER_FILES:
-        if (folder / name).is_file():
-            return folder / name
-    found = sorted(folder.glob("*.safetensors"))
-    if len(found) == 1 and not (folder / "adapter_config.json").is_file():
-        return found[0]
-    hint = "several .safetensors files and no index" if len(found) > 1 else "no checkpoint file"
-    if (folder / "adapter_config.json").is_file():
-        hint = "a PEFT adapter, not a full checkpoint (give the folder as a fine-tuned model)"
-    raise CheckpointError(f"{folder}: {hint}; expected one of {', '.join(_FOLDER_FILES)}")
+    opened = _open_file(path, label)
+    opened.variant = variant
+    return opened
 
 
 def _open_file(path: Path, label: str) -> Checkpoint:
+    if is_index(path):
+        return Shards(path, label, lambda shard: _open_file(shard, label))
     if path.suffix == ".safetensors":
         return SafetensorsFile(path, label)
     if path.suffix in _PICKLES:
