@@ -66,7 +66,7 @@ class BaseRecord:
     tensors: dict[str, BaseTensor]
     tied: dict[str, str]
     space: AdapterSpace | None = None
-    variant: str = ""
+    variant: str | None = None
 
     def __post_init__(self) -> None:
         if unknown := set(self.tied.values()) - self.tensors.keys():
@@ -300,7 +300,7 @@ class Manifest:
                 tensors={name: BaseTensor(**tensor) for name, tensor in base["tensors"].items()},
                 tied=base["tied"],
                 space=AdapterSpace.from_json(base["space"]) if base.get("space") else None,
-                variant=base.get("variant", ""),
+                variant=base.get("variant"),
             ),
             private=content["private"],
             frozen=content["frozen"],

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fusionkit.checkpoints.adapters.lowrank import LowRank
+from fusionkit.checkpoints.path_text import forms, one_form
 from fusionkit.checkpoints.paths import glob_remote, is_remote, written_out
 from fusionkit.errors import CheckpointError
 
@@ -75,7 +76,7 @@ class Checkpoint(Mapping[str, Tensor], metaclass=_Opening):
         live: others can change the tensors while they are read from here: a module or mapping.
         strip_prefix: what was taken off the source's names.
         add_prefix: what was put in front of them.
-        variant: which of a folder's weights they are; empty for those without one.
+        variant: which of a folder's weights they are; None for those without one.
     """
 
     label: str
@@ -88,12 +89,16 @@ class Checkpoint(Mapping[str, Tensor], metaclass=_Opening):
     live: bool = False
     strip_prefix: str = ""
     add_prefix: str = ""
-    variant: str = ""
-    opener: ClassVar[Callable[["Source", str, str, str], "Checkpoint"]]
+    variant: str | None = None
+    opener: ClassVar[Callable[["Source", str, str, str | None], "Checkpoint"]]
     """What `of` calls; `opening`, which knows every kind of checkpoint, puts it here."""
 
     def __init__(
-        self, source: Source, strip_prefix: str = "", add_prefix: str = "", variant: str = ""
+        self,
+        source: Source,
+        strip_prefix: str = "",
+        add_prefix: str = "",
+        variant: str | None = None,
     ) -> None:
         """`Checkpoint(…)` is `Checkpoint.of(…)`; a class derived from it has its own.
 
@@ -107,7 +112,11 @@ class Checkpoint(Mapping[str, Tensor], metaclass=_Opening):
 
     @classmethod
     def of(
-        cls, source: Source, strip_prefix: str = "", add_prefix: str = "", variant: str = ""
+        cls,
+        source: Source,
+        strip_prefix: str = "",
+        add_prefix: str = "",
+        variant: str | None = None,
     ) -> "Checkpoint":
         """Open a source, whatever it is.
 
@@ -251,23 +260,38 @@ def find_checkpoints(pattern: str) -> dict[str, str]:
         pattern: a path such as `models/*/model.safetensors`.
 
     Returns:
-        task name → path, sorted by name.
+        task name (in Unicode's composed form, as keyboards write it) → path, sorted by name.
 
     Raises:
-        CheckpointError: there is not exactly one `*`, or nothing matches.
+        CheckpointError: there is not exactly one `*`, nothing matches, or two names differ in
+            their Unicode form alone.
     """
-    if pattern.count("*") != 1 or "**" in pattern:
+    path = written_out(pattern)
+    if path.count("*") != 1 or "**" in path:
         raise CheckpointError(f"{pattern}: expected exactly one '*', for the task's name")
-    before, after = written_out(pattern).split("*")
-    if is_remote(pattern):
-        names = glob_remote(pattern)
-        if not names:
-            raise CheckpointError(f"{pattern}: nothing matches")
-        return {name: before + name + after for name in names}
-    found = sorted(glob(glob_escape(before) + "*" + glob_escape(after)))
+    if is_remote(path):
+        before, after = path.split("*")
+        return _by_task(pattern, {name: before + name + after for name in glob_remote(path)})
+    for form in forms(path):
+        before, after = form.split("*")
+        found = sorted(glob(glob_escape(before) + "*" + glob_escape(after)))
+        if found:
+            end = -len(after) or None
+            return _by_task(pattern, {path[len(before) : end]: path for path in found})
+    raise CheckpointError(f"{pattern}: nothing matches (relative to {Path.cwd()})")
+
+
+def _by_task(pattern: str, found: Mapping[str, str]) -> dict[str, str]:
     if not found:
-        raise CheckpointError(f"{pattern}: nothing matches (relative to {Path.cwd()})")
-    return {path[len(before) : len(path) - len(after) or None]: path for path in found}
+        raise CheckpointError(f"{pattern}: nothing matches")
+    named: dict[str, str] = {}
+    for name, path in found.items():
+        if (other := named.setdefault(one_form(name), path)) is not path:
+            raise CheckpointError(
+                f"{pattern}: {other!a} and {path!a} name one task in two Unicode forms; "
+                "rename one of them"
+            )
+    return named
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:

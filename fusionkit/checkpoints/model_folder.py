@@ -34,12 +34,12 @@ def is_index(path: Path) -> bool:
     return _INDEX.fullmatch(path.name) is not None
 
 
-def file_of_folder(folder: Path, variant: str, opened: Callable[[Path], Checkpoint]) -> Path:
+def file_of_folder(folder: Path, variant: str | None, opened: Callable[[Path], Checkpoint]) -> Path:
     """The file or index that a folder means.
 
     Args:
         folder: the folder.
-        variant: as of `from_pretrained`; empty for the weights without one.
+        variant: as of `from_pretrained`; None for the weights without one.
         opened: opens one of the folder's files, or an index.
 
     Raises:
@@ -78,7 +78,7 @@ def _told_by_config(folder: Path) -> Path | None:
 
 
 def _first(
-    folder: Path, stem: str, pickle: str, variant: str, opened: Callable[[Path], Checkpoint]
+    folder: Path, stem: str, pickle: str, variant: str | None, opened: Callable[[Path], Checkpoint]
 ) -> Path | None:
     """What one of the libraries would load."""
     for kind, name in zip(_KINDS, (stem, pickle), strict=True):
@@ -93,7 +93,7 @@ def _first(
     return None
 
 
-def _with_variant(name: str, variant: str) -> str:
+def _with_variant(name: str, variant: str | None) -> str:
     """A file's name with a variant, as both libraries write it."""
     stem, _, last = name.rpartition(".")
     return f"{stem}.{variant}.{last}" if variant else name
@@ -130,7 +130,7 @@ def _only(folder: Path) -> list[Path]:
     return [] if _VARIANT.fullmatch(name) or _SHARD.fullmatch(name) else found
 
 
-def _reason(folder: Path, variant: str) -> str:
+def _reason(folder: Path, variant: str | None) -> str:
     """Why a folder means no file, and what to give instead."""
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     below = sorted(path.name for path in folder.iterdir() if path.is_dir() and _has_weights(path))
@@ -148,7 +148,7 @@ def _reason(folder: Path, variant: str) -> str:
     return f"no checkpoint file; expected {_EXPECTED}"
 
 
-def _reason_of_weights(names: list[str], variant: str) -> str | None:
+def _reason_of_weights(names: list[str], variant: str | None) -> str | None:
     """Why none of a folder's files is meant; None where none holds weights."""
     weights = [name for name in names if name.endswith(".safetensors")]
     matches = [match for match in map(_VARIANT.fullmatch, names) if match]

@@ -20,7 +20,7 @@ _PICKLES = {".pt", ".pth", ".bin", ".ckpt"}
 
 
 def open_source(
-    source: Source, strip_prefix: str = "", add_prefix: str = "", variant: str = ""
+    source: Source, strip_prefix: str = "", add_prefix: str = "", variant: str | None = None
 ) -> Checkpoint:
     """Open a source by the class of its kind; see `Checkpoint.of`."""
     opened = _open(source, variant)
@@ -32,7 +32,7 @@ def open_source(
     return renamed(opened, strip_prefix, add_prefix) if strip_prefix or add_prefix else opened
 
 
-def _open(source: Source, variant: str) -> Checkpoint:
+def _open(source: Source, variant: str | None) -> Checkpoint:
     if isinstance(source, str | Path):
         return _open_path(str(source), variant)
     if variant:
@@ -51,7 +51,7 @@ def _open(source: Source, variant: str) -> Checkpoint:
     )
 
 
-def _open_path(source: str, variant: str) -> Checkpoint:
+def _open_path(source: str, variant: str | None) -> Checkpoint:
     label, path = expanded(source), open_path(source)
     if path.is_dir():
         path = file_of_folder(path, variant, lambda file: _open_file(file, str(file)))

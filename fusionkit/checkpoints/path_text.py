@@ -8,10 +8,12 @@ import os
 import re
 import unicodedata
 from pathlib import Path
+from typing import Literal
 
 from fusionkit.errors import FusionKitError
 
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([^}/]*)\})", re.ASCII)
+_FORMS: tuple[Literal["NFC"], Literal["NFD"]] = ("NFC", "NFD")
 _NAME_BYTES = 255
 """What file systems take as the name of one file."""
 
@@ -66,6 +68,16 @@ def in_its_form(path: Path) -> Path:
     return found
 
 
+def forms(text: str) -> list[str]:
+    """A text as it is, then in the Unicode forms in which it may be on disk."""
+    return list(dict.fromkeys([text, *(unicodedata.normalize(form, text) for form in _FORMS)]))
+
+
+def one_form(text: str) -> str:
+    """A text in the form in which two that look the same are the same."""
+    return unicodedata.normalize(_FORMS[0], text)
+
+
 def beside(path: Path, ending: str) -> Path:
     """Where to write what is not whole yet: `.NAME.ENDING`, beside a path.
 
@@ -100,9 +112,9 @@ def _with_variables(path: str) -> str:
 
 def _other_form(folder: Path, name: str) -> str:
     """A name as a folder has it in another Unicode form; itself where it has none."""
-    plain = unicodedata.normalize("NFC", name)
+    plain = one_form(name)
     try:
         there = sorted(os.listdir(folder))
     except OSError:
         return name
-    return next((each for each in there if unicodedata.normalize("NFC", each) == plain), name)
+    return next((each for each in there if one_form(each) == plain), name)

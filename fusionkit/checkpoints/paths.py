@@ -121,7 +121,7 @@ def local_copy(path: Path, key: str) -> Path:
     if not copy.exists():
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as temporary:
-            fetched = Path(temporary) / path.name
+            fetched = Path(temporary) / "fetched"
             copy_file(path, fetched)
             fetched.replace(copy)
     return copy

@@ -24,7 +24,7 @@ def export(
     base: str | None = None,
     strip_prefix: str = "",
     add_prefix: str = "",
-    variant: str = "",
+    variant: str | None = None,
     format: Literal["model", "peft"] = "model",  # noqa: A002
     rank: int | None = None,
     lora_only: bool = False,

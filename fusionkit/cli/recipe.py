@@ -29,9 +29,6 @@ _MENDS = {
         "init_args\nA recipe of fine-tuned checkpoints and a codec is for 'fusionkit calibrate', "
         "or for 'fusionkit compress'"
     ),
-    r"Checkpoint is abstract": (
-        "`class_path: fusionkit.Checkpoint.of` opens a checkpoint of any kind"
-    ),
     r"'model' does not accept option 'calibration": (
         "`calibration` is a section of its own, beside `model`: --calibration.rows, say"
     ),
@@ -122,7 +119,7 @@ class RecipeCLI(LightningCLI):
             FusionKitError: `--out` is a URL.
         """
         self.config = parser.parse_args(args)
-        report.local_folder(self.config["out"])
+        self.config["out"] = str(report.local_folder(self.config["out"]))
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The Trainer's, the module's and a datamodule's arguments."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fusionkit.checkpoints.paths import written_out
+from fusionkit.checkpoints.paths import open_path, written_out
 from fusionkit.errors import DataError
 from fusionkit.tasks.classification import Classification
 from fusionkit.tasks.data import Split, TaskData
@@ -153,7 +153,7 @@ class TextClassification(TextData):
         if path is None:
             return sorted({label for label, _ in _read_rows(self.paths[task] / "train.tsv.gz")})
         try:
-            names = json.loads(Path(path).read_text(encoding="utf-8"))["labels"]
+            names = json.loads(open_path(path).read_text(encoding="utf-8"))["labels"]
             if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
                 raise TypeError("'labels' is not a list of strings")  # noqa: TRY301
         except (OSError, ValueError, KeyError, TypeError) as error:
