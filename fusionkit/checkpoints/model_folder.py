@@ -17,6 +17,7 @@ from fusionkit.errors import CheckpointError
 
 _LIBRARIES = (("model", "pytorch_model"), ("diffusion_pytorch_model", "diffusion_pytorch_model"))
 """Of transformers and diffusers: what safetensors files and pickles are called."""
+_ADAPTER, _PIPELINE = "adapter_config.json", "model_index.json"
 _KINDS = ("safetensors", "bin")
 _EXPECTED = "model.safetensors, model.safetensors.index.json, pytorch_model.bin or its index"
 
@@ -57,6 +58,11 @@ def file_of_folder(folder: Path, variant: str | None, opened: Callable[[Path], C
         found = _only(folder)
     if not found:
         raise CheckpointError(f"{folder}: {_reason(folder, variant)}")
+    if (folder / _ADAPTER).is_file():
+        raise CheckpointError(
+            f"{folder}: holds {found[0].name} and an adapter ({_ADAPTER}), which from_pretrained "
+            f"adds to it; give {found[0]} for the model without the adapter"
+        )
     return found[0]
 
 
@@ -123,8 +129,7 @@ def _refuse_two(
 def _only(folder: Path) -> list[Path]:
     """The one safetensors file of a folder, whatever it is called; but not of an adapter."""
     found = list(folder.glob("*.safetensors"))
-    other = ("adapter_config.json", "model_index.json")
-    if len(found) != 1 or any((folder / name).is_file() for name in other):
+    if len(found) != 1 or any((folder / name).is_file() for name in (_ADAPTER, _PIPELINE)):
         return []
     name = found[0].name
     return [] if _VARIANT.fullmatch(name) or _SHARD.fullmatch(name) else found
@@ -134,12 +139,12 @@ def _reason(folder: Path, variant: str | None) -> str:
     """Why a folder means no file, and what to give instead."""
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     below = sorted(path.name for path in folder.iterdir() if path.is_dir() and _has_weights(path))
-    if "adapter_config.json" in names:
+    if _ADAPTER in names:
         return (
             "a PEFT adapter, not a full checkpoint (give the folder as a fine-tuned model); "
             f"expected {_EXPECTED}"
         )
-    if "model_index.json" in names:
+    if _PIPELINE in names:
         return f"a diffusers pipeline; give the folder of one component: {', '.join(below)}"
     if reason := _reason_of_weights(names, variant):
         return reason

@@ -21,7 +21,8 @@ _NAME_BYTES = 255
 def expanded(path: str) -> str:
     """Write out `~`, `~user`, `$NAME` and `${NAME}`, as a shell would.
 
-    Folders that are there under a name with a `$` are taken as they are.
+    Folders that are there under a name with a `$`, or with a `~` that stands for no user, are
+    taken as they are.
 
     Raises:
         FusionKitError: there is no such variable or user.
@@ -30,10 +31,10 @@ def expanded(path: str) -> str:
     if not text.startswith("~"):
         return text
     home = os.path.expanduser(text)  # of Path.expanduser the error names no path
-    if home.startswith("~") and not os.path.lexists(text):
-        user = text[1:].partition("/")[0]
+    first = text.partition("/")[0]
+    if home.startswith("~") and not os.path.lexists(first):
         raise FusionKitError(
-            f"{path}: no user '{user}' has a home directory here; check the name, or write the "
+            f"{path}: no user '{first[1:]}' has a home directory here; check the name, or write the "
             f"path out (a name that begins with '~' as {Path.cwd() / text})"
         )
     return home if not home.startswith("~") else str(Path.cwd() / home)
