@@ -34,8 +34,8 @@ def expanded(path: str) -> str:
     first = text.partition("/")[0]
     if home.startswith("~") and not os.path.lexists(first):
         raise FusionKitError(
-            f"{path}: no user '{first[1:]}' has a home directory here; check the name, or write the "
-            f"path out (a name that begins with '~' as {Path.cwd() / text})"
+            f"{path}: no user '{first[1:]}' has a home directory here; check the name, or write "
+            f"the path out (a name that begins with '~' as {Path.cwd() / text})"
         )
     return home if not home.startswith("~") else str(Path.cwd() / home)
 

@@ -7,6 +7,7 @@ LightningModule that trains), `data` any LightningDataModule, `trainer` the Ligh
 
 import logging
 import re
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -178,6 +179,12 @@ def _cause(error: BaseException) -> BaseException:
     """FusionKit's own error among the causes of another, or else that error."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, FusionKitError):
+        # Of the types that a value may have, the parser passes on what the first one said; why a
+        # Checkpoint can't be opened is among what the others did.
+        for frame, _ in traceback.walk_tb(cause.__traceback__):
+            for each in frame.f_locals.get("exceptions", ()):
+                if isinstance(found := _cause(each), FusionKitError):
+                    return found
         cause = cause.__cause__ or cause.__context__
     return cause or error
 
