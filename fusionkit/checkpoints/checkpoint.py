@@ -27,6 +27,9 @@ Pieces = Callable[[slice], Tensor]
 """Reads some neighbouring entries of one tensor, flattened, in its own dtype; not to be changed,
 and valid until the next call."""
 
+_PIECE = 1 << 20
+"""Entries that are compared at once."""
+
 
 Made = TypeVar("Made")
 
@@ -335,3 +338,26 @@ def _by_task(pattern: str, found: Mapping[str, str]) -> dict[str, str]:
 def matches(name: str, patterns: Sequence[str]) -> bool:
     """Whether a tensor's name matches one of the shell-style patterns (case matters)."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def same_values(one: Checkpoint, name: str, two: Checkpoint, other: str) -> bool:
+    """Whether two tensors are equal to the bit, shape and dtype too; read piece by piece.
+
+    Args:
+        one: the checkpoint that has the first one.
+        name: its name there.
+        two: the checkpoint that has the second one; may be the same.
+        other: its name there.
+    """
+    spec = one.specs.get(name)
+    if spec is None or spec != two.specs.get(other):
+        return False
+    if one is two and one.aliases.get(name, name) == one.aliases.get(other, other):
+        return True
+    first, second = one.pieces(name), two.pieces(other)
+    places = (slice(at, min(at + _PIECE, spec.numel)) for at in range(0, spec.numel, _PIECE))
+    return all(torch.equal(_bytes(first(place)), _bytes(second(place))) for place in places)
+
+
+def _bytes(values: Tensor) -> Tensor:
+    return values.contiguous().view(torch.uint8)
