@@ -14,13 +14,13 @@ compressed or merged, and free to differ in shape or to be absent from the base.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
-from pathlib import Path
 from typing import Literal, Self, TypeVar
 
 import torch
 from torch import Tensor
 
-from fusionkit.checkpoints.adapters.folder import is_adapter
+from fusionkit.checkpoints.adapters.adapter import Adapter
+from fusionkit.checkpoints.adapters.finding import open_base, open_finetuned
 from fusionkit.checkpoints.adapters.merged import MergedAdapter
 from fusionkit.checkpoints.adapters.modules import Adapters, AdapterSpace, open_space
 from fusionkit.checkpoints.checkpoint import Checkpoint, Source, TensorSpec, matches
@@ -84,7 +84,7 @@ class Family:
     ) -> None:
         if not finetuned:
             raise FamilyError("expected at least one fine-tuned checkpoint, got none")
-        self.base = Checkpoint.of(base)
+        self.base = open_base(base)
         self.space: AdapterSpace | None = None
         if adapters == "modules":
             self.base, self.finetuned, self.space = open_space(self.base, finetuned)
@@ -280,9 +280,8 @@ class Family:
             checkpoint.prefetch(self._name_in(checkpoint, name))
 
     def _open(self, source: Source | Checkpoint) -> Checkpoint:
-        if isinstance(source, str | Path) and is_adapter(source):
-            return MergedAdapter(self.base, source)
-        return Checkpoint.of(source)
+        opened = open_finetuned(source, self.base)
+        return MergedAdapter(self.base, opened) if isinstance(opened, Adapter) else opened
 
     def _checkpoint(self, task: str) -> Checkpoint:
         if task not in self.finetuned:

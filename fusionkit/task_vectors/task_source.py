@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fusionkit.checkpoints.adapters.layout import Module
+from fusionkit.checkpoints.adapters.kinds import Module
 from fusionkit.checkpoints.adapters.modules import AdapterSpace
 from fusionkit.errors import BundleError
 from fusionkit.task_vectors.family import Role

@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from fusionkit.checkpoints.adapters.folder import CONFIG, LINEARIZED, RECORD, TENSORS, AdapterFolder
+from fusionkit.checkpoints.adapters.adapter import CONFIG, LINEARIZED
+from fusionkit.checkpoints.adapters.folder import RECORD, TENSORS, AdapterFolder
 from fusionkit.checkpoints.adapters.start import Seeded, digest
 from fusionkit.checkpoints.checkpoint import Checkpoint, matches
 from fusionkit.checkpoints.live_model import load_base

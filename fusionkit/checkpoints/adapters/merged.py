@@ -1,13 +1,12 @@
 """A PEFT adapter merged into its base, read lazily like any other checkpoint."""
 
 from copy import copy
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fusionkit.checkpoints.adapters.folder import AdapterFolder
-from fusionkit.checkpoints.adapters.layout import LoraModule, Module
+from fusionkit.checkpoints.adapters.adapter import Adapter
+from fusionkit.checkpoints.adapters.kinds import LoraModule, Module
 from fusionkit.checkpoints.adapters.lowrank import LowRank
 from fusionkit.checkpoints.adapters.start import start_of
 from fusionkit.checkpoints.checkpoint import Checkpoint, Pieces
@@ -21,24 +20,24 @@ class MergedAdapter(Checkpoint):
 
     Args:
         base: the base model.
-        path: the adapter's folder.
+        adapter: the adapter.
 
     Attributes:
         below: the base.
-        folder: the adapter's folder.
+        adapter: the adapter.
         layout: what the adapter does to the base.
 
     Raises:
-        CheckpointError: the folder can't be read, or is of a kind that is not known.
+        CheckpointError: a factor is missing, or it can't be told what the adapter does.
         FamilyError: it is an adapter of another base.
     """
 
-    def __init__(self, base: Checkpoint, path: str | Path) -> None:
-        self.below, self.folder = base, AdapterFolder(path)
-        self.layout = self.folder.layout(base)
-        self._own = tensors = self.folder.tensors
-        self._whole = frozenset(self.folder.whole)
-        self.label, self.files, self.nbytes = self.folder.label, self.folder.files, tensors.nbytes
+    def __init__(self, base: Checkpoint, adapter: Adapter) -> None:
+        self.below, self.adapter = base, adapter
+        self.layout = adapter.layout(base)
+        self._own = tensors = adapter.tensors
+        self._whole = frozenset(adapter.whole)
+        self.label, self.files, self.nbytes = adapter.label, tensors.files, tensors.nbytes
         self.strip_prefix, self.add_prefix = base.strip_prefix, base.add_prefix
         self.buffers, self.serial = base.buffers, base.serial
         self.specs = {**base.specs, **{name: tensors.specs[name] for name in self._whole}}
@@ -117,5 +116,5 @@ class MergedAdapter(Checkpoint):
     def _initial(self) -> dict[str, Tensor]:
         """Where a linearized adapter started; read, or drawn, once."""
         if self._start is None:
-            self._start = start_of(self.folder, self.layout)[1]
+            self._start = start_of(self.adapter, self.layout)[1]
         return self._start
