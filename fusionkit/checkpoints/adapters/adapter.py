@@ -99,10 +99,10 @@ class Adapter:
                 "the base's add_prefix or strip_prefix if only that differs"
             )
         make = self._ia3 if self.config["peft_type"] == "IA3" else self._of_lora
-        for name in names:
-            if name not in modules:
-                modules[name] = make(name, base)
         place = {name: number for number, name in enumerate(base)}
+        left = [name for name in names if name not in modules]
+        for name in sorted(left, key=lambda name: place[_weight_of(name, base)]):
+            modules[name] = make(name, base)
         ordered = sorted(modules.values(), key=lambda module: place[module.targets[0]])
         kind: Any = READ[self.config["peft_type"]]
         layout = AdapterLayout(kind, tuple(ordered))
@@ -240,11 +240,14 @@ class Adapter:
                 f"{self.label}: has '{name}.lora_B.bias', which PEFT leaves out of an attention's "
                 "weights; save the adapter with lora_bias: false"
             )
+        form = self._form(name, a, b, weight, embedding)
+        if form == "linear" and self._is_attention(name, base):
+            form = "in_proj"
         # PEFT adds an attention's out_proj twice, when it trains and when it merges.
         scale = 2 * scale if attention else scale
         return LoraModule(
             name,
-            self._form(name, a, b, weight, embedding),
+            form,
             scale,
             bias=bias,
             linearized=self.linearized,

@@ -80,8 +80,8 @@ _SETTINGS = {
     "alora_invocation_tokens": f"aLoRA acts only after its invocation tokens: {_ROUTED}",
     "arrow_config": f"Arrow routes among LoRAs: {_ROUTED}",
     "layer_replication": (
-        "its model has the base's layers several times, so that it is no fine-tune of this base: "
-        f"{MERGE} without FusionKit, as a model of its own"
+        "its model has the base's layers several times, so that it is no fine-tune of this base, "
+        "and has no delta to keep here: keep its folder beside the base"
     ),
     "use_qalora": (
         "QA-LoRA pools its inputs, and PEFT itself can't merge it: keep its folder beside the base"

@@ -8,13 +8,14 @@ own names say which module is meant. A file may hold factors of several models o
 
 import json
 import math
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
 from fusionkit.checkpoints.adapters.adapter import Adapter
-from fusionkit.checkpoints.adapters.naming import PEFT, Part, part_of
+from fusionkit.checkpoints.adapters.naming import PEFT, Part, is_peft, part_of
 from fusionkit.checkpoints.adapters.refusals import method_of
 from fusionkit.checkpoints.checkpoint import Checkpoint
 from fusionkit.checkpoints.safetensors_file import read_metadata
@@ -23,11 +24,7 @@ from fusionkit.errors import CheckpointError, FamilyError, listing
 
 _METADATA = "lora_adapter_metadata"
 _A, _B = "lora_A.weight", "lora_B.weight"
-_CONVERT = (
-    "if it is one of this base, load it into the base's pipeline with diffusers and save it under "
-    "the base's own names: pipe.load_lora_weights(FILE), then pipe.unet.save_lora_adapter(FOLDER) "
-    "(pipe.transformer, …)"
-)
+_TEXT = re.compile("(lora_te|text_encoder)")
 
 
 @dataclass
@@ -91,10 +88,11 @@ class AdapterFile(Adapter):
             CheckpointError: it is of a method that is not read, or damaged.
             FamilyError: it is of another base, or it can't be told of which modules.
         """
-        components = _components(file, base)
         metadata = _metadata(file)
-        bare = {"", PEFT} & components.keys()
-        if bare and not metadata and any(_bare(components[name]) for name in bare):
+        if not metadata and any(is_peft(name) for name in file):
+            return None
+        components = _components(file, base)
+        if not metadata and "" in components and _bare(components[""]):
             return None
         for component in components.values():
             _resolve(component, file, base)
@@ -297,15 +295,28 @@ def _chosen(components: Mapping[str, _Component], file: Checkpoint, base: Checkp
         doubtful = [f"'{m}': {' or '.join(found)}" for m, found in nearest.ambiguous.items()]
         raise FamilyError(
             f"{file.label}: is a LoRA{which}, whose names stand for several modules of the base "
-            f"{base.label}:{listing(doubtful)}\n{_CONVERT}"
+            f"{base.label}:{listing(doubtful)}\n{_mend(name, base)}"
         )
     lacking = [f"'{module}'" for module in nearest.tensors if module not in nearest.modules]
     if lacking:
         raise FamilyError(
             f"{file.label}: is a LoRA{which}{held}, of modules that the base {base.label} has not "
-            f"under these names:{listing(lacking)}\nan adapter of another base? {_CONVERT}"
+            f"under these names:{listing(lacking)}\n{_mend(name, base)}"
         )
     raise FamilyError(
         f"{file.label}: is a LoRA{which}{held}, whose factors don't make the weights of the base "
         f"{base.label}:{listing(nearest.uneven)}\nan adapter of another base?"
+    )
+
+
+def _mend(component: str, base: Checkpoint) -> str:
+    """What to do about names that are not the base's."""
+    hint = f"an adapter of another base? the base's names begin like '{min(base)}'; "
+    if _TEXT.match(component):
+        return hint + "give the base's add_prefix or strip_prefix if only that differs"
+    part = "transformer" if "transformer" in component else "unet"
+    return hint + (
+        "if it is one of this base, let diffusers give it the base's names: "
+        f"pipe.load_lora_weights(FILE, adapter_name='default') and "
+        f"pipe.{part}.save_lora_adapter(FOLDER), and give that folder"
     )
