@@ -13,6 +13,7 @@ from fusionkit.bundles.writer import BundleWriter
 from fusionkit.checkpoints.adapters.modules import Adapters
 from fusionkit.checkpoints.checkpoint import Checkpoint, Source
 from fusionkit.checkpoints.output_folder import disk_errors
+from fusionkit.checkpoints.stacks import rows_of
 from fusionkit.checkpoints.view import View
 from fusionkit.errors import BundleError
 from fusionkit.task_vectors.family import Family
@@ -72,11 +73,21 @@ def _family(
     """The new tasks and the bundle's base, whose tensors have the roles that they have there."""
     record, space = bundle.manifest.base, bundle.manifest.base.space
     # Which tensors are buffers is the bundle's to say: a file of the base does not know.
-    base = View(bundle.base.plain, buffers=frozenset(record.names("exact")))
-    frozen = [escape(name) for name in record.names("frozen")]
+    base = View(bundle.whole_base, buffers=frozenset(record.names("exact")))
+    rows = rows_of(record.stacks)
+    frozen = {escape(rows[n][0] if n in rows else n) for n in record.names("frozen")}
     adapters: Adapters = "modules" if space else "merged"
     workers = Workers(progress=progress)
-    family = Family(base, finetuned, bundle.manifest.private, frozen, adapters, workers)
+    family = Family(
+        base,
+        finetuned,
+        bundle.manifest.private,
+        sorted(frozen),
+        adapters,
+        workers,
+        rename=record.rename,
+        ignore=record.ignore,
+    )
     own = family.space
     if space and own and (space.layout, space.start) != (own.layout, own.start):
         raise BundleError(

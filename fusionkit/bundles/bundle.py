@@ -10,14 +10,16 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from fusionkit.bundles.base import fitted, reopen_base
 from fusionkit.bundles.format import INITIAL, MANIFEST, SHARED, task_file
-from fusionkit.bundles.manifest import Manifest, reopen_base
+from fusionkit.bundles.manifest import Manifest
 from fusionkit.bundles.reader import BundleReader, decoding
 from fusionkit.checkpoints.adapters.lowrank import LowRank
 from fusionkit.checkpoints.adapters.with_start import WithStart
 from fusionkit.checkpoints.checkpoint import Checkpoint, Source
 from fusionkit.checkpoints.output_folder import disk_errors, new_folder
 from fusionkit.checkpoints.paths import copy_file, is_remote, open_path
+from fusionkit.checkpoints.stacks import joined, row_name, split, unsplit
 from fusionkit.codecs.base import WHOLE, DeltaCodec, Parts
 from fusionkit.errors import BundleError, WrongBaseError, listing
 from fusionkit.registry import from_config
@@ -40,6 +42,9 @@ class Bundle:
         codec: the codec that decodes it.
         roles: base tensor's name → role; private tensors and tied names are not in it.
         space: how adapters' own tensors make the base's weights; None where weights are reused.
+        stacks: name of a stack of experts → how many matrices it is split into.
+        tied: name → name of the tensor of the base that it shares, in every task.
+        rename: how the base's own names become the bundle's; see `Family`.
         version: how often its tasks were changed since it was opened.
 
     Raises:
@@ -57,11 +62,14 @@ class Bundle:
         self.codec: DeltaCodec = codec
         self.roles = {name: tensor.role for name, tensor in self.manifest.base.tensors.items()}
         self.space = self.manifest.base.space
+        self.stacks = self.manifest.base.stacks
+        self.tied = self.manifest.base.tied
+        self.rename = self.manifest.base.rename
         self.version = 0
         self._base_checked = False
         self._stored = BundleReader(self.path, self.manifest)
         self._initial: dict[str, Tensor] = {}
-        self._base = None if base is None else self._with_start(Checkpoint.of(base))
+        self._base = None if base is None else self._seen(Checkpoint.of(base))
 
     @classmethod
     def load(cls, path: str | Path, base: Source | Checkpoint | None = None) -> "Bundle":
@@ -110,12 +118,17 @@ class Bundle:
             WrongBaseError: it is another model.
         """
         if self._base is None:
-            self._base = self._with_start(reopen_base(self.manifest.base))
+            self._base = self._seen(reopen_base(self.manifest.base))
         # A model in memory may have been trained or switched since it was last looked at.
         if self._base.live or not self._base_checked:
             self.manifest.base.check(self._base, self._base.label)
             self._base_checked = True
         return self._base
+
+    @property
+    def whole_base(self) -> Checkpoint:
+        """The same, its stacks of experts whole, and without adapters' initial tensors."""
+        return unsplit(self.base.plain)
 
     def attach_base(self, base: Checkpoint) -> None:
         """Take the base from another place, a copy in memory, say.
@@ -123,12 +136,12 @@ class Bundle:
         Raises:
             WrongBaseError: it is another model.
         """
-        base = self._with_start(base)
+        base = self._seen(base)
         self.manifest.base.check(base, base.label)
         self._base, self._base_checked = base, True
 
     def delta(self, task: str, name: str, device: torch.device | None = None) -> Tensor | None:
-        """Decode one task's delta of one tensor; nothing else is read.
+        """Decode one task's delta of one tensor, or of a whole stack; nothing else is read.
 
         Returns:
             float32 `(*shape)` on `device`, or None where nothing is stored (the delta is zero).
@@ -136,11 +149,21 @@ class Bundle:
         Raises:
             BundleError: the bundle has no such task or tensor, or a file was changed.
         """
+        if name in self.stacks:
+            return self._stacked(task, name, device)
         if self.codec.restores:
             base = self.base[name].to(device or torch.device("cpu"))
             whole = self.tensor(task, name, base)
             return None if whole is None else whole.to(torch.float32) - base.to(torch.float32)
         return self._shaped(task, name, self._decoded(task, name, self.codec.decode, device))
+
+    def _stacked(self, task: str, name: str, device: torch.device | None) -> Tensor | None:
+        """A stack's delta: of its matrices, those without one are zero."""
+        rows = [self.delta(task, row_name(name, i), device) for i in range(self.stacks[name])]
+        found = next((row for row in rows if row is not None), None)
+        if found is None:
+            return None
+        return torch.stack([torch.zeros_like(found) if row is None else row for row in rows])
 
     def tensor(
         self, task: str, name: str, base: Tensor, out: Tensor | None = None
@@ -271,32 +294,35 @@ class Bundle:
         self._known(task)
         base = self.base
         own = set(self.space.layout.tensors) if self.space else set()
-        if lacking := [name for name in self.manifest.base.tensors if name not in base]:
+        tensors = self.manifest.base.tensors
+        if lacking := [n for n, t in tensors.items() if t.role != "frozen" and n not in base]:
             raise WrongBaseError(
                 f"{base.label} lacks tensors of the base that this bundle was made from "
                 f"({self.manifest.base.source}):{listing(lacking)}"
             )
         state: dict[str, Tensor] = {}
         restored: dict[str, Tensor] = {}
-        for name, tensor in self.manifest.base.tensors.items():
-            if name in own:
+        for name, tensor in tensors.items():
+            if name in own or name not in base:
                 continue
             stored = base[name].dtype
             target = dtype if dtype and stored.is_floating_point else stored
             if tensor.role == "frozen":
                 state[name] = base[name].to(target, copy=True)
             elif tensor.role == "delta" and self.codec.restores:
-                whole = self.tensor(task, name, base[name])
-                restored[name] = base[name].clone() if whole is None else whole
+                value = self.tensor(task, name, base[name])
+                restored[name] = base[name].clone() if value is None else value
             else:
                 state[name] = torch.empty(tensor.shape, dtype=target)
         write_weights(self, task, base, state)
-        state.update({name: whole.to(dtype or whole.dtype) for name, whole in restored.items()})
+        state.update({name: value.to(dtype or value.dtype) for name, value in restored.items()})
+        state = joined(state, self.stacks)
         for name, value in self.private_tensors(task):
             target = dtype if dtype and value.is_floating_point() else value.dtype
             state[name] = value.to(target, copy=True)
         for alias, name in self.manifest.base.tied.items():
-            state.setdefault(alias, state[name])
+            if name in state:
+                state.setdefault(alias, state[name])
         return state
 
     def save(self, path: str | Path, overwrite: bool = False) -> None:
@@ -342,8 +368,9 @@ class Bundle:
         self.manifest, self.version = manifest, self.version + 1
         self._stored = BundleReader(self.path, manifest)
 
-    def _with_start(self, base: Checkpoint) -> Checkpoint:
-        """The base as deltas are taken from: with adapters' initial tensors, if it lacks them."""
+    def _seen(self, base: Checkpoint) -> Checkpoint:
+        """The base as deltas are taken from: by the bundle's names, with adapters' start."""
+        base = split(fitted(base, self.manifest.base), self.stacks)
         if not self.space or base.plain is not base:
             return base
         return WithStart(base, self.initial)

@@ -16,6 +16,7 @@ from fusionkit.checkpoints.adapters.modules import Adapters
 from fusionkit.checkpoints.checkpoint import Checkpoint, Source
 from fusionkit.checkpoints.output_folder import disk_errors, new_folder
 from fusionkit.checkpoints.paths import is_remote, open_path
+from fusionkit.checkpoints.stacks import unsplit
 from fusionkit.codecs.base import DeltaCodec
 from fusionkit.errors import BundleError, CodecError
 from fusionkit.registry import to_config
@@ -37,6 +38,8 @@ def compress(
     progress: Progress | None = None,
     processes: Processes = ALONE,
     device: torch.device | str = "cpu",
+    rename: Mapping[str, str] | None = None,
+    ignore: Sequence[str] = (),
 ) -> Bundle:
     """Compress fine-tuned models of one base into a bundle.
 
@@ -61,6 +64,8 @@ def compress(
             arguments; the bundle is, to the byte, the one that one process alone writes.
         device: where to compute; what is stored is the same on every device but for the float32
             rounding of sums, products and decompositions, and the choices that hang on it.
+        rename: regular expression → replacement, for names of tensors in all models; see `Family`.
+        ignore: patterns of tensors that no one needs, in whichever model they are.
 
     Returns:
         the bundle, opened, with the base at hand.
@@ -77,12 +82,12 @@ def compress(
             raise CodecError(f"expected a DeltaCodec, got {codec!r}")
         to_config(codec)
         workers = Workers(processes, progress)
-        family = Family(base, finetuned, private, frozen, adapters, workers, device)
+        family = Family(base, finetuned, private, frozen, adapters, workers, device, rename, ignore)
         if out is None:
             return _temporary(family, codec)
         _write_together(family, codec, open_path(out), overwrite)
     processes.gather(None)  # it is there
-    return Bundle(out, family.base)
+    return Bundle(out, unsplit(family.base))
 
 
 def _write_together(family: Family, codec: DeltaCodec, out: Path, overwrite: bool) -> None:
@@ -117,7 +122,7 @@ def _temporary(family: Family, codec: DeltaCodec) -> Bundle:
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    return Bundle.temporary(folder, family.base)
+    return Bundle.temporary(folder, unsplit(family.base))
 
 
 def _write(folder: Path, family: Family, codec: DeltaCodec, resumable: bool = False) -> None:

@@ -16,9 +16,10 @@ last: whatever is interrupted, a bundle that can be opened is whole.
 from urllib.parse import quote
 
 FORMAT = "fusionkit-bundle"
-VERSIONS = (1, 2, 3)
-"""What can be read; 3 is written where tasks were calibrated, 2 where adapters are what is
-compressed, 1 otherwise."""
+VERSIONS = (1, 2, 3, 4)
+"""What can be read; 4 is written where stacks of experts are split into their matrices, or a
+user's `rename` or `ignore` applies; 3 where tasks were calibrated; 2 where adapters are what is
+compressed; 1 otherwise."""
 
 MANIFEST = "manifest.json"
 SHARED = "shared.safetensors"

@@ -119,6 +119,8 @@ def identity(family: Family, codec: DeltaCodec, processes: Processes) -> str:
         files = [[str(path.absolute()), stat.st_size, stat.st_mtime] for path, stat in stats]
         read[task] = [checkpoint.strip_prefix, checkpoint.add_prefix, *files]
     patterns = [family.private_patterns, family.frozen_patterns, bool(family.space)]
+    if family.rename or family.ignore:
+        patterns += [family.rename, family.ignore]
     own = [processes.rank, processes.count]
     settings = [to_config(codec), repr(codec)]  # which shows what is no setting, too
     return json.dumps([version("fusionkit"), settings, read, patterns, own])

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,13 +13,17 @@ import torch
 from fusionkit.bundles.format import FORMAT, MANIFEST, VERSIONS
 from fusionkit.bundles.part_file import FileRecord
 from fusionkit.checkpoints.adapters.modules import AdapterSpace
+from fusionkit.checkpoints.architecture import Kind
 from fusionkit.checkpoints.checkpoint import Checkpoint
 from fusionkit.checkpoints.safetensors_file import tensor_bytes
+from fusionkit.checkpoints.stacks import rows_of
 from fusionkit.errors import BundleError, WrongBaseError, listing
 from fusionkit.registry import Config
 from fusionkit.task_vectors.family import Family, Role
 
 _PIECE = 1 << 20
+_OPTIONAL = ("stacks", "rename", "ignore", "kinds", "architecture")
+"""Keys of the base that are written only where there is something to say."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,12 @@ class BaseRecord:
         tied: tied name → name of the tensor that it shares.
         space: where adapters are what is compressed, how they make the base's weights; their
             initial tensors are among `tensors`.
+        stacks: name of a stack of experts → how many matrices of it are among `tensors`.
+        rename: as given to `Family`.
+        ignore: as given to `Family`.
+        kinds: name of a matrix, or of a stack → what holds it in the model's class; see
+            `Architecture`. Empty where that was not known.
+        architecture: the class's record, from which it can be built again.
     """
 
     source: str
@@ -65,10 +75,17 @@ class BaseRecord:
     tensors: dict[str, BaseTensor]
     tied: dict[str, str]
     space: AdapterSpace | None = None
+    stacks: dict[str, int] = field(default_factory=dict)
+    rename: dict[str, str] = field(default_factory=dict)
+    ignore: list[str] = field(default_factory=list)
+    kinds: dict[str, Kind] = field(default_factory=dict)
+    architecture: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if unknown := set(self.tied.values()) - self.tensors.keys():
             raise ValueError(f"tied to unknown tensors: {sorted(unknown)}")
+        if unknown := rows_of(self.stacks).keys() - self.tensors.keys():
+            raise ValueError(f"stacks of unknown tensors: {sorted(unknown)}")
 
     @classmethod
     def of(cls, family: Family) -> "BaseRecord":
@@ -87,8 +104,20 @@ class BaseRecord:
             )
             for name, role in family.roles.items()
         }
+        known = base.architecture
+        seen = tensors.keys() | family.stacks.keys() | family.tied.keys()
         return cls(
-            base.label, base.strip_prefix, base.add_prefix, tensors, family.tied, family.space
+            base.label,
+            base.strip_prefix,
+            base.add_prefix,
+            tensors,
+            family.tied,
+            family.space,
+            stacks=family.stacks,
+            rename=family.rename,
+            ignore=list(family.ignore),
+            kinds={n: kind for n, kind in known.kinds.items() if n in seen} if known else {},
+            architecture=dict(known.record) if known else {},
         )
 
     @property
@@ -117,8 +146,8 @@ class BaseRecord:
         findings = []
         for name, expected in self.tensors.items():
             if name not in base:
-                # Models differ in which buffers they save; a frozen integer is one, too.
-                if expected.role != "exact" and "float" in expected.dtype:
+                # Models differ in which buffers they save, and what is frozen no task needs.
+                if expected.role == "delta":
                     findings.append(f"'{name}' is missing")
                 continue
             found = base.specs[name]
@@ -215,6 +244,8 @@ class Manifest:
     @property
     def _version(self) -> int:
         """The oldest that can say what is in it."""
+        if self.base.stacks or self.base.rename or self.base.ignore:
+            return 4
         if any(record.calibration for record in self.tasks.values()):
             return 3
         return 2 if self.base.space else 1
@@ -230,7 +261,9 @@ class Manifest:
         for record in content["tasks"].values():
             if record["calibration"] is None:
                 record.pop("calibration")
-        content["base"].pop("space")
+        for key in ("space", *_OPTIONAL):
+            if not content["base"][key] or key == "space":
+                content["base"].pop(key)
         if self.base.space:
             content["base"]["space"] = self.base.space.to_json()
         return json.dumps({**content, "checksum": _checksum(content)}, indent=1) + "\n"
@@ -290,27 +323,13 @@ class Manifest:
                 tensors={name: BaseTensor(**tensor) for name, tensor in base["tensors"].items()},
                 tied=base["tied"],
                 space=AdapterSpace.from_json(base["space"]) if base.get("space") else None,
+                **{key: base[key] for key in _OPTIONAL if base.get(key)},
             ),
             private=content["private"],
             frozen=content["frozen"],
             shared=FileRecord(**content["shared"]) if content["shared"] else None,
             tasks={task: _task_record(record) for task, record in content["tasks"].items()},
         )
-
-
-def reopen_base(record: BaseRecord) -> Checkpoint:
-    """Open the base from where it was read when the bundle was made.
-
-    Raises:
-        BundleError: it was not a path, or is no longer there.
-    """
-    try:
-        return Checkpoint.of(record.source, record.strip_prefix, record.add_prefix)
-    except Exception as error:
-        raise BundleError(
-            f"the bundle's base ({record.source}) can't be opened from here; a bundle does not "
-            "hold its base: give it as `base`"
-        ) from error
 
 
 def _task_record(record: dict[str, Any]) -> TaskRecord:

@@ -188,7 +188,7 @@ class DBMSCalibration(CalibrationModule):
         """A task's weights, differentiable in its own numbers."""
         unit = torch.stack([self._units[place].to(own.device), own.new_ones(())])
         of = self._directions(place, own.device)
-        return shifted_weights(own * unit, self.reuse.base_weights, like, of)
+        return shifted_weights(own * unit, self.reuse.base_of(self.family), like, of)
 
     def _directions(self, place: int, device: torch.device) -> Directions:
         def read(payload: Payload, name: str) -> Tensor | None:

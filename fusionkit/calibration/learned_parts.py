@@ -98,9 +98,9 @@ class PartsCalibration(CalibrationModule):
             with full_precision():
                 return bundle.codec.decode(parts, shape)
 
-        weights = {}
+        weights, start = {}, self.reuse.base_of(self.family)
         for name, old in like.items():
-            base = self.reuse.base_weights[name]
+            base = start[name]
             if bundle.task_parts(task, name) or bundle.shared_parts(name):
                 again = partial(decode, name)
                 delta = checkpoint(again, own, use_reentrant=False, preserve_rng_state=False)

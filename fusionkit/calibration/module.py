@@ -301,10 +301,10 @@ class CalibrationModule(LightningModule, ABC):
         """
         kind, target = self.kinds[place], self._target(place, batch, batch_idx)
         self.reuse.place(self.family.tasks[place], self.family)
-        model = self.reuse.model
-        state = dict(model.state_dict())
-        like = {name: state[name] for name in self.family.names("delta")}
-        weights = self.weights(place, leaf, like)
+        model, seen = self.reuse.model, self.reuse.seen(self.family)
+        tensors = seen.tensors
+        like = {name: tensors[name] for name in self.family.names("delta") if name in tensors}
+        weights = seen.live(self.weights(place, leaf, like))
         with torch.set_grad_enabled(leaf.requires_grad):
             found = outputs(model, weights, batch, kind, self._head(place))
             near = None if target is None else target.to(found.device)

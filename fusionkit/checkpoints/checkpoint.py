@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fusionkit.checkpoints.adapters.lowrank import LowRank
+from fusionkit.checkpoints.architecture import Architecture
 from fusionkit.checkpoints.paths import glob_remote, is_remote, resolve_package_path
 from fusionkit.errors import CheckpointError
 
@@ -62,6 +63,8 @@ class Checkpoint(Mapping[str, Tensor], ABC):
         live: others can change the tensors while they are read from here: a module or mapping.
         strip_prefix: what was taken off the source's names.
         add_prefix: what was put in front of them.
+        architecture: what is known of the model's class; None: nothing but what is stored.
+        unread: names that are stored, and left out here since no one reads such tensors.
     """
 
     label: str
@@ -74,6 +77,8 @@ class Checkpoint(Mapping[str, Tensor], ABC):
     live: bool = False
     strip_prefix: str = ""
     add_prefix: str = ""
+    architecture: Architecture | None = None
+    unread: frozenset[str] = frozenset()
     opener: ClassVar[Callable[["Source", str, str], "Checkpoint"]]
     """What `of` calls; `opening`, which knows every kind of checkpoint, puts it here."""
 
@@ -125,6 +130,29 @@ class Checkpoint(Mapping[str, Tensor], ABC):
     def prefetch(self, name: str) -> None:
         """Have a tensor's bytes read ahead, where that can be."""
 
+    def row(self, name: str, index: int) -> Tensor:
+        """Read one entry along a tensor's first axis: `(*shape[1:])`, in its own dtype."""
+        spec = self.specs[name]
+        return self.row_pieces(name, index)(slice(0, spec.numel // spec.shape[0])).view(
+            spec.shape[1:]
+        )
+
+    def row_pieces(self, name: str, index: int) -> Pieces:
+        """Read the same piece by piece."""
+        spec, pieces = self.specs[name], self.pieces(name)
+        start = index * (spec.numel // spec.shape[0])
+        return lambda place: pieces(slice(start + place.start, start + place.stop))
+
+    def prefetch_row(self, name: str, index: int) -> None:
+        """Have it read ahead, where that can be."""
+        if index == 0:  # all of it at once
+            self.prefetch(name)
+
+    @property
+    def as_stored(self) -> "Checkpoint":
+        """The same under the names that are stored; itself, where these are its own."""
+        return self
+
     @property
     def plain(self) -> "Checkpoint":
         """The model alone, where an adapter's initial tensors are laid over it; else itself."""
@@ -144,6 +172,15 @@ class Checkpoint(Mapping[str, Tensor], ABC):
         return None
 
     def low_rank(self, name: str) -> LowRank | None:
+        """The same as a product, where an adapter has it as one."""
+        return None
+
+    def row_delta(self, name: str, index: int) -> Tensor | None:
+        """Of one entry along the first axis, its change: float32 `(*shape[1:])`."""
+        delta = self.delta(name)
+        return None if delta is None else delta[index]
+
+    def row_low_rank(self, name: str, index: int) -> LowRank | None:
         """The same as a product, where an adapter has it as one."""
         return None
 
@@ -181,6 +218,7 @@ class Copied(Checkpoint):
         self.specs = source.specs
         self.aliases = dict(source.aliases)  # the class's own can't be pickled
         self.strip_prefix, self.add_prefix = source.strip_prefix, source.add_prefix
+        self.architecture, self.unread = source.architecture, source.unread
         own: dict[str, Tensor] = {}
         for name in source:
             if name not in source.aliases:

@@ -1,10 +1,13 @@
 """Tensors in memory: a live model's, or a mapping's."""
 
 from collections.abc import Mapping
+from functools import cached_property
 
 from torch import Tensor, nn
 
+from fusionkit.checkpoints.architecture import Architecture
 from fusionkit.checkpoints.checkpoint import Checkpoint, TensorSpec, bytes_of, reading
+from fusionkit.checkpoints.names import unwrapped
 from fusionkit.errors import CheckpointError, listing
 
 
@@ -48,18 +51,43 @@ class LiveModel(Checkpoint):
 
     def __init__(self, model: nn.Module) -> None:
         self.label = f"{type(model).__name__} (module in memory)"
-        self._tensors: dict[str, Tensor] = model.state_dict()
+        self._tensors = state_of(model)
         check_tensors(self._tensors, self.label)
         self.specs = specs_of(self._tensors)
         self.aliases = shared(self._tensors)
-        buffers = (name for name, _ in model.named_buffers(remove_duplicate=False))
+        buffers = unwrapped(name for name, _ in model.named_buffers(remove_duplicate=False))
         self.buffers = frozenset(name for name in buffers if name in self.specs)
         self.nbytes = bytes_of(self._tensors, self.aliases)
+        self._model = model
 
     def __getitem__(self, name: str) -> Tensor:
         """The model's tensor itself."""
         with reading(self.label, name):
             return self._tensors[name].detach()
+
+    @cached_property
+    def architecture(self) -> Architecture:  # type: ignore[override]
+        """What the model's class says of itself."""
+        known = Architecture.of(self._model)
+        names = unwrapped(known.shapes)
+        return known if all(n == there for n, there in names.items()) else known.renamed(names)
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """A model's own tensors, by every name; without what torch.compile and FSDP put into names."""
+    state: dict[str, Tensor] = model.state_dict()
+    return {name: state[there] for name, there in unwrapped(state).items()}
+
+
+def owner_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that has one of a model's tensors, and what it is called there.
+
+    Args:
+        model: the model.
+        name: the tensor's, as `state_of` has it.
+    """
+    path, _, leaf = unwrapped(model.state_dict())[name].rpartition(".")
+    return model.get_submodule(path), leaf
 
 
 def check_tensors(tensors: Mapping[str, object], label: str) -> None:

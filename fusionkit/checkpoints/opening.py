@@ -6,12 +6,15 @@ from pathlib import Path
 from torch import nn
 
 from fusionkit.checkpoints.checkpoint import Checkpoint, Source
+from fusionkit.checkpoints.conformed import conformed
+from fusionkit.checkpoints.from_config import architecture_of
 from fusionkit.checkpoints.in_memory import LiveModel, TensorMapping
+from fusionkit.checkpoints.names import unwrapped
 from fusionkit.checkpoints.paths import open_path
 from fusionkit.checkpoints.pickle_file import PickleFile
 from fusionkit.checkpoints.safetensors_file import SafetensorsFile
 from fusionkit.checkpoints.shards import Shards
-from fusionkit.checkpoints.view import renamed
+from fusionkit.checkpoints.view import View, renamed
 from fusionkit.errors import CheckpointError
 
 _PICKLES = {".pt", ".pth", ".bin", ".ckpt"}
@@ -20,6 +23,8 @@ _FOLDER_FILES = (
     "model.safetensors",
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
+    "diffusion_pytorch_model.safetensors.index.json",
+    "diffusion_pytorch_model.safetensors",
 )
 
 
@@ -40,7 +45,7 @@ def _open(source: Source) -> Checkpoint:
     if isinstance(source, nn.Module):
         return LiveModel(source)
     if isinstance(source, Mapping):
-        return TensorMapping(source)
+        return conformed(_unwrapped(TensorMapping(source)), None)
     if not isinstance(source, str | Path):
         raise CheckpointError(
             f"expected a path, a module or a mapping of tensors, got {type(source).__name__}"
@@ -51,8 +56,17 @@ def _open(source: Source) -> Checkpoint:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; check the path (relative to {Path.cwd()})")
     if path.name.endswith(".index.json"):
-        return Shards(path, label, lambda shard: _open_file(shard, label))
-    return _open_file(path, label)
+        opened: Checkpoint = Shards(path, label, lambda shard: _open_file(shard, label))
+    else:
+        opened = _open_file(path, label)
+    # A configuration speaks of the folder's own model, not of any file that lies beside it.
+    known = architecture_of(path.parent) if path.name in _FOLDER_FILES else None
+    return conformed(_unwrapped(opened), known)
+
+
+def _unwrapped(opened: Checkpoint) -> Checkpoint:
+    names = unwrapped(opened)
+    return opened if all(n == there for n, there in names.items()) else View(opened, names)
 
 
 def _file_of_folder(folder: Path) -> Path:

@@ -43,7 +43,12 @@ class View(Checkpoint):
         self.strip_prefix = below.strip_prefix if strip_prefix is None else strip_prefix
         self.add_prefix = below.add_prefix if add_prefix is None else add_prefix
         self.nbytes, self.live, self.serial = below.nbytes, below.live, below.serial
+        self.unread = below.unread
         self.specs = {name: below.specs[there] for name, there in self._names.items()}
+        if below.architecture is not None:
+            same = all(name == there for name, there in self._names.items())
+            known = below.architecture
+            self.architecture = known if same else known.renamed(self._names)
         self.aliases = {
             new[alias]: new[name]
             for alias, name in below.aliases.items()
@@ -62,6 +67,25 @@ class View(Checkpoint):
     def prefetch(self, name: str) -> None:
         """Have a tensor read ahead, as below."""
         self._below.prefetch(self._names[name])
+
+    def row(self, name: str, index: int) -> Tensor:
+        """Read one entry along a tensor's first axis, as below."""
+        with reading(self.label, name):
+            return self._below.row(self._names[name], index)
+
+    def row_pieces(self, name: str, index: int) -> Pieces:
+        """Read the same piece by piece, as below."""
+        return self._below.row_pieces(self._names[name], index)
+
+    def prefetch_row(self, name: str, index: int) -> None:
+        """Have it read ahead, as below."""
+        self._below.prefetch_row(self._names[name], index)
+
+    @property
+    def as_stored(self) -> Checkpoint:
+        """As below, under the names that are stored there; itself, where that is no other."""
+        stored = self._below.as_stored
+        return self if stored is self._below else stored
 
     @property
     def plain(self) -> Checkpoint:
@@ -92,6 +116,14 @@ class View(Checkpoint):
     def low_rank(self, name: str) -> LowRank | None:
         """As below."""
         return self._below.low_rank(self._names[name])
+
+    def row_delta(self, name: str, index: int) -> Tensor | None:
+        """As below."""
+        return self._below.row_delta(self._names[name], index)
+
+    def row_low_rank(self, name: str, index: int) -> LowRank | None:
+        """As below."""
+        return self._below.row_low_rank(self._names[name], index)
 
     def _over(self, below: Checkpoint, names: Mapping[str, str]) -> "View":
         """The same over another checkpoint, which need not have all of the tensors."""

@@ -36,6 +36,21 @@ class Fused:
         return self.family.roles
 
     @property
+    def stacks(self) -> dict[str, int]:
+        """The family's."""
+        return self.family.stacks
+
+    @property
+    def tied(self) -> dict[str, str]:
+        """The family's."""
+        return self.family.tied
+
+    @property
+    def rename(self) -> dict[str, str]:
+        """The family's."""
+        return self.family.rename
+
+    @property
     def space(self) -> AdapterSpace | None:
         """The family's."""
         return self.family.space

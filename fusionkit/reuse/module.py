@@ -18,9 +18,11 @@ from fusionkit.checkpoints.adapters.modules import Adapters
 from fusionkit.checkpoints.checkpoint import Checkpoint, find_checkpoints, matches
 from fusionkit.checkpoints.live_model import load_base, on_meta
 from fusionkit.checkpoints.paths import open_path
+from fusionkit.checkpoints.stacks import split_tensors
 from fusionkit.codecs.base import DeltaCodec
 from fusionkit.errors import BundleError, FusionKitError
 from fusionkit.registry import to_config
+from fusionkit.reuse.seen import Seen
 from fusionkit.reuse.sharded import ShardedBase, check_strategy, shard_with_base
 from fusionkit.reuse.switcher import Switcher
 from fusionkit.task_vectors.family import Family
@@ -66,6 +68,9 @@ class ReuseModule(LightningModule):
         finetuned_scores: task name → the fine-tuned model's own score, to which scores are related.
         cache_bytes: keep the decoded weights of the tasks used last, up to so many bytes on the
             model's device; to switch back to one of them is a copy.
+        rename: regular expression → replacement, for names of tensors in the base and in the
+            fine-tuned models; see `Family`.
+        ignore: patterns of tensors that no one needs, in whichever model they are.
 
     Raises:
         WrongBaseError: the model is not the base that the bundle was made from.
@@ -87,6 +92,8 @@ class ReuseModule(LightningModule):
         num_classes: dict[str, int] | None = None,
         finetuned_scores: dict[str, float] | None = None,
         cache_bytes: int = 0,
+        rename: dict[str, str] | None = None,
+        ignore: list[str] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -96,6 +103,8 @@ class ReuseModule(LightningModule):
         self.private = list(private or [])
         self.frozen = list(frozen or [])
         self.adapters: Adapters = adapters
+        self.rename = dict(rename or {})
+        self.ignore = list(ignore or [])
         self.metric = metric
         self.num_classes = num_classes
         self.finetuned_scores = finetuned_scores
@@ -160,7 +169,8 @@ class ReuseModule(LightningModule):
             FamilyError: there are none, or they don't fit the base.
         """
         base = self._switcher.base if self.base_source is None else self.base_source
-        return Family(base, self.finetuned, self.private, self.frozen, self.adapters)
+        settings: Any = {"rename": self.rename, "ignore": self.ignore}
+        return Family(base, self.finetuned, self.private, self.frozen, self.adapters, **settings)
 
     def compress(
         self,
@@ -199,6 +209,8 @@ class ReuseModule(LightningModule):
             progress=progress,
             processes=processes,
             device=device or self.device,
+            rename=self.rename,
+            ignore=self.ignore,
         )
 
     def switch(self, task: str | None) -> None:
@@ -223,6 +235,14 @@ class ReuseModule(LightningModule):
     def base_weights(self) -> Mapping[str, Tensor]:
         """The base's weights, on the module's device, in their own dtype."""
         return self._switcher.base
+
+    def base_of(self, source: TaskSource) -> Mapping[str, Tensor]:
+        """The same under the names that a source has for them, stacks of experts split."""
+        return split_tensors(self.seen(source).base(self._switcher.base), source.stacks)
+
+    def seen(self, source: TaskSource) -> Seen:
+        """The model's own tensors as a source has them."""
+        return self._switcher.seen(source)
 
     def place(self, task: str, family: Family, deltas: bool = False) -> None:
         """Give the model a fine-tuned model's own tensors, as a calibration needs them.

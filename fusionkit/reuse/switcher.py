@@ -1,15 +1,18 @@
 """One live model that becomes any task's, in place."""
 
 from collections import OrderedDict
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fusionkit.checkpoints.checkpoint import Checkpoint
+from fusionkit.checkpoints.in_memory import owner_of, state_of
 from fusionkit.checkpoints.live_model import on_meta, put
+from fusionkit.checkpoints.stacks import whole_names
 from fusionkit.errors import BundleError, FusionKitError
+from fusionkit.reuse.seen import Seen
 from fusionkit.reuse.sharded import beside, kept, kept_bytes, whole
 from fusionkit.task_vectors.task_source import TaskSource, write_weights, written
 
@@ -40,6 +43,7 @@ class Switcher:
         self._cached_version: object = None
         self._cache_bytes = cache_bytes
         self._private: frozenset[str] = frozenset()
+        self._seen: tuple[tuple[TaskSource, object, frozenset[str]], Seen] | None = None
 
     def forget(self) -> None:
         """Drop what was kept of tasks: they come from elsewhere now, or in another dtype."""
@@ -81,42 +85,62 @@ class Switcher:
             self.base = self.base.in_memory(device)
         self.forget()
 
+    def seen(self, source: TaskSource, private: Iterable[str] = ()) -> Seen:
+        """The model as a source sees it; ties that it does not have are undone.
+
+        Args:
+            source: the source.
+            private: names of tensors that are a task's own.
+        """
+        key = source, source.version, frozenset(private)
+        if self._seen is None or self._seen[0] != key:
+            self._seen = key, Seen(self.model, source, key[2])
+        return self._seen[1]
+
     def _become(self, task: str | None, source: TaskSource | None, left_out: Set[str]) -> None:
-        state = _state(self.model)
         private: dict[str, Tensor] = {}
         if task is None or source is None:
-            self._place(state, kept(self.base))
+            self._place(kept(self.base))
         else:
-            private = dict(source.private_tensors(task))
-            out = {name: tensor for name, tensor in state.items() if name not in left_out}
-            self._write(task, source, out, keep=not left_out)
+            own = dict(source.private_tensors(task))
+            seen = self.seen(source, own)
+            self._write(task, source, seen, left_out)
+            private = {seen.live_name(name): value for name, value in own.items()}
             # A head that the last task had and this one lacks goes back to the base's.
             left = {name: kept(self.base)[name] for name in self._private - private.keys()}
-            self._place(state, {**left, **private})
+            self._place({**left, **private})
         self._private = frozenset(private)
 
-    def _write(self, task: str, source: TaskSource, out: Mapping[str, Tensor], keep: bool) -> None:
+    def _write(self, task: str, source: TaskSource, seen: Seen, left_out: Set[str]) -> None:
         """Write a task's weights, as they were kept, or anew; then keep them if they fit."""
         if self._cached_of is not source or self._cached_version != source.version:
             self.forget()
             self._cached_of, self._cached_version = source, source.version
-        if keep and task in self.cached:
+        out: Mapping[str, Tensor] = seen.state
+        if left_out:
+            out = {name: t for name, t in seen.tensors.items() if name not in left_out}
+        elif task in self.cached:
             self.cached.move_to_end(task)
             for name, value in self.cached[task].items():
                 out[name].copy_(value)
             return
         with whole(out) as targets:
-            write_weights(source, task, self.base, targets)
-        names = [name for name in written(source) if name in out] if self._cache_bytes else []
-        size = sum(kept_bytes(out[name]) for name in names)
-        if not keep or not 0 < size <= self._cache_bytes:
+            write_weights(source, task, seen.base(self.base), targets, seen.apart)
+        if not left_out and self._cache_bytes:
+            names = [*whole_names(written(source), source.stacks), *seen.apart]
+            self._keep(task, {name: out[name] for name in names if name in out})
+
+    def _keep(self, task: str, tensors: Mapping[str, Tensor]) -> None:
+        size = sum(kept_bytes(tensor) for tensor in tensors.values())
+        if not 0 < size <= self._cache_bytes:
             return
         while self.cached and (len(self.cached) + 1) * size > self._cache_bytes:
             self.cached.popitem(last=False)  # all tasks are of one size
-        self.cached[task] = {name: out[name].clone() for name in names}
+        self.cached[task] = {name: tensor.clone() for name, tensor in tensors.items()}
 
-    def _place(self, state: dict[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    def _place(self, tensors: Mapping[str, Tensor]) -> None:
         """Put whole tensors in their places, whatever shapes were there."""
+        state = state_of(self.model)
         for name, value in tensors.items():
             self._place_one(state, name, value)
 
@@ -135,16 +159,10 @@ class Switcher:
                 f"the task's private tensor '{name}' has another shape than the model's, which is "
                 "sharded; name it in `private` before the model is sharded, or leave it unsharded"
             )
-        path, _, leaf = name.rpartition(".")
-        parent = self.model.get_submodule(path)
+        parent, leaf = owner_of(self.model, name)
         fresh = value.to(device=old.device, dtype=old.dtype, copy=True)
         if leaf in parent._parameters:
             fresh = nn.Parameter(fresh, requires_grad=parent._parameters[leaf].requires_grad)  # type: ignore[union-attr]
         setattr(parent, leaf, fresh)
         if isinstance(parent, nn.Linear) and leaf == "weight":
             parent.out_features, parent.in_features = fresh.shape
-
-
-def _state(model: nn.Module) -> dict[str, Tensor]:
-    """The model's own tensors, by every name, detached but not copied."""
-    return dict(model.state_dict())

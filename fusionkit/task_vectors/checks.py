@@ -3,8 +3,6 @@
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
-import torch
-
 from fusionkit.checkpoints.checkpoint import Checkpoint, TensorSpec, matches
 from fusionkit.errors import FamilyError, listing
 
@@ -26,7 +24,8 @@ def check_patterns(
     Raises:
         FamilyError: a pattern matches no tensor, or a tensor is declared private and frozen.
     """
-    names = set(base).union(*finetuned.values())
+    checkpoints = (base, *finetuned.values())
+    names = set(base).union(*checkpoints, *(each.unread for each in checkpoints))
     idle = [
         f"{kind} pattern '{pattern}'"
         for kind, patterns in (("private", private), ("frozen", frozen))
@@ -96,14 +95,6 @@ def _check_tensor(
             yield f"{where}: misses tensor '{name}' (declare it frozen if it is the base's)"
         return
     yield from _check_spec(where, known, base.specs[name], tuned.specs[known])
-    for other in names:
-        if other == known or other not in tuned or tuned.aliases.get(other) == known:
-            continue
-        if tuned.specs[other] != tuned.specs[known] or not torch.equal(tuned[other], tuned[known]):
-            yield (
-                f"{where}: '{known}' and '{other}' are one tied tensor in the base but differ "
-                "here (untie them in the base: give it as a checkpoint that holds both)"
-            )
 
 
 def _check_spec(where: str, name: str, base: TensorSpec, tuned: TensorSpec) -> Iterator[str]:

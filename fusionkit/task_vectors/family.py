@@ -19,13 +19,14 @@ from typing import Literal, Self, TypeVar
 import torch
 from torch import Tensor
 
-from fusionkit.checkpoints.adapters.adapter import Adapter
-from fusionkit.checkpoints.adapters.finding import open_base, open_finetuned
-from fusionkit.checkpoints.adapters.merged import MergedAdapter
-from fusionkit.checkpoints.adapters.modules import Adapters, AdapterSpace, open_space
+from fusionkit.checkpoints.adapters.modules import Adapters
+from fusionkit.checkpoints.architecture import is_stack
 from fusionkit.checkpoints.checkpoint import Checkpoint, Source, TensorSpec, matches
+from fusionkit.checkpoints.stacks import rows_of, split
+from fusionkit.checkpoints.ties import same_values
 from fusionkit.errors import CheckpointError, FamilyError, listing
 from fusionkit.task_vectors.checks import check_fit, check_patterns
+from fusionkit.task_vectors.opened import open_models
 from fusionkit.task_vectors.vectors import Change, ChangedVectors, Located, TaskVectors
 from fusionkit.task_vectors.workers import Workers, total
 
@@ -57,7 +58,8 @@ class Family:
         tasks: the tasks' names.
         roles: base tensor's name → role; private tensors and tied names are not in it.
         private: task name → names of its private tensors.
-        tied: name → name of the tensor of the base that it shares.
+        tied: name → name of the tensor of the base that it shares, in every task.
+        stacks: name of a stack of experts → how many matrices it is split into, `name[0]`, ….
         space: how adapters' own tensors make the base's weights; None where they are merged.
         sizes: name of a tensor to compress (of role delta) → its number of entries.
         parameters: number of compressible parameters of one task.
@@ -81,32 +83,33 @@ class Family:
         adapters: Adapters = "merged",
         workers: Workers | None = None,
         device: torch.device | str = "cpu",
+        rename: Mapping[str, str] | None = None,
+        ignore: Sequence[str] = (),
     ) -> None:
         if not finetuned:
             raise FamilyError("expected at least one fine-tuned checkpoint, got none")
-        self.base = open_base(base)
-        self.space: AdapterSpace | None = None
-        if adapters == "modules":
-            self.base, self.finetuned, self.space = open_space(self.base, finetuned)
-        else:
-            self.finetuned = {task: self._open(source) for task, source in finetuned.items()}
+        self.rename, self.ignore = dict(rename or {}), tuple(ignore)
+        opened = open_models(base, finetuned, adapters, self.rename, self.ignore)
+        self.private_patterns, self.frozen_patterns = tuple(private), tuple(frozen)
+        check_patterns(opened.base, opened.finetuned, private, frozen)
+        self.space = opened.space
+        self.stacks = {} if self.space else self._stacks(opened.base, opened.finetuned)
+        self._stack_of = {row: stack for row, (stack, _) in rows_of(self.stacks).items()}
+        self.base = split(opened.base, self.stacks)
+        self.finetuned = {task: split(each, self.stacks) for task, each in opened.finetuned.items()}
         self.tasks = tuple(self.finetuned)
-        self.private_patterns = tuple(private)
-        self.frozen_patterns = tuple(frozen)
-        check_patterns(self.base, self.finetuned, self.private_patterns, self.frozen_patterns)
-        self.tied = {
-            alias: name
-            for alias, name in self.base.aliases.items()
-            if not self._is_private(alias) and not self._is_private(name)
-        }
+        self.tied = self._tied()
         self.roles = {
             name: self._role(name, spec)
             for name, spec in self.base.specs.items()
             if name not in self.tied and not self._is_private(name)
         }
         self._known_as: dict[str, list[str]] = {name: [name] for name in self.roles}
-        for alias, name in self.tied.items():
-            self._known_as.setdefault(name, [name]).append(alias)
+        for alias, name in self.base.aliases.items():
+            if alias in self.tied:
+                self._known_as.setdefault(name, [name]).append(alias)
+            elif alias in self._known_as:  # apart in another task
+                self._known_as[alias].append(name)
         self.private = {
             task: sorted(name for name in checkpoint if self._is_private(name))
             for task, checkpoint in self.finetuned.items()
@@ -279,9 +282,25 @@ class Family:
         for checkpoint in self.finetuned.values():
             checkpoint.prefetch(self._name_in(checkpoint, name))
 
-    def _open(self, source: Source | Checkpoint) -> Checkpoint:
-        opened = open_finetuned(source, self.base)
-        return MergedAdapter(self.base, opened) if isinstance(opened, Adapter) else opened
+    def _stacks(self, base: Checkpoint, finetuned: Mapping[str, Checkpoint]) -> dict[str, int]:
+        """The base's stacks of experts, by its class, or by name and shape where it has none."""
+        known = base.architecture.stacks if base.architecture else None
+        return {
+            name: spec.shape[0]
+            for name, spec in base.specs.items()
+            if (is_stack(name, spec.shape) if known is None else name in known)
+            if spec.numel and spec.dtype.is_floating_point and not self._is_private(name)
+            if all(c.specs[name].shape == spec.shape for c in finetuned.values() if name in c)
+        }
+
+    def _tied(self) -> dict[str, str]:
+        """The base's ties that every task keeps: none of whose names is private, or apart."""
+        return {
+            alias: name
+            for alias, name in self.base.aliases.items()
+            if not self._is_private(alias) and not self._is_private(name)
+            if not any(_apart(tuned, alias, name) for tuned in self.finetuned.values())
+        }
 
     def _checkpoint(self, task: str) -> Checkpoint:
         if task not in self.finetuned:
@@ -316,7 +335,16 @@ class Family:
         touched = any(self._touches(checkpoint, name) for checkpoint in self.finetuned.values())
         if self.space and name in self.space.still:
             return "frozen"
-        if matches(name, self.frozen_patterns) or not touched:
+        if matches(self._stack_of.get(name, name), self.frozen_patterns) or not touched:
             return "frozen"
-        is_buffer = name in self.base.buffers or matches(name, _BUFFERS)
+        known = self.base.architecture
+        is_buffer = name in (known.buffers if known else self.base.buffers)
+        is_buffer = is_buffer or name in self.base.buffers or matches(name, _BUFFERS)
         return "delta" if spec.dtype.is_floating_point and not is_buffer else "exact"
+
+
+def _apart(tuned: Checkpoint, alias: str, name: str) -> bool:
+    """Whether a checkpoint holds two names apart that are one tensor in the base."""
+    if alias not in tuned or name not in tuned:
+        return False
+    return not same_values(tuned, alias, name)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fusionkit.checkpoints.adapters.kinds import Module
 from fusionkit.checkpoints.adapters.modules import AdapterSpace
+from fusionkit.checkpoints.stacks import split_tensors
 from fusionkit.errors import BundleError
 from fusionkit.task_vectors.family import Role
 
@@ -27,6 +28,21 @@ class TaskSource(Protocol):
     @property
     def roles(self) -> Mapping[str, Role]:
         """Name of a tensor of the base, or of adapters' own → its role; private ones not in it."""
+        ...
+
+    @property
+    def stacks(self) -> Mapping[str, int]:
+        """Name of a stack of experts → how many matrices it is split into, each with a role."""
+        ...
+
+    @property
+    def tied(self) -> Mapping[str, str]:
+        """Name → name of the tensor that it shares in every task; without a role of its own."""
+        ...
+
+    @property
+    def rename(self) -> Mapping[str, str]:
+        """How a model's own names become these; see `Family`."""
         ...
 
     @property
@@ -83,7 +99,11 @@ def written(source: TaskSource) -> list[str]:
 
 
 def write_weights(
-    source: TaskSource, task: str, base: Mapping[str, Tensor], out: Mapping[str, Tensor]
+    source: TaskSource,
+    task: str,
+    base: Mapping[str, Tensor],
+    out: Mapping[str, Tensor],
+    apart: Mapping[str, str] | None = None,
 ) -> None:
     """Write a task's weights into `out`, all but private and frozen ones; adapters folded in.
 
@@ -96,24 +116,32 @@ def write_weights(
         task: one of its tasks.
         base: the base's tensors by name.
         out: tensors to write into, by name; on any device. Those that it lacks are left out.
+        apart: name → name, of `tied` ones that `out` holds apart: both are written.
 
     Raises:
         BundleError: `out` lacks a tensor that an adapter changes, or an exact one that differs
             from the base's; or the source has no such task, or is damaged.
     """
+    base, out = split_tensors(base, source.stacks), split_tensors(out, source.stacks)
     exact = set()
     for name, value in source.exact(task):
         _place(out, task, name).copy_(value)
         exact.add(name)
     adapted = source.space.layout.by_target if source.space else {}
+    copies: dict[str, list[str]] = {}
+    for alias, name in (apart or {}).items():
+        copies.setdefault(name, []).append(alias)
     for name in written(source):
-        if name in exact or name in adapted or name not in out:
+        if name in exact or name in adapted:
             continue
-        target = out[name]
-        room = target if target.dtype == torch.float32 else None
-        value = own_tensor(source, task, name, base[name].to(target.device), room)
-        if value is not target:
-            target.copy_(value)
+        for place in (name, *copies.get(name, ())):
+            if place not in out:
+                continue
+            target = out[place]
+            room = target if target.dtype == torch.float32 else None
+            value = own_tensor(source, task, name, base[name].to(target.device), room)
+            if value is not target:
+                target.copy_(value)
     initial = source.initial
     for module in source.space.layout.modules if source.space else ():
         _fold(source, task, module, initial, base, out)

@@ -16,6 +16,7 @@ from fusionkit import SVD, Checkpoint, Dense, Family
 from fusionkit.bundles.compress import compress
 from fusionkit.checkpoints.adapters.folder import AdapterFolder
 from fusionkit.checkpoints.adapters.layout import AdapterLayout
+from fusionkit.checkpoints.stacks import split_tensors, unsplit
 from fusionkit.errors import CheckpointError, FamilyError
 
 
@@ -71,11 +72,15 @@ def saved(folder: Path, base: nn.Module, config: Any, scale: float = 0.3) -> Any
 
 def same_as_peft(base: nn.Module, model: Any, folder: Path) -> Family:
     """Weights and deltas are those of PEFT's merge, all of which moved by more than rounding."""
-    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
-    merged = model.merge_and_unload().state_dict()
+    state = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     family = Family(base, {"t": str(folder)})
+    before = split_tensors(state, family.stacks)
+    expected_state = model.merge_and_unload().state_dict()
+    merged = split_tensors(expected_state, family.stacks)
     ours = family.finetuned["t"]
     assert set(ours) == set(merged)
+    for name, tensor in expected_state.items():  # stacks of experts whole, too
+        torch.testing.assert_close(unsplit(ours)[name], tensor, rtol=1e-5, atol=1e-5)
     moved = {name for name, tensor in merged.items() if not torch.equal(tensor, before[name])}
     assert set(family.names("delta")) == moved
     for name, tensor in merged.items():
@@ -84,9 +89,11 @@ def same_as_peft(base: nn.Module, model: Any, folder: Path) -> Family:
         expected = merged[vectors.name] - before[vectors.name]
         assert expected.norm() > 0.01 * before[vectors.name].norm()
         torch.testing.assert_close(vectors[0], expected, rtol=1e-4, atol=1e-5)
+        if product := vectors.low_rank(0):
+            torch.testing.assert_close(product.dense(expected.shape), expected, atol=1e-5, rtol=0)
     bundle = compress(base, {"t": str(folder)}, Dense("fp32"))
     for name, tensor in bundle.state_dict("t").items():
-        torch.testing.assert_close(tensor, merged[name], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(tensor, expected_state[name], rtol=1e-5, atol=1e-5)
     return family
 
 
@@ -294,8 +301,21 @@ def test_an_adapter_that_changes_nothing(tmp_path: Path) -> None:
     saved(tmp_path, base, READ["experts"], scale=0)
     family = Family(base, {"t": str(tmp_path)})
     for name, tensor in base.state_dict().items():
-        assert torch.equal(family.finetuned["t"][name], tensor)
+        assert torch.equal(unsplit(family.finetuned["t"])[name], tensor)
     assert compress(base, {"t": str(tmp_path)}, SVD(rank=1)).tasks == ("t",)
+
+
+def test_each_expert_has_a_product_of_its_own(tmp_path: Path) -> None:
+    """SVD keeps it as it is, without forming it."""
+    base = zoo()
+    saved(tmp_path, base, READ["experts"])
+    family = Family(base, {"t": str(tmp_path)})
+    products = [vectors.low_rank(0) for vectors in family]
+    assert len(products) == 6
+    assert all(product is not None and product.left.shape[1] == 2 for product in products)
+    bundle = compress(base, {"t": str(tmp_path)}, SVD(rank=2, dtype="fp32"))
+    for name, tensor in unsplit(family.finetuned["t"]).items():
+        torch.testing.assert_close(bundle.state_dict("t")[name], tensor, rtol=1e-4, atol=1e-4)
 
 
 def test_a_product_is_only_given_where_it_is_one(tmp_path: Path) -> None:

@@ -48,26 +48,41 @@ def open_base(source: Source) -> Checkpoint:
     return base  # its own class has such tensors
 
 
-def open_finetuned(source: Source, base: Checkpoint) -> Checkpoint | Adapter:
-    """Open a fine-tuned model.
+def open_finetuned(source: Source) -> Checkpoint | Adapter:
+    """Open a fine-tuned model, or an adapter's folder; of what kind a file is, its names say.
 
     Args:
         source: anything that `Checkpoint.of` reads, or an adapter: a folder of PEFT's, the file of
             tensors in it, or a file of diffusers' or kohya's, which says all by itself.
-        base: the base.
 
     Raises:
-        CheckpointError: it can't be read, or is an adapter that is not known, or lacks its scale.
-        FamilyError: it is an adapter of another base.
+        CheckpointError: it can't be read, or is an adapter of a kind that is not read.
     """
     if isinstance(source, str | Path):
         if found := folder_of(source):
             return AdapterFolder(*found)
         source = _file_of_folder(source)
-    opened = Checkpoint.of(source)
-    factors = [name for name in opened if name not in base and is_factor(name)]
-    if not factors:
-        return opened
+    return Checkpoint.of(source)
+
+
+def factors_in(opened: Checkpoint, base: Checkpoint) -> list[str]:
+    """Names of a fine-tuned model's tensors that are an adapter's: there, it is no model."""
+    return [name for name in opened if name not in base and is_factor(name)]
+
+
+def as_adapter(opened: Checkpoint, base: Checkpoint) -> Adapter:
+    """Take a checkpoint with an adapter's tensors (`factors_in`) for what it is.
+
+    Args:
+        opened: the checkpoint.
+        base: the base.
+
+    Raises:
+        CheckpointError: it is a model with an adapter in it, or an adapter that is not read, or
+            lacks its scale.
+        FamilyError: it is an adapter of another base.
+    """
+    factors = factors_in(opened, base)
     first = f"'{factors[0]}'"
     if any(is_live(name) for name in factors):
         raise CheckpointError(

@@ -242,16 +242,27 @@ class ParameterModule:
         """The name of the base's tensor."""
         return (self.parameter,)
 
+    def low_rank(self, tensors: Tensors, experts: int, index: int) -> LowRank:
+        """The change of one expert's matrix as a product, float32.
+
+        Args:
+            tensors: the adapter's, by name.
+            experts: how many there are; 1 of a parameter of 2 axes.
+            index: which.
+        """
+        a, b = (tensors[name].to(torch.float32) for name in self.tensors)
+        rank = len(a) // experts
+        left, right = self.scale * b[:, index::experts], a[index * rank :][:rank].mT
+        return LowRank(right, left) if self.transposed else LowRank(left, right)
+
     def delta(self, target: str, base: Tensor, tensors: Tensors, initial: Tensors) -> Tensor:
         """The parameter's change, float32 `(*base.shape)`."""
-        a, b = (tensors[name].to(torch.float32) for name in self.tensors)
         if base.ndim == 2:
-            return self.scale * (b @ a)
-        experts = len(base)
-        a = a.view(experts, -1, a.shape[1])
-        b = b.reshape(len(b), -1, experts).permute(2, 0, 1)
-        product = self.scale * torch.bmm(b, a)
-        return product.mT.contiguous() if self.transposed else product
+            return self.low_rank(tensors, 1, 0).dense(base.shape)
+        shape, experts = base.shape[1:], len(base)
+        return torch.stack(
+            [self.low_rank(tensors, experts, i).dense(shape) for i in range(experts)]
+        )
 
 
 Module = LoraModule | DoraModule | ReplacingModule | ParameterModule | Ia3Module

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from fusionkit.checkpoints.adapters.adapter import Adapter
-from fusionkit.checkpoints.adapters.kinds import LoraModule, Module
+from fusionkit.checkpoints.adapters.kinds import LoraModule, Module, ParameterModule
 from fusionkit.checkpoints.adapters.lowrank import LowRank
 from fusionkit.checkpoints.adapters.start import start_of
 from fusionkit.checkpoints.checkpoint import Checkpoint, Pieces
-from fusionkit.errors import FamilyError
 
 
 class MergedAdapter(Checkpoint):
@@ -40,17 +39,17 @@ class MergedAdapter(Checkpoint):
         self.label, self.files, self.nbytes = adapter.label, tensors.files, tensors.nbytes
         self.strip_prefix, self.add_prefix = base.strip_prefix, base.add_prefix
         self.buffers, self.serial = base.buffers, base.serial
+        self.architecture, self.unread = base.architecture, base.unread
         self.specs = {**base.specs, **{name: tensors.specs[name] for name in self._whole}}
-        self.aliases = {name: to for name, to in base.aliases.items() if name not in self._whole}
         self._start: dict[str, Tensor] | None = None
         self._modules = {name: (module, name) for name, module in self.layout.by_target.items()}
-        tied = {*self.aliases, *self.aliases.values()} & self._modules.keys()
-        if tied:
-            raise FamilyError(
-                f"{self.label}: adapts '{min(tied)}', which shares its tensor with another name in "
-                "the base; merged, the adapter would change both (untie them in the base)"
-            )
         self._touched = {*self._modules, *self._whole}
+        # PEFT puts its factors beside one of two tied weights, which then are two.
+        self.aliases = {
+            name: to
+            for name, to in base.aliases.items()
+            if name not in self._touched and to not in self._touched
+        }
 
     def __getitem__(self, name: str) -> Tensor:
         """Read one tensor; one that the adapter changes or replaces, in the dtype that it had."""
@@ -65,10 +64,30 @@ class MergedAdapter(Checkpoint):
         """Read one tensor piece by piece; what the adapter changes or replaces is made whole."""
         return super().pieces(name) if name in self._touched else self.below.pieces(name)
 
+    def row(self, name: str, index: int) -> Tensor:
+        """Read one entry along a tensor's first axis; an expert's is made alone."""
+        if name not in self._touched:
+            return self.below.row(name, index)
+        if product := self.row_low_rank(name, index):
+            base = self.below.row(name, index)
+            return torch.add(base.to(torch.float32), product.dense(base.shape)).to(base.dtype)
+        return self[name][index]
+
+    def row_pieces(self, name: str, index: int) -> Pieces:
+        """Read the same piece by piece."""
+        if name in self._touched:
+            return self.row(name, index).reshape(-1).__getitem__
+        return self.below.row_pieces(name, index)
+
     def prefetch(self, name: str) -> None:
         """Have a tensor of the base read ahead."""
         if name in self.below:
             self.below.prefetch(name)
+
+    def prefetch_row(self, name: str, index: int) -> None:
+        """Have one entry of a tensor of the base read ahead."""
+        if name in self.below:
+            self.below.prefetch_row(name, index)
 
     @property
     def stored(self) -> Checkpoint:
@@ -100,12 +119,31 @@ class MergedAdapter(Checkpoint):
         module, target = self._modules[name]
         return module.delta(target, self.below[name], *self._tensors(module))
 
+    def row_delta(self, name: str, index: int) -> Tensor | None:
+        """The change of one entry along the first axis, float32 `(*shape[1:])`."""
+        if name not in self._touched:
+            return torch.zeros(self.specs[name].shape[1:])
+        if product := self.row_low_rank(name, index):
+            return product.dense(torch.Size(self.specs[name].shape[1:]))
+        return super().row_delta(name, index)
+
     def low_rank(self, name: str) -> LowRank | None:
         """The change of a weight as a product; None where it is not one."""
         module, target = self._modules.get(name, (None, ""))
+        if name in self._whole:
+            return None
+        if isinstance(module, ParameterModule) and len(self.specs[name].shape) == 2:
+            return module.low_rank(self._tensors(module)[0], 1, 0)
         if not isinstance(module, LoraModule) or target != module.targets[0]:
             return None
-        return None if name in self._whole else module.low_rank(*self._tensors(module))
+        return module.low_rank(*self._tensors(module))
+
+    def row_low_rank(self, name: str, index: int) -> LowRank | None:
+        """The change of one expert's matrix as a product; None where it is not one."""
+        module, _ = self._modules.get(name, (None, ""))
+        if not isinstance(module, ParameterModule) or name in self._whole:
+            return None
+        return module.low_rank(self._tensors(module)[0], self.specs[name].shape[0], index)
 
     def _tensors(self, module: Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         own = {name: self._own[name] for name in module.tensors}

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from fusionkit.checkpoints.adapters.adapter import Adapter
-from fusionkit.checkpoints.adapters.finding import open_finetuned
+from fusionkit.checkpoints.adapters.finding import as_adapter, factors_in, open_finetuned
 from fusionkit.checkpoints.adapters.kinds import Ia3Module, LoraModule
 from fusionkit.checkpoints.adapters.layout import AdapterLayout
 from fusionkit.checkpoints.adapters.start import Seeded, Shapes, constant, start_of
@@ -102,7 +102,9 @@ def open_space(
     """
     folders: dict[str, Adapter] = {}
     for task, source in finetuned.items():
-        opened = open_finetuned(source, base)
+        opened = open_finetuned(source)
+        if isinstance(opened, Checkpoint) and factors_in(opened, base):
+            opened = as_adapter(opened, base)
         if not isinstance(opened, Adapter):
             raise FamilyError(
                 f"{opened.label} (task '{task}'): no PEFT adapter, and adapters: modules is for "

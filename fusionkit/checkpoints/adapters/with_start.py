@@ -22,6 +22,7 @@ class WithStart(Checkpoint):
         self.label, self.live, self.serial = base.label, base.live, base.serial
         self.strip_prefix, self.add_prefix = base.strip_prefix, base.add_prefix
         self.nbytes, self.files, self.buffers = base.nbytes, base.files, base.buffers
+        self.architecture, self.unread = base.architecture, base.unread
         self.specs = {**base.specs, **specs_of(start)}
         self.aliases = {name: to for name, to in base.aliases.items() if name not in start}
 
@@ -37,6 +38,14 @@ class WithStart(Checkpoint):
         """Have a tensor of the base read ahead."""
         if name not in self._start:
             self._below.prefetch(name)
+
+    def row(self, name: str, index: int) -> Tensor:
+        """Read one entry along a tensor's first axis, as the base does."""
+        return self._below.row(name, index)
+
+    def row_pieces(self, name: str, index: int) -> Pieces:
+        """Read the same piece by piece, as the base does."""
+        return self._below.row_pieces(name, index)
 
     @property
     def plain(self) -> Checkpoint:

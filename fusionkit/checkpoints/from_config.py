@@ -1,0 +1,134 @@
+"""A model's class, from the configuration that lies beside its weights.
+
+The class is built on the meta device, without weights: by transformers (`config.json`), diffusers
+(`config.json` with `_class_name`) or timm (`config.json` with `architecture`), where they are
+installed. No code from the folder is run. What can't be built is not known, which is said once;
+the files are then read as they are.
+"""
+
+import json
+import warnings
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from fusionkit.checkpoints.architecture import Architecture
+from fusionkit.errors import CheckpointError
+
+CONFIG = "config.json"
+
+
+class UnknownClassWarning(UserWarning):
+    """A folder's configuration names a class that can't be built here: its files are read as is."""
+
+
+def architecture_of(folder: Path) -> Architecture | None:
+    """What is known of the class of a folder's model; None where there is no configuration.
+
+    Args:
+        folder: of the local disk, or remote.
+
+    Raises:
+        CheckpointError: the configuration is not JSON.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        return None
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error}); fetch it again") from error
+    return built(config, str(path)) if isinstance(config, dict) else None
+
+
+def from_record(record: Mapping[str, Any], label: str) -> Architecture | None:
+    """Build a class again from what `Architecture.record` says."""
+    config = record.get("config")
+    return built(config, label) if isinstance(config, Mapping) else None
+
+
+def built(config: Mapping[str, Any], label: str) -> Architecture | None:
+    """Build a class from its configuration; None, and a warning, where that can't be.
+
+    Args:
+        config: the content of `config.json`.
+        label: where that is, for the warning.
+    """
+    return _built(json.dumps(config, sort_keys=True), label)
+
+
+@lru_cache(maxsize=32)
+def _built(text: str, label: str) -> Architecture | None:
+    config: dict[str, Any] = json.loads(text)
+    build = _builder(config)
+    if build is None:
+        return None
+    try:
+        with warnings.catch_warnings(), torch.device("meta"):
+            warnings.simplefilter("ignore")
+            model = build(config)
+    except Exception as error:  # classes raise what they like over a configuration
+        reason = str(error).partition("\n")[0][:200] or type(error).__name__
+        warnings.warn(
+            f"{label}: its class can't be built here ({type(error).__name__}: {reason}); tensors "
+            "are read under the names that files have, and what only the class knows (ties, "
+            "experts) is not known",
+            UnknownClassWarning,
+            stacklevel=2,
+        )
+        return None
+    return Architecture.of(model, {"config": config})
+
+
+def _builder(config: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], nn.Module] | None:
+    if "_class_name" in config:
+        return _of_diffusers
+    if config.get("model_type"):
+        return _of_transformers
+    return _of_timm if "architecture" in config else None
+
+
+def _of_transformers(config: Mapping[str, Any]) -> nn.Module:
+    import transformers
+    from transformers import AutoModel, PreTrainedModel
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    # Quantised weights are another matter: the class is that of the model before.
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    made = CONFIG_MAPPING[config["model_type"]].from_dict(plain)
+    kind: Any = None
+    for name in config.get("architectures") or ():
+        kind = kind or getattr(transformers, str(name), None)
+    if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
+        return kind(made)
+    if config.get("auto_map"):
+        raise ValueError("it needs code of its own")
+    make: Any = AutoModel.from_config
+    return cast(nn.Module, make(made))
+
+
+def _of_diffusers(config: Mapping[str, Any]) -> nn.Module:
+    import diffusers
+
+    kind = getattr(diffusers, str(config["_class_name"]))
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    return cast(nn.Module, kind.from_config(plain))
+
+
+def _of_timm(config: Mapping[str, Any]) -> nn.Module:
+    import timm
+
+    settings = dict(config.get("model_args") or {})
+    for key in ("num_classes", "global_pool"):
+        if config.get(key) is not None:
+            settings.setdefault(key, config[key])
+    try:
+        made = timm.create_model(config["architecture"], pretrained=False, **settings)
+    except TypeError:  # of a class that has no choice of pooling
+        settings.pop("global_pool", None)
+        made = timm.create_model(config["architecture"], pretrained=False, **settings)
+    return made

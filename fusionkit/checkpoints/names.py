@@ -1,0 +1,82 @@
+"""Names of tensors: what wrappers put into them, and a user's own renaming."""
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+
+from fusionkit.errors import CheckpointError
+
+_WRAPPERS = re.compile(
+    r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
+"""Put into names by torch.compile, FSDP and activation checkpointing; never anyone's own."""
+_PARALLEL = re.compile(r"(?:^|(?<=\.))module\.")
+"""Put there by (Distributed)DataParallel, DeepSpeed; may be a model's own as well."""
+
+
+def unwrapped(names: Iterable[str]) -> dict[str, str]:
+    """Names without what torch.compile, FSDP and checkpointing put into them.
+
+    Args:
+        names: as they are.
+
+    Returns:
+        name without → name as it is, in the same order; as they are, if two would become one.
+    """
+    names = list(names)
+    found = {_WRAPPERS.sub("", name): name for name in names}
+    return found if len(found) == len(names) else {name: name for name in names}
+
+
+def matched(names: Collection[str], wanted: Collection[str]) -> dict[str, str]:
+    """Names as another checkpoint has them, if only a wrapper's `module.` is between them.
+
+    Args:
+        names: as they are.
+        wanted: the other's.
+
+    Returns:
+        name as wanted → name as it is, in the same order; what is not wanted keeps its own.
+    """
+    known, found = set(wanted), {}
+    taken = known & set(names)
+    for name in names:
+        bare = _PARALLEL.sub("", name)
+        fits = name not in known and bare in known and bare not in taken
+        found[bare if fits else name] = name
+    if len(found) < len(names):
+        return {name: name for name in names}
+    return found
+
+
+def replaced(names: Iterable[str], rename: Mapping[str, str], label: str) -> dict[str, str]:
+    """Names after a user's own renaming.
+
+    Args:
+        names: as they are.
+        rename: regular expression → replacement, in turn, as `re.sub` takes them.
+        label: how messages call the checkpoint.
+
+    Returns:
+        new name → name as it is, in the same order.
+
+    Raises:
+        CheckpointError: a pattern is no regular expression, or two names become one.
+    """
+    found: dict[str, str] = {}
+    for name in names:
+        new = name
+        for pattern, replacement in rename.items():
+            try:
+                new = re.sub(pattern, replacement, new)
+            except re.error as error:
+                raise CheckpointError(
+                    f"rename: '{pattern}' → '{replacement}' is no regular expression ({error}); "
+                    "write `\\.` for a dot and `\\1` for a group"
+                ) from error
+        if new in found:
+            raise CheckpointError(
+                f"{label}: `rename` gives '{found[new]}' and '{name}' one name, '{new}'; make its "
+                "patterns narrower"
+            )
+        found[new] = name
+    return found

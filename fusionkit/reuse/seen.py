@@ -1,0 +1,100 @@
+"""A live model as a source of tasks sees it: under its names, with its ties."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fusionkit.checkpoints.checkpoint import Checkpoint
+from fusionkit.checkpoints.in_memory import owner_of, state_of
+from fusionkit.checkpoints.live_model import aliases, is_sharded
+from fusionkit.checkpoints.names import matched, replaced, unwrapped
+from fusionkit.checkpoints.stacks import joined, rows_of, split_tensors
+from fusionkit.checkpoints.view import View
+from fusionkit.errors import BundleError
+from fusionkit.task_vectors.task_source import TaskSource
+
+
+class Seen:
+    """A model's tensors under the names that a source of tasks has for them.
+
+    Args:
+        model: the model.
+        source: the source.
+        private: names of the tasks' own tensors, as the source has them.
+
+    Attributes:
+        apart: name → name, of tensors that are one to the source, and two in the model.
+    """
+
+    def __init__(self, model: nn.Module, source: TaskSource, private: frozenset[str]) -> None:
+        self._model, self._stacks = model, source.stacks
+        rows = rows_of(source.stacks)
+        own = {rows[name][0] if name in rows else name for name in source.roles} | private
+        state = state_of(model)
+        after = replaced(state, source.rename, type(model).__name__)
+        self._names = {name: after[there] for name, there in matched(after, own).items()}
+        tied = {(a, b) for a, b in aliases(model).items()}
+        here = {there: name for name, there in self._names.items()}
+        pairs = {(here[a], here[b]) for a, b in _unwrapped_pairs(model, tied)}
+        self._untie(sorted(alias for alias, name in pairs if alias in own and name in own))
+        self.apart = {
+            alias: name
+            for alias, name in source.tied.items()
+            if (alias, name) not in pairs and (name, alias) not in pairs
+        }
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """The model's own tensors, stacks whole; to be written into."""
+        state = state_of(self._model)
+        return {name: state[there] for name, there in self._names.items()}
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The same, stacks split into their matrices."""
+        return split_tensors(self.state, self._stacks)
+
+    def base(self, base: Checkpoint) -> Checkpoint:
+        """The base's weights, which are kept under the model's names."""
+        if all(name == there for name, there in self._names.items()):
+            return base
+        return View(base, {n: there for n, there in self._names.items() if there in base})
+
+    def live(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors by the source's names → by the model's own, stacks whole; differentiable."""
+        actual = unwrapped(self._model.state_dict())
+        whole = joined(tensors, self._stacks)
+        copies = {alias: whole[name] for alias, name in self.apart.items() if name in whole}
+        return {
+            actual[self._names[name]]: tensor
+            for name, tensor in {**whole, **copies}.items()
+            if name in self._names
+        }
+
+    def live_name(self, name: str) -> str:
+        """What the model calls a tensor; as the source does, if it has no such tensor."""
+        return self._names.get(name, name)
+
+    def _untie(self, names: list[str]) -> None:
+        """Give tensors of their own to names that the source holds apart."""
+        if names and is_sharded(self._model):
+            raise BundleError(
+                f"the tasks have '{names[0]}' apart from the tensor that it shares in the model, "
+                "which is sharded; build the model with tie_word_embeddings=False, or leave it "
+                "unsharded"
+            )
+        for name in names:
+            module, leaf = owner_of(self._model, self._names[name])
+            old = getattr(module, leaf)
+            with torch.inference_mode(False), torch.no_grad():
+                fresh = old.detach().clone()
+            if leaf in module._parameters:
+                fresh = nn.Parameter(fresh, requires_grad=old.requires_grad)
+            setattr(module, leaf, fresh)
+
+
+def _unwrapped_pairs(model: nn.Module, pairs: set[tuple[str, str]]) -> set[tuple[str, str]]:
+    """Pairs of a model's own names, as `state_of` has them."""
+    bare = {there: name for name, there in unwrapped(model.state_dict()).items()}
+    return {(bare.get(a, a), bare.get(b, b)) for a, b in pairs}

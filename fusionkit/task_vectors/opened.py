@@ -1,0 +1,107 @@
+"""A base and its fine-tuned models, opened so that one name means one tensor in all of them.
+
+Folders, bare files, live models and adapters call a model's tensors by different names. What is
+known of the model's class (`Architecture`) comes from whichever of them says it, the base first,
+and is applied to those that don't; a wrapper's `module.` and a user's own `rename` and `ignore`
+do the rest.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
+
+from fusionkit.checkpoints.adapters.adapter import Adapter
+from fusionkit.checkpoints.adapters.finding import (
+    as_adapter,
+    factors_in,
+    open_base,
+    open_finetuned,
+)
+from fusionkit.checkpoints.adapters.merged import MergedAdapter
+from fusionkit.checkpoints.adapters.modules import Adapters, AdapterSpace, open_space
+from fusionkit.checkpoints.checkpoint import Checkpoint, Source, matches
+from fusionkit.checkpoints.conformed import conformed
+from fusionkit.checkpoints.names import matched, replaced
+from fusionkit.checkpoints.view import View
+
+
+class Opened(NamedTuple):
+    """A family's checkpoints, under the same names.
+
+    Attributes:
+        base: the base's.
+        finetuned: task name → checkpoint.
+        space: how adapters' own tensors make the base's weights; None where they are merged.
+    """
+
+    base: Checkpoint
+    finetuned: dict[str, Checkpoint]
+    space: AdapterSpace | None
+
+
+def open_models(
+    base: Source | Checkpoint,
+    finetuned: Mapping[str, Source | Checkpoint],
+    adapters: Adapters,
+    rename: Mapping[str, str],
+    ignore: Sequence[str],
+) -> Opened:
+    """Open a base and its fine-tuned models; arguments as of `Family`.
+
+    Raises:
+        CheckpointError: one can't be read, is an adapter that is not read, or an adapter given as
+            the base; or `rename` gives two of a checkpoint's tensors one name.
+        FamilyError: an adapter does not fit the base.
+    """
+    start = open_base(base)
+    merged = finetuned if adapters == "merged" else {}
+    found = {task: open_finetuned(source) for task, source in merged.items()}
+    whole = {
+        task: each
+        for task, each in found.items()
+        if not isinstance(each, Adapter) and not factors_in(each, start)
+    }
+    known = next((c.architecture for c in (start, *whole.values()) if c.architecture), None)
+
+    def fitted(checkpoint: Checkpoint, wanted: Checkpoint | None) -> Checkpoint:
+        if checkpoint.architecture is None and known is not None:
+            checkpoint = conformed(checkpoint, known)
+        return renamed(checkpoint, wanted, rename, ignore)
+
+    start = fitted(start, next(iter(whole.values()), None))
+    if adapters == "modules":
+        return Opened(*open_space(start, finetuned))
+    opened = {
+        task: fitted(whole[task], start) if task in whole else _merged(each, start)
+        for task, each in found.items()
+    }
+    return Opened(start, opened, None)
+
+
+def renamed(
+    checkpoint: Checkpoint,
+    wanted: Collection[str] | None,
+    rename: Mapping[str, str],
+    ignore: Sequence[str],
+) -> Checkpoint:
+    """See a checkpoint under a user's names, without what no one needs.
+
+    Args:
+        checkpoint: the checkpoint.
+        wanted: another, whose names it gets where only a wrapper's `module.` is between them.
+        rename: regular expression → replacement.
+        ignore: patterns of the tensors that are left out.
+    """
+    names = replaced(checkpoint, rename, checkpoint.label)
+    if wanted is not None:
+        names = {new: names[name] for new, name in matched(names, wanted).items()}
+    seen = {name: there for name, there in names.items() if not matches(name, ignore)}
+    if all(name == there for name, there in names.items()) and len(seen) == len(names):
+        return checkpoint
+    view = View(checkpoint, seen)
+    view.unread = checkpoint.unread | (names.keys() - seen.keys())
+    return view
+
+
+def _merged(found: Checkpoint | Adapter, base: Checkpoint) -> MergedAdapter:
+    adapter = found if isinstance(found, Adapter) else as_adapter(found, base)
+    return MergedAdapter(base, adapter)
