@@ -258,11 +258,14 @@ def test_parameters_of_another_base_are_refused(tmp_path: Path) -> None:
         Family(zoo(Experts(down=(8, 6))), {"t": str(tmp_path)})
 
 
-def test_a_bias_that_peft_leaves_out_is_refused(tmp_path: Path) -> None:
+def test_an_attentions_bias_is_refused(tmp_path: Path) -> None:
+    """PEFT adds out_proj's, and not in_proj's; its merge is the mend."""
     base = zoo()
-    saved(tmp_path, base, peft.LoraConfig(r=2, target_modules=["attn"], lora_bias=True))
-    with pytest.raises(CheckpointError, match=r"lora_B.bias'.*lora_bias: false"):
+    model = saved(tmp_path, base, peft.LoraConfig(r=2, target_modules=["attn"], lora_bias=True))
+    with pytest.raises(CheckpointError, match=r"lora_B.bias': lora_bias .*merge it into its base"):
         Family(base, {"t": str(tmp_path)})
+    names = Family(base, {"t": model.merge_and_unload()}).finetuned["t"]
+    assert not torch.equal(names["attn.out_proj.bias"], base.attn.out_proj.bias)
 
 
 NEW = {

@@ -366,6 +366,14 @@ def test_the_mends_of_a_live_model(tmp_path: Path) -> None:
     assert Family(unloaded, {"t": str(tmp_path)}).names("delta")
 
 
+def test_an_adapter_of_any_name_in_a_live_model() -> None:
+    base = make()
+    config: Any = peft.LoraConfig(r=2, target_modules=["to_q"])
+    model = peft.inject_adapter_in_model(config, copy.deepcopy(base), adapter_name="pets")
+    with pytest.raises(CheckpointError, match=r"live PEFT model, with '.*lora_A.pets.weight'"):
+        Family(base, {"t": model}, private=["*lora*", "*base_layer*"], frozen=["*to_q.weight"])
+
+
 def test_factors_beside_whole_weights_are_refused() -> None:
     base = make()
     state = {**base.state_dict(), "proj_in.lora_A": torch.ones(2, 8)}

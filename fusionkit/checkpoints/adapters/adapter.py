@@ -237,8 +237,8 @@ class Adapter:
         bias = f"{name}.lora_B.bias" in self.tensors
         if bias and (attention or self._is_attention(name, base)):
             raise CheckpointError(
-                f"{self.label}: has '{name}.lora_B.bias', which PEFT leaves out of an attention's "
-                "weights; save the adapter with lora_bias: false"
+                f"{self.label}: has '{name}.lora_B.bias': lora_bias on an attention, of which PEFT "
+                f"takes a part alone, is not known here; {MERGE}"
             )
         form = self._form(name, a, b, weight, embedding)
         if form == "linear" and self._is_attention(name, base):

@@ -34,7 +34,7 @@ def open_base(source: Source) -> Checkpoint:
     factors = [name for name in base if is_factor(name)]
     if not factors:
         return base
-    if any(is_live(name) for name in factors):
+    if any(is_live(name) and (is_peft(name) or ".default" in name) for name in factors):
         raise CheckpointError(
             f"{base.label}: is a live PEFT model, with '{factors[0]}' beside the weights that it "
             "changes, and no base; give the base itself, as it was before the adapter was put "

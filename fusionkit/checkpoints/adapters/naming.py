@@ -24,7 +24,9 @@ _LEAVES = {
     r"(.+)_lora\.up\.weight()": "lora_B.weight",
     r"(.+?)(?:\.lora|_lora)?\.alpha()": "alpha",
 }
-_LIVE = re.compile(r"\.(?:lora_[AB]|lora_embedding_[AB]|ia3_l)\.default\w*(?:\.|$)")
+_LIVE = re.compile(
+    r"\.(?:lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|ia3_l)\.(?!(?:weight|bias)$)\w+(?:\.|$)"
+)
 
 PEFT = "base_model.model"
 """The component that PEFT's own files name."""
@@ -53,7 +55,7 @@ def is_factor(name: str) -> bool:
 
 
 def is_live(name: str) -> bool:
-    """Whether it is that of an adapter within a model, as PEFT names it there."""
+    """Whether it is that of an adapter within a model, where PEFT adds the adapter's own name."""
     return _LIVE.search(name) is not None
 
 
