@@ -206,6 +206,14 @@ def _stamp(stat: os.stat_result) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself: the texts under `__metadata__` in its header."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    return dict(header.get("__metadata__", {}))
+
+
 def _header(path: Path, size: int) -> tuple[Mapping[str, Any], int]:
     """What the header says of each tensor, and where the data start."""
     with path.open("rb") as file:

@@ -69,27 +69,6 @@ def test_in_half_precision(dtype: torch.dtype, tmp_path: Path) -> None:
         torch.testing.assert_close(ours[key], tensor, rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize(
-    ("config", "said"),
-    [
-        (peft.LoraConfig(target_modules=["1"], use_dora=True), "use_dora"),
-        (peft.LoHaConfig(target_modules=["1"]), "LOHA"),
-        (peft.VeraConfig(target_modules=["1"]), "VERA"),
-        (peft.AdaLoraConfig(target_modules=["1"], total_step=10), "ADALORA"),
-        (peft.LoraConfig(target_modules=["1"], init_lora_weights="pissa"), "pissa"),
-        (peft.LoraConfig(target_modules=["1"], init_lora_weights="olora"), "olora"),
-        (
-            peft.LoraConfig(target_modules=["1"], trainable_token_indices={"embed": [1]}),
-            "trainable_token_indices",
-        ),
-    ],
-)
-def test_what_is_not_known_is_refused_by_name(config: Any, said: str, tmp_path: Path) -> None:
-    peft.get_peft_model(net(), config).save_pretrained(str(tmp_path / "a"))
-    with pytest.raises(CheckpointError, match=rf"(?s){tmp_path}.*{said}.*merge it into its base"):
-        Family(net(), {"t": str(tmp_path / "a")})
-
-
 def edit(folder: Path, **changes: Any) -> None:
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**config, **changes}))
