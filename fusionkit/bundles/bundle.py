@@ -61,7 +61,10 @@ class Bundle:
         self._base_checked = False
         self._stored = BundleReader(self.path, self.manifest)
         self._initial: dict[str, Tensor] = {}
-        self._base = None if base is None else self._with_start(Checkpoint.of(base))
+        dequantize = self.manifest.base.dequantized
+        self._base = (
+            base if base is None else self._with_start(Checkpoint.of(base, dequantize=dequantize))
+        )
 
     @classmethod
     def load(cls, path: str | Path, base: Source | Checkpoint | None = None) -> "Bundle":

@@ -57,6 +57,7 @@ class BaseRecord:
         tied: tied name → name of the tensor that it shares.
         space: where adapters are what is compressed, how they make the base's weights; their
             initial tensors are among `tensors`.
+        dequantized: it was quantised, and read as the unquantised model.
     """
 
     source: str
@@ -65,6 +66,7 @@ class BaseRecord:
     tensors: dict[str, BaseTensor]
     tied: dict[str, str]
     space: AdapterSpace | None = None
+    dequantized: bool = False
 
     def __post_init__(self) -> None:
         if unknown := set(self.tied.values()) - self.tensors.keys():
@@ -88,7 +90,13 @@ class BaseRecord:
             for name, role in family.roles.items()
         }
         return cls(
-            base.label, base.strip_prefix, base.add_prefix, tensors, family.tied, family.space
+            base.label,
+            base.strip_prefix,
+            base.add_prefix,
+            tensors,
+            family.tied,
+            family.space,
+            base.dequantized,
         )
 
     @property
@@ -132,9 +140,12 @@ class BaseRecord:
             elif _sha256(base, name) != expected.sha256:
                 findings.append(f"'{name}' has other values")
         if findings:
+            hint = ""
+            if self.dequantized and not base.dequantized:
+                hint = "\nit was read dequantised: give it as Checkpoint.of(…, dequantize=True)"
             raise WrongBaseError(
                 f"{label} is not the base that this bundle was made from ({self.source}):"
-                f"{listing(findings)}"
+                f"{listing(findings)}{hint}"
             )
 
 
@@ -233,6 +244,8 @@ class Manifest:
         content["base"].pop("space")
         if self.base.space:
             content["base"]["space"] = self.base.space.to_json()
+        if not self.base.dequantized:
+            content["base"].pop("dequantized")
         return json.dumps({**content, "checksum": _checksum(content)}, indent=1) + "\n"
 
     def write(self, folder: Path) -> None:
@@ -290,6 +303,7 @@ class Manifest:
                 tensors={name: BaseTensor(**tensor) for name, tensor in base["tensors"].items()},
                 tied=base["tied"],
                 space=AdapterSpace.from_json(base["space"]) if base.get("space") else None,
+                dequantized=bool(base.get("dequantized")),
             ),
             private=content["private"],
             frozen=content["frozen"],
@@ -305,7 +319,9 @@ def reopen_base(record: BaseRecord) -> Checkpoint:
         BundleError: it was not a path, or is no longer there.
     """
     try:
-        return Checkpoint.of(record.source, record.strip_prefix, record.add_prefix)
+        return Checkpoint.of(
+            record.source, record.strip_prefix, record.add_prefix, record.dequantized
+        )
     except Exception as error:
         raise BundleError(
             f"the bundle's base ({record.source}) can't be opened from here; a bundle does not "

@@ -62,6 +62,7 @@ class Checkpoint(Mapping[str, Tensor], ABC):
         live: others can change the tensors while they are read from here: a module or mapping.
         strip_prefix: what was taken off the source's names.
         add_prefix: what was put in front of them.
+        dequantized: it was quantised, and is read as the unquantised model.
     """
 
     label: str
@@ -74,7 +75,8 @@ class Checkpoint(Mapping[str, Tensor], ABC):
     live: bool = False
     strip_prefix: str = ""
     add_prefix: str = ""
-    opener: ClassVar[Callable[["Source", str, str], "Checkpoint"]]
+    dequantized: bool = False
+    opener: ClassVar[Callable[["Source", str, str, bool], "Checkpoint"]]
     """What `of` calls; `opening`, which knows every kind of checkpoint, puts it here."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
@@ -92,7 +94,13 @@ class Checkpoint(Mapping[str, Tensor], ABC):
         return super().__new__(cls)
 
     @classmethod
-    def of(cls, source: Source, strip_prefix: str = "", add_prefix: str = "") -> "Checkpoint":
+    def of(
+        cls,
+        source: Source,
+        strip_prefix: str = "",
+        add_prefix: str = "",
+        dequantize: bool = False,
+    ) -> "Checkpoint":
         """Open a source, whatever it is.
 
         Reads a safetensors file, a (sharded) Hugging Face folder or its index, a PyTorch
@@ -108,11 +116,14 @@ class Checkpoint(Mapping[str, Tensor], ABC):
                 (`model.` for many Lightning checkpoints).
             add_prefix: put in front of every name (`bert.` to give a bare encoder the names that
                 it has inside a classifier).
+            dequantize: read a quantised model (bitsandbytes, GPTQ, AWQ, FP8, MXFP4,
+                compressed-tensors, GGUF) as the unquantised one, tensor by tensor; another comes
+                back as it is.
 
         Raises:
             CheckpointError: the source can't be read; the message names the file and the mend.
         """
-        return cls.opener(source, strip_prefix, add_prefix)
+        return cls.opener(source, strip_prefix, add_prefix, dequantize)
 
     @abstractmethod
     def __getitem__(self, name: str) -> Tensor:
@@ -181,6 +192,7 @@ class Copied(Checkpoint):
         self.specs = source.specs
         self.aliases = dict(source.aliases)  # the class's own can't be pickled
         self.strip_prefix, self.add_prefix = source.strip_prefix, source.add_prefix
+        self.dequantized = source.dequantized
         own: dict[str, Tensor] = {}
         for name in source:
             if name not in source.aliases:

@@ -6,9 +6,11 @@ from pathlib import Path
 from torch import nn
 
 from fusionkit.checkpoints.checkpoint import Checkpoint, Source
+from fusionkit.checkpoints.gguf_file import open_gguf
 from fusionkit.checkpoints.in_memory import LiveModel, TensorMapping
 from fusionkit.checkpoints.paths import open_path
 from fusionkit.checkpoints.pickle_file import PickleFile
+from fusionkit.checkpoints.quantized import dequantized
 from fusionkit.checkpoints.safetensors_file import SafetensorsFile
 from fusionkit.checkpoints.shards import Shards
 from fusionkit.checkpoints.view import renamed
@@ -23,9 +25,13 @@ _FOLDER_FILES = (
 )
 
 
-def open_source(source: Source, strip_prefix: str = "", add_prefix: str = "") -> Checkpoint:
+def open_source(
+    source: Source, strip_prefix: str = "", add_prefix: str = "", dequantize: bool = False
+) -> Checkpoint:
     """Open a source by the class of its kind; see `Checkpoint.of`."""
-    opened = _open(source)
+    opened = open_gguf(source, dequantize) or _open(source)
+    if dequantize:
+        opened = dequantized(opened)
     if not any(name.startswith(strip_prefix) for name in opened):
         raise CheckpointError(
             f"{opened.label}: holds no tensor"

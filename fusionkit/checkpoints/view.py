@@ -43,6 +43,7 @@ class View(Checkpoint):
         self.strip_prefix = below.strip_prefix if strip_prefix is None else strip_prefix
         self.add_prefix = below.add_prefix if add_prefix is None else add_prefix
         self.nbytes, self.live, self.serial = below.nbytes, below.live, below.serial
+        self.dequantized = below.dequantized
         self.specs = {name: below.specs[there] for name, there in self._names.items()}
         self.aliases = {
             new[alias]: new[name]

@@ -24,6 +24,7 @@ from fusionkit.checkpoints.adapters.folder import is_adapter
 from fusionkit.checkpoints.adapters.merged import MergedAdapter
 from fusionkit.checkpoints.adapters.modules import Adapters, AdapterSpace, open_space
 from fusionkit.checkpoints.checkpoint import Checkpoint, Source, TensorSpec, matches
+from fusionkit.checkpoints.quantized import unquantized
 from fusionkit.errors import CheckpointError, FamilyError, listing
 from fusionkit.task_vectors.checks import check_fit, check_patterns
 from fusionkit.task_vectors.vectors import Change, ChangedVectors, Located, TaskVectors
@@ -84,12 +85,12 @@ class Family:
     ) -> None:
         if not finetuned:
             raise FamilyError("expected at least one fine-tuned checkpoint, got none")
-        self.base = Checkpoint.of(base)
+        self.base = unquantized(Checkpoint.of(base))
         self.space: AdapterSpace | None = None
         if adapters == "modules":
             self.base, self.finetuned, self.space = open_space(self.base, finetuned)
         else:
-            self.finetuned = {task: self._open(source) for task, source in finetuned.items()}
+            self.finetuned = {t: unquantized(self._open(each), t) for t, each in finetuned.items()}
         self.tasks = tuple(self.finetuned)
         self.private_patterns = tuple(private)
         self.frozen_patterns = tuple(frozen)

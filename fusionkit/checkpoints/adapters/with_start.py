@@ -21,6 +21,7 @@ class WithStart(Checkpoint):
         self._below, self._start = base, start
         self.label, self.live, self.serial = base.label, base.live, base.serial
         self.strip_prefix, self.add_prefix = base.strip_prefix, base.add_prefix
+        self.dequantized = base.dequantized
         self.nbytes, self.files, self.buffers = base.nbytes, base.files, base.buffers
         self.specs = {**base.specs, **specs_of(start)}
         self.aliases = {name: to for name, to in base.aliases.items() if name not in start}
