@@ -50,7 +50,8 @@ class Quantised:
     plain: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.plain = {"a.bias": torch.randn(OUT), "norm.weight": torch.randn(IN)}
+        rows = len(self.values["a.weight"]) if "a.weight" in self.values else OUT
+        self.plain = {"a.bias": torch.randn(rows), "norm.weight": torch.randn(IN)}
         self.stored = {k: t.contiguous() for k, t in (self.stored | self.plain).items()}
 
     def save(self, folder: Path, dtype: str | None = "float32") -> Path:
