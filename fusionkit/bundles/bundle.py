@@ -61,10 +61,10 @@ class Bundle:
         self._base_checked = False
         self._stored = BundleReader(self.path, self.manifest)
         self._initial: dict[str, Tensor] = {}
-        dequantize = self.manifest.base.dequantized
-        self._base = (
-            base if base is None else self._with_start(Checkpoint.of(base, dequantize=dequantize))
-        )
+        self._base: Checkpoint | None = None
+        if base is not None:
+            again = Checkpoint.of(base, dequantize=self.manifest.base.dequantized)
+            self._base = self._with_start(again)
 
     @classmethod
     def load(cls, path: str | Path, base: Source | Checkpoint | None = None) -> "Bundle":

@@ -5,6 +5,7 @@ loaded when such a file is opened.
 """
 
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +66,8 @@ class GGUFFile(Checkpoint):
             )
         try:
             import gguf
-            import transformers.modeling_gguf_pytorch_utils
 
-            reader: Any = transformers.modeling_gguf_pytorch_utils
+            reader = import_module("transformers.modeling_gguf_pytorch_utils")
         except ImportError as error:
             raise CheckpointError(
                 f"{path}: a GGUF file needs more: {error}; pip install 'fusionkit[gguf]'"

@@ -29,6 +29,9 @@ DEQUANTIZE = (
 _READABLE = {"bitsandbytes", "gptq", "awq", "fp8", "fbgemm_fp8", "mxfp4", "compressed-tensors"}
 """Methods, as `quant_method` has them, all of whose formats are told by the tensors."""
 
+_LEFT_BEHIND = {"bitsandbytes"}
+"""Methods that configs name of models which were merged, and saved, without quantisation since."""
+
 _NESTED = ("text_config", "language_config", "llm_config")
 """Where the config of a model of several parts keeps that of its language model."""
 
@@ -163,9 +166,9 @@ class Settings:
         path = checkpoint.files[0].parent / "config.json"
         try:
             config = json.loads(path.read_text())
-        except (FileNotFoundError, NotADirectoryError):
+        except OSError:
             return cls()
-        except (OSError, ValueError) as error:
+        except ValueError as error:
             raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
         return cls(config, (path,)) if isinstance(config, dict) else cls()
 
@@ -208,15 +211,12 @@ def quantized_weights(checkpoint: Checkpoint) -> list[QuantizedWeight]:
 
 
 def _found(checkpoint: Checkpoint, settings: Settings) -> Iterator[QuantizedWeight]:
-    if settings.method and settings.method not in _READABLE:
-        yield from _unknown(checkpoint, settings.method)
-        return
-    kind = str(settings.config.get("model_type", ""))
-    yield from find(Clues(checkpoint, settings.quantization, kind))
-
-
-def _unknown(checkpoint: Checkpoint, method: str) -> Iterator[QuantizedWeight]:
-    """What a method that is not known here has stored."""
+    method, kind = settings.method, str(settings.config.get("model_type", ""))
+    if not method or method in _READABLE:
+        found = list(find(Clues(checkpoint, settings.quantization, kind)))
+        if found or not method or method in _LEFT_BEHIND:
+            yield from found
+            return
     for name, spec in checkpoint.specs.items():
         if spec.dtype in INTEGERS and spec.numel > 1:
             yield Unreadable(
@@ -225,7 +225,7 @@ def _unknown(checkpoint: Checkpoint, method: str) -> Iterator[QuantizedWeight]:
                 {"weight": name},
                 spec.shape,
                 torch.bfloat16,
-                reason="its method is not known",
+                reason="the way it is stored is not known",
                 mend="give the unquantised model",
             )
 
