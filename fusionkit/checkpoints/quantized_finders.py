@@ -108,30 +108,28 @@ Finder = Callable[[Clues, str], QuantizedWeight | None]
 
 def _words(clues: Clues, name: str) -> QuantizedWeight | None:
     """GPTQ and AWQ: `qweight`, `qzeros`, `scales`, `g_idx`."""
-    module, _, last = name.rpartition(".")
-    if last != "qweight":
+    if name.rpartition(".")[2] != "qweight":
         return None
-    parts = clues.parts(
-        {each: f"{module}.{each}" for each in ("qweight", "qzeros", "scales", "g_idx")}
-    )
-    own, weight = clues.specs[name], f"{module}.weight"
-    if own.dtype != torch.int32 or len(own.shape) != 2 or not {"qzeros", "scales"} <= parts.keys():
-        return _unreadable(
-            clues, name, "GPTQ or AWQ", "it has no int32 'qzeros' and 'scales' beside it"
-        )
-    zeros, scales = clues.specs[parts["qzeros"]].shape, clues.specs[parts["scales"]].shape
-    out, dtype = scales[1], clues.dtype(parts["scales"])
-    if "g_idx" not in parts and own.shape[1] * 8 == out and zeros == (scales[0], out // 8):
-        if own.shape[0] % scales[0]:
+    prefix = name.removesuffix("qweight")
+    names = ("qweight", "qzeros", "scales", "g_idx")
+    parts = clues.parts({each: prefix + each for each in names})
+    shapes = [clues.specs[parts[each]].shape for each in names[:3] if each in parts]
+    if clues.specs[name].dtype != torch.int32 or [len(shape) for shape in shapes] != [2, 2, 2]:
+        reason = "it has no int32 'qzeros' and 'scales' beside it"
+        return _unreadable(clues, name, "GPTQ or AWQ", reason)
+    (rows, columns), zeros, (groups, out) = shapes
+    dtype, weight = clues.dtype(parts["scales"]), f"{prefix}weight"
+    if "g_idx" not in parts and columns * 8 == out and zeros == (groups, columns):
+        if rows % groups:
             return _unreadable(clues, name, "AWQ", "its groups don't divide its rows")
-        return AWQ(weight, "AWQ, 4 bits", parts, (out, own.shape[0]), dtype)
+        return AWQ(weight, "AWQ, 4 bits", parts, (out, rows), dtype)
     bits = 32 * zeros[1] // out if out >= 32 else clues.quantization.get("bits", 0)
-    if own.shape[1] != out or bits not in (2, 3, 4, 8):
-        return _unreadable(clues, name, "GPTQ or AWQ", "it is packed in a way that is not known")
-    shift = 0 if clues.quantization.get("checkpoint_format") == "gptq_v2" else 1
-    count = 32 * own.shape[0] // bits
-    if "g_idx" in parts:
-        count = clues.specs[parts["g_idx"]].numel
+    form = clues.quantization.get("checkpoint_format") or "gptq"
+    if columns != out or bits not in (2, 3, 4, 8) or form not in ("gptq", "gptq_v2"):
+        reason = f"it is packed in a way that is not known (format '{form}')"
+        return _unreadable(clues, name, "GPTQ or AWQ", reason)
+    count = clues.specs[parts["g_idx"]].numel if "g_idx" in parts else 32 * rows // bits
+    shift = 0 if form == "gptq_v2" else 1
     return GPTQ(weight, f"GPTQ, {bits} bits", parts, (out, count), dtype, bits, shift)
 
 
@@ -168,15 +166,13 @@ def _bnb_four_bit(clues: Clues, name: str) -> QuantizedWeight | None:
 
 def _bnb_int8(clues: Clues, name: str) -> QuantizedWeight | None:
     """The int8 of bitsandbytes: `weight`, `SCB`, `weight_format`."""
-    module, _, last = name.rpartition(".")
-    scale, own = f"{module}.SCB".removeprefix("."), clues.specs[name]
-    if last != "weight" or own.dtype != torch.int8 or scale not in clues.specs:
+    prefix, own = name.removesuffix("weight"), clues.specs[name]
+    scale = f"{prefix}SCB"
+    if name.rpartition(".")[2] != "weight" or own.dtype != torch.int8 or scale not in clues.specs:
         return None
     method = "bitsandbytes int8"
-    parts = clues.parts(
-        {"weight": name, "scale": scale, "format": f"{module}.weight_format".removeprefix(".")}
-    )
-    if len(own.shape) != 2 or clues.specs[scale].shape != (own.shape[0],):
+    parts = clues.parts({"weight": name, "scale": scale, "format": f"{prefix}weight_format"})
+    if len(own.shape) != 2 or clues.specs[scale].numel != own.shape[0]:
         return _unreadable(clues, name, method, "'SCB' has not one scale for each row")
     if "format" in parts and int(clues.checkpoint[parts["format"]]) != 0:
         return _unreadable(clues, name, method, "it is in a layout of one kind of GPU")
@@ -268,7 +264,7 @@ def find(clues: Clues) -> Iterator[QuantizedWeight]:
         if weight is None:
             continue
         spent |= {*weight.parts.values(), *weight.dropped}
-        if clues.model_type in _TRANSPOSED and weight.name.split(".")[-2] in _CONV1D:
+        if clues.model_type in _TRANSPOSED and _CONV1D & set(weight.name.split(".")):
             reason = f"{clues.model_type} has it transposed in files that are not quantised"
             weight = _unreadable(clues, weight.tensor, weight.method, reason)
         yield weight

@@ -420,11 +420,15 @@ def test_a_method_that_is_not_known_is_named(method: str, tmp_path: Path) -> Non
         Checkpoint.of(folder, dequantize=True)
 
 
-def test_a_half_of_a_format_is_refused() -> None:
+def test_a_half_of_a_format_is_refused(tmp_path: Path) -> None:
     for quantised, part in ((gptq(), "a.qzeros"), (bnb_nf4(), "a.weight.absmax")):
         del quantised.stored[part]
         with pytest.raises(CheckpointError, match="can't be dequantised here"):
             Checkpoint.of(quantised.stored, dequantize=True)
+    planar = gptq()
+    planar.config["checkpoint_format"] = "gptq_p"
+    with pytest.raises(CheckpointError, match=says("not known (format 'gptq_p')")):
+        Checkpoint.of(planar.save(tmp_path / "p"), dequantize=True)
     stored = mxfp4().stored
     stored["experts.up_blocks"] = stored["experts.up_blocks"][0]
     with pytest.raises(CheckpointError, match="no stack of experts"):
