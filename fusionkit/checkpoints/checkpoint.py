@@ -83,6 +83,7 @@ class Checkpoint(Mapping[str, Tensor], metaclass=_Opening):
         architecture: what is known of the model's class; None: nothing but what is stored.
         unread: names that are stored, and left out here since no one reads such tensors.
         variant: which of a folder's weights they are; None for those without one.
+        dequantized: it was quantised, and is read as the unquantised model.
     """
 
     label: str
@@ -98,7 +99,8 @@ class Checkpoint(Mapping[str, Tensor], metaclass=_Opening):
     architecture: Architecture | None = None
     unread: frozenset[str] = frozenset()
     variant: str | None = None
-    opener: ClassVar[Callable[["Source", str, str, str | None], "Checkpoint"]]
+    dequantized: bool = False
+    opener: ClassVar[Callable[["Source", str, str, str | None, bool], "Checkpoint"]]
     """What `of` calls; `opening`, which knows every kind of checkpoint, puts it here."""
 
     def __init__(
@@ -107,6 +109,7 @@ class Checkpoint(Mapping[str, Tensor], metaclass=_Opening):
         strip_prefix: str = "",
         add_prefix: str = "",
         variant: str | None = None,
+        dequantize: bool = False,
     ) -> None:
         """`Checkpoint(…)` is `Checkpoint.of(…)`; a class derived from it has its own.
 
@@ -115,6 +118,7 @@ class Checkpoint(Mapping[str, Tensor], metaclass=_Opening):
             strip_prefix: see `of`.
             add_prefix: see `of`.
             variant: see `of`.
+            dequantize: see `of`.
         """
         raise NotImplementedError(f"{type(self).__name__} has no __init__ of its own")
 
@@ -125,6 +129,7 @@ class Checkpoint(Mapping[str, Tensor], metaclass=_Opening):
         strip_prefix: str = "",
         add_prefix: str = "",
         variant: str | None = None,
+        dequantize: bool = False,
     ) -> "Checkpoint":
         """Open a source, whatever it is.
 
@@ -143,12 +148,15 @@ class Checkpoint(Mapping[str, Tensor], metaclass=_Opening):
                 it has inside a classifier).
             variant: of a folder's weights, as in `from_pretrained`: `fp16` for
                 `model.fp16.safetensors`.
+            dequantize: read a quantised model (bitsandbytes, GPTQ, AWQ, FP8, MXFP4,
+                compressed-tensors, GGUF) as the unquantised one, tensor by tensor; another comes
+                back as it is.
 
         Raises:
             CheckpointError: the source can't be read, or the folder holds two models; the message
                 names the file and the mend.
         """
-        return cls.opener(source, strip_prefix, add_prefix, variant)
+        return cls.opener(source, strip_prefix, add_prefix, variant, dequantize)
 
     def __getitem__(self, name: str) -> Tensor:
         """Read one tensor in its own dtype; it may share memory with a live source.
@@ -255,6 +263,7 @@ class Copied(Checkpoint):
         self.strip_prefix, self.add_prefix = source.strip_prefix, source.add_prefix
         self.architecture, self.unread = source.architecture, source.unread
         self.variant = source.variant
+        self.dequantized = source.dequantized
         own: dict[str, Tensor] = {}
         for name in source:
             if name not in source.aliases:

@@ -21,6 +21,7 @@ from fusionkit.checkpoints.adapters.modules import Adapters, AdapterSpace, open_
 from fusionkit.checkpoints.checkpoint import Checkpoint, Source, matches
 from fusionkit.checkpoints.conformed import conformed
 from fusionkit.checkpoints.names import matched, replaced
+from fusionkit.checkpoints.quantized import unquantized
 from fusionkit.checkpoints.view import View
 
 
@@ -48,15 +49,15 @@ def open_models(
     """Open a base and its fine-tuned models; arguments as of `Family`.
 
     Raises:
-        CheckpointError: one can't be read, is an adapter that is not read, or an adapter given as
+        CheckpointError: one can't be read, is quantised, is an adapter that is not read, or an adapter given as
             the base; or `rename` gives two of a checkpoint's tensors one name.
         FamilyError: an adapter does not fit the base.
     """
-    start = open_base(base)
+    start = unquantized(open_base(base))
     merged = finetuned if adapters == "merged" else {}
     found = {task: open_finetuned(source) for task, source in merged.items()}
     whole = {
-        task: each
+        task: unquantized(each, task)
         for task, each in found.items()
         if not isinstance(each, Adapter) and not factors_in(each, start)
     }
