@@ -106,4 +106,4 @@ def renamed(
 
 def _merged(found: Checkpoint | Adapter, base: Checkpoint) -> MergedAdapter:
     adapter = found if isinstance(found, Adapter) else as_adapter(found, base)
-    return MergedAdapter(base, adapter)
+    return MergedAdapter(base, adapter.named_for(base))
