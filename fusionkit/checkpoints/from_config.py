@@ -73,13 +73,7 @@ def _built(text: str, label: str) -> Architecture | None:
             warnings.simplefilter("ignore")
             model = build(config)
     except ImportError as error:
-        missing = (error.name or "what it needs").partition(".")[0]
-        warnings.warn(
-            f"{missing} is not installed, so that models are read by their files alone: {_UNKNOWN}; "
-            f"pip install {missing}",
-            UnknownClassWarning,
-            stacklevel=2,
-        )
+        _say_missing((error.name or "what it needs").partition(".")[0])
         return None
     except Exception as error:  # classes raise what they like over a configuration
         reason = str(error).partition("\n")[0][:200] or type(error).__name__
@@ -91,6 +85,17 @@ def _built(text: str, label: str) -> Architecture | None:
         )
         return None
     return Architecture.of(model, {"config": config})
+
+
+@lru_cache
+def _say_missing(library: str) -> None:
+    """Say once that a library is not installed."""
+    warnings.warn(
+        f"{library} is not installed, so that models are read by their files alone: {_UNKNOWN}; "
+        f"pip install {library}",
+        UnknownClassWarning,
+        stacklevel=3,
+    )
 
 
 def _builder(config: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], nn.Module] | None:
