@@ -330,11 +330,21 @@ class Family:
         """Whether a checkpoint has a tensor of its own; of adapters' own, those that are there."""
         return checkpoint.touches(name) and (self.space is None or name in checkpoint)
 
+    def _is_no_ones(self, name: str) -> bool:
+        """Whether the classes of all fine-tuned models have no such tensor: a base's own head."""
+        return all(
+            checkpoint.architecture is not None
+            and name not in checkpoint.architecture.shapes
+            and name not in checkpoint
+            for checkpoint in self.finetuned.values()
+        )
+
     def _role(self, name: str, spec: TensorSpec) -> Role:
         touched = any(self._touches(checkpoint, name) for checkpoint in self.finetuned.values())
         if self.space and name in self.space.still:
             return "frozen"
-        if matches(self._stack_of.get(name, name), self.frozen_patterns) or not touched:
+        whole = self._stack_of.get(name, name)
+        if matches(whole, self.frozen_patterns) or not touched or self._is_no_ones(whole):
             return "frozen"
         known = self.base.architecture
         is_buffer = name in (known.buffers if known else self.base.buffers)

@@ -10,7 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from fusionkit import EMR, SVD, Bundle, Dense, Family, add_tasks, compress
 from fusionkit.errors import CheckpointError, FamilyError
@@ -271,3 +277,19 @@ def test_a_bundle_of_a_renamed_class_opens_over_all_its_forms(tmp_path: Path) ->
     manifest = json.loads((tmp_path / "old" / "manifest.json").read_text())
     assert set(manifest["base"]["tensors"]) == set(stored)
     equal(Bundle(before.path, tmp_path / "base").state_dict("t"), stored)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_of_the_base_that_no_fine_tuned_class_has_needs_no_word(
+    tied: bool, tmp_path: Path
+) -> None:
+    """A causal model's head, and fine-tunes that classify."""
+    llama(tie_word_embeddings=tied, pad_token_id=0).save_pretrained(tmp_path / "base")
+    make = LlamaForSequenceClassification.from_pretrained
+    tuned = moved(make(tmp_path / "base", num_labels=3)).eval()
+    tuned.save_pretrained(tmp_path / "tuned")  # type: ignore[operator]
+    sources = {"t": tmp_path / "tuned"}
+    bundle = compress(tmp_path / "base", sources, Dense("fp32"), private=["score.*"])
+    module = ReuseModule(make(tmp_path / "base", num_labels=3).eval(), bundle)
+    module.switch("t")
+    assert torch.allclose(logits(module.model), logits(tuned), atol=1e-5)
