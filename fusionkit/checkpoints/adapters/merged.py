@@ -11,6 +11,7 @@ from fusionkit.checkpoints.adapters.layout import LoraModule, Module
 from fusionkit.checkpoints.adapters.lowrank import LowRank
 from fusionkit.checkpoints.adapters.start import start_of
 from fusionkit.checkpoints.checkpoint import Checkpoint, Pieces
+from fusionkit.checkpoints.rounding import check_rounding
 
 
 class MergedAdapter(Checkpoint):
@@ -59,7 +60,9 @@ class MergedAdapter(Checkpoint):
             return base
         module, target = self._modules[name]
         delta = module.delta(target, base, *self._tensors(module))
-        return torch.add(base.to(torch.float32), delta).to(base.dtype)
+        merged = torch.add(base.to(torch.float32), delta)
+        check_rounding(merged, base.dtype, f"{self.label}: tensor '{name}', merged,")
+        return merged.to(base.dtype)
 
     def pieces(self, name: str) -> Pieces:
         """Read one tensor piece by piece; what the adapter changes or replaces is made whole."""
