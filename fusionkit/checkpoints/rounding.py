@@ -7,6 +7,7 @@ from fusionkit.errors import BundleError
 
 _WIDE = 1e38
 """What the largest value of bfloat16, float32 and float64 is above."""
+_MEND = "have the model, or the file, in"
 
 
 def narrows(source: torch.dtype, target: torch.dtype) -> bool:
@@ -41,24 +42,25 @@ def wider(magnitude: float) -> str:
     return "bf16 or fp32" if magnitude <= torch.finfo(torch.bfloat16).max else "fp32"
 
 
-def check_rounding(values: Tensor, dtype: torch.dtype, what: str) -> None:
+def check_rounding(values: Tensor, dtype: torch.dtype, what: str, mend: str = _MEND) -> None:
     """Check that values that are finite still are in another dtype.
 
     Args:
         values: of any dtype.
         dtype: the other.
         what: how the message calls them.
+        mend: what to do, up to the dtypes that hold them.
 
     Raises:
         BundleError: one would become infinite.
     """
     if narrows(values.dtype, dtype) and (magnitude := float(lost(values, dtype))):
-        raise _too_large(what, magnitude, dtype)
+        raise _too_large(what, magnitude, dtype, mend)
 
 
-def rounded(values: Tensor, dtype: torch.dtype, what: str) -> Tensor:
+def rounded(values: Tensor, dtype: torch.dtype, what: str, mend: str = _MEND) -> Tensor:
     """Values in another dtype, the caller's own; arguments and errors as of `check_rounding`."""
-    check_rounding(values, dtype, what)
+    check_rounding(values, dtype, what, mend)
     return values.to(dtype, copy=True)
 
 
@@ -100,8 +102,8 @@ class Rounding:
         raise _too_large(f"{what}: tensor '{name}'", float(magnitudes[place]), dtype)
 
 
-def _too_large(what: str, magnitude: float, dtype: torch.dtype) -> BundleError:
+def _too_large(what: str, magnitude: float, dtype: torch.dtype, mend: str = _MEND) -> BundleError:
     return BundleError(
         f"{what} reaches {magnitude:.6g}, which would be infinite in "
-        f"{str(dtype).removeprefix('torch.')}; have the model, or the file, in {wider(magnitude)}"
+        f"{str(dtype).removeprefix('torch.')}; {mend} {wider(magnitude)}"
     )

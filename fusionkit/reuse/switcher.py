@@ -154,7 +154,8 @@ class Switcher:
         if name not in state:
             raise BundleError(
                 f"the task's private tensor '{name}' has no place in {type(self.model).__name__}; "
-                "build the model with a head of that name"
+                "build the model with a tensor of that name, or put it into `ignore` if no one "
+                "needs it"
             )
         old = state[name]
         if old.shape == value.shape:

@@ -309,10 +309,7 @@ class Family:
 
     def _checkpoint(self, task: str) -> Checkpoint:
         if task not in self.finetuned:
-            raise FamilyError(
-                f"{self.label} has no task '{task}'; it has "
-                f"{', '.join(self.tasks)}"
-            )
+            raise FamilyError(f"{self.label} has no task '{task}'; it has {', '.join(self.tasks)}")
         return self.finetuned[task]
 
     def _tuned(self, task: str, name: str) -> Tensor:

@@ -195,6 +195,7 @@ def _place(out: Mapping[str, Tensor], task: str, name: str) -> Tensor:
     if name not in out:
         raise BundleError(
             f"task '{task}' changes '{name}', which has no place in the model; build the model "
-            "with a tensor of that name (a buffer must be persistent)"
+            "with a tensor of that name (a buffer must be persistent), or put it into `ignore` if "
+            "no one needs it"
         )
     return out[name]

@@ -9,7 +9,7 @@ from torch import Tensor
 from fusionkit.checkpoints.adapters.lowrank import LowRank
 from fusionkit.checkpoints.checkpoint import Checkpoint, Pieces
 from fusionkit.checkpoints.rounding import lost, narrows, wider
-from fusionkit.checkpoints.stacks import unsplit
+from fusionkit.checkpoints.stacks import whole_name
 from fusionkit.errors import FamilyError
 from fusionkit.task_vectors import kernels
 
@@ -262,7 +262,8 @@ class TaskVectors:
                 f"(task '{self.tasks[task]}')",
                 "",
             )
-        private = f"declare '{self._pattern}' private to store it whole"
+        whole = whole_name(self.base_at.checkpoint, self.name)
+        private = f"declare '{whole}' private to store it whole"
         if self.name not in self.base_at.checkpoint.plain:  # an adapter's own, and never private
             private = ""
         elif retrain:
@@ -277,12 +278,6 @@ class TaskVectors:
             f"(task '{self.tasks[task]}'), which would be infinite in the base's dtype, "
             f"{str(dtype).removeprefix('torch.')}; convert the base {base} to {wider(magnitude)}"
         )
-
-    @property
-    def _pattern(self) -> str:
-        """What a user's patterns call the tensor: of a stack's matrix, the stack."""
-        whole = unsplit(self.base_at.checkpoint)
-        return self.name if self.name in whole else self.name.rpartition("[")[0]
 
 
 def difference(tuned: Tensor, base: Tensor) -> Tensor:

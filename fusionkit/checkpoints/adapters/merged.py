@@ -61,7 +61,8 @@ class MergedAdapter(Checkpoint):
         module, target = self._modules[name]
         delta = module.delta(target, base, *self._tensors(module))
         merged = torch.add(base.to(torch.float32), delta)
-        check_rounding(merged, base.dtype, f"{self.label}: tensor '{name}', merged,")
+        what = f"{self.label}: tensor '{name}', merged,"
+        check_rounding(merged, base.dtype, what, "give the base in")
         return merged.to(base.dtype)
 
     def pieces(self, name: str) -> Pieces:
