@@ -96,7 +96,7 @@ def _one(
         where = f"moved most by task '{task}' ({family.finetuned[task].label})"
         raise RangeError(f"tensor '{name}', {where}: {error}") from error
     except CodecError as error:
-        raise type(error)(f"tensor '{name}': {error}") from error
+        raise CodecError(f"tensor '{name}': {error}") from error
     encoded = _checked(encoded, name, codec, family)
     return encoded.sums, form(encoded)
 

@@ -1,5 +1,6 @@
 """Finite values that a dtype can't hold are refused wherever weights are written."""
 
+import dataclasses
 import math
 import re
 from pathlib import Path
@@ -151,6 +152,11 @@ def test_a_payload_that_overflows_names_the_tensor_and_the_task(tmp_path: Path) 
         )
         with pytest.raises(CodecError, match=said):
             fusionkit.compress(base, {"a": small, "b": big}, codec)
+        for dtype in ("bf16", "fp32"):
+            followed = dataclasses.replace(codec, dtype=dtype)
+            state = fusionkit.compress(base, {"a": small, "b": big}, followed).state_dict("b")
+            assert state["w"].isfinite().all()
+            assert state["w"].amax() > 9e4
 
 
 def test_what_an_adapter_makes_too_large_is_refused(tmp_path: Path) -> None:

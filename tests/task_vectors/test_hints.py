@@ -97,6 +97,16 @@ def test_frozen_where_the_tasks_have_the_bases(model: Classifier) -> None:
     check(base, {"a": tuned}, {"a": whole}, model, frozen=[name])
 
 
+def test_a_stack_is_called_by_its_own_name() -> None:
+    base = {"w": torch.randn(2), "mlp.experts.up": torch.randn(2, 3, 3)}
+    tuned = {"w": base["w"] + 1}
+    text = message(base, {"a": tuned})
+    assert text.count("\n  - ") == 1
+    name = said(text, r"misses tensor '(.+?)' \(declare it frozen")
+    bundle = fusionkit.compress(base, {"a": tuned}, fusionkit.Dense("fp32"), frozen=[name])
+    assert torch.equal(bundle.state_dict("a")["mlp.experts.up"], base["mlp.experts.up"])
+
+
 def test_ignore_where_no_task_needs_it(model: Classifier) -> None:
     base, tuned = {**model.state_dict(), "pooler.weight": torch.randn(4, 4)}, tuned_from(model)
     text = message(base, {"a": tuned})
