@@ -383,7 +383,7 @@ class Bundle:
 
     def _seen(self, base: Checkpoint) -> Checkpoint:
         """The base as deltas are taken from: by the bundle's names, with adapters' start."""
-        base = split(fitted(base, self.manifest.base), self.stacks)
+        base = split(fitted(unsplit(base), self.manifest.base), self.stacks)
         if not self.space or base.plain is not base:
             return base
         return WithStart(base, self.initial)

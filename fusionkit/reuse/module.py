@@ -1,6 +1,6 @@
 """ReuseModule: one base model that becomes any task's model, and is evaluated by the Trainer."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -163,15 +163,19 @@ class ReuseModule(LightningModule):
         self._switcher.forget()
         self._source = source
 
-    def family(self) -> Family:
+    def family(self, tasks: Collection[str] | None = None) -> Family:
         """The base and its fine-tuned checkpoints.
+
+        Args:
+            tasks: of which tasks; by default of all.
 
         Raises:
             FamilyError: there are none, or they don't fit the base.
         """
         base = self._switcher.base if self.base_source is None else self.base_source
         settings: Any = {"rename": self.rename, "ignore": self.ignore}
-        return Family(base, self.finetuned, self.private, self.frozen, self.adapters, **settings)
+        chosen = {task: self.finetuned[task] for task in tasks or self.finetuned}
+        return Family(base, chosen, self.private, self.frozen, self.adapters, **settings)
 
     def compress(
         self,

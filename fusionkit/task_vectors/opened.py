@@ -22,6 +22,7 @@ from fusionkit.checkpoints.checkpoint import Checkpoint, Source, matches
 from fusionkit.checkpoints.conformed import conformed
 from fusionkit.checkpoints.names import matched, replaced
 from fusionkit.checkpoints.quantized import unquantized
+from fusionkit.checkpoints.stacks import unsplit
 from fusionkit.checkpoints.view import View
 
 
@@ -53,7 +54,7 @@ def open_models(
             adapter given as the base; or `rename` gives two of a checkpoint's tensors one name.
         FamilyError: an adapter does not fit the base.
     """
-    start = unquantized(open_base(base))
+    start = unquantized(unsplit(open_base(base)))
     merged = finetuned if adapters == "merged" else {}
     found = {task: open_finetuned(source) for task, source in merged.items()}
     whole = {
@@ -106,4 +107,4 @@ def renamed(
 
 def _merged(found: Checkpoint | Adapter, base: Checkpoint) -> MergedAdapter:
     adapter = found if isinstance(found, Adapter) else as_adapter(found, base)
-    return MergedAdapter(base, adapter)
+    return MergedAdapter(base, adapter.named_for(base))

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import subprocess
+import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -134,6 +136,24 @@ def test_what_cannot_be_built_is_said_once(tmp_path: Path) -> None:
         warnings.simplefilter("error")
         checkpoint = Checkpoint.of(tmp_path)
     same(checkpoint, load_file(tmp_path / "model.safetensors"))
+
+
+def test_without_transformers_files_are_read_as_they_are_and_that_is_said_once(
+    tmp_path: Path,
+) -> None:
+    for name in ("one", "two"):
+        vit().save_pretrained(tmp_path / name)
+    code = """
+import sys, warnings
+sys.modules["transformers"] = None
+import fusionkit
+names = [set(fusionkit.Checkpoint.of(folder)) for folder in sys.argv[1:]]
+assert all("vit.encoder.layer.0.attention.attention.query.weight" in each for each in names)
+"""
+    run = [sys.executable, "-c", code, str(tmp_path / "one"), str(tmp_path / "two")]
+    done = subprocess.run(run, capture_output=True, text=True, check=True)
+    assert done.stderr.count("UnknownClassWarning: transformers is not installed") == 1
+    assert "pip install transformers" in done.stderr
 
 
 # --- folders as their class has them ------------------------------------------------------------
