@@ -19,11 +19,13 @@ from fusionkit.checkpoints.adapters.with_start import WithStart
 from fusionkit.checkpoints.checkpoint import Checkpoint, Source
 from fusionkit.checkpoints.output_folder import disk_errors, new_folder
 from fusionkit.checkpoints.paths import copy_file, is_remote, open_path
+from fusionkit.checkpoints.rounding import rounded
 from fusionkit.checkpoints.stacks import joined, row_name, split, unsplit
 from fusionkit.codecs.base import WHOLE, DeltaCodec, Parts
 from fusionkit.errors import BundleError, WrongBaseError, listing
 from fusionkit.registry import from_config
 from fusionkit.task_vectors.task_source import own_tensor, write_weights
+from fusionkit.task_vectors.vectors import difference
 from fusionkit.task_vectors.workers import full_precision
 
 Decoded = TypeVar("Decoded")
@@ -88,6 +90,11 @@ class Bundle:
 
     def __repr__(self) -> str:
         return f"Bundle({str(self.path)!r}, {self.codec!r}, {len(self.tasks)} tasks)"
+
+    @property
+    def label(self) -> str:
+        """How messages call it."""
+        return str(self.path)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -157,7 +164,7 @@ class Bundle:
         if self.codec.restores:
             base = self.base[name].to(device or torch.device("cpu"))
             whole = self.tensor(task, name, base)
-            return None if whole is None else whole.to(torch.float32) - base.to(torch.float32)
+            return None if whole is None else difference(whole, base)
         return self._shaped(task, name, self._decoded(task, name, self.codec.decode, device))
 
     def _stacked(self, task: str, name: str, device: torch.device | None) -> Tensor | None:
@@ -290,8 +297,8 @@ class Bundle:
             tensors by name on the CPU, the caller's own; tied names share one tensor.
 
         Raises:
-            BundleError: the bundle has no such task, its base can't be found, or a file was
-                changed.
+            BundleError: the bundle has no such task, its base can't be found, a file was
+                changed, or a finite value would be infinite in the dtype.
             WrongBaseError: the base at hand is another model.
         """
         self._known(task)
@@ -303,6 +310,7 @@ class Bundle:
                 f"{base.label} lacks tensors of the base that this bundle was made from "
                 f"({self.manifest.base.source}):{listing(lacking)}"
             )
+        own_label = f"{self.label}: task '{task}'"
         state: dict[str, Tensor] = {}
         restored: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
@@ -311,18 +319,20 @@ class Bundle:
             stored = base[name].dtype
             target = dtype if dtype and stored.is_floating_point else stored
             if tensor.role == "frozen":
-                state[name] = base[name].to(target, copy=True)
+                state[name] = rounded(base[name], target, f"{base.label}: tensor '{name}'")
             elif tensor.role == "delta" and self.codec.restores:
                 value = self.tensor(task, name, base[name])
                 restored[name] = base[name].clone() if value is None else value
             else:
                 state[name] = torch.empty(tensor.shape, dtype=target)
         write_weights(self, task, base, state)
-        state.update({name: value.to(dtype or value.dtype) for name, value in restored.items()})
+        for name in [*restored]:
+            value = restored.pop(name)
+            state[name] = rounded(value, dtype or value.dtype, f"{own_label}: tensor '{name}'")
         state = joined(state, self.stacks)
         for name, value in self.private_tensors(task):
             target = dtype if dtype and value.is_floating_point() else value.dtype
-            state[name] = value.to(target, copy=True)
+            state[name] = rounded(value, target, f"{own_label}: tensor '{name}'")
         for alias, name in self.manifest.base.tied.items():
             if name in state:
                 state.setdefault(alias, state[name])

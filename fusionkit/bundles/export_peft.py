@@ -19,6 +19,7 @@ from fusionkit.checkpoints.adapters.kinds import Form, LoraModule
 from fusionkit.checkpoints.adapters.lowrank import LowRank
 from fusionkit.checkpoints.output_folder import check_replaceable, new_folder
 from fusionkit.checkpoints.paths import open_path
+from fusionkit.checkpoints.rounding import rounded
 from fusionkit.codecs.base import DeltaCodec
 from fusionkit.codecs.decomposition import svd_gram
 from fusionkit.errors import BundleError, listing
@@ -85,7 +86,11 @@ def export_adapter(
     if lora_only:
         made.whole, made.has_bias = {}, False
     config = _config(bundle, made)
-    tensors = {PREFIX + name: _rounded(t, name, dtype) for name, t in made.tensors.items()}
+    what = f"{bundle.path}: task '{task}': factor"
+    tensors = {
+        PREFIX + name: rounded(tensor, DTYPES[dtype], f"{what} '{name}'").contiguous()
+        for name, tensor in made.tensors.items()
+    }
     for name, tensor in made.whole.items():
         module, _, leaf = name.rpartition(".")
         own = f"{module}.base_layer.{leaf}" if module in made.ranks else name
@@ -214,7 +219,9 @@ def _changed_whole(bundle: Bundle, task: str, adapted: set[str]) -> dict[str, Te
     whole = dict(bundle.private_tensors(task))
     for name in bundle.manifest.base.names("delta"):
         if name not in adapted and (own := bundle.tensor(task, name, base[name])) is not None:
-            whole[name] = own.to(base[name].dtype)
+            what = f"{bundle.path}: task '{task}': tensor '{name}'"
+            mend = "compress again, with the base in"
+            whole[name] = rounded(own, base[name].dtype, what, mend)
     whole.update(bundle.exact(task))
     modules = {_module(name) for name in whole} - {_module(name) for name in adapted}
     for name in bundle.manifest.base.tensors:
@@ -286,13 +293,6 @@ def _pattern(name: str, names: list[str]) -> str:
     """A name as PEFT's patterns match it; from the start where others end like it."""
     escaped = re.escape(name).replace(r"\_", "_")
     return f"^{escaped}" if any(n.endswith("." + name) for n in names) else escaped
-
-
-def _rounded(tensor: Tensor, name: str, dtype: str) -> Tensor:
-    rounded = tensor.to(DTYPES[dtype]).contiguous()
-    if not torch.isfinite(rounded).all():
-        raise BundleError(f"'{name}' does not fit into {dtype}; export it in bf16 or fp32")
-    return rounded
 
 
 def _write_config(folder: Path, config: dict[str, Any]) -> None:

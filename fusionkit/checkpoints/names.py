@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Collection, Iterable, Mapping
+from itertools import islice
 
 from fusionkit.errors import CheckpointError
 
@@ -47,6 +48,18 @@ def matched(
         other = others.get(bare, name)
         found[name if name in known or (shorter and other != bare) else other] = name
     return found if len(found) == len(names) else {name: name for name in names}
+
+
+def prefix_over(names: Collection[str], longer: Collection[str]) -> str:
+    """What others have in front of most of these names; empty, if there is no such prefix."""
+    known = set(longer)
+    for name in islice(names, 50):
+        for other in longer:
+            if other.endswith("." + name):
+                prefix = other.removesuffix(name)
+                if sum(prefix + each in known for each in names) > len(names) / 2:
+                    return prefix
+    return ""
 
 
 def replaced(names: Iterable[str], rename: Mapping[str, str], label: str) -> dict[str, str]:

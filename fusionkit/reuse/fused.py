@@ -31,6 +31,11 @@ class Fused:
         self.scale = 1.0
 
     @property
+    def label(self) -> str:
+        """The family's."""
+        return self.family.label
+
+    @property
     def roles(self) -> dict[str, Role]:
         """The family's."""
         return self.family.roles

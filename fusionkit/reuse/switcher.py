@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from fusionkit.checkpoints.checkpoint import Checkpoint
 from fusionkit.checkpoints.in_memory import owner_of, state_of
 from fusionkit.checkpoints.live_model import on_meta, put
+from fusionkit.checkpoints.rounding import check_rounding
 from fusionkit.checkpoints.stacks import whole_names
 from fusionkit.errors import BundleError, FusionKitError
 from fusionkit.reuse.seen import Seen
@@ -61,7 +62,8 @@ class Switcher:
 
         Raises:
             BundleError: the source has no such task, a file of it was changed, or one of its
-                tensors has no place in the model, which is then the base.
+                tensors has no place in the model, or is too large for the model's dtype; the
+                model is then the base.
             FamilyError: the source is a family, and has no such task; the model is then the base.
             FusionKitError: the model is on the meta device.
         """
@@ -106,6 +108,10 @@ class Switcher:
             seen = self.seen(source, own)
             self._write(task, source, seen, left_out)
             private = {seen.live_name(name): value for name, value in own.items()}
+            state = state_of(self.model)
+            for name in private.keys() & state.keys():
+                what = f"{source.label}: task '{task}': tensor '{name}'"
+                check_rounding(private[name], state[name].dtype, what)
             # A head that the last task had and this one lacks goes back to the base's.
             left = {name: kept(self.base)[name] for name in self._private - private.keys()}
             self._place({**left, **private})
@@ -148,7 +154,8 @@ class Switcher:
         if name not in state:
             raise BundleError(
                 f"the task's private tensor '{name}' has no place in {type(self.model).__name__}; "
-                "build the model with a head of that name"
+                "build the model with a tensor of that name, or put it into `ignore` if no one "
+                "needs it"
             )
         old = state[name]
         if old.shape == value.shape:

@@ -123,6 +123,11 @@ class Family:
         self.parameters = sum(self.sizes.values())
 
     @property
+    def label(self) -> str:
+        """How messages call it."""
+        return f"the family of {self.base.label}"
+
+    @property
     def bits_per_parameter(self) -> float:
         """Bits per compressible parameter in the fine-tuned checkpoints, over all tasks."""
         bits = 0
@@ -254,7 +259,7 @@ class Family:
                 if known is None or not self._touches(self.finetuned[task], name):
                     continue
                 tuned = self.finetuned[task][known]
-                if not torch.equal(self.base[name].to(tuned.dtype), tuned):
+                if not _equal(self.base[name].to(tuned.dtype), tuned):
                     findings.append(f"{self.finetuned[task].label}: '{known}' (task '{task}')")
         if findings:
             raise FamilyError(
@@ -303,10 +308,7 @@ class Family:
 
     def _checkpoint(self, task: str) -> Checkpoint:
         if task not in self.finetuned:
-            raise FamilyError(
-                f"the family of {self.base.label} has no task '{task}'; it has "
-                f"{', '.join(self.tasks)}"
-            )
+            raise FamilyError(f"{self.label} has no task '{task}'; it has {', '.join(self.tasks)}")
         return self.finetuned[task]
 
     def _tuned(self, task: str, name: str) -> Tensor:
@@ -350,6 +352,11 @@ class Family:
         is_buffer = name in (known.buffers if known else self.base.buffers)
         is_buffer = is_buffer or name in self.base.buffers or matches(name, _BUFFERS)
         return "delta" if spec.dtype.is_floating_point and not is_buffer else "exact"
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape and dtype are the same, NaN being the same as NaN."""
+    return torch.equal(one, other) or bool((one.isclose(other, 0, 0, equal_nan=True)).all())
 
 
 def _apart(tuned: Checkpoint, alias: str, name: str) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fusionkit.checkpoints.adapters.kinds import Module
 from fusionkit.checkpoints.adapters.modules import AdapterSpace
+from fusionkit.checkpoints.rounding import Rounding
 from fusionkit.checkpoints.stacks import split_tensors
 from fusionkit.errors import BundleError
 from fusionkit.task_vectors.family import Role
@@ -19,6 +20,11 @@ from fusionkit.task_vectors.family import Role
 
 class TaskSource(Protocol):
     """Gives tasks' tensors: a `Bundle`, a `Family` as it is, or a `Fused` one."""
+
+    @property
+    def label(self) -> str:
+        """How messages call it."""
+        ...
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -120,12 +126,14 @@ def write_weights(
 
     Raises:
         BundleError: `out` lacks a tensor that an adapter changes, or an exact one that differs
-            from the base's; or the source has no such task, or is damaged.
+            from the base's, or would hold an infinity where the task has a finite value; or the
+            source has no such task, or is damaged.
     """
+    rounding = Rounding()
     base, out = split_tensors(base, source.stacks), split_tensors(out, source.stacks)
     exact = set()
     for name, value in source.exact(task):
-        _place(out, task, name).copy_(value)
+        rounding.write(name, _place(out, task, name), value)
         exact.add(name)
     adapted = source.space.layout.by_target if source.space else {}
     copies: dict[str, list[str]] = {}
@@ -141,10 +149,11 @@ def write_weights(
             room = target if target.dtype == torch.float32 else None
             value = own_tensor(source, task, name, base[name].to(target.device), room)
             if value is not target:
-                target.copy_(value)
+                rounding.write(name, target, value)
     initial = source.initial
     for module in source.space.layout.modules if source.space else ():
-        _fold(source, task, module, initial, base, out)
+        _fold(source, task, module, initial, base, out, rounding)
+    rounding.check(f"{source.label}: task '{task}'")
 
 
 def own_tensor(
@@ -162,6 +171,7 @@ def _fold(
     initial: Mapping[str, Tensor],
     base: Mapping[str, Tensor],
     out: Mapping[str, Tensor],
+    rounding: Rounding,
 ) -> None:
     """Write the weights of one module with an adapter folded in; exact, also if linearized."""
     start: dict[str, Tensor] = {}
@@ -173,7 +183,7 @@ def _fold(
             own = {n: own_tensor(source, task, n, value) for n, value in start.items()}
         weight = own_tensor(source, task, name, base[name].to(target.device))
         delta = module.delta(name, weight, own, start)
-        target.copy_(torch.add(weight.to(torch.float32), delta))
+        rounding.write(name, target, torch.add(weight.to(torch.float32), delta))
 
 
 def _place(out: Mapping[str, Tensor], task: str, name: str) -> Tensor:
@@ -185,6 +195,7 @@ def _place(out: Mapping[str, Tensor], task: str, name: str) -> Tensor:
     if name not in out:
         raise BundleError(
             f"task '{task}' changes '{name}', which has no place in the model; build the model "
-            "with a tensor of that name (a buffer must be persistent)"
+            "with a tensor of that name (a buffer must be persistent), or put it into `ignore` if "
+            "no one needs it"
         )
     return out[name]
