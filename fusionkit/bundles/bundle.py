@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fusionkit.bundles.base import fitted, reopen_base
-from fusionkit.bundles.format import INITIAL, MANIFEST, SHARED, task_file
+from fusionkit.bundles.format import ADDED, INITIAL, MANIFEST, SHARED, task_file
 from fusionkit.bundles.manifest import Manifest
 from fusionkit.bundles.reader import BundleReader, decoding
 from fusionkit.checkpoints.adapters.lowrank import LowRank
@@ -20,10 +20,11 @@ from fusionkit.checkpoints.checkpoint import Checkpoint, Source
 from fusionkit.checkpoints.output_folder import disk_errors, new_folder
 from fusionkit.checkpoints.paths import copy_file, is_remote, open_path
 from fusionkit.checkpoints.stacks import joined, row_name, split, unsplit
+from fusionkit.checkpoints.vocabulary import with_rows
 from fusionkit.codecs.base import WHOLE, DeltaCodec, Parts
 from fusionkit.errors import BundleError, WrongBaseError, listing
 from fusionkit.registry import from_config
-from fusionkit.task_vectors.task_source import own_tensor, write_weights
+from fusionkit.task_vectors.task_source import own_tensor, with_added, write_weights
 from fusionkit.task_vectors.workers import full_precision
 
 Decoded = TypeVar("Decoded")
@@ -231,6 +232,27 @@ class Bundle:
                 tensor = self.task_parts(task, name)[WHOLE]
             yield name, tensor
 
+    def added(self, task: str) -> dict[str, int]:
+        """The tensors that a task added rows of a vocabulary to → how many."""
+        return self.manifest.tasks[self._known(task)].added
+
+    def added_rows(self, task: str) -> Iterator[tuple[str, Tensor]]:
+        """The rows that a task added to the vocabulary, by tensor, in their own dtype.
+
+        Raises:
+            BundleError: they are of another shape than the manifest says.
+        """
+        for name, count in self.added(task).items():
+            with decoding(self.path, task, name, self.codec):
+                rows = self.task_parts(task, ADDED + name)[WHOLE]
+            expected = with_rows(self.manifest.base.tensors[name].shape, count)
+            if tuple(rows.shape) != expected:
+                raise BundleError(
+                    f"{self.path}: the rows that task '{task}' adds to '{name}' have shape "
+                    f"{list(rows.shape)}, expected {list(expected)}; compress again"
+                )
+            yield name, rows
+
     def exact(self, task: str) -> Iterator[tuple[str, Tensor]]:
         """A task's exact tensors that differ from the base's, in their own dtype.
 
@@ -276,7 +298,7 @@ class Bundle:
         return self._initial
 
     def state_dict(self, task: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """A task's whole model: base plus decoded delta, private tensors included.
+        """A task's whole model: base plus decoded delta, private tensors and added rows included.
 
         Args:
             task: one of `tasks`.
@@ -316,7 +338,7 @@ class Bundle:
                 state[name] = torch.empty(tensor.shape, dtype=target)
         write_weights(self, task, base, state)
         state.update({name: value.to(dtype or value.dtype) for name, value in restored.items()})
-        state = joined(state, self.stacks)
+        state = joined(with_added(self, task, state), self.stacks)
         for name, value in self.private_tensors(task):
             target = dtype if dtype and value.is_floating_point() else value.dtype
             state[name] = value.to(target, copy=True)

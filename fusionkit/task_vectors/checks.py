@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from fusionkit.checkpoints.checkpoint import Checkpoint, TensorSpec, matches
+from fusionkit.checkpoints.vocabulary import left_behind, resized, rows_in
 from fusionkit.errors import FamilyError, listing
 
 
@@ -49,6 +50,7 @@ def check_fit(
     known_as: Mapping[str, Sequence[str]],
     private: Mapping[str, Sequence[str]],
     wanted: Sequence[str],
+    added: Mapping[str, Mapping[str, int]],
 ) -> None:
     """Check that every fine-tuned checkpoint has what the base has, as the base has it.
 
@@ -59,6 +61,7 @@ def check_fit(
         known_as: base tensor's name → all its names, tied ones after it.
         private: task name → names of its private tensors.
         wanted: names of the private tensors that every task must have.
+        added: task name → base tensor's name → rows that it added, which are not looked at.
 
     Raises:
         FamilyError: one does not fit; the message lists every finding, with the prefix that would
@@ -70,8 +73,11 @@ def check_fit(
         findings += [
             f"{where}: misses the private tensor '{name}'" for name in wanted if name not in tuned
         ]
+        cut = _check_vocabulary(where, base, tuned, known_as, added[task])
+        findings += cut.values()
         for name, role in roles.items():
-            findings += _check_tensor(where, base, tuned, name, role, known_as[name])
+            if name not in cut:
+                findings += _check_tensor(where, base, tuned, name, role, known_as[name])
         known = {*private[task], *(each for names in known_as.values() for each in names)}
         findings += [
             f"{where}: has tensor '{name}', which the base lacks (declare it private?)"
@@ -83,6 +89,36 @@ def check_fit(
             f"the fine-tuned checkpoints don't fit the base {base.label}:"
             f"{listing(findings)}{_hint(roles, finetuned)}"
         )
+
+
+def _check_vocabulary(
+    where: str,
+    base: Checkpoint,
+    tuned: Checkpoint,
+    known_as: Mapping[str, Sequence[str]],
+    added: Mapping[str, int],
+) -> dict[str, str]:
+    """What is wrong with a vocabulary of another size, by tensor."""
+    names = {
+        name: known
+        for name, names in known_as.items()
+        if (known := next((each for each in names if each in tuned), None))
+    }
+    findings = {}
+    for name, rows in resized(base, tuned, names).items():
+        known, before = names[name], rows_in(base.specs[name].shape)
+        findings[name] = (
+            f"{where}: tensor '{known}' has {before + rows} rows where the base has "
+            f"{before} (a vocabulary cut down): which of them were dropped is not known; "
+            f"declare it private to store it whole: {', '.join(known_as[name])}"
+        )
+    for name, other in left_behind(base, tuned, names, added).items():
+        findings[name] = (
+            f"{where}: adds {added[other]} rows to '{other}', and has none of them for "
+            f"'{name}', which the model that it was trained with had; save the adapter again with "
+            "save_embedding_layers=True"
+        )
+    return findings
 
 
 def _check_tensor(
