@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fusionkit.bundles.base import fitted, reopen_base
-from fusionkit.bundles.format import ADDED, INITIAL, MANIFEST, SHARED, task_file
+from fusionkit.bundles.format import INITIAL, MANIFEST, SHARED, task_file
 from fusionkit.bundles.manifest import Manifest
 from fusionkit.bundles.reader import BundleReader, decoding
 from fusionkit.checkpoints.adapters.lowrank import LowRank
@@ -20,7 +20,6 @@ from fusionkit.checkpoints.checkpoint import Checkpoint, Source
 from fusionkit.checkpoints.output_folder import disk_errors, new_folder
 from fusionkit.checkpoints.paths import copy_file, is_remote, open_path
 from fusionkit.checkpoints.stacks import joined, row_name, split, unsplit
-from fusionkit.checkpoints.vocabulary import with_rows
 from fusionkit.codecs.base import WHOLE, DeltaCodec, Parts
 from fusionkit.errors import BundleError, WrongBaseError, listing
 from fusionkit.registry import from_config
@@ -242,16 +241,7 @@ class Bundle:
         Raises:
             BundleError: they are of another shape than the manifest says.
         """
-        for name, count in self.added(task).items():
-            with decoding(self.path, task, name, self.codec):
-                rows = self.task_parts(task, ADDED + name)[WHOLE]
-            expected = with_rows(self.manifest.base.tensors[name].shape, count)
-            if tuple(rows.shape) != expected:
-                raise BundleError(
-                    f"{self.path}: the rows that task '{task}' adds to '{name}' have shape "
-                    f"{list(rows.shape)}, expected {list(expected)}; compress again"
-                )
-            yield name, rows
+        return ((name, self._stored.added(task, name)) for name in self.added(task))
 
     def exact(self, task: str) -> Iterator[tuple[str, Tensor]]:
         """A task's exact tensors that differ from the base's, in their own dtype.

@@ -40,7 +40,11 @@ def state_of(model: Any) -> dict[str, Tensor]:
 @pytest.mark.parametrize("kind", MODELS)
 def test_each_task_has_its_own_vocabulary(kind: str, way: str, tmp_path: Path) -> None:
     base = made(kind)
-    tuned = {"five": extended(base, 5), "none": extended(base, 0, seed=2), "eight": extended(base, 8, seed=3)}
+    tuned = {
+        "five": extended(base, 5),
+        "none": extended(base, 0, seed=2),
+        "eight": extended(base, 8, seed=3),
+    }
     before, alone = state_of(base), logits(base, ROWS)
     sources = {task: given(model, way, tmp_path / task) for task, model in tuned.items()}
     model = copy.deepcopy(base)

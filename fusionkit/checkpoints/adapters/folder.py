@@ -31,6 +31,7 @@ PREFIX = "base_model.model."
 _ADAPTER_TENSOR = re.compile(
     r"(.+)\.(?:lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_[AB]|ia3_l)"
 )
+_WRAPPED = re.compile(r"\.(modules_to_save|original_module)\.")
 _KINDS = {"LORA": "lora", LINEARIZED: "lora", "IA3": "ia3"}
 
 # Settings that change nothing in how saved tensors are read, whatever their value.
@@ -177,7 +178,8 @@ class AdapterFolder:
                 f"{self.label}: module '{name}' has factors of shapes {list(a)} and {list(b)}, but "
                 f"{CONFIG} gives it rank {rank}; mend r or rank_pattern there, or save again"
             )
-        shape = base.specs[f"{name}.weight"].shape
+        weight = f"{name}.weight"  # its own, of a module that was resized before it was adapted
+        shape = (self.tensors if weight in self.tensors else base).specs[weight].shape
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         return LoraModule(
             name,
@@ -263,6 +265,9 @@ class AdapterFolder:
 def _plain(file: Checkpoint, label: str, files: tuple[Path, ...]) -> Checkpoint:
     """An adapter's tensors, without what PEFT wraps around the base's names."""
     names = {name.removeprefix(PREFIX).replace(".base_layer.", "."): name for name in file}
+    # Of a resized embedding, PEFT saves what `modules_to_save` wraps, too, beside what counts.
+    wrapped = {name for name in names if (bare := _WRAPPED.sub(".", name)) != name if bare in names}
+    names = {name: there for name, there in names.items() if name not in wrapped}
     return View(file, names, label=label, files=files)
 
 
