@@ -89,9 +89,9 @@ def extended(base: Any, rows: int = 5, seed: int = 1) -> Any:
     tuned = copy.deepcopy(base)
     tuned.resize_token_embeddings(base.config.vocab_size + rows, mean_resizing=False)
     for module in tuned.modules():  # resizing ties biases, of untied models as well
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            if not tuned.config.tie_word_embeddings:
-                module.bias = nn.Parameter(module.bias.detach().clone())
+        own = not tuned.config.tie_word_embeddings and isinstance(module, nn.Linear)
+        if own and module.bias is not None:
+            module.bias = nn.Parameter(module.bias.detach().clone())
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in tuned.parameters():
