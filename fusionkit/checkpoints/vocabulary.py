@@ -18,7 +18,7 @@ _EMBEDDING = re.compile(
     r"(^|\.)(embed_tokens|wte|shared|word_embeddings?|tok(en)?_embeddings?|tok(en)?_emb|embed_in"
     r"|tokens_embed)\.weight$"
 )
-_PLACES = re.compile(r"pos|type|segment|relative|time|class|label", re.IGNORECASE)
+_OTHERS = re.compile(r"pos|type|segment|relative|time|class|label", re.IGNORECASE)
 """In names of embeddings of something else than tokens."""
 
 
@@ -185,4 +185,4 @@ def _is_vocabulary(base: Checkpoint, name: str) -> bool:
         return True
     if known.kinds.get(name) != "embedding":
         return False
-    return bool(_EMBEDDING.search(name) or not (known.vocabulary or _PLACES.search(name)))
+    return bool(_EMBEDDING.search(name) or not (known.vocabulary or _OTHERS.search(name)))
