@@ -69,7 +69,10 @@ class Bundle:
         self._base_checked = False
         self._stored = BundleReader(self.path, self.manifest)
         self._initial: dict[str, Tensor] = {}
-        self._base = None if base is None else self._seen(Checkpoint.of(base))
+        self._base: Checkpoint | None = None
+        if base is not None:
+            again = Checkpoint.of(base, dequantize=self.manifest.base.dequantized)
+            self._base = self._seen(again)
 
     @classmethod
     def load(cls, path: str | Path, base: Source | Checkpoint | None = None) -> "Bundle":
@@ -382,7 +385,7 @@ class Bundle:
 
     def _seen(self, base: Checkpoint) -> Checkpoint:
         """The base as deltas are taken from: by the bundle's names, with adapters' start."""
-        base = split(fitted(base, self.manifest.base), self.stacks)
+        base = split(fitted(unsplit(base), self.manifest.base), self.stacks)
         if not self.space or base.plain is not base:
             return base
         return WithStart(base, self.initial)

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from fusionkit.bundles.bundle import Bundle
 from fusionkit.bundles.export_model import DTYPES
-from fusionkit.checkpoints.adapters.folder import CONFIG, LINEARIZED, PREFIX, TENSORS
-from fusionkit.checkpoints.adapters.layout import Form, LoraModule
+from fusionkit.checkpoints.adapters.adapter import CONFIG, LINEARIZED
+from fusionkit.checkpoints.adapters.folder import PREFIX, TENSORS
+from fusionkit.checkpoints.adapters.kinds import Form, LoraModule
 from fusionkit.checkpoints.adapters.lowrank import LowRank
 from fusionkit.checkpoints.output_folder import check_replaceable, new_folder
 from fusionkit.checkpoints.paths import open_path

@@ -27,25 +27,26 @@ def unwrapped(names: Iterable[str]) -> dict[str, str]:
     return found if len(found) == len(names) else {name: name for name in names}
 
 
-def matched(names: Collection[str], wanted: Collection[str]) -> dict[str, str]:
-    """Names as another checkpoint has them, if only a wrapper's `module.` is between them.
+def matched(
+    names: Collection[str], wanted: Collection[str], shorter: bool = False
+) -> dict[str, str]:
+    """Names as another checkpoint has them, if only a wrapper's `module.` tells them apart.
 
     Args:
         names: as they are.
         wanted: the other's.
+        shorter: take `module.` out where the other lacks it, and never put it in.
 
     Returns:
         name as wanted → name as it is, in the same order; what is not wanted keeps its own.
     """
     known, found = set(wanted), {}
-    taken = known & set(names)
+    others = {_PARALLEL.sub("", name): name for name in known - set(names)}
     for name in names:
         bare = _PARALLEL.sub("", name)
-        fits = name not in known and bare in known and bare not in taken
-        found[bare if fits else name] = name
-    if len(found) < len(names):
-        return {name: name for name in names}
-    return found
+        other = others.get(bare, name)
+        found[name if name in known or (shorter and other != bare) else other] = name
+    return found if len(found) == len(names) else {name: name for name in names}
 
 
 def replaced(names: Iterable[str], rename: Mapping[str, str], label: str) -> dict[str, str]:

@@ -28,6 +28,7 @@ SAFETENSORS_DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -204,6 +205,14 @@ class _SeekingPieces(_Pieces):
 
 def _stamp(stat: os.stat_result) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself: the texts under `__metadata__` in its header."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    return dict(header.get("__metadata__", {}))
 
 
 def _header(path: Path, size: int) -> tuple[Mapping[str, Any], int]:

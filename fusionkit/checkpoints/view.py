@@ -42,8 +42,10 @@ class View(Checkpoint):
         self.buffers = seen if buffers is None else buffers
         self.strip_prefix = below.strip_prefix if strip_prefix is None else strip_prefix
         self.add_prefix = below.add_prefix if add_prefix is None else add_prefix
+        self.variant = below.variant
         self.nbytes, self.live, self.serial = below.nbytes, below.live, below.serial
         self.unread = below.unread
+        self.dequantized = below.dequantized
         self.specs = {name: below.specs[there] for name, there in self._names.items()}
         if below.architecture is not None:
             same = all(name == there for name, there in self._names.items())

@@ -24,6 +24,8 @@ def export(
     base: str | None = None,
     strip_prefix: str = "",
     add_prefix: str = "",
+    variant: str | None = None,
+    dequantize: bool = False,
     format: Literal["model", "peft"] = "model",  # noqa: A002
     rank: int | None = None,
     lora_only: bool = False,
@@ -40,6 +42,8 @@ def export(
         base: the base model, if it is not where it was when the bundle was made.
         strip_prefix: taken off the base's tensor names.
         add_prefix: put in front of the base's tensor names.
+        variant: which of the base's weights, where its folder has several: `fp16`, say.
+        dequantize: the base is quantised, and read as the unquantised model.
         format: `model`, or `peft`: a LoRA that `PeftModel.from_pretrained` loads.
         rank: of an adapter, where the codec has no factors: cut deltas to this rank.
         lora_only: of an adapter, leave out heads, norms and biases.
@@ -48,7 +52,10 @@ def export(
         overwrite: replace what is there.
     """
     opened = Bundle.load(
-        bundle, None if base is None else Checkpoint.of(base, strip_prefix, add_prefix)
+        bundle,
+        None
+        if base is None
+        else Checkpoint.of(base, strip_prefix, add_prefix, variant, dequantize),
     )
     if format == "model":
         path = export_task(opened, task, out, dtype, overwrite)

@@ -1,6 +1,6 @@
 """ReuseModule: one base model that becomes any task's model, and is evaluated by the Trainer."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +18,7 @@ from fusionkit.checkpoints.adapters.modules import Adapters
 from fusionkit.checkpoints.checkpoint import Checkpoint, find_checkpoints, matches
 from fusionkit.checkpoints.live_model import load_base, on_meta
 from fusionkit.checkpoints.paths import open_path
+from fusionkit.checkpoints.quantized import unquantized
 from fusionkit.checkpoints.stacks import split_tensors
 from fusionkit.codecs.base import DeltaCodec
 from fusionkit.errors import BundleError, FusionKitError
@@ -116,7 +117,7 @@ class ReuseModule(LightningModule):
         self._rows = 0
         self.scores: Scores | None = None
         self.metrics = nn.ModuleList()
-        self.base_source = None if base is None else Checkpoint.of(base)
+        self.base_source = None if base is None else unquantized(Checkpoint.of(base))
         if self.base_source is not None:
             load_base(model, self.base_source, self.private)
         elif on_meta(model):
@@ -162,15 +163,19 @@ class ReuseModule(LightningModule):
         self._switcher.forget()
         self._source = source
 
-    def family(self) -> Family:
+    def family(self, tasks: Collection[str] | None = None) -> Family:
         """The base and its fine-tuned checkpoints.
+
+        Args:
+            tasks: of which tasks; by default of all.
 
         Raises:
             FamilyError: there are none, or they don't fit the base.
         """
         base = self._switcher.base if self.base_source is None else self.base_source
         settings: Any = {"rename": self.rename, "ignore": self.ignore}
-        return Family(base, self.finetuned, self.private, self.frozen, self.adapters, **settings)
+        chosen = {task: self.finetuned[task] for task in tasks or self.finetuned}
+        return Family(base, chosen, self.private, self.frozen, self.adapters, **settings)
 
     def compress(
         self,

@@ -7,15 +7,22 @@ do the rest.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
-from fusionkit.checkpoints.adapters.folder import is_adapter
+from fusionkit.checkpoints.adapters.adapter import Adapter
+from fusionkit.checkpoints.adapters.finding import (
+    as_adapter,
+    factors_in,
+    open_base,
+    open_finetuned,
+)
 from fusionkit.checkpoints.adapters.merged import MergedAdapter
 from fusionkit.checkpoints.adapters.modules import Adapters, AdapterSpace, open_space
 from fusionkit.checkpoints.checkpoint import Checkpoint, Source, matches
 from fusionkit.checkpoints.conformed import conformed
 from fusionkit.checkpoints.names import matched, replaced
+from fusionkit.checkpoints.quantized import unquantized
+from fusionkit.checkpoints.stacks import unsplit
 from fusionkit.checkpoints.view import View
 
 
@@ -43,49 +50,53 @@ def open_models(
     """Open a base and its fine-tuned models; arguments as of `Family`.
 
     Raises:
-        CheckpointError: one can't be read, or `rename` gives two of its tensors one name.
+        CheckpointError: one can't be read, is quantised, is an adapter that is not read, or an
+            adapter given as the base; or `rename` gives two of a checkpoint's tensors one name.
         FamilyError: an adapter does not fit the base.
     """
-    start = Checkpoint.of(base)
+    start = unquantized(unsplit(open_base(base)))
+    merged = finetuned if adapters == "merged" else {}
+    found = {task: open_finetuned(source) for task, source in merged.items()}
     whole = {
-        task: Checkpoint.of(source)
-        for task, source in finetuned.items()
-        if adapters == "merged" and not _is_adapter(source)
+        task: unquantized(each, task)
+        for task, each in found.items()
+        if not isinstance(each, Adapter) and not factors_in(each, start)
     }
     known = next((c.architecture for c in (start, *whole.values()) if c.architecture), None)
 
-    def fitted(checkpoint: Checkpoint, wanted: Checkpoint | None) -> Checkpoint:
+    def fitted(checkpoint: Checkpoint, wanted: Collection[str], shorter: bool) -> Checkpoint:
         if checkpoint.architecture is None and known is not None:
             checkpoint = conformed(checkpoint, known)
-        return renamed(checkpoint, wanted, rename, ignore)
+        return renamed(checkpoint, wanted, rename, ignore, shorter)
 
-    start = fitted(start, next(iter(whole.values()), None))
+    start = fitted(start, next(iter(whole.values()), ()), shorter=True)
     if adapters == "modules":
         return Opened(*open_space(start, finetuned))
     opened = {
-        task: fitted(whole[task], start) if task in whole else MergedAdapter(start, _path(source))
-        for task, source in finetuned.items()
+        task: fitted(whole[task], start, shorter=False) if task in whole else _merged(each, start)
+        for task, each in found.items()
     }
     return Opened(start, opened, None)
 
 
 def renamed(
     checkpoint: Checkpoint,
-    wanted: Collection[str] | None,
+    wanted: Collection[str],
     rename: Mapping[str, str],
     ignore: Sequence[str],
+    shorter: bool = False,
 ) -> Checkpoint:
     """See a checkpoint under a user's names, without what no one needs.
 
     Args:
         checkpoint: the checkpoint.
-        wanted: another, whose names it gets where only a wrapper's `module.` is between them.
+        wanted: another's names, which it gets where only a wrapper's `module.` tells them apart.
         rename: regular expression → replacement.
         ignore: patterns of the tensors that are left out.
+        shorter: as of `matched`.
     """
     names = replaced(checkpoint, rename, checkpoint.label)
-    if wanted is not None:
-        names = {new: names[name] for new, name in matched(names, wanted).items()}
+    names = {new: names[name] for new, name in matched(names, wanted, shorter).items()}
     seen = {name: there for name, there in names.items() if not matches(name, ignore)}
     if all(name == there for name, there in names.items()) and len(seen) == len(names):
         return checkpoint
@@ -94,10 +105,6 @@ def renamed(
     return view
 
 
-def _is_adapter(source: Source | Checkpoint) -> bool:
-    return isinstance(source, str | Path) and is_adapter(source)
-
-
-def _path(source: Source | Checkpoint) -> str | Path:
-    assert isinstance(source, str | Path)
-    return source
+def _merged(found: Checkpoint | Adapter, base: Checkpoint) -> MergedAdapter:
+    adapter = found if isinstance(found, Adapter) else as_adapter(found, base)
+    return MergedAdapter(base, adapter.named_for(base))
