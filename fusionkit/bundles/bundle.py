@@ -24,7 +24,7 @@ from fusionkit.checkpoints.stacks import joined, row_name, split, unsplit
 from fusionkit.codecs.base import WHOLE, DeltaCodec, Parts
 from fusionkit.errors import BundleError, WrongBaseError, listing
 from fusionkit.registry import from_config
-from fusionkit.task_vectors.task_source import own_tensor, write_weights
+from fusionkit.task_vectors.task_source import own_tensor, with_added, write_weights
 from fusionkit.task_vectors.vectors import difference
 from fusionkit.task_vectors.workers import full_precision
 
@@ -241,6 +241,18 @@ class Bundle:
                 tensor = self.task_parts(task, name)[WHOLE]
             yield name, tensor
 
+    def added(self, task: str) -> dict[str, int]:
+        """The tensors that a task added rows of a vocabulary to → how many."""
+        return self.manifest.tasks[self._known(task)].added
+
+    def added_rows(self, task: str) -> Iterator[tuple[str, Tensor]]:
+        """The rows that a task added to the vocabulary, by tensor, in their own dtype.
+
+        Raises:
+            BundleError: they are of another shape than the manifest says.
+        """
+        return ((name, self._stored.added(task, name)) for name in self.added(task))
+
     def exact(self, task: str) -> Iterator[tuple[str, Tensor]]:
         """A task's exact tensors that differ from the base's, in their own dtype.
 
@@ -286,7 +298,7 @@ class Bundle:
         return self._initial
 
     def state_dict(self, task: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """A task's whole model: base plus decoded delta, private tensors included.
+        """A task's whole model: base plus decoded delta, private tensors and added rows included.
 
         Args:
             task: one of `tasks`.
@@ -329,7 +341,7 @@ class Bundle:
         for name in [*restored]:
             value = restored.pop(name)
             state[name] = rounded(value, dtype or value.dtype, f"{own_label}: tensor '{name}'")
-        state = joined(state, self.stacks)
+        state = joined(with_added(self, task, state), self.stacks)
         for name, value in self.private_tensors(task):
             target = dtype if dtype and value.is_floating_point() else value.dtype
             state[name] = rounded(value, target, f"{own_label}: tensor '{name}'")

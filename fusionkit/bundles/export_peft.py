@@ -82,7 +82,13 @@ def export_adapter(
     check_replaceable(out, overwrite, known_by=CONFIG)
     space = bundle.manifest.base.space
     made = _of_space(bundle, task) if space else _of_weights(bundle, task, rank)
-    left_out = sorted(made.whole) if lora_only else []
+    if bundle.added(task) and not lora_only:
+        raise BundleError(
+            f"task '{task}' adds rows to the vocabulary, which an adapter of a base without them "
+            f"has no place for:{listing([repr(name) for name in bundle.added(task)])}\nexport the "
+            "whole model, or set lora_only to leave out all that is not a LoRA"
+        )
+    left_out = sorted({*made.whole, *bundle.added(task)}) if lora_only else []
     if lora_only:
         made.whole, made.has_bias = {}, False
     config = _config(bundle, made)

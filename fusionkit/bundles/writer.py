@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fusionkit.bundles.format import INITIAL, SHARED, task_file
+from fusionkit.bundles.format import ADDED, INITIAL, SHARED, task_file
 from fusionkit.bundles.journal import PROCESS, Journal, Record, identity
 from fusionkit.bundles.manifest import TaskRecord
 from fusionkit.bundles.part_file import Entry, FileRecord, Part, PartWriter
@@ -115,7 +115,7 @@ class BundleWriter:
             self._journal.add(Record(encoded.name, entries, encoded.sums))
 
     def _add_whole_tensors(self, adding: bool) -> None:
-        """First, as they are the cheapest to check: adapters' start, private and exact tensors."""
+        """First, as they are the cheapest to check: adapters' start, and what is a task's own."""
         family = self._family
         common, *own = self._writers
         if family.space and family.space.stored and not adding:
@@ -125,6 +125,8 @@ class BundleWriter:
             for tensors in (family.private_tensors(task), family.exact(task)):
                 for name, tensor in tensors:
                     writer.add(Part.of(f"{name}/{WHOLE}", tensor))
+            for name, rows in family.added_rows(task):
+                writer.add(Part.of(f"{ADDED}{name}/{WHOLE}", rows))
         if self._journal:
             self._journal.add(Record(None, [writer.entries for writer in self._writers]))
 
@@ -159,7 +161,8 @@ class BundleWriter:
         for task, writer in zip(family.tasks, own, strict=True):
             whole = sum(e.nbytes for e in writer.entries if e.key.rpartition("/")[2] == WHOLE)
             nbytes = family.finetuned[task].nbytes
-            records[task] = TaskRecord(writer.finish(), family.private[task], whole, nbytes)
+            own_names, added = family.private[task], family.added(task)
+            records[task] = TaskRecord(writer.finish(), own_names, whole, nbytes, added=added)
         return common.finish() if common.entries else None, records
 
 

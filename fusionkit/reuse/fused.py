@@ -82,3 +82,11 @@ class Fused:
     def private_tensors(self, task: str) -> Iterator[tuple[str, Tensor]]:
         """The task's private tensors."""
         return self.family.private_tensors(task)
+
+    def added(self, task: str) -> dict[str, int]:
+        """The tensors that the task added rows to."""
+        return self.family.added(task)
+
+    def added_rows(self, task: str) -> Iterator[tuple[str, Tensor]]:
+        """The rows that the task added to the vocabulary."""
+        return self.family.added_rows(task)

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from fusionkit.checkpoints.checkpoint import Checkpoint, TensorSpec, matches
 from fusionkit.checkpoints.names import prefix_over
 from fusionkit.checkpoints.stacks import unsplit, whole_name
+from fusionkit.checkpoints.vocabulary import left_behind, resized, rows_in
 from fusionkit.errors import FamilyError, listing
 
 
@@ -52,6 +53,7 @@ def check_fit(
     known_as: Mapping[str, Sequence[str]],
     private: Mapping[str, Sequence[str]],
     wanted: Sequence[str],
+    added: Mapping[str, Mapping[str, int]],
 ) -> None:
     """Check that every fine-tuned checkpoint has what the base has, as the base has it.
 
@@ -62,6 +64,7 @@ def check_fit(
         known_as: base tensor's name → all its names, tied ones after it.
         private: task name → names of its private tensors.
         wanted: names of the private tensors that every task must have.
+        added: task name → base tensor's name → rows that it added, which are not looked at.
 
     Raises:
         FamilyError: one does not fit; the message lists every finding, with the prefix that would
@@ -79,8 +82,11 @@ def check_fit(
         findings += [
             f"{where}: misses the private tensor '{name}'" for name in wanted if name not in tuned
         ]
+        cut = _check_vocabulary(where, base, tuned, known_as, added[task])
+        findings += cut.values()
         for name, role in roles.items():
-            findings += _check_tensor(where, base, tuned, name, role, known_as[name], lacking)
+            if name not in cut:
+                findings += _check_tensor(where, base, tuned, name, role, known_as[name], lacking)
         findings += [
             f"{where}: has tensor '{whole_name(tuned, name)}', which the base lacks (declare it "
             "private if the task's model has it, ignore it if no one needs it)"
@@ -134,6 +140,36 @@ def _unlike(
             "model of another size or family; give the base that it was fine-tuned from"
         )
     return ""
+
+
+def _check_vocabulary(
+    where: str,
+    base: Checkpoint,
+    tuned: Checkpoint,
+    known_as: Mapping[str, Sequence[str]],
+    added: Mapping[str, int],
+) -> dict[str, str]:
+    """What is wrong with a vocabulary of another size, by tensor."""
+    names = {
+        name: known
+        for name, names in known_as.items()
+        if (known := next((each for each in names if each in tuned), None))
+    }
+    findings = {}
+    for name, rows in resized(base, tuned, names).items():
+        known, before = names[name], rows_in(base.specs[name].shape)
+        findings[name] = (
+            f"{where}: tensor '{known}' has {before + rows} rows where the base has "
+            f"{before} (a vocabulary cut down): which of them were dropped is not known; "
+            f"declare it private to store it whole: {', '.join(known_as[name])}"
+        )
+    for name, other in left_behind(base, tuned, names, added).items():
+        findings[name] = (
+            f"{where}: adds {added[other]} rows to '{other}', and has none of them for "
+            f"'{name}', which the model that it was trained with had; save the adapter again with "
+            "save_embedding_layers=True"
+        )
+    return findings
 
 
 def _check_tensor(

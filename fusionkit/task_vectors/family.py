@@ -9,7 +9,8 @@ role:
 - *frozen*: declared equal to the base in every task; may be absent, costs no bytes.
 
 Tensors declared *private* (a task's own head) belong to their task alone: stored whole, never
-compressed or merged, and free to differ in shape or to be absent from the base.
+compressed or merged, and free to differ in shape or to be absent from the base. So do the rows that
+a task added to the base's vocabulary, in embeddings and heads; the rows before them have a role.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from fusionkit.checkpoints.adapters.modules import Adapters
 from fusionkit.checkpoints.architecture import is_stack
 from fusionkit.checkpoints.checkpoint import Checkpoint, Source, TensorSpec, matches, same_values
 from fusionkit.checkpoints.stacks import rows_of, split
+from fusionkit.checkpoints.vocabulary import CommonRows, common_rows, resized
 from fusionkit.errors import CheckpointError, FamilyError, listing
 from fusionkit.task_vectors.checks import check_fit, check_patterns
 from fusionkit.task_vectors.opened import open_models
@@ -57,6 +59,7 @@ class Family:
         tasks: the tasks' names.
         roles: base tensor's name → role; private tensors and tied names are not in it.
         private: task name → names of its private tensors.
+        vocabulary: task name → name of a tensor that it added rows to → how many.
         tied: name → name of the tensor of the base that it shares, in every task.
         stacks: name of a stack of experts → how many matrices it is split into, `name[0]`, ….
         space: how adapters' own tensors make the base's weights; None where they are merged.
@@ -113,8 +116,13 @@ class Family:
             task: sorted(name for name in checkpoint if self._is_private(name))
             for task, checkpoint in self.finetuned.items()
         }
+        self.vocabulary = {task: self._added(tuned) for task, tuned in self.finetuned.items()}
+        self.finetuned = {task: self._common(task) for task in self.tasks}
         wanted = [] if self.space else [name for name in self.base if self._is_private(name)]
-        check_fit(self.base, self.finetuned, self.roles, self._known_as, self.private, wanted)
+        vocabulary = self.vocabulary
+        check_fit(
+            self.base, self.finetuned, self.roles, self._known_as, self.private, wanted, vocabulary
+        )
         self._changes: tuple[Callable[[TaskVectors], Sequence[Change | None]], ...] = ()
         self.device = torch.device(device)
         workers = workers or Workers()
@@ -246,6 +254,26 @@ class Family:
         for name in self.private[task]:
             yield name, checkpoint[name]
 
+    def added(self, task: str) -> dict[str, int]:
+        """The tensors that a task added rows to → how many.
+
+        Raises:
+            FamilyError: there is no such task.
+        """
+        self._checkpoint(task)
+        return self.vocabulary[task]
+
+    def added_rows(self, task: str) -> Iterator[tuple[str, Tensor]]:
+        """The rows that a task added to the vocabulary, by tensor, in their own dtype.
+
+        Raises:
+            FamilyError: there is no such task.
+        """
+        checkpoint = self._checkpoint(task)
+        for name in self.vocabulary[task]:
+            assert isinstance(checkpoint, CommonRows)
+            yield name, checkpoint.added(self._name_in(checkpoint, name))
+
     def check_frozen(self) -> None:
         """Check that frozen tensors, where present, do equal the base's.
 
@@ -296,6 +324,16 @@ class Family:
             if spec.numel and spec.dtype.is_floating_point and not self._is_private(name)
             if all(c.specs[name].shape == spec.shape for c in finetuned.values() if name in c)
         }
+
+    def _added(self, tuned: Checkpoint) -> dict[str, int]:
+        names = {name: known for name in self.roles if (known := self._known(tuned, name))}
+        return {name: rows for name, rows in resized(self.base, tuned, names).items() if rows > 0}
+
+    def _common(self, task: str) -> Checkpoint:
+        """A fine-tuned checkpoint with as many rows of the vocabulary as the base has."""
+        tuned = self.finetuned[task]
+        shapes = {n: self.base.specs[n].shape for n in self.vocabulary[task]}
+        return common_rows(tuned, {self._name_in(tuned, n): each for n, each in shapes.items()})
 
     def _tied(self) -> dict[str, str]:
         """The base's ties that every task keeps: none of whose names is private, or apart."""

@@ -233,13 +233,17 @@ class Adapter:
 
     def _check_magnitudes(self, lora: LoraModule, base: Checkpoint) -> None:
         axis = 1 if lora.form in {"transposed", "embedding"} else 0
-        outputs = base.specs[lora.targets[0]].shape[axis]
+        outputs = self._shape(lora.targets[0], base)[axis]
         shape = self.tensors.specs[f"{lora.name}.{_MAGNITUDES}"].shape
         if math.prod(shape) != outputs:
             raise FamilyError(
                 f"{self.label}: '{lora.name}.{_MAGNITUDES}' has shape {list(shape)}, but the "
                 f"base's weight has {outputs} outputs; an adapter of another base?"
             )
+
+    def _shape(self, weight: str, base: Checkpoint) -> tuple[int, ...]:
+        """Of a weight; the adapter's own, of a module that was resized before it was adapted."""
+        return (self.tensors if weight in self.tensors else base).specs[weight].shape
 
     def _lora(self, name: str, base: Checkpoint) -> LoraModule:
         embedding = f"{name}.lora_embedding_A" in self.tensors
@@ -249,7 +253,7 @@ class Adapter:
             else ("lora_A.weight", "lora_B.weight")
         )
         a, b = self.factors(name, keys)
-        weight = base.specs[_weight_of(name, base)].shape
+        weight = self._shape(_weight_of(name, base), base)
         self._refuse_grouped(name, a, b, weight)
         attention = name.removesuffix(".out_proj")
         if attention == name or not self._is_attention(attention, base):
