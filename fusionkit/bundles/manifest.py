@@ -19,7 +19,8 @@ from fusionkit.checkpoints.safetensors_file import tensor_bytes
 from fusionkit.checkpoints.stacks import rows_of
 from fusionkit.errors import BundleError, WrongBaseError, listing
 from fusionkit.registry import Config
-from fusionkit.task_vectors.family import Family, Role
+from fusionkit.task_vectors.family import Family
+from fusionkit.task_vectors.roles import Role
 
 _PIECE = 1 << 20
 _OPTIONAL = ("stacks", "rename", "ignore", "kinds", "architecture", "variant", "dequantized")
@@ -33,7 +34,7 @@ class BaseTensor:
     Attributes:
         dtype: torch's name for it, `float32`.
         shape: its shape.
-        role: how its deltas are kept; see `fusionkit.task_vectors.family`.
+        role: how its deltas are kept; see `fusionkit.task_vectors.roles`.
         sha256: the first 16 hex digits of the SHA-256 of its bytes.
     """
 

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from fusionkit.checkpoints.adapters.modules import AdapterSpace
 from fusionkit.merges.base import Merge
-from fusionkit.task_vectors.family import Family, Role
+from fusionkit.task_vectors.family import Family
+from fusionkit.task_vectors.roles import Role
 
 
 class Fused:

@@ -1,12 +1,7 @@
 """A family: one base model and the models fine-tuned from it, read as a stream of task vectors.
 
-What base and fine-tuned checkpoints must agree in is in `checks`. Each tensor of the base has one
-role:
-
-- *delta*: a floating-point weight; its task vectors are what codecs compress.
-- *exact*: an integer tensor or a buffer (BatchNorm statistics); comes back exactly, stored
-  whole for the tasks in which it differs from the base.
-- *frozen*: declared equal to the base in every task; may be absent, costs no bytes.
+What base and fine-tuned checkpoints must agree in is in `checks`; what each tensor of the base is,
+its role, in `roles`.
 
 Tensors declared *private* (a task's own head) belong to their task alone: stored whole, never
 compressed or merged, and free to differ in shape or to be absent from the base. So do the rows that
@@ -15,26 +10,23 @@ a task added to the base's vocabulary, in embeddings and heads; the rows before 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
-from typing import Literal, Self, TypeVar
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from fusionkit.checkpoints.adapters.modules import Adapters
-from fusionkit.checkpoints.architecture import is_stack
-from fusionkit.checkpoints.checkpoint import Checkpoint, Source, TensorSpec, matches, same_values
-from fusionkit.checkpoints.stacks import rows_of, split
+from fusionkit.checkpoints.checkpoint import Checkpoint, Source, matches
+from fusionkit.checkpoints.stacks import split
 from fusionkit.checkpoints.vocabulary import CommonRows, common_rows, resized
 from fusionkit.errors import CheckpointError, FamilyError, listing
 from fusionkit.task_vectors.checks import check_fit, check_patterns
 from fusionkit.task_vectors.opened import open_models
+from fusionkit.task_vectors.roles import Role, Roles, stacks_of, ties_of, touches
 from fusionkit.task_vectors.vectors import Change, ChangedVectors, Located, TaskVectors
 from fusionkit.task_vectors.workers import Workers, total
 
-Role = Literal["delta", "exact", "frozen"]
 Result = TypeVar("Result")
-
-_BUFFERS = ("*running_mean", "*running_var", "*num_batches_tracked")
 
 
 class Family:
@@ -95,15 +87,17 @@ class Family:
         self.private_patterns, self.frozen_patterns = tuple(private), tuple(frozen)
         check_patterns(opened.base, opened.finetuned, private, frozen)
         self.space = opened.space
-        self.stacks = {} if self.space else self._stacks(opened.base, opened.finetuned)
-        self._stack_of = {row: stack for row, (stack, _) in rows_of(self.stacks).items()}
+        models = opened.base, [*opened.finetuned.values()]
+        self.stacks = {} if self.space else stacks_of(*models, self._is_private)
         self.base = split(opened.base, self.stacks)
         self.finetuned = {task: split(each, self.stacks) for task, each in opened.finetuned.items()}
         self.tasks = tuple(self.finetuned)
-        self.tied = self._tied()
+        seen = self.base, [*self.finetuned.values()]
+        self.tied = ties_of(*seen, self._is_private)
+        rules = Roles(*seen, self.frozen_patterns, self.stacks, self.space)
         self.roles = {
-            name: self._role(name, spec)
-            for name, spec in self.base.specs.items()
+            name: rules.of(name)
+            for name in self.base
             if name not in self.tied and not self._is_private(name)
         }
         self._known_as: dict[str, list[str]] = {name: [name] for name in self.roles}
@@ -284,7 +278,7 @@ class Family:
         for task in self.tasks:
             for name in self.names("frozen"):
                 known = self._known(self.finetuned[task], name)
-                if known is None or not self._touches(self.finetuned[task], name):
+                if known is None or not touches(self.finetuned[task], name, self.space):
                     continue
                 tuned = self.finetuned[task][known]
                 if not _equal(self.base[name].to(tuned.dtype), tuned):
@@ -314,17 +308,6 @@ class Family:
         for checkpoint in self.finetuned.values():
             checkpoint.prefetch(self._name_in(checkpoint, name))
 
-    def _stacks(self, base: Checkpoint, finetuned: Mapping[str, Checkpoint]) -> dict[str, int]:
-        """The base's stacks of experts, by its class, or by name and shape where it has none."""
-        known = base.architecture.stacks if base.architecture else None
-        return {
-            name: spec.shape[0]
-            for name, spec in base.specs.items()
-            if (is_stack(name, spec.shape) if known is None else name in known)
-            if spec.numel and spec.dtype.is_floating_point and not self._is_private(name)
-            if all(c.specs[name].shape == spec.shape for c in finetuned.values() if name in c)
-        }
-
     def _added(self, tuned: Checkpoint) -> dict[str, int]:
         names = {name: known for name in self.roles if (known := self._known(tuned, name))}
         return {name: rows for name, rows in resized(self.base, tuned, names).items() if rows > 0}
@@ -334,15 +317,6 @@ class Family:
         tuned = self.finetuned[task]
         shapes = {n: self.base.specs[n].shape for n in self.vocabulary[task]}
         return common_rows(tuned, {self._name_in(tuned, n): each for n, each in shapes.items()})
-
-    def _tied(self) -> dict[str, str]:
-        """The base's ties that every task keeps: none of whose names is private, or apart."""
-        return {
-            alias: name
-            for alias, name in self.base.aliases.items()
-            if not self._is_private(alias) and not self._is_private(name)
-            if not any(_apart(tuned, alias, name) for tuned in self.finetuned.values())
-        }
 
     def _checkpoint(self, task: str) -> Checkpoint:
         if task not in self.finetuned:
@@ -366,39 +340,7 @@ class Family:
     def _is_private(self, name: str) -> bool:
         return matches(name, self.private_patterns)
 
-    def _touches(self, checkpoint: Checkpoint, name: str) -> bool:
-        """Whether a checkpoint has a tensor of its own; of adapters' own, those that are there."""
-        return checkpoint.touches(name) and (self.space is None or name in checkpoint)
-
-    def _is_no_ones(self, name: str) -> bool:
-        """Whether the classes of all fine-tuned models have no such tensor: a base's own head."""
-        return all(
-            checkpoint.architecture is not None
-            and name not in checkpoint.architecture.shapes
-            and name not in checkpoint
-            for checkpoint in self.finetuned.values()
-        )
-
-    def _role(self, name: str, spec: TensorSpec) -> Role:
-        touched = any(self._touches(checkpoint, name) for checkpoint in self.finetuned.values())
-        if self.space and name in self.space.still:
-            return "frozen"
-        whole = self._stack_of.get(name, name)
-        if matches(whole, self.frozen_patterns) or not touched or self._is_no_ones(whole):
-            return "frozen"
-        known = self.base.architecture
-        is_buffer = name in (known.buffers if known else self.base.buffers)
-        is_buffer = is_buffer or name in self.base.buffers or matches(name, _BUFFERS)
-        return "delta" if spec.dtype.is_floating_point and not is_buffer else "exact"
-
 
 def _equal(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors of one shape and dtype are the same, NaN being the same as NaN."""
     return torch.equal(one, other) or bool((one.isclose(other, 0, 0, equal_nan=True)).all())
-
-
-def _apart(tuned: Checkpoint, alias: str, name: str) -> bool:
-    """Whether a checkpoint holds two names apart that are one tensor in the base."""
-    if alias not in tuned or name not in tuned:
-        return False
-    return not same_values(tuned, alias, tuned, name)

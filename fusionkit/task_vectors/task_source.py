@@ -1,7 +1,7 @@
 """Where tasks' weights come from, tensor by tensor, and the one loop that writes them.
 
 A bundle, a family and a fusion are task sources alike: each knows what every tensor of the base
-is to a task (`Family` says what the roles mean), and gives one tensor at a time.
+is to a task (`roles` says which roles there are), and gives one tensor at a time.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,7 +16,7 @@ from fusionkit.checkpoints.rounding import Rounding
 from fusionkit.checkpoints.stacks import split_tensors
 from fusionkit.checkpoints.vocabulary import beyond, common, extended
 from fusionkit.errors import BundleError
-from fusionkit.task_vectors.family import Role
+from fusionkit.task_vectors.roles import Role
 
 
 class TaskSource(Protocol):
