@@ -9,9 +9,11 @@ _HEAD = re.compile(
     r"(^|\.)(lm_head|embed_out|proj_out|generator_lm_head|output|(cls\.)?predictions\.decoder"
     r"|lm_head\.decoder)\.weight$"
 )
-_EMBEDDING = re.compile(
-    r"(^|\.)(embed_tokens|wte|shared|word_embeddings|tok_embeddings|embed_in|tokens_embed)\.weight$"
+EMBEDDING = re.compile(
+    r"(^|\.)(embed_tokens|wte|shared|word_embeddings?|tok(en)?_embeddings?|tok(en)?_emb|embed_in"
+    r"|tokens_embed)\.weight$"
 )
+"""What embeddings of tokens are called, where nothing but names is known."""
 
 
 def tied_by_bytes(checkpoint: Checkpoint) -> dict[str, str]:
@@ -23,7 +25,7 @@ def tied_by_bytes(checkpoint: Checkpoint) -> dict[str, str]:
         the head's name → the embedding's.
     """
     heads = [name for name in checkpoint if _HEAD.search(name)]
-    embeddings = [name for name in checkpoint if _EMBEDDING.search(name)]
+    embeddings = [name for name in checkpoint if EMBEDDING.search(name)]
     return {
         head: embedding
         for head in heads

@@ -12,12 +12,9 @@ from torch import Tensor
 
 from fusionkit.checkpoints.adapters.lowrank import LowRank
 from fusionkit.checkpoints.checkpoint import Checkpoint, Pieces, TensorSpec
+from fusionkit.checkpoints.ties import EMBEDDING
 from fusionkit.checkpoints.view import View
 
-_EMBEDDING = re.compile(
-    r"(^|\.)(embed_tokens|wte|shared|word_embeddings?|tok(en)?_embeddings?|tok(en)?_emb|embed_in"
-    r"|tokens_embed)\.weight$"
-)
 _OTHERS = re.compile(r"pos|type|segment|relative|time|class|label", re.IGNORECASE)
 """In names of embeddings of something else than tokens."""
 
@@ -180,9 +177,9 @@ class CommonRows(View):
 def _is_vocabulary(base: Checkpoint, name: str) -> bool:
     known = base.architecture
     if known is None:
-        return _EMBEDDING.search(name) is not None
+        return EMBEDDING.search(name) is not None
     if name in known.vocabulary:
         return True
     if known.kinds.get(name) != "embedding":
         return False
-    return bool(_EMBEDDING.search(name) or not (known.vocabulary or _OTHERS.search(name)))
+    return bool(EMBEDDING.search(name) or not (known.vocabulary or _OTHERS.search(name)))
