@@ -121,6 +121,7 @@ def test_the_same_family_makes_the_same_files(tmp_path: Path) -> None:
     manifests = [json.loads((f / "manifest.json").read_text()) for f in (tmp_path / "b", golden)]
     for manifest in manifests:
         manifest.pop("checksum")
+        manifest["base"].pop("kinds", None)  # what holds the matrices, said since then
         for record in manifest["tasks"].values():
             record["file"].pop("header_sha256")
     assert manifests[0] == manifests[1]
