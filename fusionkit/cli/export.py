@@ -1,5 +1,6 @@
 """`fusionkit export`."""
 
+from pathlib import Path
 from typing import Literal
 
 from fusionkit.bundles.bundle import Bundle
@@ -28,15 +29,16 @@ def export(
     rank: int | None = None,
     lora_only: bool = False,
     dtype: str | None = None,
+    max_shard_size: int | str = "5GB",
     overwrite: bool = False,
 ) -> None:
-    """Write one task's whole model to a file, or its delta as a PEFT adapter.
+    """Write one task's whole model to a file or a folder, or its delta as a PEFT adapter.
 
     Args:
         bundle: the bundle's folder.
         task: the task.
-        out: the file: .safetensors (tied tensors once, as Hugging Face does), .pt or .bin; or
-            the adapter's folder.
+        out: a file: .safetensors (tied tensors once, as Hugging Face does), .pt or .bin; without
+            a suffix, a folder that `from_pretrained` loads; or the adapter's folder.
         base: the base model, if it is not where it was when the bundle was made.
         strip_prefix: taken off the base's tensor names.
         add_prefix: put in front of the base's tensor names.
@@ -45,14 +47,15 @@ def export(
         lora_only: of an adapter, leave out heads, norms and biases.
         dtype: fp32, fp16 or bf16; of all floating-point tensors of a model (by default the
             base's), of the factors of an adapter (by default fp16).
+        max_shard_size: of one file of a model's folder: bytes, or 5GB, 500MiB.
         overwrite: replace what is there.
     """
     opened = Bundle.load(
         bundle, None if base is None else Checkpoint.of(base, strip_prefix, add_prefix)
     )
     if format == "model":
-        path = export_task(opened, task, out, dtype, overwrite)
-        report.show(f"written: {path} ({report.size(path.stat().st_size)})")
+        written = export_task(opened, task, out, dtype, overwrite, max_shard_size)
+        report.show(f"written: {written} ({report.size(_bytes(written))})")
         return
     left_out = export_adapter(
         opened,
@@ -65,6 +68,8 @@ def export(
     )
     if left_out:
         report.show(f"left out, as no LoRA can hold them:{listing(left_out)}")
-    folder = open_path(out)
-    nbytes = sum(file.stat().st_size for file in folder.iterdir())
-    report.show(f"written: {folder} ({report.size(nbytes)})")
+    report.show(f"written: {open_path(out)} ({report.size(_bytes(open_path(out)))})")
+
+
+def _bytes(path: Path) -> int:
+    return sum(each.stat().st_size for each in (path.iterdir() if path.is_dir() else [path]))
