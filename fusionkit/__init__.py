@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from fusionkit.bundles.add_tasks import add_tasks as add_tasks
 from fusionkit.bundles.bundle import Bundle as Bundle
 from fusionkit.bundles.compress import compress as compress
+from fusionkit.bundles.export_model import export_task as export_task
 from fusionkit.bundles.export_peft import export_adapter as export_adapter
 from fusionkit.checkpoints.adapters.lowrank import LowRank as LowRank
 from fusionkit.checkpoints.checkpoint import Checkpoint as Checkpoint

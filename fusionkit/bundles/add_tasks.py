@@ -7,7 +7,7 @@ from glob import escape
 from pathlib import Path
 
 from fusionkit.bundles.bundle import Bundle
-from fusionkit.bundles.format import task_file
+from fusionkit.bundles.format import refuse_alike, task_file
 from fusionkit.bundles.manifest import TaskRecord
 from fusionkit.bundles.writer import BundleWriter
 from fusionkit.checkpoints.adapters.modules import Adapters
@@ -42,8 +42,8 @@ def add_tasks(
         progress: called after each tensor of each pass.
 
     Raises:
-        BundleError: a task is there already, or the tasks share a vector and `keep_shared` is
-            not set.
+        BundleError: a task is there already, or one that looks the same, or the tasks share a
+            vector and `keep_shared` is not set.
         CheckpointError: a checkpoint can't be read.
         FamilyError: a checkpoint does not fit the base.
     """
@@ -51,6 +51,7 @@ def add_tasks(
     present = sorted(set(finetuned) & set(bundle.tasks))
     if present:
         raise BundleError(f"{bundle.path}: has task '{present[0]}' already; remove it first")
+    refuse_alike([*bundle.tasks, *finetuned])
     if bundle.tasks_share and not keep_shared:
         raise BundleError(f"{bundle.path}: {_SHARES}")
     family = _family(bundle, finetuned, progress)

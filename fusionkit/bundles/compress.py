@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from fusionkit.bundles.bundle import Bundle
-from fusionkit.bundles.format import MANIFEST
+from fusionkit.bundles.format import MANIFEST, refuse_alike
 from fusionkit.bundles.journal import claim, identity, is_resumable, tidy
 from fusionkit.bundles.manifest import BaseRecord, Manifest
 from fusionkit.bundles.writer import BundleWriter
@@ -74,13 +74,14 @@ def compress(
         CheckpointError, FamilyError: a checkpoint can't be read, the checkpoints don't fit
             together, or hold NaN or infinite values.
         CodecError, PluginError: the codec can't take these values, or is not registered.
-        BundleError: `out` exists, or can't be written.
+        BundleError: `out` exists, or can't be written; two tasks' names look the same.
         ProcessError: another of the processes failed, or has ended.
     """
     with processes.together():
         if not isinstance(codec, DeltaCodec):
             raise CodecError(f"expected a DeltaCodec, got {codec!r}")
         to_config(codec)
+        refuse_alike(finetuned)
         workers = Workers(processes, progress)
         family = Family(base, finetuned, private, frozen, adapters, workers, device, rename, ignore)
         if out is None:

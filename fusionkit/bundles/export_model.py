@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from fusionkit.bundles.bundle import Bundle
 from fusionkit.bundles.export_folder import export_folder
+from fusionkit.checkpoints.path_text import beside
 from fusionkit.checkpoints.paths import copy_file, is_remote, open_path, refuse_existing
 from fusionkit.errors import BundleError
 
@@ -65,7 +66,7 @@ def export_task(
     out.parent.mkdir(parents=True, exist_ok=True)
     remote = is_remote(out)
     with TemporaryDirectory(prefix="fusionkit-") if remote else nullcontext(out.parent) as folder:
-        temporary = Path(folder) / f".{out.name}.tmp"
+        temporary = Path(folder) / beside(out, "tmp").name
         try:
             if out.suffix == ".safetensors":
                 tied = bundle.manifest.base.tied

@@ -3,7 +3,7 @@
     manifest.json           what is in it: codec, base, tasks, sizes, checksums (manifest.py)
     shared.safetensors      the parts that all tasks share; absent if there are none
     task-<name>.safetensors one per task: its parts, private and exact tensors; <name> is
-                            percent-encoded
+                            percent-encoded, and cut where it is too long for a file's name
 
 All tensor files are plain safetensors (part_file.py). A tensor's parts are keyed `<tensor>/<part>`;
 the part `tensor` is reserved for private and exact tensors, stored whole. Parts of the whole model
@@ -16,7 +16,12 @@ fingerprint and checked on use. Files are written under temporary names and rena
 last: whatever is interrupted, a bundle that can be opened is whole.
 """
 
+from collections.abc import Iterable
+from hashlib import sha256
 from urllib.parse import quote
+
+from fusionkit.checkpoints.path_text import one_form
+from fusionkit.errors import BundleError
 
 FORMAT = "fusionkit-bundle"
 VERSIONS = (1, 2, 3, 4)
@@ -32,6 +37,34 @@ SIDE_FILE = "file:"
 """Put before the name of a file beside a task's weights, among the task's parts."""
 
 
+_LONGEST = 232
+"""Of an encoded name: with what is around it while it is written, it is a name of 255 bytes."""
+
+
 def task_file(task: str) -> str:
-    """The name of a task's file; never a path, whatever the task is called."""
-    return f"task-{quote(task, safe='', errors='surrogatepass')}.safetensors"
+    """The name of a task's file; never a path, whatever the task is called.
+
+    A name that is too long for a file is cut, and told by a digest behind a `=`, which no encoded
+    name holds.
+    """
+    name = quote(task, safe="", errors="surrogatepass")
+    if len(name) > _LONGEST:
+        digest = sha256(task.encode(errors="surrogatepass")).hexdigest()[:32]
+        name = f"{name[:160]}={digest}"
+    return f"task-{name}.safetensors"
+
+
+def refuse_alike(tasks: Iterable[str]) -> None:
+    """Refuse tasks that nobody can tell from each other, nor some file systems.
+
+    Raises:
+        BundleError: two names differ in their Unicode form alone.
+    """
+    known: dict[str, str] = {}
+    for task in tasks:
+        other = known.setdefault(one_form(task), task)
+        if other != task:
+            raise BundleError(
+                f"tasks {other!a} and {task!a} have one name ('{task}') in two Unicode "
+                "forms; rename one of them"
+            )

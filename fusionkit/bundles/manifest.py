@@ -22,7 +22,7 @@ from fusionkit.registry import Config
 from fusionkit.task_vectors.family import Family, Role
 
 _PIECE = 1 << 20
-_OPTIONAL = ("stacks", "rename", "ignore", "kinds", "architecture")
+_OPTIONAL = ("stacks", "rename", "ignore", "kinds", "architecture", "variant")
 """Keys of the base that are written only where there is something to say."""
 
 
@@ -67,6 +67,7 @@ class BaseRecord:
         kinds: name of a matrix, or of a stack → what holds it in the model's class; see
             `Architecture`. Empty where that was not known.
         architecture: the class's record, from which it can be built again.
+        variant: as given to `Checkpoint.of`.
     """
 
     source: str
@@ -80,6 +81,7 @@ class BaseRecord:
     ignore: list[str] = field(default_factory=list)
     kinds: dict[str, Kind] = field(default_factory=dict)
     architecture: dict[str, Any] = field(default_factory=dict)
+    variant: str | None = None
 
     def __post_init__(self) -> None:
         if unknown := set(self.tied.values()) - self.tensors.keys():
@@ -118,6 +120,7 @@ class BaseRecord:
             ignore=list(family.ignore),
             kinds={n: kind for n, kind in known.kinds.items() if n in seen} if known else {},
             architecture=dict(known.record) if known else {},
+            variant=base.variant,
         )
 
     @property

@@ -116,13 +116,14 @@ class PartsCalibration(CalibrationModule):
         for place, task in enumerate(self.family.tasks):
             own = torch.tensor(values[place], dtype=torch.float32)
             path = bundle.path / task_file(task)
-            writer = PartWriter(path.with_name(path.name + ".learned"))
+            learned = path.with_name("learned")  # a name that is short, whatever the task's is
+            writer = PartWriter(learned)
             for name in bundle.task_names(task):
                 parts = bundle.task_parts(task, name)
                 for part, tensor in self._scaled(place, name, parts, own).items():
                     writer.add(Part.of(f"{name}/{part}", tensor.to(parts[part].dtype)))
             record = writer.finish()
-            path.with_name(path.name + ".learned").rename(path)
+            learned.rename(path)
             records[task] = replace(records[task], file=record)
         bundle.update(replace(bundle.manifest, tasks=records))
         return bundle

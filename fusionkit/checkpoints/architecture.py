@@ -40,6 +40,7 @@ class Architecture:
         kinds: a matrix's name → what holds it.
         buffers: names of the buffers among the tensors.
         vocabulary: names of the tensors whose first axis is the vocabulary.
+        unsaved: names of tensors that the class never saves, as it makes them itself.
         unread: patterns (regular expressions) of tensors in files that the class does not read.
         record: what the class can be built from again, as JSON; empty of any other module.
         skeleton: the class's module on the meta device, whose conversions tell how it reads
@@ -52,6 +53,7 @@ class Architecture:
     kinds: Mapping[str, Kind] = field(default_factory=dict)
     buffers: frozenset[str] = frozenset()
     vocabulary: frozenset[str] = frozenset()
+    unsaved: frozenset[str] = frozenset()
     unread: tuple[str, ...] = ()
     record: Mapping[str, Any] = field(default_factory=dict)
     skeleton: nn.Module | None = field(default=None, compare=False, repr=False)
@@ -73,6 +75,7 @@ class Architecture:
             kinds=_kinds(model, state),
             buffers=frozenset(buffers & state.keys()),
             vocabulary=_vocabulary(model),
+            unsaved=unsaved(model) & state.keys(),
             unread=_unread(model, buffers),
             record=record or {},
             skeleton=model if is_transformers(model) else None,
@@ -107,6 +110,7 @@ class Architecture:
             kinds={name: self.kinds[now] for name, now in seen.items() if now in self.kinds},
             buffers=frozenset(name for name, now in seen.items() if now in self.buffers),
             vocabulary=frozenset(name for name, now in seen.items() if now in self.vocabulary),
+            unsaved=frozenset(name for name, now in seen.items() if now in self.unsaved),
             skeleton=None,
         )
 
@@ -115,6 +119,11 @@ def is_transformers(model: nn.Module) -> bool:
     """Whether a module is one of transformers' models; nothing is imported to know."""
     module = sys.modules.get("transformers.modeling_utils")
     return module is not None and isinstance(model, module.PreTrainedModel)
+
+
+def unsaved(model: nn.Module) -> frozenset[str]:
+    """Names of a model's tensors that its class never saves, as it makes them itself."""
+    return frozenset(getattr(model, "_keys_to_ignore_on_save", None) or ())
 
 
 def is_stack(name: str, shape: tuple[int, ...]) -> bool:

@@ -1,6 +1,6 @@
 """Weights by name, read one tensor at a time: what every kind of checkpoint is."""
 
-from abc import ABC, abstractmethod
+from abc import ABCMeta
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,14 +9,15 @@ from glob import escape as glob_escape
 from glob import glob
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from fusionkit.checkpoints.adapters.lowrank import LowRank
 from fusionkit.checkpoints.architecture import Architecture
-from fusionkit.checkpoints.paths import glob_remote, is_remote, resolve_package_path
+from fusionkit.checkpoints.path_text import forms, one_form
+from fusionkit.checkpoints.paths import glob_remote, is_remote, written_out
 from fusionkit.errors import CheckpointError
 
 Source = str | Path | nn.Module | Mapping[str, Tensor]
@@ -25,6 +26,9 @@ Source = str | Path | nn.Module | Mapping[str, Tensor]
 Pieces = Callable[[slice], Tensor]
 """Reads some neighbouring entries of one tensor, flattened, in its own dtype; not to be changed,
 and valid until the next call."""
+
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,18 @@ class TensorSpec:
         return self.numel * self.dtype.itemsize
 
 
-class Checkpoint(Mapping[str, Tensor], ABC):
-    """A model's tensors by name, read one at a time; `Checkpoint.of` opens one.
+class _Opening(ABCMeta):
+    """Has `Checkpoint(…)` open a source by the class of its kind, as `pathlib.Path(…)` does."""
+
+    def __call__(cls: type[Made], *args: Any, **kwargs: Any) -> Made:
+        """Open a source, where it is `Checkpoint` itself that is called."""
+        if cls is Checkpoint:
+            return cast(Made, Checkpoint.of(*args, **kwargs))
+        return cast(Made, type.__call__(cls, *args, **kwargs))
+
+
+class Checkpoint(Mapping[str, Tensor], metaclass=_Opening):
+    """A model's tensors by name, read one at a time; `Checkpoint.of`, or a call, opens one.
 
     Every kind of source has a class of its own, which says what is known of it and how a tensor
     is read. Names that share one tensor (tied weights) are listed in `aliases`; they are entries
@@ -65,6 +79,7 @@ class Checkpoint(Mapping[str, Tensor], ABC):
         add_prefix: what was put in front of them.
         architecture: what is known of the model's class; None: nothing but what is stored.
         unread: names that are stored, and left out here since no one reads such tensors.
+        variant: which of a folder's weights they are; None for those without one.
     """
 
     label: str
@@ -79,25 +94,35 @@ class Checkpoint(Mapping[str, Tensor], ABC):
     add_prefix: str = ""
     architecture: Architecture | None = None
     unread: frozenset[str] = frozenset()
-    opener: ClassVar[Callable[["Source", str, str], "Checkpoint"]]
+    variant: str | None = None
+    opener: ClassVar[Callable[["Source", str, str, str | None], "Checkpoint"]]
     """What `of` calls; `opening`, which knows every kind of checkpoint, puts it here."""
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Refuse to make a checkpoint of no kind.
+    def __init__(
+        self,
+        source: Source,
+        strip_prefix: str = "",
+        add_prefix: str = "",
+        variant: str | None = None,
+    ) -> None:
+        """`Checkpoint(…)` is `Checkpoint.of(…)`; a class derived from it has its own.
 
-        Raises:
-            CheckpointError: it is `Checkpoint` itself that is called.
+        Args:
+            source: see `of`.
+            strip_prefix: see `of`.
+            add_prefix: see `of`.
+            variant: see `of`.
         """
-        if cls is Checkpoint:
-            raise CheckpointError(
-                "Checkpoint has a class for each kind of source, and Checkpoint.of chooses it: "
-                "write Checkpoint.of(…) for Checkpoint(…), and in a recipe "
-                "`class_path: fusionkit.Checkpoint.of` for `class_path: Checkpoint`"
-            )
-        return super().__new__(cls)
+        raise NotImplementedError(f"{type(self).__name__} has no __init__ of its own")
 
     @classmethod
-    def of(cls, source: Source, strip_prefix: str = "", add_prefix: str = "") -> "Checkpoint":
+    def of(
+        cls,
+        source: Source,
+        strip_prefix: str = "",
+        add_prefix: str = "",
+        variant: str | None = None,
+    ) -> "Checkpoint":
         """Open a source, whatever it is.
 
         Reads a safetensors file, a (sharded) Hugging Face folder or its index, a PyTorch
@@ -113,15 +138,22 @@ class Checkpoint(Mapping[str, Tensor], ABC):
                 (`model.` for many Lightning checkpoints).
             add_prefix: put in front of every name (`bert.` to give a bare encoder the names that
                 it has inside a classifier).
+            variant: of a folder's weights, as in `from_pretrained`: `fp16` for
+                `model.fp16.safetensors`.
 
         Raises:
-            CheckpointError: the source can't be read; the message names the file and the mend.
+            CheckpointError: the source can't be read, or the folder holds two models; the message
+                names the file and the mend.
         """
-        return cls.opener(source, strip_prefix, add_prefix)
+        return cls.opener(source, strip_prefix, add_prefix, variant)
 
-    @abstractmethod
     def __getitem__(self, name: str) -> Tensor:
-        """Read one tensor in its own dtype; it may share memory with a live source."""
+        """Read one tensor in its own dtype; it may share memory with a live source.
+
+        Every kind has its own. (It is not marked abstract, so that type checkers and recipes let
+        `Checkpoint(…)` be called.)
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say how a tensor is read")
 
     def pieces(self, name: str) -> Pieces:
         """Read a tensor piece by piece; from a safetensors file, no more of it is in memory."""
@@ -219,6 +251,7 @@ class Copied(Checkpoint):
         self.aliases = dict(source.aliases)  # the class's own can't be pickled
         self.strip_prefix, self.add_prefix = source.strip_prefix, source.add_prefix
         self.architecture, self.unread = source.architecture, source.unread
+        self.variant = source.variant
         own: dict[str, Tensor] = {}
         for name in source:
             if name not in source.aliases:
@@ -265,23 +298,38 @@ def find_checkpoints(pattern: str) -> dict[str, str]:
         pattern: a path such as `models/*/model.safetensors`.
 
     Returns:
-        task name → path, sorted by name.
+        task name (in Unicode's composed form, as keyboards write it) → path, sorted by name.
 
     Raises:
-        CheckpointError: there is not exactly one `*`, or nothing matches.
+        CheckpointError: there is not exactly one `*`, nothing matches, or two names differ in
+            their Unicode form alone.
     """
-    if pattern.count("*") != 1 or "**" in pattern:
+    path = written_out(pattern)
+    if path.count("*") != 1 or "**" in path:
         raise CheckpointError(f"{pattern}: expected exactly one '*', for the task's name")
-    before, after = resolve_package_path(pattern).split("*")
-    if is_remote(pattern):
-        names = glob_remote(pattern)
-        if not names:
-            raise CheckpointError(f"{pattern}: nothing matches")
-        return {name: before + name + after for name in names}
-    found = sorted(glob(glob_escape(before) + "*" + glob_escape(after)))
+    if is_remote(path):
+        before, after = path.split("*")
+        return _by_task(pattern, {name: before + name + after for name in glob_remote(path)})
+    for form in forms(path):
+        before, after = form.split("*")
+        found = sorted(glob(glob_escape(before) + "*" + glob_escape(after)))
+        if found:
+            end = -len(after) or None
+            return _by_task(pattern, {path[len(before) : end]: path for path in found})
+    raise CheckpointError(f"{pattern}: nothing matches (relative to {Path.cwd()})")
+
+
+def _by_task(pattern: str, found: Mapping[str, str]) -> dict[str, str]:
     if not found:
-        raise CheckpointError(f"{pattern}: nothing matches (relative to {Path.cwd()})")
-    return {path[len(before) : len(path) - len(after) or None]: path for path in found}
+        raise CheckpointError(f"{pattern}: nothing matches")
+    named: dict[str, str] = {}
+    for name, path in found.items():
+        if (other := named.setdefault(one_form(name), path)) is not path:
+            raise CheckpointError(
+                f"{pattern}: {other!a} and {path!a} name one task in two Unicode forms; "
+                "rename one of them"
+            )
+    return named
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:

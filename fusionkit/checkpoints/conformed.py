@@ -31,10 +31,12 @@ def conformed(below: Checkpoint, architecture: Architecture | None) -> Checkpoin
         tied = tied_by_bytes(below)
         return Conformed(below, _as_is(below), tied, None) if tied else below
     reading = _reading(below, architecture)
-    unread = frozenset(name for name in reading.unread if not architecture.reads(name))
-    others = {n: n for n in reading.unread if n not in unread and n not in reading.names}
-    names = {**reading.names, **others}
-    read = Reading(names, reading.made, reading.specs, unread)
+    own = {n: there for n, there in reading.names.items() if n not in architecture.unsaved}
+    made_anew = {there for n, there in reading.names.items() if n not in own}
+    unread = {name for name in reading.unread if not architecture.reads(name)} | made_anew
+    others = {n: n for n in below if n in reading.unread - unread and n not in own}
+    names = {**own, **others}
+    read = Reading(names, reading.made, reading.specs, frozenset(unread))
     seen = Conformed(below, read, {}, architecture)
     tied = tied_by_class(seen, architecture.tied)
     if tied.keys() - below.aliases.keys():
@@ -86,7 +88,10 @@ class Conformed(View):
             if target in self._made:
                 self._made[name], made_specs[name] = self._made[target], made_specs[target]
         self._targets = {name: tied.get(name, name) for name in self._made}
-        self.specs = {**self.specs, **{n: TensorSpec(*spec) for n, spec in made_specs.items()}}
+        specs = {**self.specs, **{n: TensorSpec(*spec) for n, spec in made_specs.items()}}
+        place = {name: place for place, name in enumerate(below)}
+        order = sorted(specs, key=lambda name: min(place[each] for each in self._sources(name)))
+        self.specs = {name: specs[name] for name in order}  # as the file has them
         self.aliases = {**self.aliases, **tied}
         self.unread = below.unread | read.unread
         self.architecture = architecture

@@ -5,7 +5,7 @@ from functools import cached_property
 
 from torch import Tensor, nn
 
-from fusionkit.checkpoints.architecture import Architecture
+from fusionkit.checkpoints.architecture import Architecture, unsaved
 from fusionkit.checkpoints.checkpoint import Checkpoint, TensorSpec, bytes_of, reading
 from fusionkit.checkpoints.names import unwrapped
 from fusionkit.errors import CheckpointError, listing
@@ -74,9 +74,13 @@ class LiveModel(Checkpoint):
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
-    """A model's own tensors, by every name; without what torch.compile and FSDP put into names."""
+    """A model's own tensors, by every name; without what torch.compile and FSDP put into names.
+
+    Those that its class never saves, as it makes them itself, are left out.
+    """
     state: dict[str, Tensor] = model.state_dict()
-    return {name: state[there] for name, there in unwrapped(state).items()}
+    own = unsaved(model)
+    return {n: state[there] for n, there in unwrapped(state).items() if there not in own}
 
 
 def owner_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:

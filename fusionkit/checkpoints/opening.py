@@ -9,7 +9,9 @@ from fusionkit.checkpoints.checkpoint import Checkpoint, Source
 from fusionkit.checkpoints.conformed import conformed
 from fusionkit.checkpoints.from_config import architecture_of
 from fusionkit.checkpoints.in_memory import LiveModel, TensorMapping
+from fusionkit.checkpoints.model_folder import file_of_folder, is_index, is_weights
 from fusionkit.checkpoints.names import unwrapped
+from fusionkit.checkpoints.path_text import expanded
 from fusionkit.checkpoints.paths import open_path
 from fusionkit.checkpoints.pickle_file import PickleFile
 from fusionkit.checkpoints.safetensors_file import SafetensorsFile
@@ -18,19 +20,13 @@ from fusionkit.checkpoints.view import View, renamed
 from fusionkit.errors import CheckpointError
 
 _PICKLES = {".pt", ".pth", ".bin", ".ckpt"}
-_FOLDER_FILES = (
-    "model.safetensors.index.json",
-    "model.safetensors",
-    "pytorch_model.bin.index.json",
-    "pytorch_model.bin",
-    "diffusion_pytorch_model.safetensors.index.json",
-    "diffusion_pytorch_model.safetensors",
-)
 
 
-def open_source(source: Source, strip_prefix: str = "", add_prefix: str = "") -> Checkpoint:
+def open_source(
+    source: Source, strip_prefix: str = "", add_prefix: str = "", variant: str | None = None
+) -> Checkpoint:
     """Open a source by the class of its kind; see `Checkpoint.of`."""
-    opened = _open(source)
+    opened = _open(source, variant)
     if not any(name.startswith(strip_prefix) for name in opened):
         raise CheckpointError(
             f"{opened.label}: holds no tensor"
@@ -39,29 +35,43 @@ def open_source(source: Source, strip_prefix: str = "", add_prefix: str = "") ->
     return renamed(opened, strip_prefix, add_prefix) if strip_prefix or add_prefix else opened
 
 
-def _open(source: Source) -> Checkpoint:
+def _open(source: Source, variant: str | None) -> Checkpoint:
+    if isinstance(source, str | Path):
+        return _open_path(str(source), variant)
+    if variant:
+        raise CheckpointError(
+            f"variant '{variant}': chooses among a folder's files, and the source is no folder "
+            f"({type(source).__name__}); leave it out"
+        )
     if isinstance(source, Checkpoint):
         return source
     if isinstance(source, nn.Module):
         return LiveModel(source)
     if isinstance(source, Mapping):
         return conformed(_unwrapped(TensorMapping(source)), None)
-    if not isinstance(source, str | Path):
+    raise CheckpointError(
+        f"expected a path, a module or a mapping of tensors, got {type(source).__name__}"
+    )
+
+
+def _open_path(source: str, variant: str | None) -> Checkpoint:
+    label, path = expanded(source), open_path(source)
+    of_folder = path.is_dir()
+    if of_folder:
+        path = file_of_folder(path, variant, lambda file: _open_file(file, str(file)))
+    elif variant:
         raise CheckpointError(
-            f"expected a path, a module or a mapping of tensors, got {type(source).__name__}"
+            f"{path}: variant '{variant}' chooses among a folder's files, and this is no folder; "
+            "leave it out"
         )
-    label, path = str(source), open_path(str(source))
-    if path.is_dir():
-        path = _file_of_folder(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; check the path (relative to {Path.cwd()})")
-    if path.name.endswith(".index.json"):
-        opened: Checkpoint = Shards(path, label, lambda shard: _open_file(shard, label))
-    else:
-        opened = _open_file(path, label)
     # A configuration speaks of the folder's own model, not of any file that lies beside it.
-    known = architecture_of(path.parent) if path.name in _FOLDER_FILES else None
-    return conformed(_unwrapped(opened), known)
+    own = of_folder or is_weights(path)
+    opened = _unwrapped(_open_file(path, label))
+    opened = conformed(opened, architecture_of(path.parent) if own else None)
+    opened.variant = variant
+    return opened
 
 
 def _unwrapped(opened: Checkpoint) -> Checkpoint:
@@ -69,20 +79,9 @@ def _unwrapped(opened: Checkpoint) -> Checkpoint:
     return opened if all(n == there for n, there in names.items()) else View(opened, names)
 
 
-def _file_of_folder(folder: Path) -> Path:
-    for name in _FOLDER_FILES:
-        if (folder / name).is_file():
-            return folder / name
-    found = sorted(folder.glob("*.safetensors"))
-    if len(found) == 1 and not (folder / "adapter_config.json").is_file():
-        return found[0]
-    hint = "several .safetensors files and no index" if len(found) > 1 else "no checkpoint file"
-    if (folder / "adapter_config.json").is_file():
-        hint = "a PEFT adapter, not a full checkpoint (give the folder as a fine-tuned model)"
-    raise CheckpointError(f"{folder}: {hint}; expected one of {', '.join(_FOLDER_FILES)}")
-
-
 def _open_file(path: Path, label: str) -> Checkpoint:
+    if is_index(path):
+        return Shards(path, label, lambda shard: _open_file(shard, label))
     if path.suffix == ".safetensors":
         return SafetensorsFile(path, label)
     if path.suffix in _PICKLES:

@@ -9,6 +9,7 @@ from uuid import uuid4
 
 from filelock import FileLock, Timeout
 
+from fusionkit.checkpoints.path_text import beside
 from fusionkit.checkpoints.paths import is_remote, is_there, open_path, refuse_existing, upload
 from fusionkit.errors import BundleError, FusionKitError, ProcessError
 
@@ -64,7 +65,7 @@ def new_folder(path: Path, overwrite: bool, known_by: str, keep: bool = False) -
         return
     with disk_errors(path, keep):
         path.parent.mkdir(parents=True, exist_ok=True)
-        folder = path.with_name(f".{path.name}.{_PARTIAL if keep else uuid4().hex[:8] + '.tmp'}")
+        folder = beside(path, _PARTIAL if keep else f"{uuid4().hex[:8]}.tmp")
         folder.mkdir(exist_ok=keep)
         with _locked(folder) if keep else nullcontext():
             try:
@@ -95,7 +96,7 @@ def _rename(folder: Path, path: Path) -> None:
     if not path.exists():
         folder.rename(path)
         return
-    old = path.with_name(f".{path.name}.{uuid4().hex[:8]}.old")
+    old = beside(path, f"{uuid4().hex[:8]}.old")
     path.rename(old)
     try:
         folder.rename(path)

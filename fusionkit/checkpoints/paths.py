@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
+from fusionkit.checkpoints.path_text import expanded, in_its_form, refuse_long_names
 from fusionkit.errors import BundleError, FusionKitError
 
 _SCHEME = "package:"
@@ -25,16 +26,22 @@ def open_path(path: str | Path) -> Path:
     Args:
         path: of the local disk; `package:NAME/FOLDER`, the folder of an installed package; or an
             fsspec URL, for which `pip install 'fusionkit[remote]'` and what its protocol needs
-            (`s3fs`, `huggingface_hub`, …) must be installed.
+            (`s3fs`, `huggingface_hub`, …) must be installed. `~`, `~user`, `$NAME` and `${NAME}`
+            are written out. A local name that is there in another Unicode form alone is found.
 
     Returns:
         a `pathlib.Path`; for a URL what acts like one.
 
     Raises:
-        FusionKitError: the package, or what the URL needs, is not installed.
+        FusionKitError: the package, or what the URL needs, is not installed; there is no such
+            variable or user; or a name is longer than file systems take.
     """
-    if not isinstance(path, str) or not is_remote(path):
-        return Path(resolve_package_path(path)) if isinstance(path, str) else path
+    if not isinstance(path, str) and is_remote(path):
+        return path  # opened already
+    path = written_out(str(path))
+    if not is_remote(path):
+        refuse_long_names(Path(path))
+        return in_its_form(Path(path))
     try:
         from upath import UPath
 
@@ -71,12 +78,15 @@ def refuse_existing(path: str | Path, overwrite: bool, mend: str) -> None:
         raise BundleError(f"{path}: exists; {mend}")
 
 
-def resolve_package_path(path: str) -> str:
-    """Turn `package:NAME/FOLDER` into the folder of the installed package; leave others alone.
+def written_out(path: str) -> str:
+    """A path, a URL or a name on a hub, with `~` and environment variables written out.
+
+    `package:NAME/FOLDER` becomes the folder of the installed package; nothing else is changed.
 
     Raises:
-        FusionKitError: the package is not installed.
+        FusionKitError: the package is not installed, or there is no such variable or user.
     """
+    path = expanded(path)
     if not path.startswith(_SCHEME):
         return path
     name, _, inside = path.removeprefix(_SCHEME).partition("/")
@@ -107,11 +117,11 @@ def local_copy(path: Path, key: str) -> Path:
     if not is_remote(path):
         return path
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fusionkit" / "remote"
-    copy = cache / f"{key}-{path.name}"
+    copy = cache / f"{key}-{path.name[-64:]}"  # short enough for any file system
     if not copy.exists():
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as temporary:
-            fetched = Path(temporary) / path.name
+            fetched = Path(temporary) / "fetched"
             copy_file(path, fetched)
             fetched.replace(copy)
     return copy

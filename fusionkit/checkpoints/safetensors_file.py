@@ -231,3 +231,10 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     # Through uint8, since NumPy knows no bfloat16; clones nothing that is contiguous already.
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data
+
+
+def same_tensor(one: Checkpoint, other: Checkpoint, name: str) -> bool:
+    """Whether two checkpoints have a tensor of this name, the same to the bit."""
+    if one.specs.get(name) != other.specs.get(name):
+        return False
+    return tensor_bytes(one[name]) == tensor_bytes(other[name])

@@ -7,11 +7,12 @@ from pathlib import Path
 from torch import Tensor
 
 from fusionkit.checkpoints.checkpoint import Checkpoint, Pieces, reading
+from fusionkit.checkpoints.safetensors_file import same_tensor
 from fusionkit.errors import CheckpointError, listing
 
 
 class Shards(Checkpoint):
-    """A Hugging Face index and the files that it names.
+    """A Hugging Face index and the files that it names, with every tensor that is in them.
 
     Args:
         index: the index.
@@ -19,7 +20,8 @@ class Shards(Checkpoint):
         open_file: opens one of the files.
 
     Raises:
-        CheckpointError: it is no index, or a file or a tensor that it names is missing.
+        CheckpointError: it is no index, a file or a tensor that it names is missing, or two files
+            hold one tensor with different values.
     """
 
     def __init__(self, index: Path, label: str, open_file: Callable[[Path], Checkpoint]) -> None:
@@ -44,6 +46,8 @@ class Shards(Checkpoint):
             )
         self.label = label
         self._shard = {name: shards[file] for name, file in weight_map.items()}
+        for file, shard in shards.items():
+            self._add_unnamed(index, file, shard)
         self.specs = {name: shard.specs[name] for name, shard in self._shard.items()}
         self.nbytes = sum(shard.nbytes for shard in shards.values())
         self.aliases = {
@@ -53,6 +57,21 @@ class Shards(Checkpoint):
             if alias in self.specs and name in self.specs
         }
         self.files = (index, *paths.values())
+
+    def _add_unnamed(self, index: Path, file: str, shard: Checkpoint) -> None:
+        """Add a shard's tensors that the index does not name: who loads it loads all of them.
+
+        Raises:
+            CheckpointError: another shard holds one of them, with other values.
+        """
+        for name in shard:
+            other = self._shard.setdefault(name, shard)
+            if other is not shard and not same_tensor(other, shard, name):
+                raise CheckpointError(
+                    f"{index.parent}: says two things: '{name}' has other values in {file} than in "
+                    f"{other.files[0].name}, and which of them is loaded depends on the library; "
+                    f"save the model again, or take it out of one of the two"
+                )
 
     def __getitem__(self, name: str) -> Tensor:
         """Read one tensor from its file."""

@@ -42,6 +42,7 @@ class View(Checkpoint):
         self.buffers = seen if buffers is None else buffers
         self.strip_prefix = below.strip_prefix if strip_prefix is None else strip_prefix
         self.add_prefix = below.add_prefix if add_prefix is None else add_prefix
+        self.variant = below.variant
         self.nbytes, self.live, self.serial = below.nbytes, below.live, below.serial
         self.unread = below.unread
         self.specs = {name: below.specs[there] for name, there in self._names.items()}

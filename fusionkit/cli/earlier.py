@@ -40,5 +40,5 @@ def _plain(settings: Any) -> Any:
         told = {key: each for key, each in settings.items() if each not in (None, _ACCURACY)}
         return {key: _plain(each) for key, each in told.items()}
     if isinstance(settings, str) and settings.startswith("fusionkit."):
-        return settings.rpartition(".")[2]
+        return settings.removesuffix(".of").rpartition(".")[2]
     return settings

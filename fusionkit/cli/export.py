@@ -25,6 +25,7 @@ def export(
     base: str | None = None,
     strip_prefix: str = "",
     add_prefix: str = "",
+    variant: str | None = None,
     format: Literal["model", "peft"] = "model",  # noqa: A002
     rank: int | None = None,
     lora_only: bool = False,
@@ -42,6 +43,7 @@ def export(
         base: the base model, if it is not where it was when the bundle was made.
         strip_prefix: taken off the base's tensor names.
         add_prefix: put in front of the base's tensor names.
+        variant: which of the base's weights, where its folder has several: `fp16`, say.
         format: `model`, or `peft`: a LoRA that `PeftModel.from_pretrained` loads.
         rank: of an adapter, where the codec has no factors: cut deltas to this rank.
         lora_only: of an adapter, leave out heads, norms and biases.
@@ -51,7 +53,7 @@ def export(
         overwrite: replace what is there.
     """
     opened = Bundle.load(
-        bundle, None if base is None else Checkpoint.of(base, strip_prefix, add_prefix)
+        bundle, None if base is None else Checkpoint.of(base, strip_prefix, add_prefix, variant)
     )
     if format == "model":
         written = export_task(opened, task, out, dtype, overwrite, max_shard_size)

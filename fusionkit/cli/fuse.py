@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from fusionkit.calibration.lorahub import Batches, LoraHub, search_scale
 from fusionkit.checkpoints.checkpoint import find_checkpoints
-from fusionkit.checkpoints.paths import is_there
+from fusionkit.checkpoints.paths import is_there, open_path
 from fusionkit.cli import report
 from fusionkit.cli.earlier import same_recipe
 from fusionkit.cli.fit import FINETUNED, FitCLI, train
@@ -139,6 +139,8 @@ class FuseCLI(FitCLI):
     ) -> dict[str, str]:
         """The fine-tuned adapters: those that are there already, or else trained."""
         if _THERE not in settings:
+            for task in tasks:
+                open_path(out / family / task)  # refuses a name that no folder can have
             return {task: self._finetuned(family, settings, task, out) for task in tasks}
         found = find_checkpoints(settings[_THERE])
         if missing := [task for task in tasks if task not in found]:

@@ -7,6 +7,7 @@ LightningModule that trains), `data` any LightningDataModule, `trainer` the Ligh
 
 import logging
 import re
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,9 +29,6 @@ _MENDS = {
         "`model` has no class_path: give one that trains, such as Finetune, and its settings as "
         "init_args\nA recipe of fine-tuned checkpoints and a codec is for 'fusionkit calibrate', "
         "or for 'fusionkit compress'"
-    ),
-    r"Checkpoint is abstract": (
-        "`class_path: fusionkit.Checkpoint.of` opens a checkpoint of any kind"
     ),
     r"'model' does not accept option 'calibration": (
         "`calibration` is a section of its own, beside `model`: --calibration.rows, say"
@@ -122,7 +120,7 @@ class RecipeCLI(LightningCLI):
             FusionKitError: `--out` is a URL.
         """
         self.config = parser.parse_args(args)
-        report.local_folder(self.config["out"])
+        self.config["out"] = str(report.local_folder(self.config["out"]))
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The Trainer's, the module's and a datamodule's arguments."""
@@ -181,6 +179,12 @@ def _cause(error: BaseException) -> BaseException:
     """FusionKit's own error among the causes of another, or else that error."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, FusionKitError):
+        # Of the types that a value may have, the parser passes on what the first one said; why a
+        # Checkpoint can't be opened is among what the others did.
+        for frame, _ in traceback.walk_tb(cause.__traceback__):
+            for each in frame.f_locals.get("exceptions", ()):
+                if isinstance(found := _cause(each), FusionKitError):
+                    return found
         cause = cause.__cause__ or cause.__context__
     return cause or error
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from fusionkit.bundles.bundle import Bundle
-from fusionkit.checkpoints.paths import is_remote
+from fusionkit.checkpoints.paths import is_remote, open_path, written_out
 from fusionkit.cli.table import Table
 from fusionkit.errors import FusionKitError
 from fusionkit.tasks.scores import Scores
@@ -267,11 +267,11 @@ def local_folder(path: str | Path) -> Path:
     Raises:
         FusionKitError: it is a URL.
     """
-    if is_remote(path):
+    if is_remote(written_out(str(path))):
         raise FusionKitError(
             f"{path}: results and trained models are written to the local disk; give a folder there"
         )
-    return Path(path)
+    return open_path(path)
 
 
 def main_process() -> bool:

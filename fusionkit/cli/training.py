@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser
 
+from fusionkit.checkpoints.paths import written_out
 from fusionkit.cli.recipe import RecipeCLI
 
 
@@ -36,9 +37,10 @@ class TrainingCLI(RecipeCLI, ABC):
         """Refuse what would be lost, and keep Lightning's files beside the results."""
         self.check_out()
         trainer = self.config["trainer"]
-        trainer["default_root_dir"] = trainer["default_root_dir"] or self.config["out"]
-        self.config["checkpoint"]["dirpath"] = self.config["checkpoint"]["dirpath"] or str(
-            Path(self.config["out"]) / "checkpoints"
+        root, own = trainer["default_root_dir"], self.config["checkpoint"]["dirpath"]
+        trainer["default_root_dir"] = written_out(str(root or self.config["out"]))
+        self.config["checkpoint"]["dirpath"] = written_out(
+            str(own or Path(self.config["out"]) / "checkpoints")
         )
         if trainer["enable_checkpointing"] is False:  # Lightning refuses to be given one, then
             keys = self.parser.callback_keys

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from fusionkit.checkpoints.paths import is_remote, open_path, written_out
 from fusionkit.errors import DataError
 from fusionkit.tasks.task import Task
 
@@ -56,7 +57,7 @@ class TaskData(LightningDataModule, ABC):
         if limit is not None and limit < 1:
             raise DataError(f"expected limit to be at least 1 row, got {limit}")
         self.tasks = list(tasks)
-        self.paths = {task: Path(path) for task, path in tasks.items()}
+        self.paths = {task: _local(path) for task, path in tasks.items()}
         self.batch_size = batch_size
         self.val_fraction = val_fraction
         self.limit = limit
@@ -147,3 +148,14 @@ class TaskData(LightningDataModule, ABC):
             num_workers=self.num_workers,
             generator=generator if shuffle else None,
         )
+
+
+def _local(path: str | Path) -> Path:
+    """Where a task's rows are.
+
+    Raises:
+        DataError: it is a URL.
+    """
+    if is_remote(written_out(str(path))):
+        raise DataError(f"{path}: rows are read from the local disk; copy them there")
+    return open_path(path)

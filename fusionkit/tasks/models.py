@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from fusionkit.checkpoints.paths import resolve_package_path
+from fusionkit.checkpoints.paths import written_out
 from fusionkit.errors import CheckpointError, FusionKitError
 
 
@@ -34,7 +34,7 @@ def sequence_classifier(path: str, num_labels: int = 2, pretrained: bool = True)
         raise FusionKitError(
             "sequence_classifier needs transformers; pip install 'fusionkit[text]'"
         ) from error
-    folder = resolve_package_path(path)
+    folder = written_out(path)
     model_class: Any = AutoModelForSequenceClassification
     try:
         if not pretrained:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fusionkit.checkpoints.paths import resolve_package_path
+from fusionkit.checkpoints.paths import open_path, written_out
 from fusionkit.errors import DataError
 from fusionkit.tasks.classification import Classification
 from fusionkit.tasks.data import Split, TaskData
@@ -50,7 +50,7 @@ class TextData(TaskData):
     ) -> None:
         super().__init__(tasks, batch_size, val_fraction, limit, num_workers, seed)
         self.max_length = max_length
-        self._tokenizer_path = resolve_package_path(tokenizer)
+        self._tokenizer_path = written_out(tokenizer)
         self._tokenizer: Any = None
 
     @abstractmethod
@@ -153,7 +153,7 @@ class TextClassification(TextData):
         if path is None:
             return sorted({label for label, _ in _read_rows(self.paths[task] / "train.tsv.gz")})
         try:
-            names = json.loads(Path(path).read_text(encoding="utf-8"))["labels"]
+            names = json.loads(open_path(path).read_text(encoding="utf-8"))["labels"]
             if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
                 raise TypeError("'labels' is not a list of strings")  # noqa: TRY301
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -6,7 +6,7 @@ from typing import Any
 from lightning.pytorch import LightningModule
 
 from fusionkit.checkpoints.checkpoint import Checkpoint
-from fusionkit.checkpoints.paths import is_there
+from fusionkit.checkpoints.paths import is_there, written_out
 from fusionkit.errors import FusionKitError
 
 
@@ -24,6 +24,7 @@ def fit(trainer: Any, module: LightningModule, datamodule: Any, ckpt_path: str |
         FusionKitError: there is no checkpoint to resume from.
         KeyboardInterrupt: it was interrupted.
     """
+    ckpt_path = ckpt_path and written_out(ckpt_path)
     if ckpt_path and Path(ckpt_path).is_file():
         Checkpoint.of(ckpt_path)  # says what is wrong with a damaged one
     try:

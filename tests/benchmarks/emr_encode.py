@@ -39,9 +39,9 @@ def naive_emr(out: Path) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
-    from fusionkit.checkpoints.paths import resolve_package_path
+    from fusionkit.checkpoints.paths import written_out
 
-    base = load_file(Path(resolve_package_path(BASE)) / "model.safetensors")
+    base = load_file(Path(written_out(BASE)) / "model.safetensors")
     tuned = [load_file(folder / "model.safetensors") for folder in sorted(ZOO.iterdir())]
     names = [name for name in tuned[0] if not name.startswith("classifier")]
     origin = torch.cat([base[name.removeprefix("bert.")].flatten() for name in names])

