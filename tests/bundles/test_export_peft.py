@@ -264,9 +264,16 @@ def test_lora_only_leaves_the_rest_out_and_says_so(
 
 def test_a_square_matrix_among_both_layouts_is_refused(tmp_path: Path) -> None:
     base = net()
-    bundle = compress(base, {"t": tuned(base, 1)}, SVD(rank=1), private=["head.*"])
+    bare = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    bundle = compress(bare, {"t": tuned(base, 1)}, SVD(rank=1), private=["head.*"])
     with pytest.raises(BundleError, match=r"both layouts, and 'layer\.1\.weight' does not show"):
         export_adapter(bundle, "t", tmp_path / "a")
+    bundle = compress(base, {"t": tuned(base, 1)}, SVD(rank=1, dtype="fp32"), private=["head.*"])
+    export_adapter(bundle, "t", tmp_path / "a", dtype="fp32")  # a live model knows
+    expected = net()
+    expected.load_state_dict(bundle.state_dict("t"))
+    x = TOKENS % 12
+    torch.testing.assert_close(logits(loaded(net(), tmp_path / "a"), x), logits(expected, x))
 
 
 def test_tensors_outside_modules_are_refused_by_name(tmp_path: Path) -> None:

@@ -1,0 +1,149 @@
+"""Which modules of a model PEFT's LoRA layers can stand in for, with the same outputs.
+
+A LoRA layer calls the module that it wraps, and adds its own product. That is the module's output
+where the module is of exactly one of the classes that PEFT knows, and nothing but its call is
+used: code that reads `self.proj.weight` itself goes past the LoRA.
+"""
+
+import ast
+import copy
+import inspect
+import re
+import textwrap
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from fusionkit.bundles.bundle import Bundle
+from fusionkit.checkpoints.adapters.layout import Form
+from fusionkit.checkpoints.from_config import from_record
+
+_FORMS: dict[type[nn.Module], Form] = {
+    nn.Linear: "linear",
+    nn.Embedding: "embedding",
+    nn.Conv1d: "conv",
+    nn.Conv2d: "conv",
+    nn.Conv3d: "conv",
+}
+_HARMLESS = {"dtype", "device", "shape", "ndim", "size", "dim", "is_meta", "numel"}
+"""What may be read of a module's weight."""
+_KEPT = {"in_features", "out_features", "training", "forward"}
+"""What PEFT's layers have, as the modules that they wrap."""
+_BEFORE = re.compile(
+    r"__init__|_?(init|reset|tie|untie|set|resize|prune|load|save|quantize|fuse|unfuse)_?\w*"
+)
+"""Methods that are called before a model is used."""
+
+
+def structure_of(bundle: Bundle) -> nn.Module | None:
+    """The base's module, without weights, on the meta device; None where it is not known.
+
+    Its names are those that the bundle has.
+    """
+    known = bundle.base.architecture
+    if known is None:
+        record = bundle.manifest.base.architecture
+        known = from_record(record, str(bundle.path)) if record else None
+    if known is None or known.module is None:
+        return None
+    names = known.module.state_dict().keys()
+    here = {name for name in bundle.whole_base if name in names}
+    return blank(known.module) if here else None
+
+
+def blank(module: nn.Module) -> nn.Module:
+    """A copy of a module without its values, which take no memory: on the meta device."""
+    memo: dict[int, object] = {}
+    for parameter in module.parameters():
+        empty = torch.empty_like(parameter, device="meta")
+        memo[id(parameter)] = nn.Parameter(empty, requires_grad=False)
+    for buffer in module.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return copy.deepcopy(module, memo)
+
+
+def forms_of(model: nn.Module) -> dict[str, Form]:
+    """Names of the weights that a LoRA can be put on → how they lie."""
+    direct = read_directly(model)
+    found: dict[str, Form] = {}
+    for path, module in model.named_modules():
+        form = _form(module)
+        if form and path and path not in direct:
+            found[f"{path}.weight"] = form
+    return found
+
+
+def read_directly(model: nn.Module) -> set[str]:
+    """Modules whose tensors or settings are read by the code of others, as far as it can be seen.
+
+    `self.proj.weight` in a method of the class that has `proj`, say.
+    """
+    found = set()
+    for path, module in model.named_modules():
+        for chain in _chains(type(module)):
+            at, names = module, list(chain)
+            where = [path] if path else []
+            while names and isinstance(child := at._modules.get(names[0]), nn.Module):
+                at, where = child, [*where, names.pop(0)]
+            if at is not module and names and not _is_harmless(at, names):
+                found.add(".".join(where))
+    return found
+
+
+def _form(module: nn.Module) -> Form | None:
+    if type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers."):
+        return "transposed"
+    if isinstance(module, nn.modules.conv._ConvNd) and module.groups != 1:
+        return None
+    return _FORMS.get(type(module))
+
+
+def _is_harmless(module: nn.Module, names: list[str]) -> bool:
+    name, *rest = names
+    if name in module._parameters:
+        return bool(rest) and rest[0] in _HARMLESS
+    return name in _KEPT or callable(getattr(type(module), name, None))
+
+
+@lru_cache(maxsize=4096)
+def _chains(kind: Any) -> frozenset[tuple[str, ...]]:
+    """Attributes of attributes that a class's methods read: `("proj", "weight")`."""
+    found: set[tuple[str, ...]] = set()
+    for each in kind.__mro__:
+        if each.__module__.startswith("torch.") or each in (nn.Module, object):
+            continue
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(each)))
+        except (OSError, TypeError, SyntaxError):
+            continue  # made by code, or in a notebook that is gone
+        for method in ast.walk(tree):
+            if isinstance(method, ast.FunctionDef) and not _BEFORE.fullmatch(method.name):
+                found |= set(_reads(method))
+    return frozenset(found)
+
+
+def _reads(node: ast.AST) -> Iterator[tuple[str, ...]]:
+    """Whole chains, `self.proj.weight.dtype` once; not those whose class alone is asked for."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        asked = node.func.id in {"isinstance", "hasattr"}
+        for argument in node.args[1:] if asked else node.args:
+            yield from _reads(argument)
+        for keyword in node.keywords:
+            yield from _reads(keyword.value)
+    elif chain := _chain(node):
+        if len(chain) > 1:
+            yield chain
+    else:
+        for child in ast.iter_child_nodes(node):
+            yield from _reads(child)
+
+
+def _chain(node: ast.AST) -> tuple[str, ...]:
+    names: list[str] = []
+    while isinstance(node, ast.Attribute):
+        names.insert(0, node.attr)
+        node = node.value
+    return tuple(names) if isinstance(node, ast.Name) and node.id == "self" else ()
