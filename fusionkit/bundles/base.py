@@ -18,7 +18,13 @@ def reopen_base(record: BaseRecord) -> Checkpoint:
         BundleError: it was not a path, or is no longer there.
     """
     try:
-        return Checkpoint.of(record.source, record.strip_prefix, record.add_prefix, record.variant)
+        return Checkpoint.of(
+            record.source,
+            record.strip_prefix,
+            record.add_prefix,
+            record.variant,
+            record.dequantized,
+        )
     except Exception as error:
         raise BundleError(
             f"the bundle's base ({record.source}) can't be opened from here; a bundle does not "

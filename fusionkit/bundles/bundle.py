@@ -69,7 +69,10 @@ class Bundle:
         self._base_checked = False
         self._stored = BundleReader(self.path, self.manifest)
         self._initial: dict[str, Tensor] = {}
-        self._base = None if base is None else self._seen(Checkpoint.of(base))
+        self._base: Checkpoint | None = None
+        if base is not None:
+            again = Checkpoint.of(base, dequantize=self.manifest.base.dequantized)
+            self._base = self._seen(again)
 
     @classmethod
     def load(cls, path: str | Path, base: Source | Checkpoint | None = None) -> "Bundle":

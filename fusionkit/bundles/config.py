@@ -47,25 +47,26 @@ def config_of(bundle: Bundle, files: Mapping[str, bytes | Path]) -> dict[str, An
     return found
 
 
-def with_dtype(config: Mapping[str, Any], dtypes: Mapping[torch.dtype, int]) -> dict[str, Any]:
+def with_dtype(
+    config: Mapping[str, Any], dtypes: Mapping[torch.dtype, int], dequantized: bool
+) -> dict[str, Any]:
     """A configuration that says in which dtype most of the weights are, at every depth.
-
-    One that says that they are quantised says so no more where they are all as they were before.
 
     Args:
         config: the configuration.
         dtypes: floating-point dtype of the weights → how many bytes are of it.
+        dequantized: they were quantised, and are so no more.
     """
     if not dtypes:
         return dict(config)
     most = max(dtypes, key=lambda dtype: dtypes[dtype])
     name = str(most).removeprefix("torch.")
-    plain = all(dtype.itemsize > 1 for dtype in dtypes)
+    gone = {"quantization_config"} if dequantized else set()
 
     def said(value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        kept = {k: v for k, v in value.items() if not (plain and k == "quantization_config")}
+        kept = {k: v for k, v in value.items() if k not in gone}
         return {k: name if k in _DTYPES else said(v) for k, v in kept.items()}
 
     found: dict[str, Any] = said(config)

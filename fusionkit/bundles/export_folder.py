@@ -15,12 +15,11 @@ from fusionkit.bundles.config import config_of, fitted_config, with_dtype, write
 from fusionkit.bundles.side_files import files_of
 from fusionkit.bundles.weights import TaskWeights
 from fusionkit.checkpoints.architecture import Architecture
-from fusionkit.checkpoints.checkpoint import Checkpoint
+from fusionkit.checkpoints.checkpoint import Checkpoint, same_values
 from fusionkit.checkpoints.conversion import saved
 from fusionkit.checkpoints.from_config import CONFIG
 from fusionkit.checkpoints.output_folder import new_folder
 from fusionkit.checkpoints.paths import copy_file
-from fusionkit.checkpoints.ties import same_values
 from fusionkit.errors import BundleError, listing
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
@@ -83,7 +82,7 @@ def export_folder(
         for name, tensor in _as_in_files(bundle, weights):
             shards.add(name, tensor)
         shards.finish()
-        config = with_dtype(config, shards.dtypes)
+        config = with_dtype(config, shards.dtypes, bundle.manifest.base.dequantized)
         write_json(folder / CONFIG, config)
         _check(bundle, task, folder, config)
     _tell_what_is_missing(bundle, files)
@@ -225,7 +224,7 @@ def _check(bundle: Bundle, task: str, folder: Path, config: dict[str, Any]) -> N
 def _apart(opened: Checkpoint, known: Architecture) -> bool:
     """Whether tensors that the class ties are there with different values."""
     return any(
-        name in opened and to in opened and not same_values(opened, name, to)
+        name in opened and to in opened and not same_values(opened, name, opened, to)
         for name, to in known.tied.items()
     )
 

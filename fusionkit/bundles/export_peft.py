@@ -15,6 +15,7 @@ from fusionkit.bundles.peft_adapter import (
     Adapter,
     Factors,
     full_rank,
+    lora_keys,
     module_of,
     stacked,
 )
@@ -22,14 +23,14 @@ from fusionkit.bundles.peft_check import (
     Place,
     check,
     check_names,
-    factor_keys,
     fit,
     make_config,
 )
 from fusionkit.bundles.peft_modules import forms_of, structure_of
 from fusionkit.bundles.weights import TaskWeights
-from fusionkit.checkpoints.adapters.folder import CONFIG, PREFIX, TENSORS
-from fusionkit.checkpoints.adapters.layout import Form, LoraModule
+from fusionkit.checkpoints.adapters.adapter import CONFIG
+from fusionkit.checkpoints.adapters.folder import PREFIX, TENSORS
+from fusionkit.checkpoints.adapters.kinds import Form, LoraModule
 from fusionkit.checkpoints.adapters.lowrank import LowRank
 from fusionkit.checkpoints.checkpoint import matches
 from fusionkit.checkpoints.output_folder import check_replaceable, new_folder
@@ -170,8 +171,7 @@ def _fitted(
             raise _nothing(adapter, bundle, task)
         config = _config(adapter, bundle)
         if model is None or adapter.own:
-            adapter.save_whole(adapter.stacks)
-            return config, {}
+            return config, {n: Place(module_of(n)) for n in adapter.factors}
         fitting = fit(model, adapter, config)
         if not fitting.wrong:
             return config, fitting.places
@@ -222,6 +222,8 @@ def _take_adapter(adapter: Adapter, bundle: Bundle, task: str) -> None:
             product = module.low_rank(tensors, bundle.initial)
             adapter.factors[name] = Factors.of(module.form, product, adapter.shapes[name])
             adapter.whole.update(module.targets[1:])
+        elif space.layout.kind != "ia3":
+            adapter.whole.update(module.targets)
     adapter.whole.update(_moved(bundle, task, set(space.layout.tensors)))
 
 
@@ -380,12 +382,15 @@ def _tensors(
     adapter: Adapter, weights: TaskWeights, places: Mapping[str, Place], dtype: str
 ) -> Iterator[tuple[str, Tensor]]:
     """The adapter's tensors under PEFT's names."""
-    made: dict[str, list[Tensor]] = {n: [f.a, f.b] for n, f in adapter.factors.items()}
     for name, place in places.items():
-        shape = adapter.shapes[name]
-        made[name] = list(stacked(adapter.stacks[name], shape, place.swapped))
-    for name, key in factor_keys(adapter, places):
-        yield PREFIX + key, _rounded(made[name].pop(0), key, dtype)
+        if name in adapter.factors:
+            found = adapter.factors[name]
+            keys, made = lora_keys(place.key, found.form), (found.a, found.b)
+        else:
+            keys = lora_keys(place.key, "linear")
+            made = stacked(adapter.stacks[name], adapter.shapes[name], place.swapped)
+        for key, tensor in zip(keys, made, strict=True):
+            yield PREFIX + key, _rounded(tensor, key, dtype)
     for name, tensor in adapter.own.items():
         yield PREFIX + name, _rounded(tensor, name, dtype)
     for name in sorted(adapter.whole):

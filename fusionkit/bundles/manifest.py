@@ -22,7 +22,7 @@ from fusionkit.registry import Config
 from fusionkit.task_vectors.family import Family, Role
 
 _PIECE = 1 << 20
-_OPTIONAL = ("stacks", "rename", "ignore", "kinds", "architecture", "variant")
+_OPTIONAL = ("stacks", "rename", "ignore", "kinds", "architecture", "variant", "dequantized")
 """Keys of the base that are written only where there is something to say."""
 
 
@@ -68,6 +68,7 @@ class BaseRecord:
             `Architecture`. Empty where that was not known.
         architecture: the class's record, from which it can be built again.
         variant: as given to `Checkpoint.of`.
+        dequantized: it was quantised, and read as the unquantised model.
     """
 
     source: str
@@ -82,6 +83,7 @@ class BaseRecord:
     kinds: dict[str, Kind] = field(default_factory=dict)
     architecture: dict[str, Any] = field(default_factory=dict)
     variant: str | None = None
+    dequantized: bool = False
 
     def __post_init__(self) -> None:
         if unknown := set(self.tied.values()) - self.tensors.keys():
@@ -121,6 +123,7 @@ class BaseRecord:
             kinds={n: kind for n, kind in known.kinds.items() if n in seen} if known else {},
             architecture=dict(known.record) if known else {},
             variant=base.variant,
+            dequantized=base.dequantized,
         )
 
     @property
@@ -164,9 +167,12 @@ class BaseRecord:
             elif _sha256(base, name) != expected.sha256:
                 findings.append(f"'{name}' has other values")
         if findings:
+            hint = ""
+            if self.dequantized and not base.dequantized:
+                hint = "\nit was read dequantised: give it as Checkpoint.of(…, dequantize=True)"
             raise WrongBaseError(
                 f"{label} is not the base that this bundle was made from ({self.source}):"
-                f"{listing(findings)}"
+                f"{listing(findings)}{hint}"
             )
 
 

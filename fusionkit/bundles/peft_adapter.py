@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusionkit.checkpoints.adapters.layout import Form, LoraModule
+from fusionkit.checkpoints.adapters.kinds import Form, LoraModule
 from fusionkit.checkpoints.adapters.lowrank import LowRank
 
 Shape = tuple[int, ...]
@@ -144,7 +144,7 @@ class Adapter:
     def key_of(self, name: str) -> str:
         """What PEFT calls a tensor that is saved whole, in its file."""
         module, _, leaf = name.rpartition(".")
-        adapted = f"{module}.weight" in self.factors
+        adapted = any(module_of(other) == module for other in self.factors)
         return f"{module}.base_layer.{leaf}" if adapted else name
 
     def config(self) -> dict[str, Any]:
@@ -239,9 +239,9 @@ def stacked(products: list[LowRank | None], shape: Shape, swapped: bool) -> tupl
     return right.mT.reshape(count * rank, -1), left.permute(1, 2, 0).reshape(left.shape[1], -1)
 
 
-def lora_names(name: str, form: Form) -> tuple[str, ...]:
-    """What PEFT calls the factors of a weight."""
-    return LoraModule(module_of(name), form, 1.0).tensors
+def lora_keys(key: str, form: Form) -> tuple[str, ...]:
+    """What PEFT calls the factors of a layer, A first."""
+    return LoraModule(key, form, 1.0).tensors
 
 
 def module_of(name: str) -> str:

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusionkit.bundles.peft_adapter import Adapter, Shape, lora_names, module_of, stack_rank
+from fusionkit.bundles.peft_adapter import Adapter, Shape, module_of, stack_rank
 from fusionkit.bundles.peft_modules import blank
-from fusionkit.checkpoints.adapters.folder import CONFIG, LINEARIZED, PREFIX
+from fusionkit.checkpoints.adapters.adapter import CONFIG, LINEARIZED
+from fusionkit.checkpoints.adapters.folder import PREFIX
 from fusionkit.errors import BundleError, listing
 
 _ENOUGH = 1 << 24
@@ -24,15 +25,15 @@ _INSIDE = ".base_layer"
 
 @dataclass(frozen=True)
 class Place:
-    """Where PEFT has a stack's factors.
+    """Where PEFT has factors.
 
     Attributes:
         key: what their names begin with.
-        swapped: it takes the matrices for (out, in).
+        swapped: it takes a stack's matrices for (out, in).
     """
 
     key: str
-    swapped: bool
+    swapped: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Fit:
     """What PEFT makes of a config.
 
     Attributes:
-        places: stack → where its factors are.
+        places: weight, or stack → where its factors are.
         wrong: weights and stacks that it does not adapt, or by factors of other shapes.
     """
 
@@ -71,13 +72,16 @@ def fit(model: nn.Module, adapter: Adapter, config: Mapping[str, Any]) -> Fit:
         BundleError: PEFT refuses it.
     """
     layers = dict(_layers(_adapted(model, config, adapter.shapes)))
-    wrong, places = [], {}
+    wrong: list[str] = []
+    places: dict[str, Place] = {}
     for name, factors in adapter.factors.items():
         layer = layers.get(name)
         kind = "embedding" if factors.form == "embedding" else "weight"
         found = _factor_shapes(layer[1], kind) if layer else None
-        if found != (factors.a.shape, factors.b.shape):
+        if layer is None or found != (factors.a.shape, factors.b.shape):
             wrong.append(name)
+        else:
+            places[name] = Place(layer[0])
     for name, products in adapter.stacks.items():
         layer = layers.get(name)
         count, rows, columns = adapter.shapes[name]
@@ -175,11 +179,12 @@ def _quiet(what: str) -> Iterator[None]:
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, tuple[str, Any]]]:
     """Adapted weights: name, what the names of its factors begin with, and PEFT's layer."""
-    from peft.tuners.lora.layer import LoraLayer
+    from peft.tuners.lora.layer import LoraLayer, MultiheadAttention
 
     for path, module in model.named_modules():
         if isinstance(module, LoraLayer):
-            leaf = getattr(module, "parameter_name", "weight")
+            joint = "in_proj_weight" if isinstance(module, MultiheadAttention) else "weight"
+            leaf = getattr(module, "parameter_name", joint)
             plain = path.removeprefix(PREFIX).replace(_INSIDE, "")
             yield f"{plain}.{leaf}", (path.removeprefix(PREFIX), module)
 
@@ -226,13 +231,3 @@ def check_names(adapter: Adapter, config: Mapping[str, Any]) -> None:
     if wrong:
         findings = [f"'{module}'" for module in sorted(wrong)]
         raise BundleError(f"PEFT's patterns can't tell these modules:{listing(findings)}\n{_MEND}")
-
-
-def factor_keys(adapter: Adapter, places: Mapping[str, Place]) -> Iterator[tuple[str, str]]:
-    """Weight or stack → what its file calls each of its factors, A first."""
-    for name, factors in adapter.factors.items():
-        for key in lora_names(name, factors.form):
-            yield name, key
-    for name, place in places.items():
-        for factor in ("lora_A", "lora_B"):
-            yield name, f"{place.key}.{factor}.weight"

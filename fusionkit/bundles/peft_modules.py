@@ -10,15 +10,15 @@ import copy
 import inspect
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from fusionkit.bundles.bundle import Bundle
-from fusionkit.checkpoints.adapters.layout import Form
+from fusionkit.checkpoints.adapters.kinds import Form
 from fusionkit.checkpoints.from_config import from_record
 
 _FORMS: dict[type[nn.Module], Form] = {
@@ -83,7 +83,7 @@ def read_directly(model: nn.Module) -> set[str]:
     """
     found = set()
     for path, module in model.named_modules():
-        for chain in _chains(type(module)):
+        for chain in _chains(cast(Hashable, type(module))):
             at, names = module, list(chain)
             where = [path] if path else []
             while names and isinstance(child := at._modules.get(names[0]), nn.Module):

@@ -27,6 +27,9 @@ Pieces = Callable[[slice], Tensor]
 """Reads some neighbouring entries of one tensor, flattened, in its own dtype; not to be changed,
 and valid until the next call."""
 
+_PIECE = 1 << 20
+"""Entries that are compared at once."""
+
 
 Made = TypeVar("Made")
 
@@ -80,6 +83,7 @@ class Checkpoint(Mapping[str, Tensor], metaclass=_Opening):
         architecture: what is known of the model's class; None: nothing but what is stored.
         unread: names that are stored, and left out here since no one reads such tensors.
         variant: which of a folder's weights they are; None for those without one.
+        dequantized: it was quantised, and is read as the unquantised model.
     """
 
     label: str
@@ -95,7 +99,8 @@ class Checkpoint(Mapping[str, Tensor], metaclass=_Opening):
     architecture: Architecture | None = None
     unread: frozenset[str] = frozenset()
     variant: str | None = None
-    opener: ClassVar[Callable[["Source", str, str, str | None], "Checkpoint"]]
+    dequantized: bool = False
+    opener: ClassVar[Callable[["Source", str, str, str | None, bool], "Checkpoint"]]
     """What `of` calls; `opening`, which knows every kind of checkpoint, puts it here."""
 
     def __init__(
@@ -104,6 +109,7 @@ class Checkpoint(Mapping[str, Tensor], metaclass=_Opening):
         strip_prefix: str = "",
         add_prefix: str = "",
         variant: str | None = None,
+        dequantize: bool = False,
     ) -> None:
         """`Checkpoint(…)` is `Checkpoint.of(…)`; a class derived from it has its own.
 
@@ -112,6 +118,7 @@ class Checkpoint(Mapping[str, Tensor], metaclass=_Opening):
             strip_prefix: see `of`.
             add_prefix: see `of`.
             variant: see `of`.
+            dequantize: see `of`.
         """
         raise NotImplementedError(f"{type(self).__name__} has no __init__ of its own")
 
@@ -122,6 +129,7 @@ class Checkpoint(Mapping[str, Tensor], metaclass=_Opening):
         strip_prefix: str = "",
         add_prefix: str = "",
         variant: str | None = None,
+        dequantize: bool = False,
     ) -> "Checkpoint":
         """Open a source, whatever it is.
 
@@ -140,12 +148,15 @@ class Checkpoint(Mapping[str, Tensor], metaclass=_Opening):
                 it has inside a classifier).
             variant: of a folder's weights, as in `from_pretrained`: `fp16` for
                 `model.fp16.safetensors`.
+            dequantize: read a quantised model (bitsandbytes, GPTQ, AWQ, FP8, MXFP4,
+                compressed-tensors, GGUF) as the unquantised one, tensor by tensor; another comes
+                back as it is.
 
         Raises:
             CheckpointError: the source can't be read, or the folder holds two models; the message
                 names the file and the mend.
         """
-        return cls.opener(source, strip_prefix, add_prefix, variant)
+        return cls.opener(source, strip_prefix, add_prefix, variant, dequantize)
 
     def __getitem__(self, name: str) -> Tensor:
         """Read one tensor in its own dtype; it may share memory with a live source.
@@ -252,6 +263,7 @@ class Copied(Checkpoint):
         self.strip_prefix, self.add_prefix = source.strip_prefix, source.add_prefix
         self.architecture, self.unread = source.architecture, source.unread
         self.variant = source.variant
+        self.dequantized = source.dequantized
         own: dict[str, Tensor] = {}
         for name in source:
             if name not in source.aliases:
@@ -335,3 +347,26 @@ def _by_task(pattern: str, found: Mapping[str, str]) -> dict[str, str]:
 def matches(name: str, patterns: Sequence[str]) -> bool:
     """Whether a tensor's name matches one of the shell-style patterns (case matters)."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def same_values(one: Checkpoint, name: str, two: Checkpoint, other: str) -> bool:
+    """Whether two tensors are equal to the bit, shape and dtype too; read piece by piece.
+
+    Args:
+        one: the checkpoint that has the first one.
+        name: its name there.
+        two: the checkpoint that has the second one; may be the same.
+        other: its name there.
+    """
+    spec = one.specs.get(name)
+    if spec is None or spec != two.specs.get(other):
+        return False
+    if one is two and one.aliases.get(name, name) == one.aliases.get(other, other):
+        return True
+    first, second = one.pieces(name), two.pieces(other)
+    places = (slice(at, min(at + _PIECE, spec.numel)) for at in range(0, spec.numel, _PIECE))
+    return all(torch.equal(_bytes(first(place)), _bytes(second(place))) for place in places)
+
+
+def _bytes(values: Tensor) -> Tensor:
+    return values.contiguous().view(torch.uint8)

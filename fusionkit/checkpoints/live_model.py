@@ -6,6 +6,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fusionkit.checkpoints.checkpoint import Checkpoint, matches
 from fusionkit.checkpoints.in_memory import LiveModel
+from fusionkit.checkpoints.quantized import unquantized
 from fusionkit.errors import FusionKitError
 
 
@@ -52,9 +53,10 @@ def load_base(model: nn.Module, base: Checkpoint, private: list[str]) -> None:
     A model on the meta device is checked, and not filled.
 
     Raises:
-        FusionKitError: the base lacks a tensor of the model, or has it in another shape.
+        FusionKitError: the base lacks a tensor of the model, or has it in another shape; or it is
+            quantised.
     """
-    state = model.state_dict()
+    base, state = unquantized(base), model.state_dict()
     tied = aliases(model)
     missing = [
         name

@@ -11,8 +11,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from fusionkit.checkpoints.checkpoint import Checkpoint
-from fusionkit.checkpoints.safetensors_file import same_tensor
+from fusionkit.checkpoints.checkpoint import Checkpoint, same_values
 from fusionkit.errors import CheckpointError
 
 _LIBRARIES = (("model", "pytorch_model"), ("diffusion_pytorch_model", "diffusion_pytorch_model"))
@@ -123,7 +122,7 @@ def _refuse_two(
     except CheckpointError:
         return
     one = opened(single)
-    differ = (name for name in sorted({*one, *shards}) if not same_tensor(one, shards, name))
+    differ = (name for name in sorted({*one, *shards}) if not same_values(one, name, shards, name))
     if (name := next(differ, None)) is not None:
         raise CheckpointError(
             f"{folder}: says two things: {single.name} and the shards of {index.name} hold "

@@ -5,15 +5,18 @@ from pathlib import Path
 
 from torch import nn
 
+from fusionkit.checkpoints.architecture import Architecture
 from fusionkit.checkpoints.checkpoint import Checkpoint, Source
 from fusionkit.checkpoints.conformed import conformed
 from fusionkit.checkpoints.from_config import architecture_of
+from fusionkit.checkpoints.gguf_file import open_gguf
 from fusionkit.checkpoints.in_memory import LiveModel, TensorMapping
 from fusionkit.checkpoints.model_folder import file_of_folder, is_index, is_weights
 from fusionkit.checkpoints.names import unwrapped
 from fusionkit.checkpoints.path_text import expanded
 from fusionkit.checkpoints.paths import open_path
 from fusionkit.checkpoints.pickle_file import PickleFile
+from fusionkit.checkpoints.quantized import dequantized
 from fusionkit.checkpoints.safetensors_file import SafetensorsFile
 from fusionkit.checkpoints.shards import Shards
 from fusionkit.checkpoints.view import View, renamed
@@ -23,10 +26,14 @@ _PICKLES = {".pt", ".pth", ".bin", ".ckpt"}
 
 
 def open_source(
-    source: Source, strip_prefix: str = "", add_prefix: str = "", variant: str | None = None
+    source: Source,
+    strip_prefix: str = "",
+    add_prefix: str = "",
+    variant: str | None = None,
+    dequantize: bool = False,
 ) -> Checkpoint:
     """Open a source by the class of its kind; see `Checkpoint.of`."""
-    opened = _open(source, variant)
+    opened = _open(source, variant, dequantize)
     if not any(name.startswith(strip_prefix) for name in opened):
         raise CheckpointError(
             f"{opened.label}: holds no tensor"
@@ -35,26 +42,26 @@ def open_source(
     return renamed(opened, strip_prefix, add_prefix) if strip_prefix or add_prefix else opened
 
 
-def _open(source: Source, variant: str | None) -> Checkpoint:
+def _open(source: Source, variant: str | None, dequantize: bool) -> Checkpoint:
     if isinstance(source, str | Path):
-        return _open_path(str(source), variant)
+        return open_gguf(source, dequantize) or _open_path(str(source), variant, dequantize)
     if variant:
         raise CheckpointError(
             f"variant '{variant}': chooses among a folder's files, and the source is no folder "
             f"({type(source).__name__}); leave it out"
         )
     if isinstance(source, Checkpoint):
-        return source
+        return dequantized(source) if dequantize else source
     if isinstance(source, nn.Module):
-        return LiveModel(source)
+        return dequantized(LiveModel(source)) if dequantize else LiveModel(source)
     if isinstance(source, Mapping):
-        return conformed(_unwrapped(TensorMapping(source)), None)
+        return _conformed(TensorMapping(source), None, dequantize)
     raise CheckpointError(
         f"expected a path, a module or a mapping of tensors, got {type(source).__name__}"
     )
 
 
-def _open_path(source: str, variant: str | None) -> Checkpoint:
+def _open_path(source: str, variant: str | None, dequantize: bool) -> Checkpoint:
     label, path = expanded(source), open_path(source)
     of_folder = path.is_dir()
     if of_folder:
@@ -67,16 +74,18 @@ def _open_path(source: str, variant: str | None) -> Checkpoint:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; check the path (relative to {Path.cwd()})")
     # A configuration speaks of the folder's own model, not of any file that lies beside it.
-    own = of_folder or is_weights(path)
-    opened = _unwrapped(_open_file(path, label))
-    opened = conformed(opened, architecture_of(path.parent) if own else None)
+    known = architecture_of(path.parent) if of_folder or is_weights(path) else None
+    opened = _conformed(_open_file(path, label), known, dequantize)
     opened.variant = variant
     return opened
 
 
-def _unwrapped(opened: Checkpoint) -> Checkpoint:
+def _conformed(opened: Checkpoint, known: Architecture | None, dequantize: bool) -> Checkpoint:
+    """A checkpoint as its class has it; dequantised first, under the names that files have."""
     names = unwrapped(opened)
-    return opened if all(n == there for n, there in names.items()) else View(opened, names)
+    if any(name != there for name, there in names.items()):
+        opened = View(opened, names)
+    return conformed(dequantized(opened) if dequantize else opened, known)
 
 
 def _open_file(path: Path, label: str) -> Checkpoint:

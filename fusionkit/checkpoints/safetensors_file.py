@@ -28,6 +28,7 @@ SAFETENSORS_DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -206,6 +207,14 @@ def _stamp(stat: os.stat_result) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself: the texts under `__metadata__` in its header."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    return dict(header.get("__metadata__", {}))
+
+
 def _header(path: Path, size: int) -> tuple[Mapping[str, Any], int]:
     """What the header says of each tensor, and where the data start."""
     with path.open("rb") as file:
@@ -231,10 +240,3 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     # Through uint8, since NumPy knows no bfloat16; clones nothing that is contiguous already.
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data
-
-
-def same_tensor(one: Checkpoint, other: Checkpoint, name: str) -> bool:
-    """Whether two checkpoints have a tensor of this name, the same to the bit."""
-    if one.specs.get(name) != other.specs.get(name):
-        return False
-    return tensor_bytes(one[name]) == tensor_bytes(other[name])

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fusionkit.checkpoints.checkpoint import Checkpoint, Pieces, reading
-from fusionkit.checkpoints.safetensors_file import same_tensor
+from fusionkit.checkpoints.checkpoint import Checkpoint, Pieces, reading, same_values
 from fusionkit.errors import CheckpointError, listing
 
 
@@ -66,7 +65,7 @@ class Shards(Checkpoint):
         """
         for name in shard:
             other = self._shard.setdefault(name, shard)
-            if other is not shard and not same_tensor(other, shard, name):
+            if other is not shard and not same_values(other, name, shard, name):
                 raise CheckpointError(
                     f"{index.parent}: says two things: '{name}' has other values in {file} than in "
                     f"{other.files[0].name}, and which of them is loaded depends on the library; "

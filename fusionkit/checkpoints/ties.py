@@ -3,9 +3,7 @@
 import re
 from collections.abc import Mapping
 
-import torch
-
-from fusionkit.checkpoints.checkpoint import Checkpoint
+from fusionkit.checkpoints.checkpoint import Checkpoint, same_values
 
 _HEAD = re.compile(
     r"(^|\.)(lm_head|embed_out|proj_out|generator_lm_head|output|(cls\.)?predictions\.decoder"
@@ -14,22 +12,6 @@ _HEAD = re.compile(
 _EMBEDDING = re.compile(
     r"(^|\.)(embed_tokens|wte|shared|word_embeddings|tok_embeddings|embed_in|tokens_embed)\.weight$"
 )
-_PIECE = 1 << 20
-
-
-def same_values(checkpoint: Checkpoint, name: str, other: str) -> bool:
-    """Whether two tensors of a checkpoint are equal to the bit; read piece by piece."""
-    spec = checkpoint.specs[name]
-    if spec != checkpoint.specs[other]:
-        return False
-    if checkpoint.aliases.get(name, name) == checkpoint.aliases.get(other, other):
-        return True
-    one, two = checkpoint.pieces(name), checkpoint.pieces(other)
-    for start in range(0, spec.numel, _PIECE):
-        place = slice(start, min(start + _PIECE, spec.numel))
-        if not torch.equal(one(place).view(torch.uint8), two(place).view(torch.uint8)):
-            return False
-    return True
 
 
 def tied_by_bytes(checkpoint: Checkpoint) -> dict[str, str]:
@@ -46,7 +28,7 @@ def tied_by_bytes(checkpoint: Checkpoint) -> dict[str, str]:
         head: embedding
         for head in heads
         for embedding in embeddings[:1]
-        if head not in checkpoint.aliases and same_values(checkpoint, head, embedding)
+        if head not in checkpoint.aliases and same_values(checkpoint, head, checkpoint, embedding)
     }
 
 
@@ -69,6 +51,6 @@ def tied_by_class(checkpoint: Checkpoint, declared: Mapping[str, str]) -> dict[s
         and (
             name not in checkpoint
             or target not in checkpoint
-            or same_values(checkpoint, name, target)
+            or same_values(checkpoint, name, checkpoint, target)
         )
     }

@@ -45,6 +45,7 @@ class View(Checkpoint):
         self.variant = below.variant
         self.nbytes, self.live, self.serial = below.nbytes, below.live, below.serial
         self.unread = below.unread
+        self.dequantized = below.dequantized
         self.specs = {name: below.specs[there] for name, there in self._names.items()}
         if below.architecture is not None:
             same = all(name == there for name, there in self._names.items())

@@ -26,6 +26,7 @@ def export(
     strip_prefix: str = "",
     add_prefix: str = "",
     variant: str | None = None,
+    dequantize: bool = False,
     format: Literal["model", "peft"] = "model",  # noqa: A002
     rank: int | None = None,
     lora_only: bool = False,
@@ -44,6 +45,7 @@ def export(
         strip_prefix: taken off the base's tensor names.
         add_prefix: put in front of the base's tensor names.
         variant: which of the base's weights, where its folder has several: `fp16`, say.
+        dequantize: the base is quantised, and read as the unquantised model.
         format: `model`, or `peft`: a LoRA that `PeftModel.from_pretrained` loads.
         rank: of an adapter, where the codec has no factors: cut deltas to this rank.
         lora_only: of an adapter, leave out heads, norms and biases.
@@ -53,7 +55,10 @@ def export(
         overwrite: replace what is there.
     """
     opened = Bundle.load(
-        bundle, None if base is None else Checkpoint.of(base, strip_prefix, add_prefix, variant)
+        bundle,
+        None
+        if base is None
+        else Checkpoint.of(base, strip_prefix, add_prefix, variant, dequantize),
     )
     if format == "model":
         written = export_task(opened, task, out, dtype, overwrite, max_shard_size)

@@ -18,6 +18,7 @@ from fusionkit.checkpoints.adapters.modules import Adapters
 from fusionkit.checkpoints.checkpoint import Checkpoint, find_checkpoints, matches
 from fusionkit.checkpoints.live_model import load_base, on_meta
 from fusionkit.checkpoints.paths import open_path
+from fusionkit.checkpoints.quantized import unquantized
 from fusionkit.checkpoints.stacks import split_tensors
 from fusionkit.codecs.base import DeltaCodec
 from fusionkit.errors import BundleError, FusionKitError
@@ -116,7 +117,7 @@ class ReuseModule(LightningModule):
         self._rows = 0
         self.scores: Scores | None = None
         self.metrics = nn.ModuleList()
-        self.base_source = None if base is None else Checkpoint.of(base)
+        self.base_source = None if base is None else unquantized(Checkpoint.of(base))
         if self.base_source is not None:
             load_base(model, self.base_source, self.private)
         elif on_meta(model):

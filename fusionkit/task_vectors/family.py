@@ -21,9 +21,8 @@ from torch import Tensor
 
 from fusionkit.checkpoints.adapters.modules import Adapters
 from fusionkit.checkpoints.architecture import is_stack
-from fusionkit.checkpoints.checkpoint import Checkpoint, Source, TensorSpec, matches
+from fusionkit.checkpoints.checkpoint import Checkpoint, Source, TensorSpec, matches, same_values
 from fusionkit.checkpoints.stacks import rows_of, split
-from fusionkit.checkpoints.ties import same_values
 from fusionkit.errors import CheckpointError, FamilyError, listing
 from fusionkit.task_vectors.checks import check_fit, check_patterns
 from fusionkit.task_vectors.opened import open_models
@@ -347,4 +346,4 @@ def _apart(tuned: Checkpoint, alias: str, name: str) -> bool:
     """Whether a checkpoint holds two names apart that are one tensor in the base."""
     if alias not in tuned or name not in tuned:
         return False
-    return not same_values(tuned, alias, name)
+    return not same_values(tuned, alias, tuned, name)

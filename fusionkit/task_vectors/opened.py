@@ -7,15 +7,21 @@ do the rest.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
-from fusionkit.checkpoints.adapters.folder import is_adapter
+from fusionkit.checkpoints.adapters.adapter import Adapter
+from fusionkit.checkpoints.adapters.finding import (
+    as_adapter,
+    factors_in,
+    open_base,
+    open_finetuned,
+)
 from fusionkit.checkpoints.adapters.merged import MergedAdapter
 from fusionkit.checkpoints.adapters.modules import Adapters, AdapterSpace, open_space
 from fusionkit.checkpoints.checkpoint import Checkpoint, Source, matches
 from fusionkit.checkpoints.conformed import conformed
 from fusionkit.checkpoints.names import matched, replaced
+from fusionkit.checkpoints.quantized import unquantized
 from fusionkit.checkpoints.view import View
 
 
@@ -43,14 +49,17 @@ def open_models(
     """Open a base and its fine-tuned models; arguments as of `Family`.
 
     Raises:
-        CheckpointError: one can't be read, or `rename` gives two of its tensors one name.
+        CheckpointError: one can't be read, is quantised, is an adapter that is not read, or an adapter given as
+            the base; or `rename` gives two of a checkpoint's tensors one name.
         FamilyError: an adapter does not fit the base.
     """
-    start = Checkpoint.of(base)
+    start = unquantized(open_base(base))
+    merged = finetuned if adapters == "merged" else {}
+    found = {task: open_finetuned(source) for task, source in merged.items()}
     whole = {
-        task: Checkpoint.of(source)
-        for task, source in finetuned.items()
-        if adapters == "merged" and not _is_adapter(source)
+        task: unquantized(each, task)
+        for task, each in found.items()
+        if not isinstance(each, Adapter) and not factors_in(each, start)
     }
     known = next((c.architecture for c in (start, *whole.values()) if c.architecture), None)
 
@@ -63,8 +72,8 @@ def open_models(
     if adapters == "modules":
         return Opened(*open_space(start, finetuned))
     opened = {
-        task: fitted(whole[task], start) if task in whole else MergedAdapter(start, _path(source))
-        for task, source in finetuned.items()
+        task: fitted(whole[task], start) if task in whole else _merged(each, start)
+        for task, each in found.items()
     }
     return Opened(start, opened, None)
 
@@ -94,10 +103,6 @@ def renamed(
     return view
 
 
-def _is_adapter(source: Source | Checkpoint) -> bool:
-    return isinstance(source, str | Path) and is_adapter(source)
-
-
-def _path(source: Source | Checkpoint) -> str | Path:
-    assert isinstance(source, str | Path)
-    return source
+def _merged(found: Checkpoint | Adapter, base: Checkpoint) -> MergedAdapter:
+    adapter = found if isinstance(found, Adapter) else as_adapter(found, base)
+    return MergedAdapter(base, adapter)

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fusionkit.checkpoints.adapters.layout import Module
+from fusionkit.checkpoints.adapters.kinds import Module
 from fusionkit.checkpoints.adapters.modules import AdapterSpace
 from fusionkit.checkpoints.stacks import split_tensors
 from fusionkit.errors import BundleError

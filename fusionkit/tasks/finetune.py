@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from fusionkit.checkpoints.adapters.folder import CONFIG, LINEARIZED, RECORD, TENSORS, AdapterFolder
+from fusionkit.checkpoints.adapters.adapter import CONFIG, LINEARIZED
+from fusionkit.checkpoints.adapters.folder import RECORD, TENSORS, AdapterFolder
 from fusionkit.checkpoints.adapters.start import Seeded, digest
 from fusionkit.checkpoints.checkpoint import Checkpoint, matches
 from fusionkit.checkpoints.live_model import load_base
@@ -375,8 +376,7 @@ class Finetune(LightningModule):
         order = list(dict.fromkeys(name.rpartition(".lora_")[0] for name in self._start))
         start = {name: tensor.cpu() for name, tensor in self._start.items()}
         seeded = Seeded(self.seed, init=True, order=order, sha256=digest(start))
-        base = Checkpoint.of(_below(self.model))
-        layout = AdapterFolder(folder).layout(base)
+        layout = AdapterFolder(folder).layout(Checkpoint.of(_below(self.model)))
         shapes = {name: tuple(tensor.shape) for name, tensor in start.items()}
         record: Mapping[str, Any] = dataclasses.asdict(seeded)
         if seeded.replay(layout, shapes) is None:

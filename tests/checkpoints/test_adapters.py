@@ -69,27 +69,6 @@ def test_in_half_precision(dtype: torch.dtype, tmp_path: Path) -> None:
         torch.testing.assert_close(ours[key], tensor, rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize(
-    ("config", "said"),
-    [
-        (peft.LoraConfig(target_modules=["1"], use_dora=True), "use_dora"),
-        (peft.LoHaConfig(target_modules=["1"]), "LOHA"),
-        (peft.VeraConfig(target_modules=["1"]), "VERA"),
-        (peft.AdaLoraConfig(target_modules=["1"], total_step=10), "ADALORA"),
-        (peft.LoraConfig(target_modules=["1"], init_lora_weights="pissa"), "pissa"),
-        (peft.LoraConfig(target_modules=["1"], init_lora_weights="olora"), "olora"),
-        (
-            peft.LoraConfig(target_modules=["1"], trainable_token_indices={"embed": [1]}),
-            "trainable_token_indices",
-        ),
-    ],
-)
-def test_what_is_not_known_is_refused_by_name(config: Any, said: str, tmp_path: Path) -> None:
-    peft.get_peft_model(net(), config).save_pretrained(str(tmp_path / "a"))
-    with pytest.raises(CheckpointError, match=rf"(?s){tmp_path}.*{said}.*merge it into its base"):
-        Family(net(), {"t": str(tmp_path / "a")})
-
-
 def edit(folder: Path, **changes: Any) -> None:
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**config, **changes}))
@@ -148,17 +127,44 @@ class TestBadInput:
             with pytest.raises(FamilyError, match=r"layer\.1\.weight' holds .* NaN"):
                 compress(net(), {"t": str(folder)}, codec)
 
-    def test_a_tied_tensor(self, tmp_path: Path) -> None:
-        base = net()
-        base.wide.weight = base.turned.weight = nn.Parameter(torch.randn(8, 8))
-        base.fc = nn.Linear(8, 5)
-        config = peft.LoraConfig(r=2, target_modules=["turned"], fan_in_fan_out=True)
-        saved(tmp_path / "b", config)
-        self.refused(tmp_path / "b", FamilyError, "'turned.weight', which shares its tensor", base)
-
     def test_a_frozen_tensor(self, folder: Path) -> None:
         with pytest.raises(FamilyError, match=r"(?s)declared frozen but differ.*layer\.1\.weight"):
             compress(net(), {"t": str(folder)}, SVD(rank=1), frozen=["layer.*"])
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["LoRA", "modules_to_save"])
+def test_an_adapter_of_one_of_two_tied_weights_unties_them(tmp_path: Path, whole: bool) -> None:
+    """As PEFT has it: its factors, or its copy, lie beside one of the two modules alone."""
+    base = nn.ModuleDict(
+        {"embed": nn.Embedding(12, 8), "q": nn.Linear(8, 8), "head": nn.Linear(8, 12)}
+    )
+    base["head"].weight = base["embed"].weight
+    more = {"modules_to_save": ["embed"]} if whole else {}
+    targets = ["q"] if whole else ["q", "embed"]
+    adapted: Any = peft.get_peft_model(
+        copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=targets, **more)
+    )
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape))
+    adapted.save_pretrained(tmp_path / "a")
+    model = adapted.base_model.model
+    with torch.no_grad():  # merged, PEFT's own would change the tensor that both share
+        wanted = {
+            "embed.weight": model["embed"](torch.arange(12)),
+            "head.weight": model["head"](torch.eye(8)).T - base["head"].bias[:, None],
+        }
+    assert not torch.allclose(wanted["embed.weight"], wanted["head.weight"], atol=0.1)
+
+    family = Family(base, {"t": str(tmp_path / "a")})
+    assert family.tied == {}
+    module = ReuseModule(base, compress(base, {"t": str(tmp_path / "a")}, Dense("fp32")))
+    module.switch("t")
+    for name, tensor in wanted.items():
+        assert torch.allclose(module.model.state_dict()[name], tensor, atol=1e-5), name
+    module.switch(None)
+    assert torch.equal(base["head"].weight, base["embed"].weight)
 
 
 def test_square_matrices_among_layers_of_two_kinds_are_refused(tmp_path: Path) -> None:

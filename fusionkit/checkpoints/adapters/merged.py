@@ -1,13 +1,12 @@
 """A PEFT adapter merged into its base, read lazily like any other checkpoint."""
 
 from copy import copy
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fusionkit.checkpoints.adapters.folder import AdapterFolder
-from fusionkit.checkpoints.adapters.layout import LoraModule, Module
+from fusionkit.checkpoints.adapters.adapter import Adapter
+from fusionkit.checkpoints.adapters.kinds import LoraModule, Module, ParameterModule
 from fusionkit.checkpoints.adapters.lowrank import LowRank
 from fusionkit.checkpoints.adapters.start import start_of
 from fusionkit.checkpoints.checkpoint import Checkpoint, Pieces
@@ -20,24 +19,24 @@ class MergedAdapter(Checkpoint):
 
     Args:
         base: the base model.
-        path: the adapter's folder.
+        adapter: the adapter.
 
     Attributes:
         below: the base.
-        folder: the adapter's folder.
+        adapter: the adapter.
         layout: what the adapter does to the base.
 
     Raises:
-        CheckpointError: the folder can't be read, or is of a kind that is not known.
+        CheckpointError: a factor is missing, or it can't be told what the adapter does.
         FamilyError: it is an adapter of another base.
     """
 
-    def __init__(self, base: Checkpoint, path: str | Path) -> None:
-        self.below, self.folder = base, AdapterFolder(path)
-        self.layout = self.folder.layout(base)
-        self._own = tensors = self.folder.tensors
-        self._whole = frozenset(self.folder.whole)
-        self.label, self.files, self.nbytes = self.folder.label, self.folder.files, tensors.nbytes
+    def __init__(self, base: Checkpoint, adapter: Adapter) -> None:
+        self.below, self.adapter = base, adapter
+        self.layout = adapter.layout(base)
+        self._own = tensors = adapter.tensors
+        self._whole = frozenset(adapter.whole)
+        self.label, self.files, self.nbytes = adapter.label, tensors.files, tensors.nbytes
         self.strip_prefix, self.add_prefix = base.strip_prefix, base.add_prefix
         self.buffers, self.serial = base.buffers, base.serial
         self.architecture, self.unread = base.architecture, base.unread
@@ -66,13 +65,18 @@ class MergedAdapter(Checkpoint):
         return super().pieces(name) if name in self._touched else self.below.pieces(name)
 
     def row(self, name: str, index: int) -> Tensor:
-        """Read one entry along a tensor's first axis; of what is changed, all is made for it."""
-        return self[name][index] if name in self._touched else self.below.row(name, index)
+        """Read one entry along a tensor's first axis; an expert's is made alone."""
+        if name not in self._touched:
+            return self.below.row(name, index)
+        if product := self.row_low_rank(name, index):
+            base = self.below.row(name, index)
+            return torch.add(base.to(torch.float32), product.dense(base.shape)).to(base.dtype)
+        return self[name][index]
 
     def row_pieces(self, name: str, index: int) -> Pieces:
         """Read the same piece by piece."""
         if name in self._touched:
-            return super().row_pieces(name, index)
+            return self.row(name, index).reshape(-1).__getitem__
         return self.below.row_pieces(name, index)
 
     def prefetch(self, name: str) -> None:
@@ -119,14 +123,27 @@ class MergedAdapter(Checkpoint):
         """The change of one entry along the first axis, float32 `(*shape[1:])`."""
         if name not in self._touched:
             return torch.zeros(self.specs[name].shape[1:])
+        if product := self.row_low_rank(name, index):
+            return product.dense(torch.Size(self.specs[name].shape[1:]))
         return super().row_delta(name, index)
 
     def low_rank(self, name: str) -> LowRank | None:
         """The change of a weight as a product; None where it is not one."""
         module, target = self._modules.get(name, (None, ""))
+        if name in self._whole:
+            return None
+        if isinstance(module, ParameterModule) and len(self.specs[name].shape) == 2:
+            return module.low_rank(self._tensors(module)[0], 1, 0)
         if not isinstance(module, LoraModule) or target != module.targets[0]:
             return None
-        return None if name in self._whole else module.low_rank(*self._tensors(module))
+        return module.low_rank(*self._tensors(module))
+
+    def row_low_rank(self, name: str, index: int) -> LowRank | None:
+        """The change of one expert's matrix as a product; None where it is not one."""
+        module, _ = self._modules.get(name, (None, ""))
+        if not isinstance(module, ParameterModule) or name in self._whole:
+            return None
+        return module.low_rank(self._tensors(module)[0], self.specs[name].shape[0], index)
 
     def _tensors(self, module: Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         own = {name: self._own[name] for name in module.tensors}
@@ -137,5 +154,5 @@ class MergedAdapter(Checkpoint):
     def _initial(self) -> dict[str, Tensor]:
         """Where a linearized adapter started; read, or drawn, once."""
         if self._start is None:
-            self._start = start_of(self.folder, self.layout)[1]
+            self._start = start_of(self.adapter, self.layout)[1]
         return self._start

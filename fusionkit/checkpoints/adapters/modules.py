@@ -7,12 +7,13 @@ adapter's tensors fold into the base's, by the layout that is kept here.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
-from fusionkit.checkpoints.adapters.folder import AdapterFolder, is_adapter
+from fusionkit.checkpoints.adapters.adapter import Adapter
+from fusionkit.checkpoints.adapters.finding import as_adapter, factors_in, open_finetuned
+from fusionkit.checkpoints.adapters.kinds import Ia3Module, LoraModule
 from fusionkit.checkpoints.adapters.layout import AdapterLayout
 from fusionkit.checkpoints.adapters.start import Seeded, Shapes, constant, start_of
 from fusionkit.checkpoints.adapters.with_start import WithStart
@@ -99,16 +100,20 @@ def open_space(
         FamilyError: a fine-tuned model is no adapter, or they differ in kind, modules, ranks,
             scaling or start.
     """
-    folders: dict[str, AdapterFolder] = {}
+    folders: dict[str, Adapter] = {}
     for task, source in finetuned.items():
-        if not isinstance(source, str | Path) or not is_adapter(source):
+        opened = open_finetuned(source)
+        if isinstance(opened, Checkpoint) and factors_in(opened, base):
+            opened = as_adapter(opened, base)
+        if not isinstance(opened, Adapter):
             raise FamilyError(
-                f"{source} (task '{task}'): no PEFT adapter, and adapters: modules is for adapters "
-                "alone"
+                f"{opened.label} (task '{task}'): no PEFT adapter, and adapters: modules is for "
+                "adapters alone"
             )
-        folders[task] = AdapterFolder(source)
+        folders[task] = opened
     first_task, first = next(iter(folders.items()))
     layout = first.layout(base)
+    _refuse_more_than_products(layout, f"{first.label} (task '{first_task}')")
     record, start = start_of(first, layout)
     for task, folder in folders.items():
         where = f"{folder.label} (task '{task}')"
@@ -132,8 +137,24 @@ def open_space(
     return WithStart(base, start), tensors, space
 
 
+def _refuse_more_than_products(layout: AdapterLayout, where: str) -> None:
+    """Refuse kinds whose tensors have no common start: they take part of it from the base."""
+    odd = [
+        f"'{module.name}': {type(module).__name__.removesuffix('Module')}"
+        + (" of an attention" if isinstance(module, LoraModule) else "")
+        for module in layout.modules
+        if not isinstance(module, LoraModule | Ia3Module)
+        or (isinstance(module, LoraModule) and module.form == "in_proj")
+    ]
+    if odd:
+        raise FamilyError(
+            f"{where}: adapters: modules takes plain LoRA and (IA)³ alone, not{listing(odd)}\n"
+            f"{_MEND}"
+        )
+
+
 def _differences(
-    layout: AdapterLayout, first: AdapterFolder, other_layout: AdapterLayout, other: AdapterFolder
+    layout: AdapterLayout, first: Adapter, other_layout: AdapterLayout, other: Adapter
 ) -> list[str]:
     if layout.kind != other_layout.kind:
         return [f"is of kind {other_layout.kind}, not {layout.kind}"]

@@ -11,14 +11,17 @@ import threading
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fusionkit.checkpoints.adapters.folder import RECORD, AdapterFolder
-from fusionkit.checkpoints.adapters.layout import AdapterLayout, LoraModule
+from fusionkit.checkpoints.adapters.adapter import Adapter
+from fusionkit.checkpoints.adapters.folder import RECORD
+from fusionkit.checkpoints.adapters.kinds import LoraModule
+from fusionkit.checkpoints.adapters.layout import AdapterLayout
 from fusionkit.errors import CheckpointError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -66,7 +69,7 @@ class Seeded:
             target_modules=list(self.order),
             rank_pattern=ranks,
             init_lora_weights=self.init,  # type: ignore[arg-type]
-            lora_bias=any(module.bias for module in modules.values()),
+            lora_bias=any(isinstance(m, LoraModule) and m.bias for m in modules.values()),
         )
         # The random state and the warnings' filters are all threads'.
         with _ALONE, torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -87,9 +90,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
-def start_of(
-    folder: AdapterFolder, layout: AdapterLayout
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def start_of(adapter: Adapter, layout: AdapterLayout) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """An adapter's initial tensors, and how they are known.
 
     Returns:
@@ -100,28 +101,28 @@ def start_of(
         CheckpointError: what is on record can't be replayed or read, or there is no record of
             where a linearized adapter started.
     """
-    shapes = {name: folder.tensors.specs[name].shape for name in layout.tensors}
-    record = folder.start.get("start")
+    shapes = {name: adapter.tensors.specs[name].shape for name in layout.tensors}
+    record = adapter.start.get("start")
     if record is None:
-        if folder.linearized:
+        if adapter.linearized:
             raise CheckpointError(
-                f"{folder.label}: is linearized, but {RECORD}, which says around what, is missing; "
-                "copy the folder whole"
+                f"{adapter.label}: is linearized, but {RECORD}, which says around what, is "
+                "missing; copy the folder whole"
             )
         return constant(layout, shapes)
     try:
         if "file" in record:
-            tensors = load_file(folder.path / record["file"])
+            tensors = load_file((adapter.folder or Path()) / record["file"])
             return {"stored": True}, {name: tensors[name] for name in shapes}
         seeded = Seeded(**record)
     except (TypeError, KeyError, OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"{folder.label}: {RECORD} is damaged ({error!r}); copy the folder again"
+            f"{adapter.label}: {RECORD} is damaged ({error!r}); copy the folder again"
         ) from error
     drawn = seeded.replay(layout, shapes)
     if drawn is None:
         raise CheckpointError(
-            f"{folder.label}: the installed PEFT draws another start from seed {seeded.seed} than "
+            f"{adapter.label}: the installed PEFT draws another start from seed {seeded.seed} than "
             "the one it was trained from; install the PEFT that trained it"
         )
     return record, drawn

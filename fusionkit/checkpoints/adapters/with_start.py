@@ -22,6 +22,7 @@ class WithStart(Checkpoint):
         self.label, self.live, self.serial = base.label, base.live, base.serial
         self.strip_prefix, self.add_prefix = base.strip_prefix, base.add_prefix
         self.variant = base.variant
+        self.dequantized = base.dequantized
         self.nbytes, self.files, self.buffers = base.nbytes, base.files, base.buffers
         self.architecture, self.unread = base.architecture, base.unread
         self.specs = {**base.specs, **specs_of(start)}
