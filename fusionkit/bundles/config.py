@@ -36,12 +36,7 @@ def config_of(bundle: Bundle, files: Mapping[str, bytes | Path]) -> dict[str, An
         except ValueError as error:
             raise BundleError(f"{CONFIG} of the model is not JSON ({error}); mend it") from error
     else:
-        known = bundle.base.architecture
-        live = getattr(known.skeleton if known else None, "config", None)
-        if bundle.base.live and live is not None and known is not None:
-            found = {**json.loads(live.to_json_string()), "architectures": [_class(known)]}
-        else:
-            found = bundle.manifest.base.architecture.get("config")
+        found = _live(bundle) or bundle.manifest.base.architecture.get("config")
     if not isinstance(found, dict) or not any(found.get(key) for key in _LIBRARIES):
         return None
     return found
@@ -126,5 +121,15 @@ def _labels(config: Mapping[str, Any]) -> int:
     return len(named) if named else int(config.get("num_labels", 2))
 
 
-def _class(known: Architecture) -> str:
-    return known.name.rpartition(" ")[2]
+def _live(bundle: Bundle) -> dict[str, Any] | None:
+    """That of a live model of transformers or diffusers."""
+    known = bundle.base.architecture
+    model: Any = known.module if known and bundle.base.live else None
+    library = type(model).__module__.partition(".")[0]
+    if library == "diffusers" and hasattr(model, "to_json_string"):
+        found: dict[str, Any] = json.loads(model.to_json_string())
+        return found
+    if known is not None and model is not None and known.skeleton is not None:
+        config: dict[str, Any] = json.loads(model.config.to_json_string())
+        return {**config, "architectures": [type(model).__name__]}
+    return None

@@ -1,6 +1,7 @@
 """Write one task's whole model as a folder that `from_pretrained` loads."""
 
 import re
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -50,7 +51,7 @@ def export_folder(
         out: the folder, of the local disk or a URL; it appears whole or not at all.
         dtype: of all floating-point tensors; by default the base's.
         overwrite: replace a folder with a config.json that is there.
-        max_shard_size: of one file, in bytes or as `5GB`, `500MiB`.
+        max_shard_size: of one file, in bytes or as `5GB`, `500MiB`; timm reads one file alone.
 
     Returns:
         the folder.
@@ -71,6 +72,8 @@ def export_folder(
             f"file: --out {out.name}.safetensors"
         )
     stem = "diffusion_pytorch_model" if "_class_name" in config else "model"
+    if not any(key in config for key in ("_class_name", "model_type")):
+        limit = sys.maxsize  # timm reads one file
     with new_folder(out, overwrite, known_by=CONFIG) as folder:
         for name, content in files.items():
             if isinstance(content, Path):

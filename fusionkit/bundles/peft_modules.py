@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fusionkit.bundles.bundle import Bundle
 from fusionkit.checkpoints.adapters.kinds import Form
@@ -98,7 +98,32 @@ def _form(module: nn.Module) -> Form | None:
         return "transposed"
     if isinstance(module, nn.modules.conv._ConvNd) and module.groups != 1:
         return None
-    return _FORMS.get(type(module))
+    form = _FORMS.get(type(module))
+    if form is None and isinstance(module, nn.Linear | nn.Embedding) and _acts_as_its_base(module):
+        return "linear" if isinstance(module, nn.Linear) else "embedding"
+    return form
+
+
+def _acts_as_its_base(module: nn.Linear | nn.Embedding) -> bool:
+    """Whether a subclass of a layer gives the layer's own output; tried on a few values."""
+    tried = copy.copy(module)
+    weight = nn.Parameter(torch.randn(5, 3))
+    has_bias = module._parameters.get("bias") is not None
+    bias = nn.Parameter(torch.randn(5)) if has_bias else None
+    tried._parameters = {**module._parameters, "weight": weight}
+    if has_bias:
+        tried._parameters["bias"] = bias
+    try:
+        with torch.no_grad():
+            if isinstance(module, nn.Linear):
+                x = torch.randn(2, 3)
+                found, expected = tried(x), nn.functional.linear(x, weight, bias)
+            else:
+                ids = torch.tensor([[1, 4, 2]])
+                found, expected = tried(ids), nn.functional.embedding(ids, weight)
+    except Exception:  # it is called otherwise, or looks at its sizes
+        return False
+    return isinstance(found, Tensor) and torch.equal(found, expected)
 
 
 def _is_harmless(module: nn.Module, names: list[str]) -> bool:
