@@ -26,7 +26,7 @@ from fusionkit.bundles.peft_check import (
     fit,
     make_config,
 )
-from fusionkit.bundles.peft_modules import forms_of, structure_of
+from fusionkit.bundles.peft_modules import forms_of, recorded_forms, structure_of
 from fusionkit.bundles.weights import TaskWeights
 from fusionkit.checkpoints.adapters.adapter import CONFIG
 from fusionkit.checkpoints.adapters.folder import PREFIX, TENSORS
@@ -42,13 +42,6 @@ from fusionkit.errors import BundleError, listing
 from fusionkit.task_vectors.task_source import folded_tensor
 
 Server = Literal["vllm"]
-_EMBEDDINGS = re.compile(r"embed|(^|[._])(w[tp]e|shared)$", re.IGNORECASE)
-_KINDS: Mapping[str, Form] = {
-    "linear": "linear",
-    "transposed": "transposed",
-    "embedding": "embedding",
-    "convolution": "conv",
-}
 _SERVED = re.compile(
     r"(?!.*(vision|visual|image|audio|speech)).*\."
     r"(q_proj|k_proj|v_proj|o_proj|qkv_proj|gate_proj|up_proj|down_proj|gate_up_proj)"
@@ -231,7 +224,7 @@ def _take_weights(
     adapter: Adapter, bundle: Bundle, task: str, rank: int | None, model: nn.Module | None
 ) -> None:
     """Factors of every matrix that can have them, and the rest whole."""
-    forms = forms_of(model) if model is not None else _forms(bundle)
+    forms = forms_of(model) if model is not None else recorded_forms(bundle)
     rows = rows_of(bundle.stacks) if model is not None else {}
     has_factors = type(bundle.codec).factors is not DeltaCodec.factors
     kept: dict[str, Tensor] = {}
@@ -305,53 +298,6 @@ def _is_served(adapter: Adapter, name: str) -> bool:
     found = adapter.factors.get(name)
     linear = found is not None and found.form == "linear"
     return linear and _SERVED.fullmatch(f".{module_of(name)}") is not None
-
-
-def _forms(bundle: Bundle) -> dict[str, Form]:
-    """How weights lie, as the bundle has it on record, or as names and shapes tell."""
-    record = bundle.manifest.base
-    known = {name: _KINDS[kind] for name, kind in record.kinds.items() if kind in _KINDS}
-    shapes = {name: tensor.shape for name, tensor in record.tensors.items()}
-    layouts = None if record.kinds else _Layouts(shapes)
-    found: dict[str, Form] = {}
-    for name in record.names("delta"):
-        module, _, leaf = name.rpartition(".")
-        if len(shapes[name]) < 2 or leaf != "weight" or not module:
-            continue
-        if layouts is None:
-            if name in known:
-                found[name] = known[name]
-        elif len(shapes[name]) > 2:
-            found[name] = "conv"
-        elif _EMBEDDINGS.search(module.rpartition(".")[2]) and f"{module}.bias" not in shapes:
-            found[name] = "embedding"
-        else:
-            found[name] = layouts.of(name)
-    return found
-
-
-class _Layouts:
-    """Whether matrices lie as (out, in) or (in, out): by the biases beside those not square."""
-
-    def __init__(self, shapes: Mapping[str, list[int]]) -> None:
-        self._known: dict[str, Form] = {
-            name: "transposed" if shapes[bias][0] == shape[1] else "linear"
-            for name, shape in shapes.items()
-            if len(shape) == 2 and shape[0] != shape[1] and name.endswith(".weight")
-            if (bias := name.removesuffix("weight") + "bias") in shapes
-        }
-
-    def of(self, name: str) -> Form:
-        """One matrix's; a square one, or one without bias, is as all others are."""
-        if name in self._known:
-            return self._known[name]
-        found = set(self._known.values()) or {"linear"}
-        if len(found) > 1:
-            raise BundleError(
-                f"the model has matrices of both layouts, and '{name}' does not show which it has; "
-                "give the base as a folder with its config.json, or as a live model"
-            )
-        return next(iter(found))
 
 
 def _config(adapter: Adapter, bundle: Bundle) -> dict[str, Any]:

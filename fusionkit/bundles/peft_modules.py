@@ -10,7 +10,7 @@ import copy
 import inspect
 import re
 import textwrap
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any, cast
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fusionkit.bundles.bundle import Bundle
 from fusionkit.checkpoints.adapters.kinds import Form
 from fusionkit.checkpoints.from_config import from_record
+from fusionkit.errors import BundleError
 
 _FORMS: dict[type[nn.Module], Form] = {
     nn.Linear: "linear",
@@ -27,6 +28,13 @@ _FORMS: dict[type[nn.Module], Form] = {
     nn.Conv1d: "conv",
     nn.Conv2d: "conv",
     nn.Conv3d: "conv",
+}
+_EMBEDDINGS = re.compile(r"embed|(^|[._])(w[tp]e|shared)$", re.IGNORECASE)
+_KINDS: Mapping[str, Form] = {
+    "linear": "linear",
+    "transposed": "transposed",
+    "embedding": "embedding",
+    "convolution": "conv",
 }
 _HARMLESS = {"dtype", "device", "shape", "ndim", "size", "dim", "is_meta", "numel"}
 """What may be read of a module's weight."""
@@ -74,6 +82,53 @@ def forms_of(model: nn.Module) -> dict[str, Form]:
         if form and path and path not in direct:
             found[f"{path}.weight"] = form
     return found
+
+
+def recorded_forms(bundle: Bundle) -> dict[str, Form]:
+    """How weights lie, as the bundle has it on record, or as names and shapes tell."""
+    record = bundle.manifest.base
+    known = {name: _KINDS[kind] for name, kind in record.kinds.items() if kind in _KINDS}
+    shapes = {name: tensor.shape for name, tensor in record.tensors.items()}
+    layouts = None if record.kinds else _Layouts(shapes)
+    found: dict[str, Form] = {}
+    for name in record.names("delta"):
+        module, _, leaf = name.rpartition(".")
+        if len(shapes[name]) < 2 or leaf != "weight" or not module:
+            continue
+        if layouts is None:
+            if name in known:
+                found[name] = known[name]
+        elif len(shapes[name]) > 2:
+            found[name] = "conv"
+        elif _EMBEDDINGS.search(module.rpartition(".")[2]) and f"{module}.bias" not in shapes:
+            found[name] = "embedding"
+        else:
+            found[name] = layouts.of(name)
+    return found
+
+
+class _Layouts:
+    """Whether matrices lie as (out, in) or (in, out): by the biases beside those not square."""
+
+    def __init__(self, shapes: Mapping[str, list[int]]) -> None:
+        self._known: dict[str, Form] = {
+            name: "transposed" if shapes[bias][0] == shape[1] else "linear"
+            for name, shape in shapes.items()
+            if len(shape) == 2 and shape[0] != shape[1] and name.endswith(".weight")
+            if (bias := name.removesuffix("weight") + "bias") in shapes
+        }
+
+    def of(self, name: str) -> Form:
+        """One matrix's; a square one, or one without bias, is as all others are."""
+        if name in self._known:
+            return self._known[name]
+        found = set(self._known.values()) or {"linear"}
+        if len(found) > 1:
+            raise BundleError(
+                f"the model has matrices of both layouts, and '{name}' does not show which it has; "
+                "give the base as a folder with its config.json, or as a live model"
+            )
+        return next(iter(found))
 
 
 def read_directly(model: nn.Module) -> set[str]:
