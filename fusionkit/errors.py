@@ -17,6 +17,10 @@ class CodecError(FusionKitError):
     """A codec or merge was given settings or values that it can't handle."""
 
 
+class RangeError(CodecError):
+    """A value is too large for the dtype that a codec is to store it in."""
+
+
 class PluginError(FusionKitError):
     """A codec or merge is not installed, fails to import, or is claimed by two distributions."""
 

@@ -107,7 +107,7 @@ def test_a_live_model_becomes_its_tasks(bundle: str) -> None:
 
 
 def test_the_same_family_makes_the_same_files(tmp_path: Path) -> None:
-    """To the byte but for the rescalers, sums of many values: their last digit is the processor's."""
+    """To the byte, but for the rescalers: the last digit of a long sum is the processor's."""
     compress(base(), finetuned(), EMR(), tmp_path / "b", private=PRIVATE, frozen=FROZEN)
     golden = FOLDER / "emr.bundle"
     assert contents(tmp_path / "b").keys() == contents(golden).keys()

@@ -19,11 +19,13 @@ from fusionkit.checkpoints.adapters.with_start import WithStart
 from fusionkit.checkpoints.checkpoint import Checkpoint, Source
 from fusionkit.checkpoints.output_folder import disk_errors, new_folder
 from fusionkit.checkpoints.paths import copy_file, is_remote, open_path
+from fusionkit.checkpoints.rounding import rounded
 from fusionkit.checkpoints.stacks import joined, row_name, split, unsplit
 from fusionkit.codecs.base import WHOLE, DeltaCodec, Parts
 from fusionkit.errors import BundleError, WrongBaseError, listing
 from fusionkit.registry import from_config
-from fusionkit.task_vectors.task_source import own_tensor, write_weights
+from fusionkit.task_vectors.task_source import own_tensor, with_added, write_weights
+from fusionkit.task_vectors.vectors import difference
 from fusionkit.task_vectors.workers import full_precision
 
 Decoded = TypeVar("Decoded")
@@ -88,6 +90,11 @@ class Bundle:
 
     def __repr__(self) -> str:
         return f"Bundle({str(self.path)!r}, {self.codec!r}, {len(self.tasks)} tasks)"
+
+    @property
+    def label(self) -> str:
+        """How messages call it."""
+        return str(self.path)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -157,7 +164,7 @@ class Bundle:
         if self.codec.restores:
             base = self.base[name].to(device or torch.device("cpu"))
             whole = self.tensor(task, name, base)
-            return None if whole is None else whole.to(torch.float32) - base.to(torch.float32)
+            return None if whole is None else difference(whole, base)
         return self._shaped(task, name, self._decoded(task, name, self.codec.decode, device))
 
     def _stacked(self, task: str, name: str, device: torch.device | None) -> Tensor | None:
@@ -234,6 +241,18 @@ class Bundle:
                 tensor = self.task_parts(task, name)[WHOLE]
             yield name, tensor
 
+    def added(self, task: str) -> dict[str, int]:
+        """The tensors that a task added rows of a vocabulary to → how many."""
+        return self.manifest.tasks[self._known(task)].added
+
+    def added_rows(self, task: str) -> Iterator[tuple[str, Tensor]]:
+        """The rows that a task added to the vocabulary, by tensor, in their own dtype.
+
+        Raises:
+            BundleError: they are of another shape than the manifest says.
+        """
+        return ((name, self._stored.added(task, name)) for name in self.added(task))
+
     def exact(self, task: str) -> Iterator[tuple[str, Tensor]]:
         """A task's exact tensors that differ from the base's, in their own dtype.
 
@@ -279,7 +298,7 @@ class Bundle:
         return self._initial
 
     def state_dict(self, task: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """A task's whole model: base plus decoded delta, private tensors included.
+        """A task's whole model: base plus decoded delta, private tensors and added rows included.
 
         Args:
             task: one of `tasks`.
@@ -290,8 +309,8 @@ class Bundle:
             tensors by name on the CPU, the caller's own; tied names share one tensor.
 
         Raises:
-            BundleError: the bundle has no such task, its base can't be found, or a file was
-                changed.
+            BundleError: the bundle has no such task, its base can't be found, a file was
+                changed, or a finite value would be infinite in the dtype.
             WrongBaseError: the base at hand is another model.
         """
         self._known(task)
@@ -303,6 +322,7 @@ class Bundle:
                 f"{base.label} lacks tensors of the base that this bundle was made from "
                 f"({self.manifest.base.source}):{listing(lacking)}"
             )
+        own_label = f"{self.label}: task '{task}'"
         state: dict[str, Tensor] = {}
         restored: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
@@ -311,18 +331,20 @@ class Bundle:
             stored = base[name].dtype
             target = dtype if dtype and stored.is_floating_point else stored
             if tensor.role == "frozen":
-                state[name] = base[name].to(target, copy=True)
+                state[name] = rounded(base[name], target, f"{base.label}: tensor '{name}'")
             elif tensor.role == "delta" and self.codec.restores:
                 value = self.tensor(task, name, base[name])
                 restored[name] = base[name].clone() if value is None else value
             else:
                 state[name] = torch.empty(tensor.shape, dtype=target)
         write_weights(self, task, base, state)
-        state.update({name: value.to(dtype or value.dtype) for name, value in restored.items()})
-        state = joined(state, self.stacks)
+        for name in [*restored]:
+            value = restored.pop(name)
+            state[name] = rounded(value, dtype or value.dtype, f"{own_label}: tensor '{name}'")
+        state = joined(with_added(self, task, state), self.stacks)
         for name, value in self.private_tensors(task):
             target = dtype if dtype and value.is_floating_point() else value.dtype
-            state[name] = value.to(target, copy=True)
+            state[name] = rounded(value, target, f"{own_label}: tensor '{name}'")
         for alias, name in self.manifest.base.tied.items():
             if name in state:
                 state.setdefault(alias, state[name])
@@ -373,7 +395,7 @@ class Bundle:
 
     def _seen(self, base: Checkpoint) -> Checkpoint:
         """The base as deltas are taken from: by the bundle's names, with adapters' start."""
-        base = split(fitted(base, self.manifest.base), self.stacks)
+        base = split(fitted(unsplit(base), self.manifest.base), self.stacks)
         if not self.space or base.plain is not base:
             return base
         return WithStart(base, self.initial)

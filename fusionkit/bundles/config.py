@@ -124,7 +124,7 @@ def _labels(config: Mapping[str, Any]) -> int:
 def _live(bundle: Bundle) -> dict[str, Any] | None:
     """That of a live model of transformers or diffusers."""
     known = bundle.base.architecture
-    model: Any = known.module if known and bundle.base.live else None
+    model: Any = known.module if known and not bundle.base.files else None
     library = type(model).__module__.partition(".")[0]
     if library == "diffusers" and hasattr(model, "to_json_string"):
         found: dict[str, Any] = json.loads(model.to_json_string())

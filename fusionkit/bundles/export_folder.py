@@ -177,11 +177,11 @@ class _Shards:
 
 
 def _write_generation_config(bundle: Bundle, folder: Path) -> None:
-    """A live model's own; that of a folder is among its files."""
+    """That of a model in memory; a folder's is among its files."""
     known = bundle.base.architecture
     made = getattr(known.skeleton if known else None, "generation_config", None)
     path = folder / "generation_config.json"
-    if bundle.base.live and made is not None and not path.exists():
+    if not bundle.base.files and made is not None and not path.exists():
         path.write_text(made.to_json_string())
 
 

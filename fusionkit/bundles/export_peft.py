@@ -1,6 +1,5 @@
 """Write one task as a PEFT adapter: a LoRA extracted from its bundle, whatever it was before."""
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +26,7 @@ from fusionkit.bundles.peft_check import (
     make_config,
 )
 from fusionkit.bundles.peft_modules import forms_of, recorded_forms, structure_of
+from fusionkit.bundles.side_files import base_folder
 from fusionkit.bundles.weights import TaskWeights
 from fusionkit.checkpoints.adapters.adapter import CONFIG
 from fusionkit.checkpoints.adapters.folder import PREFIX, TENSORS
@@ -35,6 +35,7 @@ from fusionkit.checkpoints.adapters.lowrank import LowRank
 from fusionkit.checkpoints.checkpoint import matches
 from fusionkit.checkpoints.output_folder import check_replaceable, new_folder
 from fusionkit.checkpoints.paths import open_path
+from fusionkit.checkpoints.rounding import rounded
 from fusionkit.checkpoints.stacks import row_name, rows_of
 from fusionkit.codecs.base import DeltaCodec
 from fusionkit.codecs.decomposition import svd_gram
@@ -42,10 +43,6 @@ from fusionkit.errors import BundleError, listing
 from fusionkit.task_vectors.task_source import folded_tensor
 
 Server = Literal["vllm"]
-_SERVED = re.compile(
-    r"(?!.*(vision|visual|image|audio|speech)).*\."
-    r"(q_proj|k_proj|v_proj|o_proj|qkv_proj|gate_proj|up_proj|down_proj|gate_up_proj)"
-)
 _LARGEST_SERVED = 512
 
 
@@ -115,9 +112,10 @@ def export_adapter(
         _take_adapter(adapter, bundle, task)
     else:
         _take_weights(adapter, bundle, task, rank, model)
+    _leave_out_rows(adapter, bundle, task, leave_out, lora_only or for_server is not None)
     adapter.leave_out(n for n in _names(adapter) if matches(n, leave_out))
     if for_server:
-        adapter.leave_out(n for n in _names(adapter) if not _is_served(adapter, n))
+        adapter.leave_out(n for n in _names(adapter) if not adapter.is_served(n))
     config, places = _fitted(adapter, bundle, task, model, lora_only or for_server is not None)
     if for_server and config["r"] > _LARGEST_SERVED:
         raise BundleError(
@@ -125,7 +123,8 @@ def export_adapter(
             f"compress with SVD(rank={_LARGEST_SERVED}) or less"
         )
     config["base_model_name_or_path"] = base_name or _base_name(bundle)
-    tensors = dict(_tensors(adapter, weights, places, dtype))
+    what = f"{bundle.path}: task '{task}': factor"
+    tensors = dict(_tensors(adapter, weights, places, DTYPES[dtype], what))
     with new_folder(out, overwrite, known_by=CONFIG) as folder:
         save_file(tensors, folder / TENSORS[0], metadata={"format": "pt"})
         make_config(config).save_pretrained(str(folder))
@@ -136,6 +135,25 @@ def export_adapter(
         elif not adapter.own:
             check_names(adapter, config)
     return sorted(adapter.left_out)
+
+
+def _leave_out_rows(
+    adapter: Adapter, bundle: Bundle, task: str, leave_out: Sequence[str], lora_only: bool
+) -> None:
+    """Rows that a task added to the vocabulary, which no adapter of the base has a place for.
+
+    Raises:
+        BundleError: there are some, and they may not be left out.
+    """
+    added = bundle.added(task)
+    kept = [name for name in added if not lora_only and not matches(name, leave_out)]
+    if kept:
+        raise BundleError(
+            f"task '{task}' adds rows to the vocabulary, which an adapter of a base without them "
+            f"has no place for:{listing([repr(name) for name in kept])}\nexport the whole model, "
+            "or set lora_only to leave out all that is not a LoRA"
+        )
+    adapter.left_out.update(added)
 
 
 def _fitted(
@@ -294,12 +312,6 @@ def _names(adapter: Adapter) -> list[str]:
     return [*adapter.factors, *adapter.stacks, *adapter.whole]
 
 
-def _is_served(adapter: Adapter, name: str) -> bool:
-    found = adapter.factors.get(name)
-    linear = found is not None and found.form == "linear"
-    return linear and _SERVED.fullmatch(f".{module_of(name)}") is not None
-
-
 def _config(adapter: Adapter, bundle: Bundle) -> dict[str, Any]:
     space = bundle.space
     kept = ("task_type", "revision")
@@ -316,16 +328,20 @@ def _base_name(bundle: Bundle) -> str | None:
     named = record.space.config.get("base_model_name_or_path") if record.space else None
     if named:
         return str(named)
-    if bundle.base.live:
-        known = bundle.base.architecture
-        config = getattr(known.skeleton if known else None, "config", None)
-        return getattr(config, "_name_or_path", None) or None
-    source = str(bundle.base.label)
-    return source.removeprefix("hf://")
+    source = bundle.base.label if bundle.base.files else record.source
+    if bundle.base.files or base_folder(bundle) is not None:
+        return source.removeprefix("hf://")
+    known = bundle.base.architecture
+    config = getattr(known.skeleton if known else None, "config", None)
+    return getattr(config, "_name_or_path", None) or None
 
 
 def _tensors(
-    adapter: Adapter, weights: TaskWeights, places: Mapping[str, Place], dtype: str
+    adapter: Adapter,
+    weights: TaskWeights,
+    places: Mapping[str, Place],
+    dtype: torch.dtype,
+    what: str,
 ) -> Iterator[tuple[str, Tensor]]:
     """The adapter's tensors under PEFT's names."""
     for name, place in places.items():
@@ -336,9 +352,9 @@ def _tensors(
             keys = lora_keys(place.key, "linear")
             made = stacked(adapter.stacks[name], adapter.shapes[name], place.swapped)
         for key, tensor in zip(keys, made, strict=True):
-            yield PREFIX + key, _rounded(tensor, key, dtype)
+            yield PREFIX + key, rounded(tensor, dtype, f"{what} '{key}'").contiguous()
     for name, tensor in adapter.own.items():
-        yield PREFIX + name, _rounded(tensor, name, dtype)
+        yield PREFIX + name, rounded(tensor, dtype, f"{what} '{name}'").contiguous()
     for name in sorted(adapter.whole):
         known = adapter.tied.get(name, name)
         if known in weights:
@@ -376,10 +392,3 @@ def _deltas(adapter: Adapter, bundle: Bundle, task: str, places: Mapping[str, Pl
         return start, torch.stack([zero if p is None else p.dense(shape) for p in products])
 
     return of
-
-
-def _rounded(tensor: Tensor, name: str, dtype: str) -> Tensor:
-    rounded = tensor.to(DTYPES[dtype]).contiguous()
-    if not torch.isfinite(rounded).all():
-        raise BundleError(f"'{name}' does not fit into {dtype}; export it in bf16 or fp32")
-    return rounded

@@ -2,16 +2,18 @@
 
     manifest.json           what is in it: codec, base, tasks, sizes, checksums (manifest.py)
     shared.safetensors      the parts that all tasks share; absent if there are none
-    task-<name>.safetensors one per task: its parts, private and exact tensors; <name> is
-                            percent-encoded, and cut where it is too long for a file's name
+    task-<name>.safetensors one per task: its parts, private and exact tensors, rows that it added
+                            to the vocabulary; <name> is percent-encoded, and cut where it is too
+                            long for a file's name
 
 All tensor files are plain safetensors (part_file.py). A tensor's parts are keyed `<tensor>/<part>`;
 the part `tensor` is reserved for private and exact tensors, stored whole. Parts of the whole model
 are keyed `/<part>`, the initial tensors of adapters, where no seed makes them again,
-`start:<tensor>/tensor` in the shared file. A file beside a fine-tune's weights (its configuration,
-its tokenizer) that the base has not, or otherwise, is keyed `file:<name>/tensor` in the task's:
-uint8, compressed by zlib; of no length, where a file of the base is not the task's (side_files.py).
-No other reader takes it for a tensor's. The base is not in the bundle: it is known by
+`start:<tensor>/tensor` in the shared file, the rows that a task added to a tensor of its vocabulary
+`rows:<tensor>/tensor` in its own. A file beside a fine-tune's weights (its configuration, its
+tokenizer) that the base has not, or otherwise, is keyed `file:<name>/tensor` in the task's: uint8,
+compressed by zlib; of no length, where a file of the base is not the task's (side_files.py). No
+other reader takes it for a tensor's. The base is not in the bundle: it is known by
 fingerprint and checked on use. Files are written under temporary names and renamed, the manifest
 last: whatever is interrupted, a bundle that can be opened is whole.
 """
@@ -24,10 +26,10 @@ from fusionkit.checkpoints.path_text import one_form
 from fusionkit.errors import BundleError
 
 FORMAT = "fusionkit-bundle"
-VERSIONS = (1, 2, 3, 4)
-"""What can be read; 4 is written where stacks of experts are split into their matrices, or a
-user's `rename` or `ignore` applies; 3 where tasks were calibrated; 2 where adapters are what is
-compressed; 1 otherwise."""
+VERSIONS = (1, 2, 3, 4, 5)
+"""What can be read; 5 is written where a task added rows to the vocabulary; 4 where stacks of
+experts are split into their matrices, or a user's `rename` or `ignore` applies; 3 where tasks were
+calibrated; 2 where adapters are what is compressed; 1 otherwise."""
 
 MANIFEST = "manifest.json"
 SHARED = "shared.safetensors"
@@ -35,6 +37,8 @@ INITIAL = "start:"
 """Put before an adapter tensor's name: its initial value, among the shared parts."""
 SIDE_FILE = "file:"
 """Put before the name of a file beside a task's weights, among the task's parts."""
+ADDED = "rows:"
+"""Put before a tensor's name: the rows that a task added to it, among the task's own parts."""
 
 
 _LONGEST = 232

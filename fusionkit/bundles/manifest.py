@@ -19,7 +19,8 @@ from fusionkit.checkpoints.safetensors_file import tensor_bytes
 from fusionkit.checkpoints.stacks import rows_of
 from fusionkit.errors import BundleError, WrongBaseError, listing
 from fusionkit.registry import Config
-from fusionkit.task_vectors.family import Family, Role
+from fusionkit.task_vectors.family import Family
+from fusionkit.task_vectors.roles import Role
 
 _PIECE = 1 << 20
 _OPTIONAL = ("stacks", "rename", "ignore", "kinds", "architecture", "variant", "dequantized")
@@ -33,7 +34,7 @@ class BaseTensor:
     Attributes:
         dtype: torch's name for it, `float32`.
         shape: its shape.
-        role: how its deltas are kept; see `fusionkit.task_vectors.family`.
+        role: how its deltas are kept; see `fusionkit.task_vectors.roles`.
         sha256: the first 16 hex digits of the SHA-256 of its bytes.
     """
 
@@ -221,6 +222,7 @@ class TaskRecord:
         private_bytes: bytes of its private and exact tensors, stored whole.
         checkpoint_bytes: bytes on disk of the full fine-tuned checkpoint.
         calibration: what was learned for it; None where nothing was.
+        added: name of a tensor of the base that it added rows to → how many.
     """
 
     file: FileRecord
@@ -228,6 +230,7 @@ class TaskRecord:
     private_bytes: int
     checkpoint_bytes: int
     calibration: CalibrationRecord | None = None
+    added: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -250,9 +253,20 @@ class Manifest:
     shared: FileRecord | None
     tasks: dict[str, TaskRecord]
 
+    def __post_init__(self) -> None:
+        for record in self.tasks.values():
+            if unknown := record.added.keys() - self.base.tensors.keys():
+                raise ValueError(f"rows added to unknown tensors: {sorted(unknown)}")
+            if not all(
+                isinstance(rows, int) and 0 < rows < 1 << 63 for rows in record.added.values()
+            ):
+                raise ValueError(f"impossible numbers of added rows: {record.added}")
+
     @property
     def _version(self) -> int:
         """The oldest that can say what is in it."""
+        if any(record.added for record in self.tasks.values()):
+            return 5
         if self.base.stacks or self.base.rename or self.base.ignore:
             return 4
         if any(record.calibration for record in self.tasks.values()):
@@ -270,6 +284,8 @@ class Manifest:
         for record in content["tasks"].values():
             if record["calibration"] is None:
                 record.pop("calibration")
+            if not record["added"]:
+                record.pop("added")
         for key in ("space", *_OPTIONAL):
             if not content["base"][key] or key == "space":
                 content["base"].pop(key)

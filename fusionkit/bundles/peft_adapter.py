@@ -12,6 +12,11 @@ from fusionkit.checkpoints.adapters.kinds import Form, LoraModule
 from fusionkit.checkpoints.adapters.lowrank import LowRank
 
 Shape = tuple[int, ...]
+_SERVED = re.compile(
+    r"(?!.*(vision|visual|image|audio|speech)).*\."
+    r"(q_proj|k_proj|v_proj|o_proj|qkv_proj|gate_proj|up_proj|down_proj|gate_up_proj)"
+)
+"""Modules that vLLM adapts: linear layers of a language model's attention and MLP."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,12 @@ class Adapter:
     def is_empty(self) -> bool:
         """Whether there is nothing in it that adapts."""
         return not (self.factors or self.stacks or self.own)
+
+    def is_served(self, name: str) -> bool:
+        """Whether vLLM takes the factors of a weight."""
+        found = self.factors.get(name)
+        linear = found is not None and found.form == "linear"
+        return linear and _SERVED.fullmatch(f".{module_of(name)}") is not None
 
     def leave_out(self, names: Iterable[str]) -> None:
         """Take tensors out, with all that are tied to them."""

@@ -6,11 +6,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from fusionkit.bundles.format import INITIAL, SHARED, task_file
+from fusionkit.bundles.format import ADDED, INITIAL, SHARED, task_file
 from fusionkit.bundles.manifest import Manifest
 from fusionkit.bundles.part_file import PartFile
-from fusionkit.codecs.base import WHOLE_MODEL, DeltaCodec, Parts
+from fusionkit.checkpoints.vocabulary import with_rows
+from fusionkit.codecs.base import WHOLE, WHOLE_MODEL, DeltaCodec, Parts
 from fusionkit.errors import BundleError
 
 _OPEN = 32
@@ -48,6 +50,23 @@ class BundleReader:
     def own(self, task: str, name: str, device: torch.device | None = None) -> Parts:
         """The parts of a tensor that a task owns."""
         return self._file(task).parts(name, device)
+
+    def added(self, task: str, name: str) -> Tensor:
+        """The rows that a task added to a tensor.
+
+        Raises:
+            BundleError: they are missing, or have another shape than the manifest says.
+        """
+        count = self._manifest.tasks[task].added[name]
+        expected = with_rows(self._manifest.base.tensors[name].shape, count)
+        rows = self.own(task, ADDED + name).get(WHOLE)
+        if rows is None or tuple(rows.shape) != expected:
+            found = "are missing" if rows is None else f"have shape {list(rows.shape)}"
+            raise BundleError(
+                f"{self._path}: the rows that task '{task}' adds to '{name}' {found}, expected "
+                f"{list(expected)}; compress again"
+            )
+        return rows
 
     def check(self, task: str) -> None:
         """Check that a task's file is there, and its size.

@@ -20,8 +20,9 @@ from fusionkit.bundles.bundle import Bundle
 from fusionkit.bundles.format import SIDE_FILE, task_file
 from fusionkit.checkpoints.checkpoint import Checkpoint
 from fusionkit.checkpoints.from_config import CONFIG
+from fusionkit.checkpoints.paths import open_path
 from fusionkit.codecs.base import WHOLE
-from fusionkit.errors import BundleError
+from fusionkit.errors import BundleError, FusionKitError
 
 _KINDS = (
     (CONFIG,),
@@ -115,9 +116,23 @@ def stored_files(bundle: Bundle, task: str) -> dict[str, bytes]:
     }
 
 
+def base_folder(bundle: Bundle) -> Path | None:
+    """The folder of a bundle's base; None of one that is a bare file, or in memory alone."""
+    if files := bundle.base.files:
+        return folder_of(files)
+    # A copy in memory, it may be, of what was read from there.
+    source = bundle.manifest.base.source
+    try:
+        path = open_path(source)
+        found = folder_of([path]) if path.is_file() else path
+        return found if found and (found / CONFIG).is_file() else None
+    except (FusionKitError, OSError, ValueError):
+        return None
+
+
 def files_of(bundle: Bundle, task: str) -> Mapping[str, bytes | Path]:
     """The files beside a task's weights: its own, and the base's where it has none."""
-    merged: dict[str, bytes | Path] = dict(side_files(folder_of(bundle.base.files)))
+    merged: dict[str, bytes | Path] = dict(side_files(base_folder(bundle)))
     merged.update(stored_files(bundle, task))
     return {name: content for name, content in merged.items() if content != _ABSENT}
 

@@ -8,9 +8,11 @@ from torch import Tensor
 
 from fusionkit.bundles.bundle import Bundle
 from fusionkit.bundles.reader import decoding
+from fusionkit.checkpoints.rounding import rounded
 from fusionkit.checkpoints.stacks import row_name, whole_names
+from fusionkit.checkpoints.vocabulary import extended
 from fusionkit.codecs.base import WHOLE
-from fusionkit.errors import BundleError, WrongBaseError, listing
+from fusionkit.errors import WrongBaseError, listing
 from fusionkit.task_vectors.task_source import folded_tensor
 
 
@@ -74,17 +76,14 @@ class TaskWeights(Mapping[str, Tensor]):
         if own is None:
             own = folded_tensor(self._bundle, self._task, name, base, self._initial)
         restored = self._bundle.codec.restores and self._bundle.roles[name] == "delta"
-        return self._rounded(own, name, own.dtype if restored else base.dtype)
+        whole = self._rounded(own, name, own.dtype if restored else base.dtype)
+        if name in self._bundle.added(self._task):
+            rows = dict(self._bundle.added_rows(self._task))[name]
+            return extended(whole, self._rounded(rows, name, whole.dtype))
+        return whole
 
     def _rounded(self, tensor: Tensor, name: str, dtype: torch.dtype) -> Tensor:
         target = self._dtype if self._dtype and dtype.is_floating_point else dtype
-        rounded = tensor.to(target).cpu()
-        if target == torch.float16 and tensor.dtype != target:
-            large = rounded.isinf() & ~tensor.cpu().isinf()
-            if large.any():
-                raise BundleError(
-                    f"'{name}' of task '{self._task}' holds {int(large.sum())} values that float16 "
-                    f"can't (the largest is {tensor[large].abs().max():.4g}); export it in bf16 or "
-                    "fp32"
-                )
-        return rounded
+        return rounded(
+            tensor, target, f"{self._bundle.label}: task '{self._task}': tensor '{name}'"
+        )

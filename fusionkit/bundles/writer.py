@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fusionkit.bundles.format import INITIAL, SHARED, SIDE_FILE, task_file
+from fusionkit.bundles.format import ADDED, INITIAL, SHARED, SIDE_FILE, task_file
 from fusionkit.bundles.journal import PROCESS, Journal, Record, identity
 from fusionkit.bundles.manifest import TaskRecord
 from fusionkit.bundles.part_file import Entry, FileRecord, Part, PartWriter
@@ -128,6 +128,8 @@ class BundleWriter:
                     writer.add(Part.of(f"{name}/{WHOLE}", tensor))
             for name, content in own_files(family.base, family.finetuned[task]).items():
                 writer.add(Part.of(f"{SIDE_FILE}{name}/{WHOLE}", as_tensor(content)))
+            for name, rows in family.added_rows(task):
+                writer.add(Part.of(f"{ADDED}{name}/{WHOLE}", rows))
         if self._journal:
             self._journal.add(Record(None, [writer.entries for writer in self._writers]))
 
@@ -162,7 +164,8 @@ class BundleWriter:
         for task, writer in zip(family.tasks, own, strict=True):
             whole = sum(e.nbytes for e in writer.entries if e.key.rpartition("/")[2] == WHOLE)
             nbytes = family.finetuned[task].nbytes
-            records[task] = TaskRecord(writer.finish(), family.private[task], whole, nbytes)
+            own_names, added = family.private[task], family.added(task)
+            records[task] = TaskRecord(writer.finish(), own_names, whole, nbytes, added=added)
         return common.finish() if common.entries else None, records
 
 

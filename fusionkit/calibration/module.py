@@ -19,6 +19,7 @@ from fusionkit.errors import DataError, FusionKitError
 from fusionkit.reuse.module import ReuseModule
 from fusionkit.reuse.sharded import check_strategy
 from fusionkit.task_vectors.family import Family
+from fusionkit.task_vectors.task_source import with_added
 from fusionkit.tasks import batches
 from fusionkit.tasks.kinds import kinds_of
 from fusionkit.tasks.spread import real_rows
@@ -304,7 +305,8 @@ class CalibrationModule(LightningModule, ABC):
         model, seen = self.reuse.model, self.reuse.seen(self.family)
         tensors = seen.tensors
         like = {name: tensors[name] for name in self.family.names("delta") if name in tensors}
-        weights = seen.live(self.weights(place, leaf, like))
+        own = with_added(self.family, self.family.tasks[place], self.weights(place, leaf, like))
+        weights = seen.live(own)
         with torch.set_grad_enabled(leaf.requires_grad):
             found = outputs(model, weights, batch, kind, self._head(place))
             near = None if target is None else target.to(found.device)

@@ -177,11 +177,14 @@ def saved(model: nn.Module, names: Iterable[str], specs: Specs) -> Iterator[tupl
         yield group, together(Conversion(first, by_pattern, specs, converter, model))
 
 
-def renamed(model: nn.Module, name: str) -> str:
-    """What transformers calls a tensor of a file, where that is a matter of names alone."""
-    renamings, converters = _mapping(model)
-    found, _ = _renamed(name, renamings, converters, model, model.state_dict())
-    return found
+def renamer(model: nn.Module) -> Callable[[str], str]:
+    """What transformers calls a tensor of a file, where that is a matter of names alone.
+
+    Args:
+        model: one of transformers' models; on any device.
+    """
+    (renamings, converters), own = _mapping(model), model.state_dict()
+    return lambda name: _renamed(name, renamings, converters, model, own)[0]
 
 
 def _mapping(model: nn.Module) -> tuple[list[Any], list[Any]]:

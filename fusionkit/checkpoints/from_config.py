@@ -20,6 +20,7 @@ from fusionkit.checkpoints.architecture import Architecture
 from fusionkit.errors import CheckpointError
 
 CONFIG = "config.json"
+_UNKNOWN = "tensors have the names that files have, and ties and experts may go unseen"
 
 
 class UnknownClassWarning(UserWarning):
@@ -71,17 +72,30 @@ def _built(text: str, label: str) -> Architecture | None:
         with warnings.catch_warnings(), torch.device("meta"):
             warnings.simplefilter("ignore")
             model = build(config)
+    except ImportError as error:
+        _say_missing((error.name or "what it needs").partition(".")[0])
+        return None
     except Exception as error:  # classes raise what they like over a configuration
         reason = str(error).partition("\n")[0][:200] or type(error).__name__
         warnings.warn(
-            f"{label}: its class can't be built here ({type(error).__name__}: {reason}); tensors "
-            "are read under the names that files have, and what only the class knows (ties, "
-            "experts) is not known",
+            f"{label}: its class can't be built here ({type(error).__name__}: {reason}), so that "
+            f"the model is read by its files alone: {_UNKNOWN}",
             UnknownClassWarning,
             stacklevel=2,
         )
         return None
     return Architecture.of(model, {"config": config})
+
+
+@lru_cache
+def _say_missing(library: str) -> None:
+    """Say once that a library is not installed."""
+    warnings.warn(
+        f"{library} is not installed, so that models are read by their files alone: {_UNKNOWN}; "
+        f"pip install {library}",
+        UnknownClassWarning,
+        stacklevel=3,
+    )
 
 
 def _builder(config: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], nn.Module] | None:

@@ -6,6 +6,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fusionkit.checkpoints.checkpoint import Checkpoint, matches
 from fusionkit.checkpoints.in_memory import LiveModel
+from fusionkit.checkpoints.names import prefix_over
 from fusionkit.checkpoints.quantized import unquantized
 from fusionkit.errors import FusionKitError
 
@@ -64,10 +65,14 @@ def load_base(model: nn.Module, base: Checkpoint, private: list[str]) -> None:
         if name not in base and tied.get(name) not in base and not matches(name, private)
     ]
     if missing:
+        mend = "declare it private if it is each task's own"
+        if prefix := prefix_over(list(state), base):
+            mend = f"give the base as Checkpoint.of(…, strip_prefix='{prefix}')"
+        elif prefix := prefix_over(base, state):
+            mend = f"give the base as Checkpoint.of(…, add_prefix='{prefix}')"
         raise FusionKitError(
             f"{base.label} lacks '{missing[0]}' ({len(missing)} such tensors) of the model "
-            f"{type(model).__name__}; its names begin like '{min(base)}': give strip_prefix or "
-            "add_prefix, or declare it private"
+            f"{type(model).__name__}; its names begin like '{min(base)}': {mend}"
         )
     with torch.no_grad():
         for name, tensor in state.items():

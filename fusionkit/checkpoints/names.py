@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Collection, Iterable, Mapping
+from itertools import islice
 
 from fusionkit.errors import CheckpointError
 
@@ -27,25 +28,38 @@ def unwrapped(names: Iterable[str]) -> dict[str, str]:
     return found if len(found) == len(names) else {name: name for name in names}
 
 
-def matched(names: Collection[str], wanted: Collection[str]) -> dict[str, str]:
-    """Names as another checkpoint has them, if only a wrapper's `module.` is between them.
+def matched(
+    names: Collection[str], wanted: Collection[str], shorter: bool = False
+) -> dict[str, str]:
+    """Names as another checkpoint has them, if only a wrapper's `module.` tells them apart.
 
     Args:
         names: as they are.
         wanted: the other's.
+        shorter: take `module.` out where the other lacks it, and never put it in.
 
     Returns:
         name as wanted → name as it is, in the same order; what is not wanted keeps its own.
     """
     known, found = set(wanted), {}
-    taken = known & set(names)
+    others = {_PARALLEL.sub("", name): name for name in known - set(names)}
     for name in names:
         bare = _PARALLEL.sub("", name)
-        fits = name not in known and bare in known and bare not in taken
-        found[bare if fits else name] = name
-    if len(found) < len(names):
-        return {name: name for name in names}
-    return found
+        other = others.get(bare, name)
+        found[name if name in known or (shorter and other != bare) else other] = name
+    return found if len(found) == len(names) else {name: name for name in names}
+
+
+def prefix_over(names: Collection[str], longer: Collection[str]) -> str:
+    """What others have in front of most of these names; empty, if there is no such prefix."""
+    known = set(longer)
+    for name in islice(names, 50):
+        for other in longer:
+            if other.endswith("." + name):
+                prefix = other.removesuffix(name)
+                if sum(prefix + each in known for each in names) > len(names) / 2:
+                    return prefix
+    return ""
 
 
 def replaced(names: Iterable[str], rename: Mapping[str, str], label: str) -> dict[str, str]:

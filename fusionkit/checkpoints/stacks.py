@@ -48,6 +48,11 @@ def unsplit(checkpoint: Checkpoint) -> Checkpoint:
     return checkpoint.below if isinstance(checkpoint, Split) else checkpoint
 
 
+def whole_name(checkpoint: Checkpoint, name: str) -> str:
+    """A tensor's name, of a matrix its stack's, which is what a user's patterns match."""
+    return name if name in unsplit(checkpoint) else name.rpartition("[")[0]
+
+
 class Split(View):
     """A checkpoint whose stacks are seen as their matrices; what is not given is as below.
 

@@ -307,9 +307,7 @@ class _Fusing:
 
     def fused(self, tasks: Sequence[str]) -> None:
         """Fuse some tasks every way, and score each fusion on all of them."""
-        finetuned = {task: self.module.finetuned[task] for task in tasks}
-        settings = (self.module.private, self.module.frozen, self.module.adapters)
-        family = Family(self.family.base, finetuned, *settings)
+        family = self.module.family(tasks)
         for method in [*self.merges, *([_LORAHUB] if self.lorahub else [])]:
             key = (self.name, method, "+".join(tasks))
             if key in self.done:

@@ -27,5 +27,11 @@ def inspect(bundle: str) -> None:
         f"in {len(base.names('delta'))} tensors; "
         f"exact: {len(base.names('exact'))}; frozen: {len(base.names('frozen'))}\n"
         f"private: {', '.join(opened.manifest.private) or 'none'}"
+        + "".join(
+            f"\nrows that '{task}' adds to the vocabulary, stored whole: "
+            + ", ".join(f"{name} {rows:+,}" for name, rows in record.added.items())
+            for task, record in opened.manifest.tasks.items()
+            if record.added
+        )
         + (f"\nadapters themselves: {base.space.summary}" if base.space else ""),
     )

@@ -19,7 +19,7 @@ from fusionkit.codecs.base import (
     Parts,
     SharedParts,
 )
-from fusionkit.errors import CodecError
+from fusionkit.errors import CodecError, RangeError
 from fusionkit.task_vectors.family import Family
 from fusionkit.task_vectors.workers import full_precision, total
 
@@ -87,7 +87,17 @@ def _one(
     name: str, encoder: Encoder, codec: DeltaCodec, family: Family, form: Callable[[Encoded], Form]
 ) -> tuple[Tensor | None, Form]:
     """What one tensor adds to the sums, and what was made of it."""
-    encoded = _checked(encoder.encode(family.vectors(name)), name, codec, family)
+    vectors = family.vectors(name)
+    try:
+        encoded = encoder.encode(vectors)
+    except RangeError as error:
+        largest = [float(vector.abs().max()) for vector in vectors]
+        task = vectors.tasks[largest.index(max(largest))]
+        where = f"moved most by task '{task}' ({family.finetuned[task].label})"
+        raise RangeError(f"tensor '{name}', {where}: {error}") from error
+    except CodecError as error:
+        raise CodecError(f"tensor '{name}': {error}") from error
+    encoded = _checked(encoded, name, codec, family)
     return encoded.sums, form(encoded)
 
 

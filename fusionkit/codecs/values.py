@@ -12,7 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fusionkit.errors import CodecError
+from fusionkit.checkpoints.rounding import wider
+from fusionkit.errors import CodecError, RangeError
 
 ValueDtype = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 """How values are stored; fp16 unless a codec says otherwise."""
@@ -38,16 +39,17 @@ def pack_values(values: Tensor, dtype: ValueDtype, part: str = "values") -> dict
         the payload tensors, by name; int4 has two values a byte along the first axis.
 
     Raises:
-        CodecError: a finite value is too large for fp16, or the dtype is unknown.
+        RangeError: a finite value is too large for fp16.
+        CodecError: the dtype is unknown.
     """
     if dtype in _FLOATS:
         if dtype == "fp16" and values.numel():
             low, high = torch.aminmax(values)  # what is stored would be slower to look at
             magnitude = max(-float(low), float(high))
             if not magnitude < _OVERFLOWS:
-                raise CodecError(
+                raise RangeError(
                     f"a value of magnitude {magnitude:.3g} does not fit into fp16; "
-                    "store the values in bf16 or fp32"
+                    f"store the values in {wider(magnitude)}"
                 )
         return {part: values.to(_FLOATS[dtype])}
     if dtype not in _LEVELS:

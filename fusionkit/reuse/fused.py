@@ -7,7 +7,8 @@ from torch import Tensor
 
 from fusionkit.checkpoints.adapters.modules import AdapterSpace
 from fusionkit.merges.base import Merge
-from fusionkit.task_vectors.family import Family, Role
+from fusionkit.task_vectors.family import Family
+from fusionkit.task_vectors.roles import Role
 
 
 class Fused:
@@ -29,6 +30,11 @@ class Fused:
         merge_tensor = merge.prepare(family)
         self.vectors = {each.name: merge_tensor(each) for each in family}
         self.scale = 1.0
+
+    @property
+    def label(self) -> str:
+        """The family's."""
+        return self.family.label
 
     @property
     def roles(self) -> dict[str, Role]:
@@ -77,3 +83,11 @@ class Fused:
     def private_tensors(self, task: str) -> Iterator[tuple[str, Tensor]]:
         """The task's private tensors."""
         return self.family.private_tensors(task)
+
+    def added(self, task: str) -> dict[str, int]:
+        """The tensors that the task added rows to."""
+        return self.family.added(task)
+
+    def added_rows(self, task: str) -> Iterator[tuple[str, Tensor]]:
+        """The rows that the task added to the vocabulary."""
+        return self.family.added_rows(task)

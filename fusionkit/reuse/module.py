@@ -1,13 +1,13 @@
 """ReuseModule: one base model that becomes any task's model, and is evaluated by the Trainer."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torchmetrics import Metric
@@ -40,7 +40,7 @@ from fusionkit.tasks.metrics import (
     value_of,
 )
 from fusionkit.tasks.scores import Scores
-from fusionkit.tasks.spread import TasksSpread, alone, of_owner, real_rows
+from fusionkit.tasks.spread import TasksSpread, real_rows, value_of_owner
 from fusionkit.tasks.task import Task
 
 
@@ -69,8 +69,7 @@ class ReuseModule(LightningModule):
         finetuned_scores: task name → the fine-tuned model's own score, to which scores are related.
         cache_bytes: keep the decoded weights of the tasks used last, up to so many bytes on the
             model's device; to switch back to one of them is a copy.
-        rename: regular expression → replacement, for names of tensors in the base and in the
-            fine-tuned models; see `Family`.
+        rename: regular expression → replacement, for names in all models; see `Family`.
         ignore: patterns of tensors that no one needs, in whichever model they are.
 
     Raises:
@@ -163,15 +162,19 @@ class ReuseModule(LightningModule):
         self._switcher.forget()
         self._source = source
 
-    def family(self) -> Family:
+    def family(self, tasks: Collection[str] | None = None) -> Family:
         """The base and its fine-tuned checkpoints.
+
+        Args:
+            tasks: of which tasks; by default of all.
 
         Raises:
             FamilyError: there are none, or they don't fit the base.
         """
         base = self._switcher.base if self.base_source is None else self.base_source
         settings: Any = {"rename": self.rename, "ignore": self.ignore}
-        return Family(base, self.finetuned, self.private, self.frozen, self.adapters, **settings)
+        chosen = {task: self.finetuned[task] for task in tasks or self.finetuned}
+        return Family(base, chosen, self.private, self.frozen, self.adapters, **settings)
 
     def compress(
         self,
@@ -316,15 +319,13 @@ class ReuseModule(LightningModule):
         self._kinds = [kinds[task] for task in tasks]
         self.metrics = nn.ModuleList(metric_of(self.metric, task, kinds[task]) for task in tasks)
 
-    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> STEP_OUTPUT:
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Score one batch, as its task says."""
         self._step(batch, batch_idx, dataloader_idx)
-        return None
 
-    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> STEP_OUTPUT:
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """As `test_step`, on the validation rows."""
         self._step(batch, batch_idx, dataloader_idx)
-        return None
 
     def on_test_epoch_end(self) -> None:
         """Gather the scores: per task, their mean, and as shares of the fine-tuned models'."""
@@ -361,26 +362,14 @@ class ReuseModule(LightningModule):
     def _finish(self, stage: str) -> None:
         tasks = self._evaluated()
         metrics = [cast(Metric, metric) for metric in self.metrics]
-        values = {t: self._value(metric, t) for t, metric in zip(tasks, metrics, strict=True)}
+        spread = isinstance(self._datamodule, TasksSpread)
+        value = partial(value_of_owner, self) if spread else value_of
+        values = {task: value(each, task) for task, each in zip(tasks, metrics, strict=True)}
         for metric in metrics:
             metric.reset()
         lower = {t for t, m in zip(tasks, metrics, strict=True) if is_lower_better(m)}
         self.scores = Scores(values, self.finetuned_scores, frozenset(lower))
-        logged = {f"{stage}/{task}": value for task, value in values.items()}
-        logged[f"{stage}/mean"] = self.scores.mean
-        if self.scores.share is not None:
-            logged[f"{stage}/share"] = self.scores.share
-        self.log_dict(logged, rank_zero_only=True)
-
-    def _value(self, metric: Metric, task: str) -> float:
-        """A task's score; where one process alone evaluates it, that process's."""
-        if not isinstance(self._datamodule, TasksSpread):
-            return value_of(metric, task)
-        own = metric.update_called
-        alone(metric)
-        pair = torch.tensor([value_of(metric, task) if own else 0.0, float(own)])
-        gathered: Any = self.all_gather(pair.to(self.device))
-        return of_owner(gathered.view(-1, 2))
+        self.log_dict(self.scores.logged(stage), rank_zero_only=True)
 
     def _own_tensors(self) -> set[str]:
         """Names of the tensors that are a task's own."""

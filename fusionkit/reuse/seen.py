@@ -72,6 +72,11 @@ class Seen:
             if name in self._names
         }
 
+    def places(self, of: Mapping[str, int]) -> dict[str, int]:
+        """Something by a tensor's name → by the model's own, for all that it has of the tensor."""
+        copies = {alias: of[name] for alias, name in self.apart.items() if name in of}
+        return {self._names[n]: each for n, each in {**of, **copies}.items() if n in self._names}
+
     def live_name(self, name: str) -> str:
         """What the model calls a tensor; as the source does, if it has no such tensor."""
         return self._names.get(name, name)

@@ -8,13 +8,16 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fusionkit.checkpoints.checkpoint import Checkpoint
-from fusionkit.checkpoints.in_memory import owner_of, state_of
+from fusionkit.checkpoints.in_memory import state_of
 from fusionkit.checkpoints.live_model import on_meta, put
+from fusionkit.checkpoints.rounding import check_rounding
 from fusionkit.checkpoints.stacks import whole_names
+from fusionkit.checkpoints.vocabulary import grown
 from fusionkit.errors import BundleError, FusionKitError
+from fusionkit.reuse.resizing import put_anew, resize
 from fusionkit.reuse.seen import Seen
 from fusionkit.reuse.sharded import beside, kept, kept_bytes, whole
-from fusionkit.task_vectors.task_source import TaskSource, write_weights, written
+from fusionkit.task_vectors.task_source import TaskSource, write_added, write_weights, written
 
 
 class Switcher:
@@ -43,6 +46,7 @@ class Switcher:
         self._cached_version: object = None
         self._cache_bytes = cache_bytes
         self._private: frozenset[str] = frozenset()
+        self._resized: frozenset[str] = frozenset()
         self._seen: tuple[tuple[TaskSource, object, frozenset[str]], Seen] | None = None
 
     def forget(self) -> None:
@@ -61,7 +65,8 @@ class Switcher:
 
         Raises:
             BundleError: the source has no such task, a file of it was changed, or one of its
-                tensors has no place in the model, which is then the base.
+                tensors has no place in the model, or is too large for the model's dtype; the
+                model is then the base.
             FamilyError: the source is a family, and has no such task; the model is then the base.
             FusionKitError: the model is on the meta device.
         """
@@ -100,16 +105,34 @@ class Switcher:
     def _become(self, task: str | None, source: TaskSource | None, left_out: Set[str]) -> None:
         private: dict[str, Tensor] = {}
         if task is None or source is None:
+            self._resize({})
             self._place(kept(self.base))
         else:
             own = dict(source.private_tensors(task))
             seen = self.seen(source, own)
+            self._resize(seen.places(source.added(task)))
             self._write(task, source, seen, left_out)
             private = {seen.live_name(name): value for name, value in own.items()}
+            state = state_of(self.model)
+            for name in private.keys() & state.keys():
+                what = f"{source.label}: task '{task}': tensor '{name}'"
+                check_rounding(private[name], state[name].dtype, what)
             # A head that the last task had and this one lacks goes back to the base's.
             left = {name: kept(self.base)[name] for name in self._private - private.keys()}
             self._place({**left, **private})
         self._private = frozenset(private)
+
+    def _resize(self, added: Mapping[str, int]) -> None:
+        """Have room for the rows that a task adds; those of the last one go.
+
+        Args:
+            added: the model's own name of a tensor → how many.
+        """
+        rows = {**dict.fromkeys(self._resized, 0), **added}
+        self._resized = frozenset(rows)  # if it can't be done, too
+        shapes = {name: grown(self.base.specs[name].shape, n) for name, n in rows.items()}
+        resize(self.model, shapes)
+        self._resized = frozenset(added)
 
     def _write(self, task: str, source: TaskSource, seen: Seen, left_out: Set[str]) -> None:
         """Write a task's weights, as they were kept, or anew; then keep them if they fit."""
@@ -126,16 +149,20 @@ class Switcher:
             return
         with whole(out) as targets:
             write_weights(source, task, seen.base(self.base), targets, seen.apart)
+            write_added(source, task, targets, seen.apart)
         if not left_out and self._cache_bytes:
-            names = [*whole_names(written(source), source.stacks), *seen.apart]
+            own = [*whole_names(written(source), source.stacks), *source.added(task)]
+            names = dict.fromkeys([*own, *seen.apart])
             self._keep(task, {name: out[name] for name in names if name in out})
 
     def _keep(self, task: str, tensors: Mapping[str, Tensor]) -> None:
         size = sum(kept_bytes(tensor) for tensor in tensors.values())
         if not 0 < size <= self._cache_bytes:
             return
-        while self.cached and (len(self.cached) + 1) * size > self._cache_bytes:
-            self.cached.popitem(last=False)  # all tasks are of one size
+        sizes = [sum(map(kept_bytes, each.values())) for each in self.cached.values()]
+        while self.cached and sum(sizes) + size > self._cache_bytes:
+            self.cached.popitem(last=False)
+            del sizes[0]
         self.cached[task] = {name: tensor.clone() for name, tensor in tensors.items()}
 
     def _place(self, tensors: Mapping[str, Tensor]) -> None:
@@ -148,7 +175,8 @@ class Switcher:
         if name not in state:
             raise BundleError(
                 f"the task's private tensor '{name}' has no place in {type(self.model).__name__}; "
-                "build the model with a head of that name"
+                "build the model with a tensor of that name, or put it into `ignore` if no one "
+                "needs it"
             )
         old = state[name]
         if old.shape == value.shape:
@@ -159,10 +187,4 @@ class Switcher:
                 f"the task's private tensor '{name}' has another shape than the model's, which is "
                 "sharded; name it in `private` before the model is sharded, or leave it unsharded"
             )
-        parent, leaf = owner_of(self.model, name)
-        fresh = value.to(device=old.device, dtype=old.dtype, copy=True)
-        if leaf in parent._parameters:
-            fresh = nn.Parameter(fresh, requires_grad=parent._parameters[leaf].requires_grad)  # type: ignore[union-attr]
-        setattr(parent, leaf, fresh)
-        if isinstance(parent, nn.Linear) and leaf == "weight":
-            parent.out_features, parent.in_features = fresh.shape
+        put_anew(self.model, [name], value.to(device=old.device, dtype=old.dtype, copy=True))

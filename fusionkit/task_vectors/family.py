@@ -1,38 +1,32 @@
 """A family: one base model and the models fine-tuned from it, read as a stream of task vectors.
 
-What base and fine-tuned checkpoints must agree in is in `checks`. Each tensor of the base has one
-role:
-
-- *delta*: a floating-point weight; its task vectors are what codecs compress.
-- *exact*: an integer tensor or a buffer (BatchNorm statistics); comes back exactly, stored
-  whole for the tasks in which it differs from the base.
-- *frozen*: declared equal to the base in every task; may be absent, costs no bytes.
+What base and fine-tuned checkpoints must agree in is in `checks`; what each tensor of the base is,
+its role, in `roles`.
 
 Tensors declared *private* (a task's own head) belong to their task alone: stored whole, never
-compressed or merged, and free to differ in shape or to be absent from the base.
+compressed or merged, and free to differ in shape or to be absent from the base. So do the rows that
+a task added to the base's vocabulary, in embeddings and heads; the rows before them have a role.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
-from typing import Literal, Self, TypeVar
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from fusionkit.checkpoints.adapters.modules import Adapters
-from fusionkit.checkpoints.architecture import is_stack
-from fusionkit.checkpoints.checkpoint import Checkpoint, Source, TensorSpec, matches, same_values
-from fusionkit.checkpoints.stacks import rows_of, split
+from fusionkit.checkpoints.checkpoint import Checkpoint, Source, matches
+from fusionkit.checkpoints.stacks import split
+from fusionkit.checkpoints.vocabulary import CommonRows, common_rows, resized
 from fusionkit.errors import CheckpointError, FamilyError, listing
 from fusionkit.task_vectors.checks import check_fit, check_patterns
 from fusionkit.task_vectors.opened import open_models
+from fusionkit.task_vectors.roles import Role, Roles, stacks_of, ties_of, touches
 from fusionkit.task_vectors.vectors import Change, ChangedVectors, Located, TaskVectors
 from fusionkit.task_vectors.workers import Workers, total
 
-Role = Literal["delta", "exact", "frozen"]
 Result = TypeVar("Result")
-
-_BUFFERS = ("*running_mean", "*running_var", "*num_batches_tracked")
 
 
 class Family:
@@ -57,6 +51,7 @@ class Family:
         tasks: the tasks' names.
         roles: base tensor's name → role; private tensors and tied names are not in it.
         private: task name → names of its private tensors.
+        vocabulary: task name → name of a tensor that it added rows to → how many.
         tied: name → name of the tensor of the base that it shares, in every task.
         stacks: name of a stack of experts → how many matrices it is split into, `name[0]`, ….
         space: how adapters' own tensors make the base's weights; None where they are merged.
@@ -92,15 +87,17 @@ class Family:
         self.private_patterns, self.frozen_patterns = tuple(private), tuple(frozen)
         check_patterns(opened.base, opened.finetuned, private, frozen)
         self.space = opened.space
-        self.stacks = {} if self.space else self._stacks(opened.base, opened.finetuned)
-        self._stack_of = {row: stack for row, (stack, _) in rows_of(self.stacks).items()}
+        models = opened.base, [*opened.finetuned.values()]
+        self.stacks = {} if self.space else stacks_of(*models, self._is_private)
         self.base = split(opened.base, self.stacks)
         self.finetuned = {task: split(each, self.stacks) for task, each in opened.finetuned.items()}
         self.tasks = tuple(self.finetuned)
-        self.tied = self._tied()
+        seen = self.base, [*self.finetuned.values()]
+        self.tied = ties_of(*seen, self._is_private)
+        rules = Roles(*seen, self.frozen_patterns, self.stacks, self.space)
         self.roles = {
-            name: self._role(name, spec)
-            for name, spec in self.base.specs.items()
+            name: rules.of(name)
+            for name in self.base
             if name not in self.tied and not self._is_private(name)
         }
         self._known_as: dict[str, list[str]] = {name: [name] for name in self.roles}
@@ -113,14 +110,24 @@ class Family:
             task: sorted(name for name in checkpoint if self._is_private(name))
             for task, checkpoint in self.finetuned.items()
         }
+        self.vocabulary = {task: self._added(tuned) for task, tuned in self.finetuned.items()}
+        self.finetuned = {task: self._common(task) for task in self.tasks}
         wanted = [] if self.space else [name for name in self.base if self._is_private(name)]
-        check_fit(self.base, self.finetuned, self.roles, self._known_as, self.private, wanted)
+        vocabulary = self.vocabulary
+        check_fit(
+            self.base, self.finetuned, self.roles, self._known_as, self.private, wanted, vocabulary
+        )
         self._changes: tuple[Callable[[TaskVectors], Sequence[Change | None]], ...] = ()
         self.device = torch.device(device)
         workers = workers or Workers()
         self.workers = workers.one_by_one() if self.base.serial else workers
         self.sizes = {name: self.base.specs[name].numel for name in self.names("delta")}
         self.parameters = sum(self.sizes.values())
+
+    @property
+    def label(self) -> str:
+        """How messages call it."""
+        return f"the family of {self.base.label}"
 
     @property
     def bits_per_parameter(self) -> float:
@@ -241,6 +248,26 @@ class Family:
         for name in self.private[task]:
             yield name, checkpoint[name]
 
+    def added(self, task: str) -> dict[str, int]:
+        """The tensors that a task added rows to → how many.
+
+        Raises:
+            FamilyError: there is no such task.
+        """
+        self._checkpoint(task)
+        return self.vocabulary[task]
+
+    def added_rows(self, task: str) -> Iterator[tuple[str, Tensor]]:
+        """The rows that a task added to the vocabulary, by tensor, in their own dtype.
+
+        Raises:
+            FamilyError: there is no such task.
+        """
+        checkpoint = self._checkpoint(task)
+        for name in self.vocabulary[task]:
+            assert isinstance(checkpoint, CommonRows)
+            yield name, checkpoint.added(self._name_in(checkpoint, name))
+
     def check_frozen(self) -> None:
         """Check that frozen tensors, where present, do equal the base's.
 
@@ -251,10 +278,10 @@ class Family:
         for task in self.tasks:
             for name in self.names("frozen"):
                 known = self._known(self.finetuned[task], name)
-                if known is None or not self._touches(self.finetuned[task], name):
+                if known is None or not touches(self.finetuned[task], name, self.space):
                     continue
                 tuned = self.finetuned[task][known]
-                if not torch.equal(self.base[name].to(tuned.dtype), tuned):
+                if not _equal(self.base[name].to(tuned.dtype), tuned):
                     findings.append(f"{self.finetuned[task].label}: '{known}' (task '{task}')")
         if findings:
             raise FamilyError(
@@ -281,32 +308,19 @@ class Family:
         for checkpoint in self.finetuned.values():
             checkpoint.prefetch(self._name_in(checkpoint, name))
 
-    def _stacks(self, base: Checkpoint, finetuned: Mapping[str, Checkpoint]) -> dict[str, int]:
-        """The base's stacks of experts, by its class, or by name and shape where it has none."""
-        known = base.architecture.stacks if base.architecture else None
-        return {
-            name: spec.shape[0]
-            for name, spec in base.specs.items()
-            if (is_stack(name, spec.shape) if known is None else name in known)
-            if spec.numel and spec.dtype.is_floating_point and not self._is_private(name)
-            if all(c.specs[name].shape == spec.shape for c in finetuned.values() if name in c)
-        }
+    def _added(self, tuned: Checkpoint) -> dict[str, int]:
+        names = {name: known for name in self.roles if (known := self._known(tuned, name))}
+        return {name: rows for name, rows in resized(self.base, tuned, names).items() if rows > 0}
 
-    def _tied(self) -> dict[str, str]:
-        """The base's ties that every task keeps: none of whose names is private, or apart."""
-        return {
-            alias: name
-            for alias, name in self.base.aliases.items()
-            if not self._is_private(alias) and not self._is_private(name)
-            if not any(_apart(tuned, alias, name) for tuned in self.finetuned.values())
-        }
+    def _common(self, task: str) -> Checkpoint:
+        """A fine-tuned checkpoint with as many rows of the vocabulary as the base has."""
+        tuned = self.finetuned[task]
+        shapes = {n: self.base.specs[n].shape for n in self.vocabulary[task]}
+        return common_rows(tuned, {self._name_in(tuned, n): each for n, each in shapes.items()})
 
     def _checkpoint(self, task: str) -> Checkpoint:
         if task not in self.finetuned:
-            raise FamilyError(
-                f"the family of {self.base.label} has no task '{task}'; it has "
-                f"{', '.join(self.tasks)}"
-            )
+            raise FamilyError(f"{self.label} has no task '{task}'; it has {', '.join(self.tasks)}")
         return self.finetuned[task]
 
     def _tuned(self, task: str, name: str) -> Tensor:
@@ -326,24 +340,7 @@ class Family:
     def _is_private(self, name: str) -> bool:
         return matches(name, self.private_patterns)
 
-    def _touches(self, checkpoint: Checkpoint, name: str) -> bool:
-        """Whether a checkpoint has a tensor of its own; of adapters' own, those that are there."""
-        return checkpoint.touches(name) and (self.space is None or name in checkpoint)
 
-    def _role(self, name: str, spec: TensorSpec) -> Role:
-        touched = any(self._touches(checkpoint, name) for checkpoint in self.finetuned.values())
-        if self.space and name in self.space.still:
-            return "frozen"
-        if matches(self._stack_of.get(name, name), self.frozen_patterns) or not touched:
-            return "frozen"
-        known = self.base.architecture
-        is_buffer = name in (known.buffers if known else self.base.buffers)
-        is_buffer = is_buffer or name in self.base.buffers or matches(name, _BUFFERS)
-        return "delta" if spec.dtype.is_floating_point and not is_buffer else "exact"
-
-
-def _apart(tuned: Checkpoint, alias: str, name: str) -> bool:
-    """Whether a checkpoint holds two names apart that are one tensor in the base."""
-    if alias not in tuned or name not in tuned:
-        return False
-    return not same_values(tuned, alias, tuned, name)
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape and dtype are the same, NaN being the same as NaN."""
+    return torch.equal(one, other) or bool((one.isclose(other, 0, 0, equal_nan=True)).all())

@@ -22,6 +22,7 @@ from fusionkit.checkpoints.checkpoint import Checkpoint, Source, matches
 from fusionkit.checkpoints.conformed import conformed
 from fusionkit.checkpoints.names import matched, replaced
 from fusionkit.checkpoints.quantized import unquantized
+from fusionkit.checkpoints.stacks import unsplit
 from fusionkit.checkpoints.view import View
 
 
@@ -49,11 +50,11 @@ def open_models(
     """Open a base and its fine-tuned models; arguments as of `Family`.
 
     Raises:
-        CheckpointError: one can't be read, is quantised, is an adapter that is not read, or an adapter given as
-            the base; or `rename` gives two of a checkpoint's tensors one name.
+        CheckpointError: one can't be read, is quantised, is an adapter that is not read, or an
+            adapter given as the base; or `rename` gives two of a checkpoint's tensors one name.
         FamilyError: an adapter does not fit the base.
     """
-    start = unquantized(open_base(base))
+    start = unquantized(unsplit(open_base(base)))
     merged = finetuned if adapters == "merged" else {}
     found = {task: open_finetuned(source) for task, source in merged.items()}
     whole = {
@@ -63,16 +64,16 @@ def open_models(
     }
     known = next((c.architecture for c in (start, *whole.values()) if c.architecture), None)
 
-    def fitted(checkpoint: Checkpoint, wanted: Checkpoint | None) -> Checkpoint:
+    def fitted(checkpoint: Checkpoint, wanted: Collection[str], shorter: bool) -> Checkpoint:
         if checkpoint.architecture is None and known is not None:
             checkpoint = conformed(checkpoint, known)
-        return renamed(checkpoint, wanted, rename, ignore)
+        return renamed(checkpoint, wanted, rename, ignore, shorter)
 
-    start = fitted(start, next(iter(whole.values()), None))
+    start = fitted(start, next(iter(whole.values()), ()), shorter=True)
     if adapters == "modules":
         return Opened(*open_space(start, finetuned))
     opened = {
-        task: fitted(whole[task], start) if task in whole else _merged(each, start)
+        task: fitted(whole[task], start, shorter=False) if task in whole else _merged(each, start)
         for task, each in found.items()
     }
     return Opened(start, opened, None)
@@ -80,21 +81,22 @@ def open_models(
 
 def renamed(
     checkpoint: Checkpoint,
-    wanted: Collection[str] | None,
+    wanted: Collection[str],
     rename: Mapping[str, str],
     ignore: Sequence[str],
+    shorter: bool = False,
 ) -> Checkpoint:
     """See a checkpoint under a user's names, without what no one needs.
 
     Args:
         checkpoint: the checkpoint.
-        wanted: another, whose names it gets where only a wrapper's `module.` is between them.
+        wanted: another's names, which it gets where only a wrapper's `module.` tells them apart.
         rename: regular expression → replacement.
         ignore: patterns of the tensors that are left out.
+        shorter: as of `matched`.
     """
     names = replaced(checkpoint, rename, checkpoint.label)
-    if wanted is not None:
-        names = {new: names[name] for new, name in matched(names, wanted).items()}
+    names = {new: names[name] for new, name in matched(names, wanted, shorter).items()}
     seen = {name: there for name, there in names.items() if not matches(name, ignore)}
     if all(name == there for name, there in names.items()) and len(seen) == len(names):
         return checkpoint
@@ -105,4 +107,4 @@ def renamed(
 
 def _merged(found: Checkpoint | Adapter, base: Checkpoint) -> MergedAdapter:
     adapter = found if isinstance(found, Adapter) else as_adapter(found, base)
-    return MergedAdapter(base, adapter)
+    return MergedAdapter(base, adapter.named_for(base))

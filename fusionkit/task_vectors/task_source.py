@@ -1,7 +1,7 @@
 """Where tasks' weights come from, tensor by tensor, and the one loop that writes them.
 
 A bundle, a family and a fusion are task sources alike: each knows what every tensor of the base
-is to a task (`Family` says what the roles mean), and gives one tensor at a time.
+is to a task (`roles` says which roles there are), and gives one tensor at a time.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,13 +12,20 @@ from torch import Tensor
 
 from fusionkit.checkpoints.adapters.kinds import Module
 from fusionkit.checkpoints.adapters.modules import AdapterSpace
+from fusionkit.checkpoints.rounding import Rounding
 from fusionkit.checkpoints.stacks import split_tensors
+from fusionkit.checkpoints.vocabulary import beyond, common, extended
 from fusionkit.errors import BundleError
-from fusionkit.task_vectors.family import Role
+from fusionkit.task_vectors.roles import Role
 
 
 class TaskSource(Protocol):
     """Gives tasks' tensors: a `Bundle`, a `Family` as it is, or a `Fused` one."""
+
+    @property
+    def label(self) -> str:
+        """How messages call it."""
+        ...
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -86,6 +93,14 @@ class TaskSource(Protocol):
         """A task's private tensors, in their own dtype."""
         ...
 
+    def added(self, task: str) -> Mapping[str, int]:
+        """Name of a tensor that a task added rows of a vocabulary to → how many."""
+        ...
+
+    def added_rows(self, task: str) -> Iterator[tuple[str, Tensor]]:
+        """Those rows, by tensor, in their own dtype."""
+        ...
+
 
 def written(source: TaskSource) -> list[str]:
     """Names of the tensors that `write_weights` writes, in the base's order."""
@@ -107,6 +122,9 @@ def write_weights(
 ) -> None:
     """Write a task's weights into `out`, all but private and frozen ones; adapters folded in.
 
+    Of a tensor of `out` that has more rows than the base's, the first ones; `write_added` does the
+    others.
+
     Sums are formed in float32 and rounded once, to `out`'s dtype. Always from the base, never
     from what `out` holds: the result does not depend on what was there. A tensor of `out` is
     written before another is asked for.
@@ -120,12 +138,14 @@ def write_weights(
 
     Raises:
         BundleError: `out` lacks a tensor that an adapter changes, or an exact one that differs
-            from the base's; or the source has no such task, or is damaged.
+            from the base's, or would hold an infinity where the task has a finite value; or the
+            source has no such task, or is damaged.
     """
+    rounding = Rounding()
     base, out = split_tensors(base, source.stacks), split_tensors(out, source.stacks)
     exact = set()
     for name, value in source.exact(task):
-        _place(out, task, name).copy_(value)
+        rounding.write(name, common(_place(out, task, name), value.shape), value)
         exact.add(name)
     adapted = source.space.layout.by_target if source.space else {}
     copies: dict[str, list[str]] = {}
@@ -138,13 +158,47 @@ def write_weights(
             if place not in out:
                 continue
             target = out[place]
+            start = base[name].to(target.device)
+            target = common(target, start.shape)
             room = target if target.dtype == torch.float32 else None
-            value = own_tensor(source, task, name, base[name].to(target.device), room)
+            value = own_tensor(source, task, name, start, room)
             if value is not target:
-                target.copy_(value)
+                rounding.write(name, target, value)
     initial = source.initial
     for module in source.space.layout.modules if source.space else ():
-        _fold(source, task, module, initial, base, out)
+        _fold(source, task, module, initial, base, out, rounding)
+    rounding.check(f"{source.label}: task '{task}'")
+
+
+def write_added(
+    source: TaskSource,
+    task: str,
+    out: Mapping[str, Tensor],
+    apart: Mapping[str, str] | None = None,
+) -> None:
+    """Write the rows that a task added to the vocabulary into `out`; arguments as above.
+
+    Args:
+        source: gives the rows.
+        task: one of its tasks.
+        out: tensors of the task's own size by name. Those that it lacks are left out.
+        apart: name → name, of `tied` ones that `out` holds apart: both are written.
+    """
+    rounding = Rounding()
+    for name, rows in source.added_rows(task):
+        for place in (name, *(alias for alias, to in (apart or {}).items() if to == name)):
+            if place in out:
+                rounding.write(place, beyond(out[place], source.added(task)[name]), rows)
+    rounding.check(f"{source.label}: task '{task}'")
+
+
+def with_added(source: TaskSource, task: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A task's tensors of the base's size, with the rows that it added; differentiable."""
+    whole = dict(tensors)
+    for name, rows in source.added_rows(task) if source.added(task) else ():
+        if name in whole:
+            whole[name] = extended(whole[name], rows)
+    return whole
 
 
 def own_tensor(
@@ -185,6 +239,7 @@ def _fold(
     initial: Mapping[str, Tensor],
     base: Mapping[str, Tensor],
     out: Mapping[str, Tensor],
+    rounding: Rounding,
 ) -> None:
     """Write the weights of one module with an adapter folded in; exact, also if linearized."""
     start: dict[str, Tensor] = {}
@@ -195,7 +250,7 @@ def _fold(
             start, own = _adapter(source, task, module, initial, target.device)
         weight = own_tensor(source, task, name, base[name].to(target.device))
         delta = module.delta(name, weight, own, start)
-        target.copy_(torch.add(weight.to(torch.float32), delta))
+        rounding.write(name, target, torch.add(weight.to(torch.float32), delta))
 
 
 def _adapter(
@@ -219,6 +274,7 @@ def _place(out: Mapping[str, Tensor], task: str, name: str) -> Tensor:
     if name not in out:
         raise BundleError(
             f"task '{task}' changes '{name}', which has no place in the model; build the model "
-            "with a tensor of that name (a buffer must be persistent)"
+            "with a tensor of that name (a buffer must be persistent), or put it into `ignore` if "
+            "no one needs it"
         )
     return out[name]

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from fusionkit.checkpoints.adapters.lowrank import LowRank
 from fusionkit.checkpoints.checkpoint import Checkpoint, Pieces
+from fusionkit.checkpoints.rounding import lost, narrows, wider
+from fusionkit.checkpoints.stacks import whole_name
 from fusionkit.errors import FamilyError
 from fusionkit.task_vectors import kernels
 
@@ -110,7 +112,10 @@ class TaskVectors:
             FamilyError: it holds a NaN or an infinity.
         """
         tuned = self._at(task).read()
-        self._check_finite(tuned, task)
+        if not _is_finite(tuned):
+            bad = ~torch.isfinite(tuned) & ~unmoved(tuned, self.base.to(tuned.device))
+            if bad.any():
+                raise self._not_finite(int(bad.sum()), task)
         return tuned
 
     def stack(self) -> Tensor:
@@ -168,10 +173,11 @@ class TaskVectors:
         for place in self._places(size, step or size):
             count = place.stop - place.start
             block = buffer[: len(tuned) * count].view(len(tuned), count)
-            before = start[:count].copy_(base(place))
+            stored = base(place)
+            before = start[:count].copy_(stored)
             for row, values, delta, task in zip(block, tuned, deltas, tasks, strict=True):
                 if delta is None:
-                    self._subtract(values(place), before, row, task)
+                    self._subtract(values(place), stored, before, row, task)
                 else:
                     row.copy_(values(place))
                     self._check_finite(row, task)
@@ -189,12 +195,15 @@ class TaskVectors:
         start = torch.empty(min(self._block, flat.numel()), device=self.device)
         for place in self._places(self._block, self._block):
             piece = flat[place]
-            before = start[: len(piece)].copy_(base(place))
-            self._subtract(ours(place), before, piece, task)
+            stored = base(place)
+            before = start[: len(piece)].copy_(stored)
+            self._subtract(ours(place), stored, before, piece, task)
         return delta
 
-    def _subtract(self, tuned: Tensor, base: Tensor, out: Tensor, task: int) -> None:
-        """θ − θ₀ of some entries, into `out`."""
+    def _subtract(
+        self, tuned: Tensor, stored: Tensor, base: Tensor, out: Tensor, task: int
+    ) -> None:
+        """θ − θ₀ of some entries, into `out`; `base` is `stored` in float32, on its device."""
         near = tuned.device == out.device
         if out.device.type != "cpu":
             out.copy_(tuned).sub_(base)
@@ -205,8 +214,12 @@ class TaskVectors:
         else:
             values = tuned if near and tuned.dtype == torch.float32 else out.copy_(tuned)
             finite = kernels.difference(values.numpy(), base.numpy(), out.numpy())
-        if not finite:
-            self._check_finite(out, task)
+        if not finite and not _is_finite(out):
+            same = unmoved(tuned, stored.to(tuned.device)).to(out.device)
+            if not _is_finite(out.masked_fill_(same, 0)):
+                raise self._not_finite(int((~torch.isfinite(out)).sum()), task)
+        if narrows(tuned.dtype, stored.dtype) and (magnitude := float(lost(tuned, stored.dtype))):
+            raise self._out_of_range(magnitude, stored.dtype, task)
 
     @property
     def _block(self) -> int:
@@ -226,18 +239,66 @@ class TaskVectors:
         return at.checkpoint.delta(at.name)
 
     def _check_finite(self, values: Tensor, task: int) -> None:
-        # The sum is one cheap pass; only a suspicious one is looked at entry by entry.
-        if torch.isfinite(values.sum()) or torch.isfinite(values).all():
-            return
-        bad = int((~torch.isfinite(values)).sum())
-        if torch.isfinite(self.base.to(torch.float32)).all():
-            at_fault = self._at(task).checkpoint.label
+        """Check what an adapter says; there is no base in it that could be as it is."""
+        if not _is_finite(values):
+            bad = int((~torch.isfinite(values)).sum())
+            raise FamilyError(
+                f"{self._at(task).checkpoint.label}: tensor '{self.name}' holds {bad} values that "
+                f"are NaN or infinite (task '{self.tasks[task]}'); mend or retrain that adapter"
+            )
+
+    def _not_finite(self, bad: int, task: int) -> FamilyError:
+        """The error that a delta is not finite, and base and fine-tuned model are not the same."""
+        label, base = self._at(task).checkpoint.label, self.base_at.checkpoint.label
+        holds = f"holds {bad} values that are NaN or infinite (task '{self.tasks[task]}')"
+        retrain = "mend or retrain that checkpoint"
+        if not _is_finite(self._at(task).read()):
+            found = f"{label}: tensor '{self.name}' {holds}, where the base holds others"
+        elif not _is_finite(self.base):
+            found = f"{base} (the base): tensor '{self.name}' {holds}, where {label} does not"
         else:
-            at_fault = f"{self.base_at.checkpoint.label} (the base)"
-        raise FamilyError(
-            f"{at_fault}: tensor '{self.name}' holds {bad} values that are NaN or infinite "
-            f"(task '{self.tasks[task]}'); mend or retrain that checkpoint"
+            found, retrain = (
+                f"{label}: tensor '{self.name}' differs from the base's by more than float32 holds "
+                f"(task '{self.tasks[task]}')",
+                "",
+            )
+        whole = whole_name(self.base_at.checkpoint, self.name)
+        private = f"declare '{whole}' private to store it whole"
+        if self.name not in self.base_at.checkpoint.plain:  # an adapter's own, and never private
+            private = ""
+        elif retrain:
+            private = f"or, if they are meant, {private}"
+        return FamilyError("; ".join(filter(None, [found, retrain, private])))
+
+    def _out_of_range(self, magnitude: float, dtype: torch.dtype, task: int) -> FamilyError:
+        """The error that a fine-tuned tensor's values are infinite in the base's dtype."""
+        base = self.base_at.checkpoint.label
+        return FamilyError(
+            f"{self._at(task).checkpoint.label}: tensor '{self.name}' reaches {magnitude:.6g} "
+            f"(task '{self.tasks[task]}'), which would be infinite in the base's dtype, "
+            f"{str(dtype).removeprefix('torch.')}; convert the base {base} to {wider(magnitude)}"
         )
+
+
+def difference(tuned: Tensor, base: Tensor) -> Tensor:
+    """θ − θ₀: float32, 0 where neither is finite and both are the same."""
+    delta = tuned.to(torch.float32) - base.to(torch.float32)
+    return delta if _is_finite(delta) else delta.masked_fill_(unmoved(tuned, base), 0)
+
+
+def unmoved(tuned: Tensor, base: Tensor) -> Tensor:
+    """Where neither of two tensors is finite, and both are the same: bool, of their shape.
+
+    A mask of −∞ is such, and what observers hold before they have seen anything.
+    """
+    ours, theirs = tuned.to(torch.float64), base.to(torch.float64)
+    same = (ours == theirs) | (ours.isnan() & theirs.isnan())
+    return same & ~ours.isfinite()
+
+
+def _is_finite(values: Tensor) -> bool:
+    # The sum is one cheap pass; only a suspicious one is looked at entry by entry.
+    return bool(torch.isfinite(values.sum()) or torch.isfinite(values).all())
 
 
 class ChangedVectors(TaskVectors):

@@ -40,6 +40,13 @@ class Scores:
         own = (self.finetuned or {}).get(task)
         return None if task in self.lower else _share(self.values[task], own)
 
+    def logged(self, stage: str) -> dict[str, float]:
+        """What loggers get: every task's score, their mean and share, as `stage/name`."""
+        found = {**self.values, "mean": self.mean}
+        if self.share is not None:
+            found["share"] = self.share
+        return {f"{stage}/{name}": value for name, value in found.items()}
+
     def rows(self) -> list[dict[str, Any]]:
         """One row per task and one for the mean."""
         rows: list[dict[str, Any]] = [

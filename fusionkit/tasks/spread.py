@@ -8,11 +8,13 @@ place, and left out of the metrics: scores are those of one process, to the last
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from torch import Tensor
+import torch
+from lightning.pytorch import LightningModule
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 from torchmetrics import Metric
 
 from fusionkit.errors import DataError
+from fusionkit.tasks.metrics import value_of
 from fusionkit.tasks.wrapped import Wrapped
 
 Spread = Literal["rows", "tasks"]
@@ -84,20 +86,26 @@ class TasksSpread(Wrapped):
         return found
 
 
-def alone(metric: Metric) -> None:
-    """Let a metric be computed by the process that has its rows, without the others."""
-    for part in metric.modules():
+def value_of_owner(module: LightningModule, metric: Metric, task: str) -> float:
+    """A task's score, in every process, where one process alone evaluates it.
+
+    Args:
+        module: the module whose processes these are.
+        metric: has seen the task's rows in one of them.
+        task: the task.
+    """
+    own = metric.update_called
+    for part in metric.modules():  # computed without the others
         if isinstance(part, Metric):
             part.distributed_available_fn = _nobody
+    pair = torch.tensor([value_of(metric, task) if own else 0.0, float(own)])
+    gathered: Any = module.all_gather(pair.to(module.device))
+    values = gathered.view(-1, 2)
+    return float(values[values[:, 1] > 0, 0].mean())
 
 
 def _nobody() -> bool:
     return False
-
-
-def of_owner(values: Tensor) -> float:
-    """The value of the process that has one: `(processes, 2)`, a value and whether it is one."""
-    return float(values[values[:, 1] > 0, 0].mean())
 
 
 def share_out(sizes: Sequence[int], processes: int) -> list[list[int]]:

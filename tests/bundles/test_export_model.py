@@ -27,7 +27,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from fusionkit import SVD, Bundle, Dense
+from fusionkit import SVD, Bundle, Dense, ReuseModule
 from fusionkit.bundles import export_folder
 from fusionkit.bundles.add_tasks import add_tasks
 from fusionkit.bundles.compress import compress
@@ -182,6 +182,18 @@ def test_what_is_the_tasks_own_outlives_its_folder(tmp_path: Path) -> None:
     assert len(AutoTokenizer.from_pretrained(tmp_path / "same")) == 7
 
 
+def test_a_base_in_memory_is_still_known_by_its_folder(tmp_path: Path) -> None:
+    """A live model takes the base's place in a bundle that it is switched by."""
+    made(llama).save_pretrained(tmp_path / "base")
+    tokenizer(6).save_pretrained(tmp_path / "base")
+    tuned(llama).save_pretrained(tmp_path / "fine")
+    bundle = compress(tmp_path / "base", {"t": tmp_path / "fine"}, SVD(2))
+    ReuseModule(made(llama), bundle).switch("t")
+    export_task(bundle, "t", tmp_path / "out")
+    loaded(LlamaForCausalLM, tmp_path / "out")
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == 6
+
+
 def test_side_files_go_where_the_task_goes(tmp_path: Path) -> None:
     made(llama).save_pretrained(tmp_path / "base")
     for task in ("one", "two"):
@@ -228,6 +240,21 @@ def test_a_head_that_the_task_has_apart_is_untied(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(model, IDS), logits(fine, IDS), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("own", [False, True], ids=["no config", "its own config"])
+def test_rows_added_to_the_vocabulary(own: bool, tmp_path: Path) -> None:
+    base = made(lambda: llama(tie_word_embeddings=True))
+    base.save_pretrained(tmp_path / "base")
+    fine = tuned(lambda: llama(tie_word_embeddings=True))
+    fine.resize_token_embeddings(43)
+    fine.save_pretrained(tmp_path / "fine")
+    given = tmp_path / "fine" if own else fine
+    bundle = compress(tmp_path / "base", {"t": given}, Dense("fp32"), tmp_path / "b")
+    export_task(bundle, "t", tmp_path / "out", max_shard_size="5KB")
+    model = loaded(LlamaForCausalLM, tmp_path / "out")
+    assert model.config.vocab_size == 43
+    torch.testing.assert_close(logits(model, IDS), logits(fine, IDS), rtol=1e-4, atol=1e-5)
+
+
 def test_the_dtype_is_said(tmp_path: Path) -> None:
     made(llama).save_pretrained(tmp_path / "base")
     tuned(llama).save_pretrained(tmp_path / "fine")
@@ -246,7 +273,7 @@ def test_values_that_float16_has_not_are_refused(tmp_path: Path) -> None:
         fine.model.norm.weight[3] = 1e5
     fine.save_pretrained(tmp_path / "fine")
     bundle = compress(tmp_path / "base", {"t": tmp_path / "fine"}, Dense("fp32"))
-    with pytest.raises(BundleError, match=r"'model.norm.weight' of task 't' holds 1 values.*bf16"):
+    with pytest.raises(BundleError, match=r"task 't': tensor 'model.norm.weight'.*float16.*bf16"):
         export_task(bundle, "t", tmp_path / "out", "fp16")
     assert not (tmp_path / "out").exists()
     export_task(bundle, "t", tmp_path / "out", "bf16")

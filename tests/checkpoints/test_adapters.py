@@ -13,6 +13,7 @@ import torch
 from peft_adapters import CONFIGS, net, saved
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import ViTConfig, ViTForImageClassification
 
 from fusionkit import (
     EMR,
@@ -167,11 +168,38 @@ def test_an_adapter_of_one_of_two_tied_weights_unties_them(tmp_path: Path, whole
     assert torch.equal(base["head"].weight, base["embed"].weight)
 
 
-def test_square_matrices_among_layers_of_two_kinds_are_refused(tmp_path: Path) -> None:
+def test_square_matrices_among_layers_of_two_kinds_need_the_class(tmp_path: Path) -> None:
     """PEFT's one flag is that of the last layer; the other kind would be read turned over."""
-    saved(tmp_path / "a", peft.LoraConfig(r=2, target_modules=["1", "turned", "wide", "fc"]))
+    config = peft.LoraConfig(r=2, target_modules=["1", "turned", "wide", "fc"])
+    wanted = saved(tmp_path / "a", config).merge_and_unload().state_dict()
     with pytest.raises(CheckpointError, match=r"(?s)wrong for 'wide'.*'layer\.1'.*'turned'"):
-        Family(net(), {"t": str(tmp_path / "a")})
+        Family(net().state_dict(), {"t": str(tmp_path / "a")})
+    found = compress(net(), {"t": str(tmp_path / "a")}, Dense("fp32")).state_dict("t")
+    assert all(torch.allclose(found[name], wanted[name], atol=1e-5) for name in wanted)
+
+
+def test_an_adapter_of_an_earlier_transformers_is_read_under_the_class_s_names(
+    tmp_path: Path,
+) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    base = ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, **sizes))
+    config = peft.LoraConfig(
+        r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False,
+        rank_pattern={"q_proj": 3}, modules_to_save=["classifier"],
+    )  # fmt: skip
+    adapted: Any = peft.get_peft_model(copy.deepcopy(base), config)
+    adapted.save_pretrained(tmp_path / "a")
+    wanted = adapted.merge_and_unload().state_dict()
+    path = tmp_path / "a" / "adapter_model.safetensors"
+    old = {"layers.0": "encoder.layer.0", "q_proj": "attention.query", "v_proj": "attention.value"}
+    state = load_file(path)
+    for new, before in old.items():
+        state = {name.replace(new, before): tensor for name, tensor in state.items()}
+    assert "encoder.layer.0.attention.attention.query" in " ".join(state)
+    save_file(state, path)
+    edit(tmp_path / "a", rank_pattern={"query": 3})
+    found = compress(base, {"t": str(tmp_path / "a")}, Dense("fp32")).state_dict("t")
+    assert all(torch.allclose(found[name], wanted[name], atol=1e-5) for name in wanted)
 
 
 def test_untouched_tensors_are_frozen_and_families_may_be_mixed(tmp_path: Path) -> None:

@@ -119,6 +119,16 @@ def test_decoding_on_cuda(name: str) -> None:
                 check_close(there.cpu(), here)
 
 
+@needs_cuda
+def test_what_is_not_finite_in_both_is_no_delta_on_cuda() -> None:
+    inf = float("inf")
+    base = torch.tensor([inf, -inf, float("nan"), 1.0], dtype=torch.float16)
+    tuned = {"w": torch.cat([base[:3].float(), torch.tensor([3.0])])}
+    vectors = Family({"w": base}, {"a": tuned}, device="cuda").vectors("w")
+    assert vectors[0].tolist() == [0, 0, 0, 2]
+    assert next(vectors.blocks())[1].tolist() == [[0, 0, 0, 2]]
+
+
 def check_close(found: Tensor, wanted: Tensor, exact: bool = False) -> None:
     if exact or not wanted.is_floating_point():
         difference = (found != wanted).sum()

@@ -192,7 +192,7 @@ def test_values_that_are_not_finite_are_named(tmp_path: Path, value: float, plac
     weight[place] = value
     save_file({"w": weight}, bad)
     vectors = Family(base, {"fine": good, "broken": bad}).vectors("w")
-    said = rf"{bad}: tensor 'w' holds 1 values that are NaN or infinite \(task 'broken'\); mend"
+    said = rf"{bad}: tensor 'w' holds 1 values that are NaN or infinite \(task 'broken'\), "
     assert torch.isfinite(vectors[0]).all()
     with pytest.raises(FamilyError, match=said):
         vectors[1]
@@ -206,11 +206,10 @@ def test_values_that_are_not_finite_are_named(tmp_path: Path, value: float, plac
 def test_a_base_that_is_not_finite_is_named(tmp_path: Path, value: float) -> None:
     base = tmp_path / "base.safetensors"
     save_file({"w": torch.tensor([1.0, value])}, base)
-    for tuned in ([1.0, 1.0], [1.0, value]):
-        vectors = Family(base, {"a": {"w": torch.tensor(tuned)}}).vectors("w")
-        for read in (lambda v=vectors: v[0], lambda v=vectors: list(v.blocks())):
-            with pytest.raises(FamilyError, match=rf"{base} \(the base\): tensor 'w' holds 1"):
-                read()
+    vectors = Family(base, {"a": {"w": torch.ones(2)}}).vectors("w")
+    for read in (lambda: vectors[0], lambda: list(vectors.blocks())):
+        with pytest.raises(FamilyError, match=rf"{base} \(the base\): tensor 'w' holds 1"):
+            read()
 
 
 def test_infinities_of_both_signs_are_not_lost_in_a_sum() -> None:
@@ -323,8 +322,8 @@ def test_every_finding_is_listed_with_its_file_and_tensor(tmp_path: Path, files:
         Family(files.base, files.finetuned, private=PRIVATE)
     ant, cat = (f"{files.finetuned[task]} (task '{task}')" for task in ("ant", "cat"))
     for finding in (
-        f"{ant}: misses tensor 'conv.bias' (declare it frozen",
-        f"{ant}: has tensor 'surplus', which the base lacks (declare it private?)",
+        f"{ant}: misses tensor 'conv.bias' (other tasks have it",
+        f"{ant}: has tensor 'surplus', which the base lacks (declare it private if",
         f"{ant}: tensor 'hidden.bias' has shape [7], the base's has [6] (declare it private",
         f"{ant}: tensor 'conv.weight' is torch.int32, the base's is torch.float32",
         f"{cat}: tensor 'embed.weight' has shape [12, 6], the base's has [11, 6]",
@@ -357,19 +356,6 @@ def test_patterns_care_for_case(base: TinyNet, finetuned: States) -> None:
 def test_a_tensor_cannot_be_both_private_and_frozen(base: TinyNet, finetuned: States) -> None:
     refused("both private and frozen", "head.weight", base=base, finetuned=finetuned,
             private=PRIVATE, frozen=["*.weight"])  # fmt: skip
-
-
-def test_a_prefix_that_would_make_the_names_fit_is_named(tmp_path: Path, files: Files) -> None:
-    path = files.finetuned["ant"]
-    state = load_file(path)
-    save_file({f"model.net.{name}": tensor for name, tensor in state.items()}, path)
-    options = {"base": files.base, "finetuned": {"ant": path}}
-    refused("misses tensor", str(path), "with the prefix 'model.net.'",
-            "strip_prefix='model.net.'", **options, private=["*head.*"])  # fmt: skip
-    base = Checkpoint.of(files.base, add_prefix="model.net.")
-    assert len(Family(base, {"ant": path}, private=["*head.*"])) == len(DELTAS)
-    tuned = Checkpoint.of(path, strip_prefix="model.net.")
-    assert len(Family(files.base, {"ant": tuned}, private=PRIVATE)) == len(DELTAS)
 
 
 def test_a_base_alone_is_no_family(base: TinyNet) -> None:

@@ -21,6 +21,8 @@ from fusionkit.checkpoints.adapters.layout import AdapterLayout
 from fusionkit.checkpoints.adapters.parameters import parameter_modules
 from fusionkit.checkpoints.adapters.refusals import MERGE, READ, refuse_config
 from fusionkit.checkpoints.checkpoint import Checkpoint
+from fusionkit.checkpoints.conversion import renamer
+from fusionkit.checkpoints.view import View
 from fusionkit.errors import CheckpointError, FamilyError, listing
 
 CONFIG = "adapter_config.json"
@@ -64,6 +66,7 @@ class Adapter:
     ) -> None:
         self.label, self.config, self.tensors = label, dict(config), tensors
         self.start, self.folder = dict(start or {}), folder
+        self._before: dict[str, str] = {}
         refuse_config(self.config, label)
         self._refuse_tensors()
 
@@ -76,6 +79,27 @@ class Adapter:
     def whole(self) -> list[str]:
         """Names of the tensors that replace the base's: heads, biases, …."""
         return [name for name in self.tensors if _adapted(name) is None]
+
+    def named_for(self, base: Checkpoint) -> "Adapter":
+        """The same under the names of a base's class, if an earlier transformers had others."""
+        known = base.architecture
+        if known is None or known.skeleton is None:
+            return self
+        rename, names = renamer(known.skeleton), {}
+        for name in self.tensors:
+            module = _adapted(name)
+            old = name if module is None else f"{module}.weight"
+            new = rename(old) if old not in base else old
+            if new == old or new not in base:
+                names[name] = name
+            elif module is None:
+                names[new] = name
+            else:
+                new = new.removesuffix(".weight")
+                names[new + name.removeprefix(module)] = name
+                self._before[new] = module
+        self.tensors = View(self.tensors, names)
+        return self
 
     def layout(self, base: Checkpoint) -> AdapterLayout:
         """What the adapter does to a base.
@@ -134,7 +158,7 @@ class Adapter:
             name: the module's.
             rank: that its factors have.
         """
-        config = self.config
+        config, name = self.config, self._before.get(name, name)
         rank = _by_pattern(config.get("rank_pattern"), name, config.get("r", 8))
         alpha = _by_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))
         return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
@@ -165,6 +189,8 @@ class Adapter:
             if lora is None or lora.form not in {"linear", "transposed"}:
                 continue
             shape = base.specs[module.targets[0]].shape
+            if _kind_of(module.targets[0], base):
+                continue  # its class says it
             if shape[0] == shape[1]:
                 square.append(f"'{lora.name}'")
             elif lora.form != flag:
@@ -207,13 +233,17 @@ class Adapter:
 
     def _check_magnitudes(self, lora: LoraModule, base: Checkpoint) -> None:
         axis = 1 if lora.form in {"transposed", "embedding"} else 0
-        outputs = base.specs[lora.targets[0]].shape[axis]
+        outputs = self._shape(lora.targets[0], base)[axis]
         shape = self.tensors.specs[f"{lora.name}.{_MAGNITUDES}"].shape
         if math.prod(shape) != outputs:
             raise FamilyError(
                 f"{self.label}: '{lora.name}.{_MAGNITUDES}' has shape {list(shape)}, but the "
                 f"base's weight has {outputs} outputs; an adapter of another base?"
             )
+
+    def _shape(self, weight: str, base: Checkpoint) -> tuple[int, ...]:
+        """Of a weight; the adapter's own, of a module that was resized before it was adapted."""
+        return (self.tensors if weight in self.tensors else base).specs[weight].shape
 
     def _lora(self, name: str, base: Checkpoint) -> LoraModule:
         embedding = f"{name}.lora_embedding_A" in self.tensors
@@ -223,7 +253,7 @@ class Adapter:
             else ("lora_A.weight", "lora_B.weight")
         )
         a, b = self.factors(name, keys)
-        weight = base.specs[_weight_of(name, base)].shape
+        weight = self._shape(_weight_of(name, base), base)
         self._refuse_grouped(name, a, b, weight)
         attention = name.removesuffix(".out_proj")
         if attention == name or not self._is_attention(attention, base):
@@ -241,6 +271,8 @@ class Adapter:
                 f"takes a part alone, is not known here; {MERGE}"
             )
         form = self._form(name, a, b, weight, embedding)
+        if form in {"linear", "transposed"} and weight[0] == weight[1]:
+            form = _kind_of(_weight_of(name, base), base) or form
         if form == "linear" and self._is_attention(name, base):
             form = "in_proj"
         # PEFT adds an attention's out_proj twice, when it trains and when it merges.
@@ -324,6 +356,12 @@ class Adapter:
                 f"{self.label}: holds tensors of a kind that is not known here:{listing(strange)}\n"
                 f"{MERGE}"
             )
+
+
+def _kind_of(name: str, base: Checkpoint) -> Any:
+    """How a matrix lies, where the base's class says it; None where it does not."""
+    kind = base.architecture.kinds.get(name) if base.architecture else None
+    return kind if kind in {"linear", "transposed"} else None
 
 
 def _adapted(name: str) -> str | None:

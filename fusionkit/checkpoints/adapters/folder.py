@@ -22,6 +22,7 @@ TENSORS = ("adapter_model.safetensors", "adapter_model.bin")
 RECORD = "fusionkit.json"
 PREFIX = "base_model.model."
 
+_SAVED = re.compile(r"\.(modules_to_save|original_module)\.")
 # Not before factors: there it tells those of several parameters of one module apart.
 _WRAPPED = re.compile(r"(?:\.base_layer)+(?=\.)(?!\.(?:base_layer|lora_))")
 
@@ -76,6 +77,9 @@ def _plain(file: Checkpoint, label: str, files: tuple[Path, ...]) -> Checkpoint:
     if len(names) < len(file):
         twice = min(set(file) - set(names.values()))
         raise CheckpointError(f"{label}: has '{twice}' under another name too; save it again")
+    # Of a resized embedding, PEFT saves what `modules_to_save` wraps, too, beside what counts.
+    beside = {name for name in names if (bare := _SAVED.sub(".", name)) != name and bare in names}
+    names = {name: there for name, there in names.items() if name not in beside}
     return View(file, names, label=label, files=files)
 
 

@@ -10,6 +10,7 @@ from fusionkit.checkpoints.adapters.kinds import LoraModule, Module, ParameterMo
 from fusionkit.checkpoints.adapters.lowrank import LowRank
 from fusionkit.checkpoints.adapters.start import start_of
 from fusionkit.checkpoints.checkpoint import Checkpoint, Pieces
+from fusionkit.checkpoints.rounding import check_rounding
 
 
 class MergedAdapter(Checkpoint):
@@ -58,7 +59,7 @@ class MergedAdapter(Checkpoint):
             return base
         module, target = self._modules[name]
         delta = module.delta(target, base, *self._tensors(module))
-        return torch.add(base.to(torch.float32), delta).to(base.dtype)
+        return self._sum(name, base, delta)
 
     def pieces(self, name: str) -> Pieces:
         """Read one tensor piece by piece; what the adapter changes or replaces is made whole."""
@@ -70,7 +71,7 @@ class MergedAdapter(Checkpoint):
             return self.below.row(name, index)
         if product := self.row_low_rank(name, index):
             base = self.below.row(name, index)
-            return torch.add(base.to(torch.float32), product.dense(base.shape)).to(base.dtype)
+            return self._sum(name, base, product.dense(base.shape))
         return self[name][index]
 
     def row_pieces(self, name: str, index: int) -> Pieces:
@@ -144,6 +145,13 @@ class MergedAdapter(Checkpoint):
         if not isinstance(module, ParameterModule) or name in self._whole:
             return None
         return module.low_rank(self._tensors(module)[0], self.specs[name].shape[0], index)
+
+    def _sum(self, name: str, base: Tensor, delta: Tensor) -> Tensor:
+        """θ₀ + τ, rounded to the base's dtype."""
+        merged = torch.add(base.to(torch.float32), delta)
+        what = f"{self.label}: tensor '{name}', merged,"
+        check_rounding(merged, base.dtype, what, "give the base in")
+        return merged.to(base.dtype)
 
     def _tensors(self, module: Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         own = {name: self._own[name] for name in module.tensors}
