@@ -1,41 +1,49 @@
 """Write one task as a PEFT adapter: a LoRA extracted from its bundle, whatever it was before."""
 
-import dataclasses
-import re
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from fusionkit.bundles.bundle import Bundle
 from fusionkit.bundles.export_model import DTYPES
-from fusionkit.checkpoints.adapters.adapter import CONFIG, LINEARIZED
+from fusionkit.bundles.peft_adapter import (
+    Adapter,
+    Factors,
+    full_rank,
+    lora_keys,
+    module_of,
+    stacked,
+)
+from fusionkit.bundles.peft_check import (
+    Place,
+    check,
+    check_names,
+    fit,
+    make_config,
+)
+from fusionkit.bundles.peft_modules import forms_of, recorded_forms, structure_of
+from fusionkit.bundles.side_files import base_folder
+from fusionkit.bundles.weights import TaskWeights
+from fusionkit.checkpoints.adapters.adapter import CONFIG
 from fusionkit.checkpoints.adapters.folder import PREFIX, TENSORS
 from fusionkit.checkpoints.adapters.kinds import Form, LoraModule
 from fusionkit.checkpoints.adapters.lowrank import LowRank
+from fusionkit.checkpoints.checkpoint import matches
 from fusionkit.checkpoints.output_folder import check_replaceable, new_folder
 from fusionkit.checkpoints.paths import open_path
 from fusionkit.checkpoints.rounding import rounded
+from fusionkit.checkpoints.stacks import row_name, rows_of
 from fusionkit.codecs.base import DeltaCodec
 from fusionkit.codecs.decomposition import svd_gram
 from fusionkit.errors import BundleError, listing
+from fusionkit.task_vectors.task_source import folded_tensor
 
-_EMBEDDINGS = re.compile(r"embed|(^|[._])w[tp]e$", re.IGNORECASE)
-
-
-@dataclasses.dataclass
-class _Adapter:
-    """What goes into the folder; names as the base has them."""
-
-    tensors: dict[str, Tensor] = dataclasses.field(default_factory=dict)
-    ranks: dict[str, int] = dataclasses.field(default_factory=dict)
-    whole: dict[str, Tensor] = dataclasses.field(default_factory=dict)
-    has_bias: bool = False
-    transposed: bool = False
+Server = Literal["vllm"]
+_LARGEST_SERVED = 512
 
 
 def export_adapter(
@@ -45,17 +53,26 @@ def export_adapter(
     *,
     rank: int | None = None,
     lora_only: bool = False,
+    leave_out: Sequence[str] = (),
+    for_server: Server | None = None,
+    base_name: str | None = None,
     dtype: str = "fp16",
     overwrite: bool = False,
 ) -> list[str]:
     """Write a task as a folder that `PeftModel.from_pretrained` loads, with the same outputs.
 
-    Matrices become LoRA factors with alpha = rank, the scale split evenly over both factors;
-    biases of adapted modules go along as they are, and what is no LoRA (heads, norms, matrices
-    that the codec kept whole) as `modules_to_save`. A linearized adapter is folded into a plain
-    LoRA, which is exact. Whether a matrix is an embedding is told by its name (`embed`, `wte`,
-    `wpe`), and whether the model lays matrices out as (in, out), as GPT-2 does, by the lengths of
-    its biases.
+    Weights of linear layers, embeddings and convolutions, and stacks of experts, become LoRA
+    factors with alpha = rank, the scale split evenly over both factors; biases of adapted modules
+    go along as they are, and what is no LoRA (heads, norms, matrices that the codec kept whole) as
+    `modules_to_save`. Of tied weights one has factors, the others are saved whole, so that outputs
+    are the same before and after PEFT's `merge_and_unload`. A linearized adapter is folded into a
+    plain LoRA, which is exact.
+
+    What holds a weight is the model's own word, where its class is known: by its configuration, or
+    since it is live. Then the adapter is loaded into PEFT's own model, without weights, before the
+    folder appears: no key may be missing or left over, and weights that PEFT's layers rebuild must
+    be the bundle's. Else names and the lengths of biases tell embeddings and layouts, and the
+    config alone is held against the names.
 
     Args:
         bundle: the bundle, its base at hand.
@@ -63,251 +80,315 @@ def export_adapter(
         out: the folder to write, of the local disk or a URL; it appears whole or not at all.
         rank: cut the deltas of codecs that have no factors (anything but SVD or adapters) to
             this rank by SVD, which changes outputs.
-        lora_only: leave out whatever is not a LoRA; some servers read nothing else.
+        lora_only: leave out whatever is not a LoRA; some servers read nothing else. A tied
+            embedding is none.
+        leave_out: patterns (`*embed_tokens*`) of tensors to leave out.
+        for_server: leave out what this server refuses: `vllm` takes the linear layers of a
+            language model's attention and MLP alone, of rank 512 at most.
+        base_name: what the adapter says that its base is; by default its path.
         dtype: of the factors: fp32, fp16 or bf16; what is stored whole keeps its own.
         overwrite: replace an adapter that is there.
 
     Returns:
-        the names of the tensors that were left out, where `lora_only` is set.
+        the names of the tensors that were left out.
 
     Raises:
         BundleError: the codec has no factors and no rank is given, a tensor fits neither a LoRA
             nor a module (and `lora_only` is not set), a square matrix's layout can't be told, a
-            factor is too large for fp16, or the folder exists.
+            factor is too large for fp16, the adapter would change nothing, PEFT would not load
+            it whole, or the folder exists.
         WrongBaseError: the base at hand is another model.
     """
     if dtype not in DTYPES:
         raise BundleError(f"unknown dtype '{dtype}'; expected {', '.join(DTYPES)}")
+    if for_server not in (None, "vllm"):
+        raise BundleError(f"unknown server '{for_server}'; expected vllm")
     out = open_path(out)
     check_replaceable(out, overwrite, known_by=CONFIG)
-    space = bundle.manifest.base.space
-    made = _of_space(bundle, task) if space else _of_weights(bundle, task, rank)
-    if bundle.added(task) and not lora_only:
+    weights = TaskWeights(bundle, task)
+    model = structure_of(bundle)
+    adapter = Adapter(_shapes(bundle, task, weights, model), bundle.tied)
+    if bundle.space:
+        _take_adapter(adapter, bundle, task)
+    else:
+        _take_weights(adapter, bundle, task, rank, model)
+    _leave_out_rows(adapter, bundle, task, leave_out, lora_only or for_server is not None)
+    adapter.leave_out(n for n in _names(adapter) if matches(n, leave_out))
+    if for_server:
+        adapter.leave_out(n for n in _names(adapter) if not adapter.is_served(n))
+    config, places = _fitted(adapter, bundle, task, model, lora_only or for_server is not None)
+    if for_server and config["r"] > _LARGEST_SERVED:
         raise BundleError(
-            f"task '{task}' adds rows to the vocabulary, which an adapter of a base without them "
-            f"has no place for:{listing([repr(name) for name in bundle.added(task)])}\nexport the "
-            "whole model, or set lora_only to leave out all that is not a LoRA"
+            f"task '{task}' needs rank {config['r']}, and vLLM takes {_LARGEST_SERVED} at most; "
+            f"compress with SVD(rank={_LARGEST_SERVED}) or less"
         )
-    left_out = sorted({*made.whole, *bundle.added(task)}) if lora_only else []
-    if lora_only:
-        made.whole, made.has_bias = {}, False
-    config = _config(bundle, made)
+    config["base_model_name_or_path"] = base_name or _base_name(bundle)
     what = f"{bundle.path}: task '{task}': factor"
-    tensors = {
-        PREFIX + name: rounded(tensor, DTYPES[dtype], f"{what} '{name}'").contiguous()
-        for name, tensor in made.tensors.items()
-    }
-    for name, tensor in made.whole.items():
-        module, _, leaf = name.rpartition(".")
-        own = f"{module}.base_layer.{leaf}" if module in made.ranks else name
-        tensors[PREFIX + own] = tensor.contiguous()
+    tensors = dict(_tensors(adapter, weights, places, DTYPES[dtype], what))
     with new_folder(out, overwrite, known_by=CONFIG) as folder:
         save_file(tensors, folder / TENSORS[0], metadata={"format": "pt"})
-        _write_config(folder, config)
-    return left_out
+        make_config(config).save_pretrained(str(folder))
+        if model is not None:
+            moved = {n: s for n, s in adapter.shapes.items() if n in adapter.whole}
+            shapes = {**adapter.shapes, **moved}
+            check(model, folder, shapes, _deltas(adapter, bundle, task, places), dtype)
+        elif not adapter.own:
+            check_names(adapter, config)
+    return sorted(adapter.left_out)
 
 
-def _config(bundle: Bundle, made: _Adapter) -> dict[str, Any]:
-    """PEFT's config of what was made.
+def _leave_out_rows(
+    adapter: Adapter, bundle: Bundle, task: str, leave_out: Sequence[str], lora_only: bool
+) -> None:
+    """Rows that a task added to the vocabulary, which no adapter of the base has a place for.
 
     Raises:
-        BundleError: a tensor that is stored whole is in no module of its own.
+        BundleError: there are some, and they may not be left out.
     """
-    homeless = [
-        f"'{name}'"
-        for name in made.whole
-        if _module(name) not in made.ranks and ("." not in name or _crowded(name, bundle))
-    ]
-    if homeless:
+    added = bundle.added(task)
+    kept = [name for name in added if not lora_only and not matches(name, leave_out)]
+    if kept:
         raise BundleError(
-            f"a PEFT adapter has no place for tensors outside a module of their own:"
-            f"{listing(homeless)}\nset lora_only to leave out all that is not a LoRA"
+            f"task '{task}' adds rows to the vocabulary, which an adapter of a base without them "
+            f"has no place for:{listing([repr(name) for name in kept])}\nexport the whole model, "
+            "or set lora_only to leave out all that is not a LoRA"
         )
-    space = bundle.manifest.base.space
-    is_ia3 = space is not None and space.layout.kind == "ia3"
-    config = dict(space.config) if space and is_ia3 else _lora_config(bundle, made)
-    saved = {m for name in made.whole if (m := _module(name)) not in made.ranks}
-    config["modules_to_save"] = sorted(saved) or None
-    if made.has_bias:
-        config["bias"] = "all"
-    return config
+    adapter.left_out.update(added)
 
 
-def _of_space(bundle: Bundle, task: str) -> _Adapter:
+def _fitted(
+    adapter: Adapter, bundle: Bundle, task: str, model: nn.Module | None, lora_only: bool
+) -> tuple[dict[str, Any], Mapping[str, Place]]:
+    """Bring an adapter to what PEFT can hold of this model.
+
+    Returns:
+        the adapter's config, and where PEFT has stacks of experts.
+
+    Raises:
+        BundleError: there is nothing to adapt, or a tensor has no place.
+    """
+    while True:
+        adapter.tie(model)
+        if lora_only:
+            adapter.leave_out(adapter.whole)
+        homeless = adapter.complete()
+        if homeless:
+            raise BundleError(
+                f"a PEFT adapter has no place for tensors outside a module of their own:"
+                f"{listing([repr(name) for name in homeless])}\nset lora_only to leave out all "
+                "that is not a LoRA"
+            )
+        if adapter.is_empty:
+            raise _nothing(adapter, bundle, task)
+        config = _config(adapter, bundle)
+        if model is None or adapter.own:
+            return config, {n: Place(module_of(n)) for n in adapter.factors}
+        fitting = fit(model, adapter, config)
+        if not fitting.wrong:
+            return config, fitting.places
+        adapter.save_whole(fitting.wrong)
+
+
+def _nothing(adapter: Adapter, bundle: Bundle, task: str) -> BundleError:
+    if adapter.left_out:
+        return BundleError(
+            f"the adapter of task '{task}' would change nothing: all that differs from the base is "
+            f"left out:{listing([repr(name) for name in sorted(adapter.left_out)])}\nleave out "
+            "less, or export the whole model"
+        )
+    if adapter.whole:
+        return BundleError(
+            f"{bundle.codec!r} has kept every matrix whole, so that there is no LoRA to write; "
+            "give a rank to cut them to"
+        )
+    return BundleError(
+        f"task '{task}' does not differ from the base, so that its adapter would change nothing; "
+        "use the base"
+    )
+
+
+def _shapes(
+    bundle: Bundle, task: str, weights: TaskWeights, model: nn.Module | None
+) -> dict[str, tuple[int, ...]]:
+    """The task's tensors, all names of tied ones among them → shape."""
+    base = bundle.whole_base
+    known = {} if model is None else model.state_dict()
+    found = {name: tuple(tensor.shape) for name, tensor in known.items()}
+    found.update({name: tuple(base.specs[name].shape) for name in weights if name in base})
+    found.update({a: found[to] for a, to in bundle.tied.items() if to in found})
+    found.update({name: tuple(t.shape) for name, t in bundle.private_tensors(task)})
+    return found
+
+
+def _take_adapter(adapter: Adapter, bundle: Bundle, task: str) -> None:
     """The adapter itself, as the bundle gives it back."""
-    space = bundle.manifest.base.space
+    space = bundle.space
     assert space is not None
-    tensors, made = bundle.adapter_tensors(task), _Adapter()
+    tensors = bundle.adapter_tensors(task)
     if space.layout.kind == "ia3":
-        made.tensors = tensors
+        adapter.own = tensors
     for module in space.layout.modules:
         if isinstance(module, LoraModule):
-            _put(made, module, module.low_rank(tensors, bundle.initial), bundle)
-            if module.bias:
-                base = bundle.base[module.targets[1]]
-                made.whole[module.targets[1]] = base + module.delta(
-                    module.targets[1], base, tensors, bundle.initial
-                )
-                made.has_bias = True
-    made.whole.update(_changed_whole(bundle, task, set(space.layout.tensors)))
-    return made
+            name = module.targets[0]
+            product = module.low_rank(tensors, bundle.initial)
+            adapter.factors[name] = Factors.of(module.form, product, adapter.shapes[name])
+            adapter.whole.update(module.targets[1:])
+        elif space.layout.kind != "ia3":
+            adapter.whole.update(module.targets)
+    adapter.whole.update(_moved(bundle, task, set(space.layout.tensors)))
 
 
-def _of_weights(bundle: Bundle, task: str, rank: int | None) -> _Adapter:
-    """Factors of every matrix, and the rest whole."""
-    made = _Adapter()
-    specs = bundle.manifest.base.tensors
-    layouts = _Layouts({name: record.shape for name, record in specs.items()})
-    keeps_whole = type(bundle.codec).factors is not DeltaCodec.factors
+def _take_weights(
+    adapter: Adapter, bundle: Bundle, task: str, rank: int | None, model: nn.Module | None
+) -> None:
+    """Factors of every matrix that can have them, and the rest whole."""
+    forms = forms_of(model) if model is not None else recorded_forms(bundle)
+    rows = rows_of(bundle.stacks) if model is not None else {}
+    has_factors = type(bundle.codec).factors is not DeltaCodec.factors
+    kept: dict[str, Tensor] = {}
     lacking = []
     for name in bundle.manifest.base.names("delta"):
-        shape = torch.Size(specs[name].shape)
-        module, _, leaf = name.rpartition(".")
-        if len(shape) < 2 or leaf != "weight" or not module:
+        if name not in forms and name not in rows:
             continue
-        factors = bundle.factors(task, name)
-        if factors is None:
-            delta = bundle.delta(task, name)
-            if delta is None or not delta.any():
-                continue
-            if rank is None and keeps_whole:
-                continue
-            if rank is None:
+        product = bundle.factors(task, name)
+        delta = bundle.delta(task, name) if product is None else None
+        if delta is not None and delta.any():
+            matrix = delta.reshape(delta.shape[0], -1)
+            if rank is not None:
+                product = svd_gram(matrix, rank).cut(min(rank, *matrix.shape))
+                adapter.cut.add(rows[name][0] if name in rows else name)
+            elif has_factors:
+                kept[name] = matrix
+            else:
                 lacking.append(f"'{name}'")
-                continue
-            matrix = delta.reshape(shape[0], -1)
-            factors = svd_gram(matrix, rank).cut(min(rank, *matrix.shape))
-        form: Form = "conv"
-        if len(shape) == 2:
-            embeds = _EMBEDDINGS.search(module.rpartition(".")[2])
-            form = "embedding" if embeds else layouts.of(name)
-        _put(made, LoraModule(module, form, 1.0), factors, bundle)
+        if product is not None:
+            _put(adapter, bundle, name, forms, product)
     if lacking:
         raise BundleError(
             f"{bundle.codec!r} has no low-rank factors of:{listing(lacking)}\n"
             "give a rank to cut them to, or compress with SVD"
         )
-    if not made.ranks:
-        raise BundleError(
-            f"{bundle.codec!r} has kept every matrix whole, so that there is no LoRA to write; "
-            "give a rank to cut them to"
-        )
-    adapted = {f"{module}.weight" for module in made.ranks}
-    made.whole = _changed_whole(bundle, task, adapted)
-    made.has_bias = any(_module(name) in made.ranks for name in made.whole)
-    return made
+    most = max(adapter.ranks.values(), default=0)
+    for name, matrix in kept.items():
+        if min(matrix.shape) <= most:
+            _put(adapter, bundle, name, forms, full_rank(matrix))
+        elif name in rows:
+            adapter.save_whole([rows[name][0]])
+        else:
+            adapter.whole.add(name)
+    done = {*adapter.factors, *adapter.stacks, *kept}
+    adapter.whole.update(_moved(bundle, task, done))
 
 
-def _put(made: _Adapter, module: LoraModule, factors: LowRank, bundle: Bundle) -> None:
-    left, right = _balanced(factors)
-    if module.form in {"transposed", "embedding"}:
-        left, right = right, left
-    a, b = right.mT, left
-    if module.form == "conv":
-        shape = bundle.manifest.base.tensors[module.targets[0]].shape
-        a, b = a.reshape(-1, *shape[1:]), b.reshape(*b.shape, *[1] * (len(shape) - 2))
-    names = dataclasses.replace(module, bias=False).tensors
-    made.tensors.update(zip(names, (a, b), strict=True))
-    made.transposed |= module.form == "transposed"
-    made.ranks[module.name] = a.shape[0]
+def _put(
+    adapter: Adapter, bundle: Bundle, name: str, forms: Mapping[str, Form], product: LowRank
+) -> None:
+    """Add a product, unless it is zero."""
+    if not (product.left.any() and product.right.any()):
+        return
+    for stack, count in bundle.stacks.items():
+        if name.startswith(f"{stack}[") and stack not in adapter.whole:
+            products = adapter.stacks.setdefault(stack, [None] * count)
+            products[[row_name(stack, i) for i in range(count)].index(name)] = product
+            return
+    if name in forms:
+        adapter.factors[name] = Factors.of(forms[name], product, adapter.shapes[name])
 
 
-def _balanced(factors: LowRank) -> LowRank:
-    """The same product, each direction's scale split evenly over both factors (for fp16)."""
-    left, right = (part.norm(dim=0) for part in factors)
-    root = torch.where((left > 0) & (right > 0), (right / left).sqrt(), 1.0)
-    return LowRank(factors.left * root, factors.right / root)
-
-
-def _changed_whole(bundle: Bundle, task: str, adapted: set[str]) -> dict[str, Tensor]:
-    """Tensors that are the task's own or differ from the base's, with all of their modules."""
-    base = bundle.base
-    whole = dict(bundle.private_tensors(task))
+def _moved(bundle: Bundle, task: str, done: set[str]) -> Iterator[str]:
+    """Tensors that are the task's own, or differ from the base's."""
+    yield from bundle.manifest.tasks[task].private
+    rows = rows_of(bundle.stacks)
     for name in bundle.manifest.base.names("delta"):
-        if name not in adapted and (own := bundle.tensor(task, name, base[name])) is not None:
-            what = f"{bundle.path}: task '{task}': tensor '{name}'"
-            mend = "compress again, with the base in"
-            whole[name] = rounded(own, base[name].dtype, what, mend)
-    whole.update(bundle.exact(task))
-    modules = {_module(name) for name in whole} - {_module(name) for name in adapted}
-    for name in bundle.manifest.base.tensors:
-        if _module(name) in modules:
-            whole.setdefault(name, base[name])
-    return whole
+        whole = rows[name][0] if name in rows else name
+        if name not in done and whole not in done:
+            delta = bundle.delta(task, name)
+            if delta is not None and delta.any():
+                yield whole
+    yield from (name for name, _ in bundle.exact(task))
 
 
-def _module(name: str) -> str:
-    return name.rpartition(".")[0]
+def _names(adapter: Adapter) -> list[str]:
+    return [*adapter.factors, *adapter.stacks, *adapter.whole]
 
 
-def _crowded(name: str, bundle: Bundle) -> bool:
-    """Whether a tensor's module holds modules too, which PEFT would have to save with it."""
-    prefix = _module(name) + "."
-    space = bundle.manifest.base.space
-    names = bundle.manifest.base.tensors.keys() - set(space.layout.tensors if space else [])
-    return any(n.startswith(prefix) and _module(n) != _module(name) for n in names)
+def _config(adapter: Adapter, bundle: Bundle) -> dict[str, Any]:
+    space = bundle.space
+    kept = ("task_type", "revision")
+    if space and adapter.own:
+        saved = {"modules_to_save": adapter.modules_to_save or None}
+        return {**space.config, **saved}
+    own = {key: space.config.get(key) for key in kept} if space else {}
+    return {**own, **adapter.config()}
 
 
-class _Layouts:
-    """Whether matrices lie as (out, in) or (in, out): by the biases beside those not square."""
-
-    def __init__(self, shapes: Mapping[str, list[int]]) -> None:
-        self._known: dict[str, Form] = {
-            name: "transposed" if shapes[bias][0] == shape[1] else "linear"
-            for name, shape in shapes.items()
-            if len(shape) == 2 and shape[0] != shape[1] and name.endswith(".weight")
-            if (bias := name.removesuffix("weight") + "bias") in shapes
-        }
-
-    def of(self, name: str) -> Form:
-        """One matrix's; a square one, or one without bias, is as all others are."""
-        if name in self._known:
-            return self._known[name]
-        found = set(self._known.values()) or {"linear"}
-        if len(found) > 1:
-            raise BundleError(
-                f"the model has matrices of both layouts, and '{name}' does not show which it has; "
-                "declare it private to have it stored whole"
-            )
-        return next(iter(found))
+def _base_name(bundle: Bundle) -> str | None:
+    """What the base is called: by its adapters, by its path, or by the live model."""
+    record = bundle.manifest.base
+    named = record.space.config.get("base_model_name_or_path") if record.space else None
+    if named:
+        return str(named)
+    source = bundle.base.label if bundle.base.files else record.source
+    if bundle.base.files or base_folder(bundle) is not None:
+        return source.removeprefix("hf://")
+    known = bundle.base.architecture
+    config = getattr(known.skeleton if known else None, "config", None)
+    return getattr(config, "_name_or_path", None) or None
 
 
-def _lora_config(bundle: Bundle, made: _Adapter) -> dict[str, Any]:
-    """A LoraConfig: alpha = rank everywhere, so that the scaling is 1."""
-    space = bundle.manifest.base.space
-    names = sorted(made.ranks)
-    most = Counter(made.ranks.values()).most_common(1)
-    rank = most[0][0] if most else 1
-    others = {_pattern(n, names): made.ranks[n] for n in names if made.ranks[n] != rank}
-    all_modules = {_module(name) for name in bundle.manifest.base.tensors}
-    ambiguous = any(m.endswith("." + name) for name in names for m in all_modules - set(names))
-    kept = ("task_type", "base_model_name_or_path", "revision")
-    return {
-        **({key: space.config.get(key) for key in kept} if space else {}),
-        "peft_type": "LORA",
-        "target_modules": "|".join(map(re.escape, names)) if ambiguous else names,
-        "r": rank,
-        "lora_alpha": rank,
-        "rank_pattern": others,
-        "alpha_pattern": others,
-        "bias": "none",
-        "fan_in_fan_out": made.transposed,
-    }
+def _tensors(
+    adapter: Adapter,
+    weights: TaskWeights,
+    places: Mapping[str, Place],
+    dtype: torch.dtype,
+    what: str,
+) -> Iterator[tuple[str, Tensor]]:
+    """The adapter's tensors under PEFT's names."""
+    for name, place in places.items():
+        if name in adapter.factors:
+            found = adapter.factors[name]
+            keys, made = lora_keys(place.key, found.form), (found.a, found.b)
+        else:
+            keys = lora_keys(place.key, "linear")
+            made = stacked(adapter.stacks[name], adapter.shapes[name], place.swapped)
+        for key, tensor in zip(keys, made, strict=True):
+            yield PREFIX + key, rounded(tensor, dtype, f"{what} '{key}'").contiguous()
+    for name, tensor in adapter.own.items():
+        yield PREFIX + name, rounded(tensor, dtype, f"{what} '{name}'").contiguous()
+    for name in sorted(adapter.whole):
+        known = adapter.tied.get(name, name)
+        if known in weights:
+            yield PREFIX + adapter.key_of(name), weights[known].clone()
 
 
-def _pattern(name: str, names: list[str]) -> str:
-    """A name as PEFT's patterns match it; from the start where others end like it."""
-    escaped = re.escape(name).replace(r"\_", "_")
-    return f"^{escaped}" if any(n.endswith("." + name) for n in names) else escaped
+def _deltas(adapter: Adapter, bundle: Bundle, task: str, places: Mapping[str, Place]) -> Any:
+    """For the check: a weight's name → the base's tensor, and the delta that is meant."""
+    base, initial = bundle.base, bundle.initial
 
+    def one(name: str) -> tuple[Tensor, Tensor]:
+        start = base[name]
+        whole = folded_tensor(bundle, task, name, start, initial)
+        return start, whole.to(torch.float32) - start.to(torch.float32)
 
-def _write_config(folder: Path, config: dict[str, Any]) -> None:
-    from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+    def cut(name: str) -> tuple[Tensor, Tensor]:
+        product = adapter.factors[name]
+        a, b = product.a.flatten(1), product.b.flatten(1)
+        delta = b @ a
+        if product.form in {"transposed", "embedding"}:
+            delta = delta.mT
+        return base[name], delta.reshape(adapter.shapes[name])
 
-    kind = config["peft_type"]
-    kinds: Any = PEFT_TYPE_TO_CONFIG_MAPPING
-    make = kinds["LORA" if kind == LINEARIZED else kind]
-    known = {field.name for field in dataclasses.fields(make)}
-    settings = {key: value for key, value in config.items() if key in known}
-    made = make(**{**settings, "inference_mode": True})
-    made.save_pretrained(str(folder))
+    def of(name: str) -> tuple[Tensor, Tensor]:
+        count = bundle.stacks.get(name)
+        if count is None:
+            return cut(name) if name in adapter.cut else one(name)
+        rows = [one(row_name(name, i)) for i in range(count)]
+        start = torch.stack([row[0] for row in rows])
+        if name not in adapter.cut:
+            return start, torch.stack([row[1] for row in rows])
+        products = adapter.stacks[name]
+        shape = torch.Size(start.shape[1:])
+        zero = torch.zeros(shape)
+        return start, torch.stack([zero if p is None else p.dense(shape) for p in products])
+
+    return of

@@ -10,7 +10,10 @@ All tensor files are plain safetensors (part_file.py). A tensor's parts are keye
 the part `tensor` is reserved for private and exact tensors, stored whole. Parts of the whole model
 are keyed `/<part>`, the initial tensors of adapters, where no seed makes them again,
 `start:<tensor>/tensor` in the shared file, the rows that a task added to a tensor of its vocabulary
-`rows:<tensor>/tensor` in its own. The base is not in the bundle: it is known by
+`rows:<tensor>/tensor` in its own. A file beside a fine-tune's weights (its configuration, its
+tokenizer) that the base has not, or otherwise, is keyed `file:<name>/tensor` in the task's: uint8,
+compressed by zlib; of no length, where a file of the base is not the task's (side_files.py). No
+other reader takes it for a tensor's. The base is not in the bundle: it is known by
 fingerprint and checked on use. Files are written under temporary names and renamed, the manifest
 last: whatever is interrupted, a bundle that can be opened is whole.
 """
@@ -32,6 +35,8 @@ MANIFEST = "manifest.json"
 SHARED = "shared.safetensors"
 INITIAL = "start:"
 """Put before an adapter tensor's name: its initial value, among the shared parts."""
+SIDE_FILE = "file:"
+"""Put before the name of a file beside a task's weights, among the task's parts."""
 ADDED = "rows:"
 """Put before a tensor's name: the rows that a task added to it, among the task's own parts."""
 

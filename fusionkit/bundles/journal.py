@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fusionkit.bundles.part_file import Entry, PartWriter
+from fusionkit.bundles.side_files import folder_of, side_files
 from fusionkit.checkpoints.checkpoint import Checkpoint
 from fusionkit.checkpoints.output_folder import LOCK
 from fusionkit.codecs.base import DeltaCodec
@@ -115,7 +116,8 @@ def identity(family: Family, codec: DeltaCodec, processes: Processes) -> str:
     checkpoints: Mapping[str, Checkpoint] = {"": family.base, **family.finetuned}
     read = {}
     for task, checkpoint in checkpoints.items():
-        stats = [(path, path.stat()) for path in checkpoint.files]
+        beside = side_files(folder_of(checkpoint.files)).values()
+        stats = [(path, path.stat()) for path in dict.fromkeys((*checkpoint.files, *beside))]
         files = [[str(path.absolute()), stat.st_size, stat.st_mtime] for path, stat in stats]
         read[task] = [checkpoint.strip_prefix, checkpoint.add_prefix, *files]
     patterns = [family.private_patterns, family.frozen_patterns, bool(family.space)]

@@ -5,10 +5,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fusionkit.bundles.format import ADDED, INITIAL, SHARED, task_file
+from fusionkit.bundles.format import ADDED, INITIAL, SHARED, SIDE_FILE, task_file
 from fusionkit.bundles.journal import PROCESS, Journal, Record, identity
 from fusionkit.bundles.manifest import TaskRecord
 from fusionkit.bundles.part_file import Entry, FileRecord, Part, PartWriter
+from fusionkit.bundles.side_files import as_tensor, own_files
 from fusionkit.codecs.base import WHOLE, WHOLE_MODEL, DeltaCodec, Encoded, Parts, SharedParts
 from fusionkit.codecs.payload import encode
 from fusionkit.errors import BundleError, CodecError
@@ -125,6 +126,8 @@ class BundleWriter:
             for tensors in (family.private_tensors(task), family.exact(task)):
                 for name, tensor in tensors:
                     writer.add(Part.of(f"{name}/{WHOLE}", tensor))
+            for name, content in own_files(family.base, family.finetuned[task]).items():
+                writer.add(Part.of(f"{SIDE_FILE}{name}/{WHOLE}", as_tensor(content)))
             for name, rows in family.added_rows(task):
                 writer.add(Part.of(f"{ADDED}{name}/{WHOLE}", rows))
         if self._journal:

@@ -45,6 +45,8 @@ class Architecture:
         record: what the class can be built from again, as JSON; empty of any other module.
         skeleton: the class's module on the meta device, whose conversions tell how it reads
             files; None where it reads them as they are.
+        module: the module that all this was read off, live or on the meta device; None where it
+            has other names.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Architecture:
     unread: tuple[str, ...] = ()
     record: Mapping[str, Any] = field(default_factory=dict)
     skeleton: nn.Module | None = field(default=None, compare=False, repr=False)
+    module: nn.Module | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def of(cls, model: nn.Module, record: Mapping[str, Any] | None = None) -> "Architecture":
@@ -79,6 +82,7 @@ class Architecture:
             unread=_unread(model, buffers),
             record=record or {},
             skeleton=model if is_transformers(model) else None,
+            module=model,
         )
 
     @property
@@ -112,6 +116,7 @@ class Architecture:
             vocabulary=frozenset(name for name, now in seen.items() if now in self.vocabulary),
             unsaved=frozenset(name for name, now in seen.items() if now in self.unsaved),
             skeleton=None,
+            module=None,
         )
 
 

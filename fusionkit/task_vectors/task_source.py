@@ -209,6 +209,29 @@ def own_tensor(
     return base if own is None else own
 
 
+def folded_tensor(
+    source: TaskSource, task: str, name: str, base: Tensor, initial: Mapping[str, Tensor]
+) -> Tensor:
+    """A task's weight, an adapter of its own folded in; the base's where it is that.
+
+    Args:
+        source: gives the tensors.
+        task: one of its tasks.
+        name: the tensor's name.
+        base: the base's tensor.
+        initial: `source.initial`.
+
+    Returns:
+        `(*shape)` on the base's device, not rounded; see `TaskSource.tensor`.
+    """
+    weight = own_tensor(source, task, name, base)
+    module = source.space.layout.by_target.get(name) if source.space else None
+    if module is None:
+        return weight
+    start, own = _adapter(source, task, module, initial, base.device)
+    return torch.add(weight.to(torch.float32), module.delta(name, weight, own, start))
+
+
 def _fold(
     source: TaskSource,
     task: str,
@@ -224,11 +247,22 @@ def _fold(
     for name in module.targets:
         target = _place(out, task, name)
         if not own:
-            start = {n: initial[n].to(target.device) for n in module.tensors}
-            own = {n: own_tensor(source, task, n, value) for n, value in start.items()}
+            start, own = _adapter(source, task, module, initial, target.device)
         weight = own_tensor(source, task, name, base[name].to(target.device))
         delta = module.delta(name, weight, own, start)
         rounding.write(name, target, torch.add(weight.to(torch.float32), delta))
+
+
+def _adapter(
+    source: TaskSource,
+    task: str,
+    module: Module,
+    initial: Mapping[str, Tensor],
+    device: torch.device,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A module's adapter: as it started, and as it is."""
+    start = {name: initial[name].to(device) for name in module.tensors}
+    return start, {name: own_tensor(source, task, name, value) for name, value in start.items()}
 
 
 def _place(out: Mapping[str, Tensor], task: str, name: str) -> Tensor:

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import timm
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft_adapters import CONFIGS, net, saved
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -20,6 +21,7 @@ from transformers import (
 )
 
 from fusionkit import EMR, SVD, Bundle, Dense, Family, MagnitudePrune
+from fusionkit.bundles import export_peft
 from fusionkit.bundles.compress import compress
 from fusionkit.bundles.export_peft import export_adapter
 from fusionkit.cli import main as cli
@@ -210,8 +212,6 @@ def test_both_factors_are_well_scaled(tmp_path: Path) -> None:
     """Factors that fp16 can't hold, whose product it can: the scale is shared out evenly."""
     adapted = saved(tmp_path / "in", CONFIGS["rslora"])
     path = tmp_path / "in/adapter_model.safetensors"
-    from safetensors.torch import save_file
-
     scaled = {
         name: tensor * (1e6 if "lora_A" in name else 1e-6)
         for name, tensor in load_file(path).items()
@@ -237,8 +237,6 @@ def test_lora_only_leaves_the_rest_out_and_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = made(bert)
-    from safetensors.torch import save_file
-
     save_file(base.state_dict(), tmp_path / "base.safetensors")
     save_file(tuned(base), tmp_path / "t.safetensors")
     compress(
@@ -264,9 +262,16 @@ def test_lora_only_leaves_the_rest_out_and_says_so(
 
 def test_a_square_matrix_among_both_layouts_is_refused(tmp_path: Path) -> None:
     base = net()
-    bundle = compress(base, {"t": tuned(base, 1)}, SVD(rank=1), private=["head.*"])
+    bare = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    bundle = compress(bare, {"t": tuned(base, 1)}, SVD(rank=1), private=["head.*"])
     with pytest.raises(BundleError, match=r"both layouts, and 'layer\.1\.weight' does not show"):
         export_adapter(bundle, "t", tmp_path / "a")
+    bundle = compress(base, {"t": tuned(base, 1)}, SVD(rank=1, dtype="fp32"), private=["head.*"])
+    export_adapter(bundle, "t", tmp_path / "a", dtype="fp32")  # a live model knows
+    expected = net()
+    expected.load_state_dict(bundle.state_dict("t"))
+    x = TOKENS % 12
+    torch.testing.assert_close(logits(loaded(net(), tmp_path / "a"), x), logits(expected, x))
 
 
 def test_tensors_outside_modules_are_refused_by_name(tmp_path: Path) -> None:
@@ -313,3 +318,239 @@ class TestBadInput:
             export_adapter(bundle, "t", tmp_path / "a")
         assert list(tmp_path.iterdir()) == []
         export_adapter(bundle, "t", tmp_path / "a", dtype="bf16")
+
+
+# --- what the model's class says ----------------------------------------------------------------
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+}
+
+
+def llama(tied: bool = False) -> nn.Module:
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(vocab_size=20, tie_word_embeddings=tied, **SMALL)
+    )
+
+
+def gpt2_lm() -> nn.Module:
+    config = GPT2Config(vocab_size=20, n_embd=16, n_layer=2, n_head=2, n_positions=16)
+    return transformers.GPT2LMHeadModel(config)
+
+
+def t5() -> nn.Module:
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    return transformers.T5ForConditionalGeneration(
+        transformers.T5Config(vocab_size=20, decoder_start_token_id=0, pad_token_id=0, **sizes)
+    )
+
+
+def mixtral() -> nn.Module:
+    config = transformers.MixtralConfig(
+        vocab_size=20, num_key_value_heads=2, num_local_experts=3, **SMALL
+    )
+    return transformers.MixtralForCausalLM(config)
+
+
+def vit_hf() -> nn.Module:
+    config = transformers.ViTConfig(image_size=8, patch_size=4, num_labels=2, **SMALL)
+    return transformers.ViTForImageClassification(config)
+
+
+def distilbert() -> nn.Module:
+    config = transformers.DistilBertConfig(vocab_size=20, dim=16, n_layers=1, n_heads=2)
+    config.hidden_dim = 24
+    return transformers.DistilBertForSequenceClassification(config)
+
+
+def moved(make: Any, rank: int = 2, bare: bool = False) -> Any:
+    """Matrices moved by so many directions, experts' too; and, unless bare, all the rest."""
+    model, generator = made(make), torch.Generator().manual_seed(1)
+
+    def noise(*shape: int) -> Tensor:
+        return 0.3 * torch.randn(shape, generator=generator)
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            shape = parameter.shape
+            if parameter.ndim in {2, 3} and min(shape) > 1:
+                *stack, rows, columns = shape
+                left, right = noise(*stack, rows, rank), noise(*stack, rank, columns)
+                parameter.add_(left @ right)
+            elif not bare:
+                parameter.add_(noise(*shape))
+    return model
+
+
+def called(model: Any, x: Tensor, name: str) -> Tensor:
+    extra = {"decoder_input_ids": x} if name == "t5" else {}
+    with torch.no_grad():
+        found: Tensor = model.eval()(x, **extra).logits
+    return found
+
+
+PIXELS = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+CLASSES: dict[str, tuple[Any, Tensor]] = {
+    "llama": (llama, TOKENS),
+    "llama tied": (lambda: llama(tied=True), TOKENS),
+    "gpt2": (gpt2_lm, TOKENS),
+    "t5": (t5, TOKENS),
+    "mixtral": (mixtral, TOKENS),
+    "vit": (vit_hf, PIXELS),
+    "distilbert": (distilbert, TOKENS),
+}
+
+
+@pytest.mark.parametrize("live", [False, True], ids=["folder", "live"])
+@pytest.mark.parametrize("name", CLASSES)
+def test_the_same_outputs_before_and_after_merging(name: str, live: bool, tmp_path: Path) -> None:
+    """Ties, layouts, experts, renamed classes: by the class, not by names."""
+    make, x = CLASSES[name]
+    base, fine = made(make), moved(make)
+    given: tuple[Any, Any] = base, fine
+    if not live:
+        base.save_pretrained(tmp_path / "base")  # type: ignore[operator]
+        fine.save_pretrained(tmp_path / "fine")
+        given = tmp_path / "base", tmp_path / "fine"
+    bundle = compress(given[0], {"t": given[1]}, SVD(rank=2, dtype="fp32"))
+    assert export_adapter(bundle, "t", tmp_path / "a", dtype="fp32") == []
+    adapted = loaded(made(make), tmp_path / "a")
+    expected = called(restored(make, bundle), x, name)
+    torch.testing.assert_close(called(adapted, x, name), expected, rtol=1e-4, atol=1e-4)
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(called(merged, x, name), expected, rtol=1e-4, atol=1e-4)
+    config = json.loads((tmp_path / "a/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == (None if live else str(tmp_path / "base"))
+
+
+def test_experts_have_factors(tmp_path: Path) -> None:
+    bundle = compress(made(mixtral), {"t": moved(mixtral, bare=True)}, SVD(rank=2, dtype="fp32"))
+    export_adapter(bundle, "t", tmp_path / "a", dtype="fp32")
+    tensors = load_file(tmp_path / "a/adapter_model.safetensors")
+    layer = "base_model.model.model.layers.0.mlp.experts"
+    found = {n.removeprefix(layer): list(t.shape) for n, t in tensors.items() if layer in n}
+    assert found == {
+        ".lora_A.weight": [6, 24],
+        ".lora_B.weight": [16, 6],
+        ".base_layer.lora_A.weight": [6, 16],
+        ".base_layer.lora_B.weight": [48, 6],
+    }
+
+
+def test_a_small_matrix_kept_whole_is_a_lora_of_full_rank(tmp_path: Path) -> None:
+    """The head's two rows, which the codec keeps as they are, need no module of their own."""
+    fine = moved(vit_hf, bare=True)
+    bundle = compress(made(vit_hf), {"t": fine}, SVD(rank=2, dtype="fp32"))
+    assert bundle.factors("t", "classifier.weight") is None
+    assert export_adapter(bundle, "t", tmp_path / "a", dtype="fp32", lora_only=True) == []
+    adapted = loaded(made(vit_hf), tmp_path / "a")
+    torch.testing.assert_close(
+        called(adapted, PIXELS, "vit"), called(fine, PIXELS, "vit"), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_the_largest_rank_is_the_rank(tmp_path: Path) -> None:
+    codec = SVD(rank={"*q_proj*": 4, "*": 1}, dtype="fp32")
+    bundle = compress(made(llama), {"t": moved(llama, 4)}, codec)
+    export_adapter(bundle, "t", tmp_path / "a")
+    config = json.loads((tmp_path / "a/adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == 4
+    assert set(config["rank_pattern"].values()) == {1}
+    loaded(made(llama), tmp_path / "a")
+
+
+def test_a_tied_embedding_is_no_lora_alone(tmp_path: Path) -> None:
+    make = CLASSES["llama tied"][0]
+    bundle = compress(made(make), {"t": moved(make, bare=True)}, SVD(rank=2))
+    left_out = export_adapter(bundle, "t", tmp_path / "a", lora_only=True)
+    assert {"lm_head.weight", "model.embed_tokens.weight"} <= set(left_out)
+    tensors = load_file(tmp_path / "a/adapter_model.safetensors")
+    assert not [name for name in tensors if "embed" in name or "lm_head" in name]
+
+
+SERVED = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def test_for_vllm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made(llama).save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    moved(llama).save_pretrained(tmp_path / "fine")
+    compress(tmp_path / "base", {"t": tmp_path / "fine"}, SVD(rank=2), tmp_path / "b")
+    cli.main(
+        ["export", str(tmp_path / "b"), "--task=t", f"--out={tmp_path / 'a'}", "--format=peft",
+         "--for", "vllm", "--base_name=meta-llama/Llama-3.2-1B"]
+    )  # fmt: skip
+    said = capsys.readouterr().out
+    assert "left out, for vllm" in said
+    assert "lm_head.weight" in said
+    tensors = load_file(tmp_path / "a/adapter_model.safetensors")
+    assert {name.rpartition(".lora_")[0].rpartition(".")[2] for name in tensors} == SERVED
+    config = json.loads((tmp_path / "a/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "meta-llama/Llama-3.2-1B"
+    assert config["modules_to_save"] is None
+
+
+def test_patterns_leave_out(tmp_path: Path) -> None:
+    bundle = compress(made(llama), {"t": moved(llama)}, SVD(rank=2))
+    left_out = export_adapter(bundle, "t", tmp_path / "a", leave_out=["lm_head*", "*norm*"])
+    assert "lm_head.weight" in left_out
+    assert "model.norm.weight" in left_out
+    tensors = load_file(tmp_path / "a/adapter_model.safetensors")
+    assert not [name for name in tensors if "lm_head" in name or "norm" in name]
+    loaded(made(llama), tmp_path / "a")
+    with pytest.raises(BundleError, match=r"(?s)task 't' would change nothing: .*leave out less"):
+        export_adapter(bundle, "t", tmp_path / "none", leave_out=["*"])
+    assert not (tmp_path / "none").exists()
+
+
+def test_an_adapter_that_changes_nothing_is_refused(tmp_path: Path) -> None:
+    bundle = compress(made(llama), {"t": made(llama)}, SVD(rank=2))
+    with pytest.raises(BundleError, match="task 't' does not differ from the base"):
+        export_adapter(bundle, "t", tmp_path / "a")
+
+
+def test_a_wrong_adapter_does_not_appear(tmp_path: Path, monkeypatch: Any) -> None:
+    """What PEFT would rebuild otherwise, or not load, is noticed before the folder is there."""
+    bundle = compress(made(llama), {"t": moved(llama)}, SVD(rank=2))
+
+    def other(tensors: dict[str, Tensor], *args: Any, **kwargs: Any) -> None:
+        save_file({n: t.roll(1, 0) for n, t in tensors.items()}, *args, **kwargs)
+
+    def fewer(tensors: dict[str, Tensor], *args: Any, **kwargs: Any) -> None:
+        kept = [name for name in tensors if "layers.1.mlp.up_proj" not in name]
+        save_file({name: tensors[name] for name in kept}, *args, **kwargs)
+
+    for write, message in ((other, "PEFT would rebuild another"), (fewer, "is missing")):
+        monkeypatch.setattr(export_peft, "save_file", write)
+        with pytest.raises(BundleError, match=message):
+            export_adapter(bundle, "t", tmp_path / "a")
+        assert list(tmp_path.iterdir()) == []
+
+
+class Reads(nn.Module):
+    """One layer is called; of the other, the weight is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called, self.read = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(self.called(x), self.read.weight, self.read.bias)
+
+
+def test_a_layer_whose_weight_is_read_is_saved_whole(tmp_path: Path) -> None:
+    """A LoRA beside it would do nothing."""
+
+    def make() -> nn.Module:
+        return nn.Sequential(Reads(), Reads())
+
+    base = made(make)
+    bundle = compress(base, {"t": tuned(base)}, SVD(rank=2, dtype="fp32"))
+    export_adapter(bundle, "t", tmp_path / "a", dtype="fp32")
+    x = torch.randn(3, 6)
+    adapted = loaded(made(make), tmp_path / "a")
+    torch.testing.assert_close(logits(adapted, x), logits(restored(make, bundle), x))
+    config = json.loads((tmp_path / "a/adapter_config.json").read_text())
+    assert config["modules_to_save"] == ["0.read", "1.read"]

@@ -138,11 +138,13 @@ def switch(sources: Sources, bundle: fusionkit.Bundle, wanted: Wanted, folder: P
 
 
 def export_model(sources: Sources, bundle: fusionkit.Bundle, wanted: Wanted, folder: Path) -> str:
-    """Export a folder that the family's library loads."""
-    folder.mkdir()
-    shutil.copy(sources.folder / "base" / "config.json", folder)
-    names = sorted(path.name for path in (sources.folder / "base").glob("*.safetensors"))
-    export_task(bundle, "task", folder / names[0])
+    """Export a folder that the family's library loads; of a live model of timm, its file."""
+    if sources.row.library == "timm" and not bundle.base.files:  # which has no configuration
+        folder.mkdir()
+        shutil.copy(sources.folder / "base" / "config.json", folder)
+        export_task(bundle, "task", folder / "model.safetensors")
+    else:
+        export_task(bundle, "task", folder, max_shard_size="50KB")
     model = models.load(sources.row, folder)
     return wanted.difference(models.outputs(sources.row, model), model.state_dict())
 

@@ -1,7 +1,7 @@
 """Families that read text: decoders, mixtures of experts, encoders, both, and state spaces."""
 
 from conformance.inputs import pairs, tokens
-from conformance.row import BARE, DECODER, TEXT, Config, ModelFamily
+from conformance.row import DECODER, TEXT, Config, ModelFamily
 
 CLASSES: Config = {"num_labels": 5}
 EXPERTS: Config = {
@@ -160,7 +160,6 @@ MIXTURES = [
         {**DECODER, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
         tokens,
         QKV,
-        refused=BARE,
     ),
     ModelFamily(
         "Granite-MoE",
@@ -304,7 +303,6 @@ STATE_SPACES = [
         | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
         tokens,
         ("in_proj", "x_proj"),
-        refused=BARE,
     ),
     ModelFamily(
         "Mamba-2",
@@ -315,7 +313,6 @@ STATE_SPACES = [
         | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
         tokens,
         ("in_proj",),
-        refused=BARE,
     ),
     ModelFamily(
         "FalconMamba",
@@ -325,7 +322,6 @@ STATE_SPACES = [
         | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
         tokens,
         ("in_proj", "x_proj"),
-        refused=BARE,
     ),
     ModelFamily(
         "RWKV",
@@ -335,6 +331,5 @@ STATE_SPACES = [
         | {"attention_hidden_size": 32, "intermediate_size": 48},
         tokens,
         ("attention.key", "attention.value"),
-        refused=BARE,
     ),
 ]

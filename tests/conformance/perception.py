@@ -29,7 +29,6 @@ VISION = [
         {**IMAGE, **CLASSES},
         pixels,
         ("q_proj", "v_proj", "fc1"),
-        refused=BARE,
     ),
     ModelFamily(
         "DeiT",
@@ -38,7 +37,6 @@ VISION = [
         {**IMAGE, **CLASSES},
         pixels,
         ("q_proj", "v_proj", "fc1"),
-        refused=BARE,
     ),
     ModelFamily(
         "BEiT",
@@ -47,7 +45,6 @@ VISION = [
         {**IMAGE, **CLASSES, "use_relative_position_bias": True, "layer_scale_init_value": 0.1},
         pixels,
         ("q_proj", "v_proj", "fc1"),
-        refused=BARE,
     ),
     ModelFamily(
         "Swin",
@@ -65,7 +62,6 @@ VISION = [
         {**IMAGE, **CLASSES, "mlp_ratio": 2},
         pixels,
         ("q_proj", "v_proj", "fc1"),
-        refused=BARE,
     ),
     ModelFamily(
         "ConvNeXt",
@@ -140,7 +136,6 @@ VISION_LANGUAGE = [
         },
         partial(prompted, (2, 3, 16, 16)),
         QKV,
-        refused=BARE,
     ),
     ModelFamily(
         "Qwen2-VL",
@@ -172,7 +167,6 @@ VISION_LANGUAGE = [
         },
         partial(prompted, (2, 3, 16, 16)),
         QKV,
-        refused=BARE,
     ),
     ModelFamily(
         "Idefics 3",
@@ -263,7 +257,6 @@ TIMM = [
         images,
         ("qkv", "fc1"),
         "timm",
-        refused=BARE,
     ),
     ModelFamily(
         "ConvNeXt",
@@ -273,7 +266,6 @@ TIMM = [
         images,
         ("fc1",),
         "timm",
-        refused=BARE,
     ),
     ModelFamily(
         "ResNet",

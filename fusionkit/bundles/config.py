@@ -1,0 +1,135 @@
+"""The `config.json` of an exported model: a task's own, the base's, or a live model's, fitted."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fusionkit.bundles.bundle import Bundle
+from fusionkit.checkpoints.architecture import Architecture
+from fusionkit.checkpoints.checkpoint import Checkpoint
+from fusionkit.checkpoints.from_config import CONFIG
+from fusionkit.errors import BundleError
+
+_LIBRARIES = ("model_type", "_class_name", "architecture")
+"""Keys by which transformers, diffusers and timm know a class."""
+_DTYPES = ("dtype", "torch_dtype")
+
+
+def config_of(bundle: Bundle, files: Mapping[str, bytes | Path]) -> dict[str, Any] | None:
+    """The configuration of a task's class; None where none is known.
+
+    Args:
+        bundle: the bundle, its base at hand.
+        files: the files beside the task's weights; see `files_of`.
+
+    Raises:
+        BundleError: it is not JSON.
+    """
+    found: Any = None
+    if CONFIG in files:
+        content = files[CONFIG]
+        try:
+            found = json.loads(content if isinstance(content, bytes) else content.read_bytes())
+        except ValueError as error:
+            raise BundleError(f"{CONFIG} of the model is not JSON ({error}); mend it") from error
+    else:
+        found = _live(bundle) or bundle.manifest.base.architecture.get("config")
+    if not isinstance(found, dict) or not any(found.get(key) for key in _LIBRARIES):
+        return None
+    return found
+
+
+def with_dtype(
+    config: Mapping[str, Any], dtypes: Mapping[torch.dtype, int], dequantized: bool
+) -> dict[str, Any]:
+    """A configuration that says in which dtype most of the weights are, at every depth.
+
+    Args:
+        config: the configuration.
+        dtypes: floating-point dtype of the weights → how many bytes are of it.
+        dequantized: they were quantised, and are so no more.
+    """
+    if not dtypes:
+        return dict(config)
+    most = max(dtypes, key=lambda dtype: dtypes[dtype])
+    name = str(most).removeprefix("torch.")
+    gone = {"quantization_config"} if dequantized else set()
+
+    def said(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        kept = {k: v for k, v in value.items() if k not in gone}
+        return {k: name if k in _DTYPES else said(v) for k, v in kept.items()}
+
+    found: dict[str, Any] = said(config)
+    if "model_type" in found and not any(key in found for key in _DTYPES):
+        found["dtype"] = name
+    return found
+
+
+def fitted_config(
+    config: dict[str, Any], known: Architecture, opened: Checkpoint, apart: bool
+) -> dict[str, Any]:
+    """A configuration with the sizes that a task's tensors have: its vocabulary and its labels.
+
+    Args:
+        config: the configuration.
+        known: the class that it makes.
+        opened: the task's model, under the class's names.
+        apart: whether tensors that the class ties are apart in it.
+    """
+    if "model_type" not in config:
+        return config
+    found = dict(config)
+    for name, shape in known.shapes.items():
+        if name not in opened or opened.specs[name].shape == tuple(shape) or not shape:
+            continue
+        rows = opened.specs[name].shape[0]
+        if name in known.vocabulary:
+            found = _replaced(found, "vocab_size", shape[0], rows)
+        elif shape[0] == _labels(config):
+            found.pop("num_labels", None)
+            found["id2label"] = {str(label): f"LABEL_{label}" for label in range(rows)}
+            found["label2id"] = {f"LABEL_{label}": label for label in range(rows)}
+    if apart and not config.get("is_encoder_decoder"):
+        found = _replaced(found, "tie_word_embeddings", True, False)
+    return found
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON as the libraries do."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _replaced(config: dict[str, Any], key: str, old: object, new: object) -> dict[str, Any]:
+    """A key's value replaced, at every depth, where it is the old one."""
+    return {
+        name: new
+        if name == key and value == old
+        else _replaced(value, key, old, new)
+        if isinstance(value, dict)
+        else value
+        for name, value in config.items()
+    }
+
+
+def _labels(config: Mapping[str, Any]) -> int:
+    named = config.get("id2label")
+    return len(named) if named else int(config.get("num_labels", 2))
+
+
+def _live(bundle: Bundle) -> dict[str, Any] | None:
+    """That of a live model of transformers or diffusers."""
+    known = bundle.base.architecture
+    model: Any = known.module if known and not bundle.base.files else None
+    library = type(model).__module__.partition(".")[0]
+    if library == "diffusers" and hasattr(model, "to_json_string"):
+        found: dict[str, Any] = json.loads(model.to_json_string())
+        return found
+    if known is not None and model is not None and known.skeleton is not None:
+        config: dict[str, Any] = json.loads(model.config.to_json_string())
+        return {**config, "architectures": [type(model).__name__]}
+    return None
