@@ -14,17 +14,17 @@ from fusionkit.bundles.base import fitted, reopen_base
 from fusionkit.bundles.format import INITIAL, MANIFEST, SHARED, task_file
 from fusionkit.bundles.manifest import Manifest
 from fusionkit.bundles.reader import BundleReader, decoding
+from fusionkit.bundles.weights import TaskWeights
 from fusionkit.checkpoints.adapters.lowrank import LowRank
 from fusionkit.checkpoints.adapters.with_start import WithStart
 from fusionkit.checkpoints.checkpoint import Checkpoint, Source
 from fusionkit.checkpoints.output_folder import disk_errors, new_folder
 from fusionkit.checkpoints.paths import copy_file, is_remote, open_path
-from fusionkit.checkpoints.rounding import rounded
-from fusionkit.checkpoints.stacks import joined, row_name, split, unsplit
+from fusionkit.checkpoints.stacks import row_name, split, unsplit
 from fusionkit.codecs.base import WHOLE, DeltaCodec, Parts
-from fusionkit.errors import BundleError, WrongBaseError, listing
+from fusionkit.errors import BundleError
 from fusionkit.registry import from_config
-from fusionkit.task_vectors.task_source import own_tensor, with_added, write_weights
+from fusionkit.task_vectors.task_source import own_tensor
 from fusionkit.task_vectors.vectors import difference
 from fusionkit.task_vectors.workers import full_precision
 
@@ -234,12 +234,18 @@ class Bundle:
         """The names under which a task owns parts."""
         return self._stored.names(self._known(task))
 
+    def private(self, task: str) -> list[str]:
+        """Names of a task's private tensors."""
+        return self.manifest.tasks[self._known(task)].private
+
+    def private_tensor(self, task: str, name: str) -> Tensor:
+        """One of a task's private tensors, whole, in its own dtype."""
+        with decoding(self.path, task, name, self.codec):
+            return self.task_parts(task, name)[WHOLE]
+
     def private_tensors(self, task: str) -> Iterator[tuple[str, Tensor]]:
-        """A task's private tensors, whole, in their own dtype."""
-        for name in self.manifest.tasks[self._known(task)].private:
-            with decoding(self.path, task, name, self.codec):
-                tensor = self.task_parts(task, name)[WHOLE]
-            yield name, tensor
+        """All of them, by name."""
+        return ((name, self.private_tensor(task, name)) for name in self.private(task))
 
     def added(self, task: str) -> dict[str, int]:
         """The tensors that a task added rows of a vocabulary to → how many."""
@@ -259,18 +265,7 @@ class Bundle:
         Raises:
             BundleError: one has another shape than the base's.
         """
-        for name in self.manifest.base.names("exact"):
-            with decoding(self.path, self._known(task), name, self.codec):
-                whole = self.task_parts(task, name).get(WHOLE)
-            if whole is None:
-                continue
-            shape = self.manifest.base.tensors[name].shape
-            if list(whole.shape) != shape:
-                raise BundleError(
-                    f"{self.path}: '{name}' of task '{task}' has shape {list(whole.shape)}, "
-                    f"expected {shape}; compress again"
-                )
-            yield name, whole
+        return self._stored.exact(self._known(task), self.codec)
 
     def adapter_tensors(self, task: str) -> dict[str, Tensor]:
         """A task's adapter as it comes back: float32, by name; empty where weights are reused."""
@@ -313,39 +308,9 @@ class Bundle:
                 changed, or a finite value would be infinite in the dtype.
             WrongBaseError: the base at hand is another model.
         """
-        self._known(task)
-        base = self.base
-        own = set(self.space.layout.tensors) if self.space else set()
-        tensors = self.manifest.base.tensors
-        if lacking := [n for n, t in tensors.items() if t.role != "frozen" and n not in base]:
-            raise WrongBaseError(
-                f"{base.label} lacks tensors of the base that this bundle was made from "
-                f"({self.manifest.base.source}):{listing(lacking)}"
-            )
-        own_label = f"{self.label}: task '{task}'"
-        state: dict[str, Tensor] = {}
-        restored: dict[str, Tensor] = {}
-        for name, tensor in tensors.items():
-            if name in own or name not in base:
-                continue
-            stored = base[name].dtype
-            target = dtype if dtype and stored.is_floating_point else stored
-            if tensor.role == "frozen":
-                state[name] = rounded(base[name], target, f"{base.label}: tensor '{name}'")
-            elif tensor.role == "delta" and self.codec.restores:
-                value = self.tensor(task, name, base[name])
-                restored[name] = base[name].clone() if value is None else value
-            else:
-                state[name] = torch.empty(tensor.shape, dtype=target)
-        write_weights(self, task, base, state)
-        for name in [*restored]:
-            value = restored.pop(name)
-            state[name] = rounded(value, dtype or value.dtype, f"{own_label}: tensor '{name}'")
-        state = joined(with_added(self, task, state), self.stacks)
-        for name, value in self.private_tensors(task):
-            target = dtype if dtype and value.is_floating_point() else value.dtype
-            state[name] = rounded(value, target, f"{own_label}: tensor '{name}'")
-        for alias, name in self.manifest.base.tied.items():
+        weights = TaskWeights(self, task, dtype)
+        state = {name: weights[name] for name in weights}
+        for alias, name in self.tied.items():
             if name in state:
                 state.setdefault(alias, state[name])
         return state

@@ -51,6 +51,24 @@ class BundleReader:
         """The parts of a tensor that a task owns."""
         return self._file(task).parts(name, device)
 
+    def exact(self, task: str, codec: DeltaCodec) -> Iterator[tuple[str, Tensor]]:
+        """A task's tensors that are stored exactly, by name.
+
+        Raises:
+            BundleError: one has another shape than the base's.
+        """
+        for name in self._manifest.base.names("exact"):
+            with decoding(self._path, task, name, codec):
+                whole = self.own(task, name).get(WHOLE)
+            shape = self._manifest.base.tensors[name].shape
+            if whole is not None and list(whole.shape) != shape:
+                raise BundleError(
+                    f"{self._path}: '{name}' of task '{task}' has shape {list(whole.shape)}, "
+                    f"expected {shape}; compress again"
+                )
+            if whole is not None:
+                yield name, whole
+
     def added(self, task: str, name: str) -> Tensor:
         """The rows that a task added to a tensor.
 
