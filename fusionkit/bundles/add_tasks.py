@@ -15,7 +15,7 @@ from fusionkit.checkpoints.checkpoint import Checkpoint, Source
 from fusionkit.checkpoints.output_folder import disk_errors
 from fusionkit.checkpoints.stacks import rows_of
 from fusionkit.checkpoints.view import View
-from fusionkit.errors import BundleError
+from fusionkit.errors import BundleError, listing
 from fusionkit.task_vectors.family import Family
 from fusionkit.task_vectors.workers import Progress, Workers
 
@@ -89,6 +89,7 @@ def _family(
         rename=record.rename,
         ignore=record.ignore,
     )
+    _refuse_others(bundle, family)
     own = family.space
     if space and own and (space.layout, space.start) != (own.layout, own.start):
         raise BundleError(
@@ -96,6 +97,25 @@ def _family(
             f"{', '.join(finetuned)}; compress all of them again with adapters: merged"
         )
     return family
+
+
+def _refuse_others(bundle: Bundle, family: Family) -> None:
+    """Refuse tasks that change what the bundle's tasks have as one, or as the base does.
+
+    Raises:
+        BundleError: one does.
+    """
+    apart = [f"'{a}' apart from '{n}'" for a, n in bundle.tied.items() if a not in family.tied]
+    if apart:
+        raise BundleError(
+            f"{bundle.path}: the bundle's tasks share tensors that {', '.join(family.tasks)} "
+            f"holds apart:{listing(apart)}\ncompress all of them again, together"
+        )
+    if changed := family.unfrozen():
+        raise BundleError(
+            f"{bundle.path}: the bundle's tasks have tensors as the base does, and deltas of them "
+            f"have no place in it:{listing(changed)}\ncompress all of them again, together"
+        )
 
 
 def _place(bundle: Bundle, folder: Path, records: Mapping[str, TaskRecord]) -> None:

@@ -48,8 +48,9 @@ def fitted(base: Checkpoint, record: BaseRecord) -> Checkpoint:
     """
     rows = rows_of(record.stacks)
     wanted = {rows[n][0] if n in rows else n for n in record.tensors} | record.tied.keys()
-    best, lacking = base, _lacking(base, wanted)
-    for way in (_as_it_is, _by_class, _as_stored) if lacking else ():
+    best = renamed(base, wanted, record.rename, record.ignore)
+    lacking = _lacking(best, wanted)
+    for way in (_by_class, _as_stored) if lacking else ():
         try:
             seen = renamed(way(base, record), wanted, record.rename, record.ignore)
         except CheckpointError:  # it can't be of that class
@@ -61,11 +62,9 @@ def fitted(base: Checkpoint, record: BaseRecord) -> Checkpoint:
     return best
 
 
-def _as_it_is(base: Checkpoint, record: BaseRecord) -> Checkpoint:
-    return base
-
-
 def _by_class(base: Checkpoint, record: BaseRecord) -> Checkpoint:
+    if base.architecture is not None:
+        return base  # it says itself what it is
     return conformed(base, from_record(record.architecture, base.label))
 
 

@@ -40,6 +40,8 @@ class Architecture:
         kinds: a matrix's name → what holds it.
         buffers: names of the buffers among the tensors.
         vocabulary: names of the tensors whose first axis is the vocabulary.
+        head: names of the tensors outside of the class's base model (`base_model_prefix`); empty
+            where it has none.
         unsaved: names of tensors that the class never saves, as it makes them itself.
         unread: patterns (regular expressions) of tensors in files that the class does not read.
         record: what the class can be built from again, as JSON; empty of any other module.
@@ -55,6 +57,7 @@ class Architecture:
     kinds: Mapping[str, Kind] = field(default_factory=dict)
     buffers: frozenset[str] = frozenset()
     vocabulary: frozenset[str] = frozenset()
+    head: frozenset[str] = frozenset()
     unsaved: frozenset[str] = frozenset()
     unread: tuple[str, ...] = ()
     record: Mapping[str, Any] = field(default_factory=dict)
@@ -78,6 +81,7 @@ class Architecture:
             kinds=_kinds(model, state),
             buffers=frozenset(buffers & state.keys()),
             vocabulary=_vocabulary(model),
+            head=_head(model, state),
             unsaved=unsaved(model) & state.keys(),
             unread=_unread(model, buffers),
             record=record or {},
@@ -114,6 +118,7 @@ class Architecture:
             kinds={name: self.kinds[now] for name, now in seen.items() if now in self.kinds},
             buffers=frozenset(name for name, now in seen.items() if now in self.buffers),
             vocabulary=frozenset(name for name, now in seen.items() if now in self.vocabulary),
+            head=frozenset(name for name, now in seen.items() if now in self.head),
             unsaved=frozenset(name for name, now in seen.items() if now in self.unsaved),
             skeleton=None,
             module=None,
@@ -198,6 +203,13 @@ def _vocabulary(model: nn.Module) -> frozenset[str]:
             found |= {id(tensor) for tensor in module._parameters.values() if tensor is not None}
     state: dict[str, Tensor] = model.state_dict(keep_vars=True)
     return frozenset(name for name, tensor in state.items() if id(tensor) in found)
+
+
+def _head(model: nn.Module, state: Mapping[str, Tensor]) -> frozenset[str]:
+    prefix = getattr(model, "base_model_prefix", "")
+    if not prefix or not isinstance(getattr(model, str(prefix), None), nn.Module):
+        return frozenset()
+    return frozenset(name for name in state if not name.startswith(f"{prefix}."))
 
 
 def _unread(model: nn.Module, buffers: set[str]) -> tuple[str, ...]:

@@ -81,6 +81,7 @@ class Checkpoint(Mapping[str, Tensor], metaclass=_Opening):
         strip_prefix: what was taken off the source's names.
         add_prefix: what was put in front of them.
         architecture: what is known of the model's class; None: nothing but what is stored.
+        rename: what a user's own renaming was; see `Family`.
         unread: names that are stored, and left out here since no one reads such tensors.
         variant: which of a folder's weights they are; None for those without one.
         dequantized: it was quantised, and is read as the unquantised model.
@@ -97,6 +98,7 @@ class Checkpoint(Mapping[str, Tensor], metaclass=_Opening):
     strip_prefix: str = ""
     add_prefix: str = ""
     architecture: Architecture | None = None
+    rename: Mapping[str, str] = MappingProxyType({})
     unread: frozenset[str] = frozenset()
     variant: str | None = None
     dequantized: bool = False
@@ -262,6 +264,7 @@ class Copied(Checkpoint):
         self.aliases = dict(source.aliases)  # the class's own can't be pickled
         self.strip_prefix, self.add_prefix = source.strip_prefix, source.add_prefix
         self.architecture, self.unread = source.architecture, source.unread
+        self.rename = dict(source.rename)
         self.variant = source.variant
         self.dequantized = source.dequantized
         own: dict[str, Tensor] = {}

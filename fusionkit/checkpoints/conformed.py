@@ -47,6 +47,17 @@ def conformed(below: Checkpoint, architecture: Architecture | None) -> Checkpoin
     return below
 
 
+def with_ties(below: Checkpoint, tied: Mapping[str, str]) -> Checkpoint:
+    """See a checkpoint with names that it lacks, tied to those that it has.
+
+    Args:
+        below: the checkpoint.
+        tied: name → name whose tensor it shares; what is there already is left as it is.
+    """
+    new = {name: to for name, to in tied.items() if name not in below and to in below}
+    return Conformed(below, _as_is(below), new, below.architecture) if new else below
+
+
 def _reading(below: Checkpoint, architecture: Architecture) -> Reading:
     specs = {name: (spec.shape, spec.dtype) for name, spec in below.specs.items()}
     if architecture.skeleton is not None:

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
@@ -108,14 +109,16 @@ def _builder(config: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], nn.Modu
 
 def _of_transformers(config: Mapping[str, Any]) -> nn.Module:
     import transformers
-    from transformers import AutoModel, PreTrainedModel
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers import AutoConfig, AutoModel, PreTrainedModel
 
     # Quantised weights are another matter: the class is that of the model before.
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
-    made = CONFIG_MAPPING[config["model_type"]].from_dict(plain)
+    with TemporaryDirectory(prefix="fusionkit-") as folder:  # as transformers itself reads it
+        (Path(folder) / CONFIG).write_text(json.dumps(plain), encoding="utf-8")
+        made = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     kind: Any = None
-    for name in config.get("architectures") or ():
+    said = config.get("architectures") or ()
+    for name in [said] if isinstance(said, str) else said:
         kind = kind or getattr(transformers, str(name), None)
     if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
         return kind(made)

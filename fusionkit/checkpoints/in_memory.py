@@ -65,6 +65,11 @@ class LiveModel(Checkpoint):
         with reading(self.label, name):
             return self._tensors[name].detach()
 
+    @property
+    def on_meta(self) -> bool:
+        """Whether any of the model's tensors has no values."""
+        return any(tensor.is_meta for tensor in self._tensors.values())
+
     @cached_property
     def architecture(self) -> Architecture:  # type: ignore[override]
         """What the model's class says of itself."""

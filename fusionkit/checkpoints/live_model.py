@@ -1,11 +1,13 @@
 """A live model as a place of weights: sharded, tied, on the meta device; a base loaded into it."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from fusionkit.checkpoints.checkpoint import Checkpoint, matches
-from fusionkit.checkpoints.in_memory import LiveModel
+from fusionkit.checkpoints.checkpoint import Checkpoint, matches, same_values
+from fusionkit.checkpoints.in_memory import LiveModel, owner_of
 from fusionkit.checkpoints.names import prefix_over
 from fusionkit.checkpoints.quantized import unquantized
 from fusionkit.errors import FusionKitError
@@ -35,6 +37,32 @@ def aliases(model: nn.Module) -> dict[str, str]:
     return {name: target for name, target in known.items() if target != name}
 
 
+def untie(model: nn.Module, names: Sequence[str]) -> None:
+    """Give tensors of their own to some of a model's names that share one.
+
+    Args:
+        model: the model.
+        names: as `state_of` has them.
+
+    Raises:
+        FusionKitError: the model is sharded.
+    """
+    if names and is_sharded(model):
+        raise FusionKitError(
+            f"'{names[0]}' shares its tensor in the model, which is sharded, and has one of its "
+            "own in the checkpoint; build the model with tie_word_embeddings=False, or leave it "
+            "unsharded"
+        )
+    for name in names:
+        module, leaf = owner_of(model, name)
+        old = getattr(module, leaf)
+        with torch.inference_mode(False), torch.no_grad():
+            fresh = old.detach().clone()
+        if leaf in module._parameters:
+            fresh = nn.Parameter(fresh, requires_grad=old.requires_grad)
+        setattr(module, leaf, fresh)
+
+
 def put(target: Tensor, value: Tensor) -> None:
     """Copy a tensor, whole or sharded as the target is, into one that may be sharded."""
     target.copy_(part(value, target) if isinstance(target, DTensor) else value)
@@ -59,6 +87,14 @@ def load_base(model: nn.Module, base: Checkpoint, private: list[str]) -> None:
     """
     base, state = unquantized(base), model.state_dict()
     tied = aliases(model)
+    apart = [
+        alias
+        for alias, name in tied.items()
+        if alias in base and name in base and not same_values(base, alias, base, name)
+    ]
+    if apart:  # else the one would be written over the other
+        untie(model, apart)
+        state, tied = model.state_dict(), aliases(model)
     missing = [
         name
         for name in state

@@ -2,16 +2,15 @@
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from fusionkit.checkpoints.checkpoint import Checkpoint
-from fusionkit.checkpoints.in_memory import owner_of, state_of
-from fusionkit.checkpoints.live_model import aliases, is_sharded
+from fusionkit.checkpoints.in_memory import state_of
+from fusionkit.checkpoints.live_model import aliases, untie
 from fusionkit.checkpoints.names import matched, replaced, unwrapped
-from fusionkit.checkpoints.stacks import joined, rows_of, split_tensors
+from fusionkit.checkpoints.stacks import joined, rows_of, split_tensors, whole_names
 from fusionkit.checkpoints.view import View
-from fusionkit.errors import BundleError
+from fusionkit.errors import BundleError, listing
 from fusionkit.task_vectors.task_source import TaskSource
 
 
@@ -37,7 +36,9 @@ class Seen:
         tied = {(a, b) for a, b in aliases(model).items()}
         here = {there: name for name, there in self._names.items()}
         pairs = {(here[a], here[b]) for a, b in _unwrapped_pairs(model, tied)}
-        self._untie(sorted(alias for alias, name in pairs if alias in own and name in own))
+        self._refuse_homeless(source)
+        broken = sorted(alias for alias, name in pairs if alias in own and name in own)
+        untie(model, [self._names[alias] for alias in broken])
         self.apart = {
             alias: name
             for alias, name in source.tied.items()
@@ -81,22 +82,18 @@ class Seen:
         """What the model calls a tensor; as the source does, if it has no such tensor."""
         return self._names.get(name, name)
 
-    def _untie(self, names: list[str]) -> None:
-        """Give tensors of their own to names that the source holds apart."""
-        if names and is_sharded(self._model):
+    def _refuse_homeless(self, source: TaskSource) -> None:
+        """Refuse a model that has no place for what tasks change: it is another one."""
+        names = whole_names((n for n, r in source.roles.items() if r == "delta"), source.stacks)
+        adapters = set(source.space.layout.tensors) if source.space else set()
+        lacking = [f"'{n}'" for n in names if n not in self._names and n not in adapters]
+        if lacking:
             raise BundleError(
-                f"the tasks have '{names[0]}' apart from the tensor that it shares in the model, "
-                "which is sharded; build the model with tie_word_embeddings=False, or leave it "
-                "unsharded"
+                f"{source.label}: tasks change tensors that have no place in "
+                f"{type(self._model).__name__}, whose names begin like '{min(self._names)}':"
+                f"{listing(lacking)}\nbuild the model that the bundle was made for; if it is the "
+                "same one under other names, compress again with `rename`"
             )
-        for name in names:
-            module, leaf = owner_of(self._model, self._names[name])
-            old = getattr(module, leaf)
-            with torch.inference_mode(False), torch.no_grad():
-                fresh = old.detach().clone()
-            if leaf in module._parameters:
-                fresh = nn.Parameter(fresh, requires_grad=old.requires_grad)
-            setattr(module, leaf, fresh)
 
 
 def _unwrapped_pairs(model: nn.Module, pairs: set[tuple[str, str]]) -> set[tuple[str, str]]:

@@ -268,12 +268,8 @@ class Family:
             assert isinstance(checkpoint, CommonRows)
             yield name, checkpoint.added(self._name_in(checkpoint, name))
 
-    def check_frozen(self) -> None:
-        """Check that frozen tensors, where present, do equal the base's.
-
-        Raises:
-            FamilyError: one differs.
-        """
+    def unfrozen(self) -> list[str]:
+        """Frozen tensors that differ from the base's, with the file and task that has them."""
         findings = []
         for task in self.tasks:
             for name in self.names("frozen"):
@@ -283,7 +279,15 @@ class Family:
                 tuned = self.finetuned[task][known]
                 if not _equal(self.base[name].to(tuned.dtype), tuned):
                     findings.append(f"{self.finetuned[task].label}: '{known}' (task '{task}')")
-        if findings:
+        return findings
+
+    def check_frozen(self) -> None:
+        """Check that frozen tensors, where present, do equal the base's.
+
+        Raises:
+            FamilyError: one differs.
+        """
+        if findings := self.unfrozen():
             raise FamilyError(
                 f"tensors are declared frozen but differ from the base:{listing(findings)}\n"
                 "take them out of `frozen`, so that their deltas are stored"

@@ -19,11 +19,13 @@ from fusionkit.checkpoints.adapters.finding import (
 from fusionkit.checkpoints.adapters.merged import MergedAdapter
 from fusionkit.checkpoints.adapters.modules import Adapters, AdapterSpace, open_space
 from fusionkit.checkpoints.checkpoint import Checkpoint, Source, matches
-from fusionkit.checkpoints.conformed import conformed
+from fusionkit.checkpoints.conformed import conformed, with_ties
+from fusionkit.checkpoints.in_memory import LiveModel
 from fusionkit.checkpoints.names import matched, replaced
 from fusionkit.checkpoints.quantized import unquantized
 from fusionkit.checkpoints.stacks import unsplit
 from fusionkit.checkpoints.view import View
+from fusionkit.errors import CheckpointError
 
 
 class Opened(NamedTuple):
@@ -55,6 +57,7 @@ def open_models(
         FamilyError: an adapter does not fit the base.
     """
     start = unquantized(unsplit(open_base(base)))
+    _refuse_empty(start)
     merged = finetuned if adapters == "merged" else {}
     found = {task: open_finetuned(source) for task, source in merged.items()}
     whole = {
@@ -62,6 +65,8 @@ def open_models(
         for task, each in found.items()
         if not isinstance(each, Adapter) and not factors_in(each, start)
     }
+    for model in whole.values():
+        _refuse_empty(model)
     known = next((c.architecture for c in (start, *whole.values()) if c.architecture), None)
 
     def fitted(checkpoint: Checkpoint, wanted: Collection[str], shorter: bool) -> Checkpoint:
@@ -70,6 +75,8 @@ def open_models(
         return renamed(checkpoint, wanted, rename, ignore, shorter)
 
     start = fitted(start, next(iter(whole.values()), ()), shorter=True)
+    if known is None:  # a head that only fine-tuned files hold, tied by its bytes
+        start = with_ties(start, {a: n for each in whole.values() for a, n in each.aliases.items()})
     if adapters == "modules":
         return Opened(*open_space(start, finetuned))
     opened = {
@@ -77,6 +84,14 @@ def open_models(
         for task, each in found.items()
     }
     return Opened(start, opened, None)
+
+
+def _refuse_empty(model: Checkpoint) -> None:
+    if isinstance(model, LiveModel) and model.on_meta:
+        raise CheckpointError(
+            f"{model.label}: is on the meta device and has no weights; give the folder or file "
+            "that they are in, or load them into the model first"
+        )
 
 
 def renamed(
@@ -95,12 +110,15 @@ def renamed(
         ignore: patterns of the tensors that are left out.
         shorter: as of `matched`.
     """
+    if rename and checkpoint.rename == rename:
+        rename = {}  # it was done
     names = replaced(checkpoint, rename, checkpoint.label)
     names = {new: names[name] for new, name in matched(names, wanted, shorter).items()}
     seen = {name: there for name, there in names.items() if not matches(name, ignore)}
     if all(name == there for name, there in names.items()) and len(seen) == len(names):
         return checkpoint
     view = View(checkpoint, seen)
+    view.rename = {**checkpoint.rename, **rename}
     view.unread = checkpoint.unread | (names.keys() - seen.keys())
     return view
 

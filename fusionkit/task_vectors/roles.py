@@ -107,12 +107,18 @@ class Roles:
         return "delta" if floats and not is_buffer else "exact"
 
     def _is_no_ones(self, name: str) -> bool:
-        """Whether the classes of all fine-tuned models have no such tensor: a base's own head."""
-        return all(
-            each.architecture is not None
-            and name not in each.architecture.shapes
-            and name not in each
-            for each in self._finetuned
+        """Whether it is the head of the base's class, and all fine-tuned ones are other classes."""
+        own = self._base.architecture
+        return (
+            own is not None
+            and name in own.head
+            and all(
+                each.architecture is not None
+                and each.architecture.name != own.name
+                and name not in each.architecture.shapes
+                and name not in each
+                for each in self._finetuned
+            )
         )
 
 
