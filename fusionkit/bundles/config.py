@@ -13,6 +13,7 @@ from fusionkit.checkpoints.checkpoint import Checkpoint
 from fusionkit.checkpoints.from_config import CONFIG
 from fusionkit.errors import BundleError
 
+GENERATION = "generation_config.json"
 _LIBRARIES = ("model_type", "_class_name", "architecture")
 """Keys by which transformers, diffusers and timm know a class."""
 _DTYPES = ("dtype", "torch_dtype")
@@ -36,7 +37,9 @@ def config_of(bundle: Bundle, files: Mapping[str, bytes | Path]) -> dict[str, An
         except ValueError as error:
             raise BundleError(f"{CONFIG} of the model is not JSON ({error}); mend it") from error
     else:
-        found = _live(bundle) or bundle.manifest.base.architecture.get("config")
+        found = live_files(bundle.base).get(CONFIG) or bundle.manifest.base.architecture.get(
+            "config"
+        )
     if not isinstance(found, dict) or not any(found.get(key) for key in _LIBRARIES):
         return None
     return found
@@ -121,15 +124,18 @@ def _labels(config: Mapping[str, Any]) -> int:
     return len(named) if named else int(config.get("num_labels", 2))
 
 
-def _live(bundle: Bundle) -> dict[str, Any] | None:
-    """That of a live model of transformers or diffusers."""
-    known = bundle.base.architecture
-    model: Any = known.module if known and not bundle.base.files else None
+def live_files(base: Checkpoint) -> dict[str, dict[str, Any]]:
+    """The JSON that a live model of transformers or diffusers would have in its folder, by file."""
+    known = base.architecture
+    model: Any = known.module if known and not base.files else None
     library = type(model).__module__.partition(".")[0]
     if library == "diffusers" and hasattr(model, "to_json_string"):
-        found: dict[str, Any] = json.loads(model.to_json_string())
-        return found
-    if known is not None and model is not None and known.skeleton is not None:
-        config: dict[str, Any] = json.loads(model.config.to_json_string())
-        return {**config, "architectures": [type(model).__name__]}
-    return None
+        return {CONFIG: json.loads(model.to_json_string())}
+    if known is None or model is None or known.skeleton is None:
+        return {}
+    config = json.loads(model.config.to_json_string())
+    dtype = str(model.dtype).removeprefix("torch.")
+    found = {CONFIG: {**config, "architectures": [type(model).__name__], "dtype": dtype}}
+    if made := getattr(model, "generation_config", None):
+        found[GENERATION] = json.loads(made.to_json_string())
+    return found

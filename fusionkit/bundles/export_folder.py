@@ -12,7 +12,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fusionkit.bundles.bundle import Bundle
-from fusionkit.bundles.config import config_of, fitted_config, with_dtype, write_json
+from fusionkit.bundles.config import (
+    config_of,
+    fitted_config,
+    live_files,
+    with_dtype,
+    write_json,
+)
 from fusionkit.bundles.side_files import files_of
 from fusionkit.bundles.weights import TaskWeights
 from fusionkit.checkpoints.architecture import Architecture
@@ -80,7 +86,9 @@ def export_folder(
                 copy_file(content, folder / name)
             else:
                 (folder / name).write_bytes(content)
-        _write_generation_config(bundle, folder)
+        for name, said in live_files(bundle.base).items():
+            if name not in files:
+                write_json(folder / name, said)
         shards = _Shards(folder, stem, limit)
         for name, tensor in _as_in_files(bundle, weights):
             shards.add(name, tensor)
@@ -174,15 +182,6 @@ class _Shards:
 
     def _path(self, number: int) -> Path:
         return self._folder / f"{self._stem}.{number}.tmp"
-
-
-def _write_generation_config(bundle: Bundle, folder: Path) -> None:
-    """That of a model in memory; a folder's is among its files."""
-    known = bundle.base.architecture
-    made = getattr(known.skeleton if known else None, "generation_config", None)
-    path = folder / "generation_config.json"
-    if not bundle.base.files and made is not None and not path.exists():
-        path.write_text(made.to_json_string())
 
 
 def _check(bundle: Bundle, task: str, folder: Path, config: dict[str, Any]) -> None:

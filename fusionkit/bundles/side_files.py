@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fusionkit.bundles.bundle import Bundle
+from fusionkit.bundles.config import GENERATION, live_files
 from fusionkit.bundles.format import SIDE_FILE, task_file
 from fusionkit.checkpoints.checkpoint import Checkpoint
 from fusionkit.checkpoints.from_config import CONFIG
@@ -26,7 +27,7 @@ from fusionkit.errors import BundleError, FusionKitError
 
 _KINDS = (
     (CONFIG,),
-    ("generation_config.json",),
+    (GENERATION,),
     (
         "tokenizer*.json",
         "special_tokens_map.json",
@@ -79,6 +80,7 @@ def own_files(base: Checkpoint, tuned: Checkpoint) -> dict[str, bytes]:
     """
     folder = folder_of(tuned.files)
     theirs, ours = side_files(folder_of(base.files)), side_files(folder)
+    known = {n: _lasting(said) for n, said in live_files(base).items()}
     found = {}
     for name, path in ours.items():
         if path.stat().st_size > _LARGEST:
@@ -88,7 +90,7 @@ def own_files(base: Checkpoint, tuned: Checkpoint) -> dict[str, bytes]:
                 SideFileWarning,
                 stacklevel=2,
             )
-        elif name not in theirs or _says(path) != _says(theirs[name]):
+        elif _says(path) != (_says(theirs[name]) if name in theirs else known.get(name)):
             found[name] = path.read_bytes()
     for kind in _KINDS:
         if any(_of_kind(name, kind) for name in ours):
@@ -169,6 +171,11 @@ def _says(path: Path) -> object:
         said = json.loads(content)
     except ValueError:
         return content
+    return _lasting(said)
+
+
+def _lasting(said: object) -> object:
+    """What JSON says, but for who wrote it."""
     if isinstance(said, dict):
         return {key: value for key, value in said.items() if key not in _VOLATILE}
     return said
