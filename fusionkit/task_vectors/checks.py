@@ -1,11 +1,13 @@
 """Whether base and fine-tuned checkpoints fit together: patterns, names, shapes, dtypes, ties."""
 
 import re
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from fusionkit.checkpoints.checkpoint import Checkpoint, TensorSpec, matches
 from fusionkit.checkpoints.names import prefix_over
+from fusionkit.checkpoints.settings import differing
 from fusionkit.checkpoints.stacks import unsplit, whole_name
 from fusionkit.checkpoints.vocabulary import left_behind, resized, rows_in
 from fusionkit.errors import FamilyError, listing
@@ -97,6 +99,28 @@ def check_fit(
             f"the fine-tuned checkpoints don't fit the base {base.label}:"
             f"{listing([*dict.fromkeys(findings)])}{_prefix_hint(base, finetuned)}"
         )
+
+
+class SettingsWarning(UserWarning):
+    """A fine-tune's configuration makes another function of the same weights."""
+
+
+def warn_of_settings(base: Checkpoint, finetuned: Mapping[str, Checkpoint]) -> None:
+    """Warn where a fine-tune is configured otherwise than its base, in what changes its outputs.
+
+    A bundle keeps weights: a model of the base's configuration that is switched to the task would
+    compute something else of them. An exported folder has the task's own.
+    """
+    for task, tuned in finetuned.items():
+        if found := differing(base.architecture, tuned.architecture):
+            warnings.warn(
+                f"{tuned.label} (task '{task}') is configured otherwise than the base "
+                f"{base.label}:{listing(found)}\nweights alone are kept for it: what it computes "
+                "of them, a model of the base's configuration does not; export its folder "
+                "(--format model), or build the model by the task's own config.json",
+                SettingsWarning,
+                stacklevel=4,
+            )
 
 
 def _lacking(

@@ -20,7 +20,7 @@ from fusionkit.checkpoints.checkpoint import Checkpoint, Source, matches
 from fusionkit.checkpoints.stacks import split
 from fusionkit.checkpoints.vocabulary import CommonRows, common_rows, resized
 from fusionkit.errors import CheckpointError, FamilyError, listing
-from fusionkit.task_vectors.checks import check_fit, check_patterns
+from fusionkit.task_vectors.checks import check_fit, check_patterns, warn_of_settings
 from fusionkit.task_vectors.opened import open_models
 from fusionkit.task_vectors.roles import Role, Roles, stacks_of, ties_of, touches
 from fusionkit.task_vectors.vectors import Change, ChangedVectors, Located, TaskVectors
@@ -117,6 +117,7 @@ class Family:
         check_fit(
             self.base, self.finetuned, self.roles, self._known_as, self.private, wanted, vocabulary
         )
+        warn_of_settings(self.base, self.finetuned)
         self._changes: tuple[Callable[[TaskVectors], Sequence[Change | None]], ...] = ()
         self.device = torch.device(device)
         workers = workers or Workers()

@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from transformers import (
 )
 
 from fusionkit import EMR, SVD, Bundle, Dense, Family, add_tasks, compress
-from fusionkit.errors import CheckpointError, FamilyError
+from fusionkit.errors import BundleError, CheckpointError, FamilyError, WrongBaseError
 from fusionkit.reuse.module import ReuseModule
+from fusionkit.task_vectors.checks import SettingsWarning
 
 SIZES = {
     "hidden_size": 16,
@@ -294,3 +296,72 @@ def test_a_head_of_the_base_that_no_fine_tuned_class_has_needs_no_word(
     module = ReuseModule(make(tmp_path / "base", num_labels=3).eval(), bundle)
     module.switch("t")
     assert torch.allclose(logits(module.model), logits(tuned), atol=1e-5)
+
+
+def test_a_fine_tune_that_computes_otherwise_is_told_of(tmp_path: Path) -> None:
+    """Weights fit, and mean something else; labels and the like do not."""
+    base = llama()
+    base.save_pretrained(tmp_path / "base")
+    tuned = moved(base)
+    tuned.config.id2label = {0: "yes"}
+    tuned.config.attention_dropout = 0.5
+    tuned.save_pretrained(tmp_path / "tuned")  # type: ignore[operator]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SettingsWarning)
+        compress(tmp_path / "base", {"t": tmp_path / "tuned"}, Dense())
+    tuned.config.rms_norm_eps = 0.25
+    tuned.save_pretrained(tmp_path / "tuned")  # type: ignore[operator]
+    said = r"(?s)tuned \(task 't'\) is configured otherwise.*rms_norm_eps: 0\.25, not 1e-06"
+    with pytest.warns(SettingsWarning, match=said):
+        compress(tmp_path / "base", {"t": tmp_path / "tuned"}, Dense())
+
+
+def test_a_live_model_of_other_names_is_never_switched_in_part(tmp_path: Path) -> None:
+    """Whose body lies deeper, or higher, than the bundle's: it is another model."""
+    encoder = llama().model
+    tuned = moved(encoder)
+    for name, model in (("base", encoder), ("tuned", tuned)):
+        model.save_pretrained(tmp_path / name)  # type: ignore[operator]
+    bundle = compress(tmp_path / "base", {"t": tmp_path / "tuned"}, Dense("fp32"))
+    whole = llama()
+    whole.model.load_state_dict(encoder.state_dict())
+    with pytest.raises(WrongBaseError, match="is missing"):
+        ReuseModule(whole, bundle)
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_layers_that_a_fine_tune_lacks_are_not_the_base_s(live: bool, tmp_path: Path) -> None:
+    sizes = {**SIZES, "num_hidden_layers": 2}
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=20, **sizes))
+    pruned = LlamaForCausalLM(LlamaConfig(vocab_size=20, **SIZES))
+    base.save_pretrained(tmp_path / "base")
+    pruned.save_pretrained(tmp_path / "pruned")
+    forms: Any = (base, pruned) if live else (tmp_path / "base", tmp_path / "pruned")
+    with pytest.raises(FamilyError, match=r"misses tensor 'model\.layers\.1"):
+        compress(forms[0], {"t": forms[1]}, Dense())
+
+
+def test_a_task_that_holds_a_tied_head_apart_is_not_added_beside_tied_ones() -> None:
+    base = llama(tie_word_embeddings=True)
+    bundle = compress(base, {"t": moved(base)}, Dense("fp32"))
+    apart = llama(tie_word_embeddings=False)
+    with pytest.raises(BundleError, match=r"(?s)'lm_head\.weight' apart from .*together"):
+        add_tasks(bundle, {"u": apart})
+
+
+def test_a_tied_model_takes_a_base_that_holds_the_head_apart(tmp_path: Path) -> None:
+    base = llama(tie_word_embeddings=False)
+    base.save_pretrained(tmp_path / "base")
+    module = ReuseModule(llama(tie_word_embeddings=True), base=str(tmp_path / "base"))
+    assert torch.equal(logits(module.model), logits(base))
+
+
+def test_a_renaming_may_swap_names(tmp_path: Path) -> None:
+    base = {"a": torch.randn(3, 3), "b": torch.randn(3, 3)}
+    tuned = {name: tensor + 1 for name, tensor in base.items()}
+    save_file(base, tmp_path / "base.safetensors")
+    swap = {"^a$": "c", "^b$": "a", "^c$": "b"}
+    bundle = compress(tmp_path / "base.safetensors", {"t": tuned}, Dense("fp32"), rename=swap)
+    bundle.save(tmp_path / "b")
+    for opened in (bundle, Bundle(tmp_path / "b"), Bundle(tmp_path / "b", base)):
+        equal(opened.state_dict("t"), {"b": tuned["a"], "a": tuned["b"]})
