@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
+from fusionkit.checkpoints.architecture import is_stack
 from fusionkit.checkpoints.checkpoint import Checkpoint, TensorSpec, matches
 from fusionkit.checkpoints.names import prefix_over
 from fusionkit.checkpoints.settings import differing
@@ -221,9 +222,12 @@ def _check_tensor(
 
 def _check_spec(where: str, name: str, base: TensorSpec, tuned: TensorSpec) -> Iterator[str]:
     if base.shape != tuned.shape:
+        mend = "declare it private to store it whole"
+        if is_stack(name, base.shape):  # as many as the router chooses among
+            mend = "other experts: give the base that it was fine-tuned from"
         yield (
             f"{where}: tensor '{name}' has shape {list(tuned.shape)}, the base's has "
-            f"{list(base.shape)} (declare it private to store it whole)"
+            f"{list(base.shape)} ({mend})"
         )
     elif base.dtype != tuned.dtype and not (
         base.dtype.is_floating_point and tuned.dtype.is_floating_point
