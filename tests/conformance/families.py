@@ -1,7 +1,5 @@
 """All families of the sweep."""
 
-from collections.abc import Mapping
-
 from conformance import language, perception
 from conformance.row import ModelFamily
 
@@ -18,9 +16,3 @@ FAMILIES: tuple[ModelFamily, ...] = (
     *perception.TIMM,
     *perception.DIFFUSERS,
 )
-
-_TIED = "the folder lacks the tied head, which the live model has"
-_NAMES = "the folder has other names than the live model"
-_FUSED = "the folder has experts one by one, the live model fused"
-NOT_YET: Mapping[str, str] = {}
-"""Family → why it does not pass the sweep yet."""

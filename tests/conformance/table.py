@@ -3,7 +3,7 @@
 from itertools import groupby
 
 from conformance.crossing import CODECS, CROSSING
-from conformance.families import FAMILIES, NOT_YET
+from conformance.families import FAMILIES
 from conformance.row import BARE, ModelFamily
 
 _HEAD = """\
@@ -45,9 +45,6 @@ def _line(row: ModelFamily) -> str:
     if row.refused:
         exact = "all but what is refused"
         remarks += [_refusal(*each) for each in row.refused.items()]
-    if why := NOT_YET.get(str(row)):
-        exact = "not yet"
-        remarks += [why]
     return f"| {row.name} | `{row.built}` | {exact} | {'; '.join(remarks)} |"
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import transformers
 from conformance.crossing import CODECS, CROSSING, SINKS, cross
-from conformance.families import FAMILIES, NOT_YET
+from conformance.families import FAMILIES
 from conformance.row import ModelFamily
 from conformance.table import table
 
@@ -21,8 +21,6 @@ def _item(row: ModelFamily) -> object:
             importlib.util.find_spec(row.library) is None, reason=f"{row.library} is not installed"
         )
     ]
-    if str(row) in NOT_YET:
-        marks.append(pytest.mark.xfail(strict=True, reason=NOT_YET[str(row)]))
     return pytest.param(row, id=str(row), marks=marks)
 
 
@@ -45,7 +43,6 @@ def test_the_fine_tune_comes_back(row: ModelFamily, tmp_path: Path) -> None:
 def test_there_are_as_many_as_promised() -> None:
     assert len(FAMILIES) >= 45
     assert len({str(row) for row in FAMILIES}) == len(FAMILIES)
-    assert NOT_YET.keys() <= {str(row) for row in FAMILIES}
 
 
 def test_every_family_meets_everything() -> None:
