@@ -9,18 +9,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from fusionkit.codecs.base import WHOLE
 from fusionkit.registry import Config
 from fusionkit.task_vectors.family import Family
 
-_ENTRY = 75
-"""Of a header's entry: what is not its key, nor digits; with the digest in the metadata."""
-_HEADER = 90
+_DIGEST = 16
+_HEADER = 80
 """Of a header: what is no entry, and its padding."""
-_MANIFEST, _TASK = 1500, 1000
-"""Of the manifest: what is of no tensor, and of a task without its name, calibrated ones
-included."""
 _LARGE, _ROOM = 1 << 26, 8192
 """Bytes of data from which a file's header is padded, and its least room."""
+_NUMBER = 10**12
+"""As long as any number of the manifest."""
 
 
 @dataclass(frozen=True)
@@ -28,37 +29,15 @@ class Overhead:
     """Bytes beside the payload.
 
     Attributes:
-        manifest: of the whole bundle.
-        headers: per task, those of its file's header that no payload adds to.
-        whole: per task, those of its private and exact tensors.
-        shared: of adapters' initial tensors.
+        manifest: of the whole bundle; of one that will be calibrated, too.
+        headers: of all tasks, those of their files' headers that no payload adds to, and of what
+            adapters start from, where that is stored.
+        whole: of all tasks, those of their private and exact tensors.
     """
 
     manifest: int
-    headers: Sequence[int]
-    whole: Sequence[int]
-    shared: int
-
-    @property
-    def beside_parameters(self) -> int:
-        """What `Bundle.bits_per_parameter` counts."""
-        return self.manifest + sum(self.headers) + self.shared
-
-    @property
-    def total(self) -> int:
-        """All of it."""
-        return self.beside_parameters + sum(self.whole)
-
-
-def entry_bytes(name: str, part: str, nbytes: int) -> int:
-    """Bytes of a part's entry in a file's header, if it has one axis.
-
-    Args:
-        name: the tensor's.
-        part: the part's.
-        nbytes: of the file.
-    """
-    return _ENTRY + _text(f"{name}/{part}") + 3 * len(str(nbytes))
+    headers: int
+    whole: int
 
 
 def overhead(family: Family, codec: Config, nbytes: int) -> Overhead:
@@ -67,51 +46,96 @@ def overhead(family: Family, codec: Config, nbytes: int) -> Overhead:
     Args:
         family: what is compressed.
         codec: as the manifest records it.
-        nbytes: about how large the payload is, over all tasks.
+        nbytes: how large the payload is, at most, over all tasks.
     """
-    headers, wholes = [], []
-    exact = {name: family.base.specs[name].nbytes for name in family.names("exact")}
+    exact = [family.base.specs[name] for name in family.names("exact")]
     names = [*family.roles, *(name for own in family.private.values() for name in own)]
     room = _ROOM + sum(4 * (140 + _text(name)) for name in names)
+    headers = whole = 0
     for task, checkpoint in family.finetuned.items():
-        own = {name: checkpoint.specs[name].nbytes for name in family.private[task]}
-        whole = sum(own.values()) + sum(exact.values())
-        header = _HEADER + sum(entry_bytes(n, "tensor", whole) + 40 for n in (*own, *exact))
-        headers.append(header + room if whole + nbytes > _LARGE else header)
-        wholes.append(whole)
-    shared = 0
+        specs = [*exact, *(checkpoint.specs[name] for name in family.private[task])]
+        own = sum(spec.nbytes for spec in specs)
+        known = [*family.names("exact"), *family.private[task]]
+        headers += _HEADER + room * (own + nbytes > _LARGE)
+        for name, spec in zip(known, specs, strict=True):
+            headers += entry_bytes(name, WHOLE, own + nbytes, list(spec.shape))
+        whole += own
     if family.space and family.space.stored:
-        start = {name: family.base.specs[name].nbytes for name in family.space.layout.tensors}
-        shared = _HEADER + sum(
-            n + entry_bytes(name, "start:tensor", n) for name, n in start.items()
-        )
-    return Overhead(_manifest(family, codec), headers, wholes, shared)
+        headers += _HEADER
+        for name in family.space.layout.tensors:
+            spec = family.base.specs[name]
+            headers += spec.nbytes + entry_bytes(name, "start:" + WHOLE, 1 << 40, list(spec.shape))
+    return Overhead(_manifest(family, codec), headers, whole)
+
+
+def entry_bytes(name: str, part: str, nbytes: int, shape: Sequence[int] | None = None) -> int:
+    """Bytes of a part's entry in a file's header.
+
+    Args:
+        name: the tensor's.
+        part: the part's.
+        nbytes: of the file, at most.
+        shape: the part's; by default of one axis, as long as can be.
+    """
+    shape = [nbytes] if shape is None else list(shape)
+    entry = {"dtype": "BF16", "shape": shape, "data_offsets": [nbytes, nbytes]}
+    text = json.dumps(entry, separators=(",", ":"))
+    return _text(f"{name}/{part}") + len(text) + 2 + _DIGEST
 
 
 def _manifest(family: Family, codec: Config) -> int:
     base = family.base
     known = base.architecture
-    content: dict[str, Any] = {
-        "codec": codec,
-        "source": base.label,
-        "tensors": {
-            name: {
-                "dtype": str(base.specs[name].dtype),
-                "shape": list(base.specs[name].shape),
-                "role": role,
-                "sha256": "0" * 16,
-            }
-            for name, role in family.roles.items()
-        },
-        "names": [family.tied, family.stacks, family.rename, family.ignore, base.strip_prefix],
-        "space": family.space.to_json() if family.space else None,
-        "kinds": dict(known.kinds) if known else {},
-        "architecture": dict(known.record) if known else {},
-        "patterns": [*family.private_patterns, *family.frozen_patterns],
-        "private": family.private,
+    sha = "0" * 64
+    file = {"bytes": _NUMBER, "header_sha256": sha}
+    calibration = {
+        name: 0.12345678901234567
+        for name in "shift scale objective method rows seed epochs loss_before loss_after".split()
     }
-    indented = len(json.dumps(content, indent=4))
-    return _MANIFEST + indented + sum(_TASK + len(task) for task in family.tasks)
+    content: dict[str, Any] = {
+        "format": "fusionkit-bundle",
+        "format_version": 1,
+        "base_fingerprint": sha,
+        "codec": codec,
+        "base": {
+            "source": base.label,
+            "strip_prefix": base.strip_prefix,
+            "add_prefix": base.add_prefix,
+            "tensors": {
+                name: {
+                    "dtype": str(base.specs[name].dtype).removeprefix("torch."),
+                    "shape": list(base.specs[name].shape),
+                    "role": role,
+                    "sha256": sha[:16],
+                }
+                for name, role in family.roles.items()
+            },
+            "tied": family.tied,
+            "space": family.space.to_json() if family.space else {},
+            "stacks": family.stacks,
+            "rename": family.rename,
+            "ignore": family.ignore,
+            "kinds": dict(known.kinds) if known else {},
+            "architecture": dict(known.record) if known else {},
+            "variant": base.variant,
+            "dequantized": base.dequantized,
+        },
+        "private": family.private_patterns,
+        "frozen": family.frozen_patterns,
+        "shared": file,
+        "tasks": {
+            task: {
+                "file": file,
+                "private": family.private[task],
+                "private_bytes": _NUMBER,
+                "checkpoint_bytes": _NUMBER,
+                "calibration": calibration,
+            }
+            for task in family.tasks
+        },
+        "checksum": sha,
+    }
+    return len(json.dumps(content, indent=1)) + 1
 
 
 def _text(name: str) -> int:

@@ -28,6 +28,8 @@ _DEADZONE = 1.15
 """How much more error rounding leaves than a step's square over 12, where rates are low."""
 _STEPS = 16
 """Steps per octave, of the grid that a direction's step is on."""
+_WIDEST = 32
+"""The largest deviation of a direction's integers: wider ones no model has."""
 _GAINS = 64
 """The same of gains, which lie in [½, 8)."""
 _GROWS_TO = 3.0
@@ -40,7 +42,7 @@ class QuantizedFactors(NamedTuple):
     Attributes:
         left: int32 `(rows, r)`.
         right: int32 `(columns, r)`.
-        step: of the weakest direction.
+        step: the finest direction's.
         steps: uint8 `(r,)`: each direction's step is 2^(code / 16) of it.
         gains: uint8 `(r,)`: each direction is multiplied by 2^(code / 64 − 1).
     """
@@ -86,9 +88,10 @@ def quantize(
         power: p; all is multiplied by (‖δ‖² / ‖δ̂‖²)^p, for what was left out.
     """
     s = leading.s.to(torch.float64)
-    growth = (exponent - 0.5) * torch.log2(s / s[-1]) * _STEPS
-    steps = growth.round().clamp(0, 255).to(torch.uint8)
-    step = float(np.float32(math.sqrt(12 * theta / float(s[-1]))))
+    wanted = math.sqrt(12 * theta / float(s[-1])) * (s / s[-1]) ** (exponent - 0.5)
+    wanted = torch.maximum(wanted, (s / min(matrix.shape)).sqrt() / _WIDEST)
+    step = float(np.float32(float(wanted.min())))
+    steps = (torch.log2(wanted / step) * _STEPS).round().clamp(0, 255).to(torch.uint8)
     sizes = step * torch.exp2(steps.to(torch.float64) / _STEPS)
     root = (s.sqrt() / sizes).to(torch.float32)
     left, right = (_rounded(factor * root) for factor in (leading.u, leading.v))
@@ -142,16 +145,16 @@ def cost(
     """
     s, least = np.sqrt(squares), np.sqrt(weakest)
     step = np.sqrt(12 * theta / least) * (s / least) ** (exponent - 0.5)
+    step = np.maximum(step, np.sqrt(s / np.minimum(rows, columns)) / _WIDEST)
     bits = rows * rate(np.sqrt(s / rows) / step) + columns * rate(np.sqrt(s / columns) / step)
-    error = _DEADZONE * theta * (rows + columns) * (s / least) ** (2 * exponent)
+    error = _DEADZONE * step**2 / 12 * s * (rows + columns)
     return bits + 8 * HEADER, np.minimum(error, squares)
 
 
 def rate(deviation: Doubles) -> Doubles:
     """Bits of an integer that is a Gaussian of this deviation, rounded: its entropy."""
     deviations, bits = _rates()
-    with np.errstate(divide="ignore"):
-        wide = 0.5 * np.log2(2 * math.pi * math.e) + np.log2(deviation)
+    wide = 0.5 * np.log2(2 * math.pi * math.e * (np.square(deviation) + 1 / 12))
     return np.where(deviation > deviations[-1], wide, np.interp(deviation, deviations, bits))
 
 

@@ -36,14 +36,16 @@ class Sketch(DeltaCodec):
 
     Exactly one of bits, bytes and noise is given. Of bits and bytes no more is ever taken; where
     the headers alone take more, all deltas come back as zero, with a warning. A tensor that is
-    not worth its entry in a header comes back as zero as well.
+    not worth its entry in a header comes back as zero as well. A task whose error is felt, as its
+    delta is large for its bits, is named in a warning, with the bits that it would take.
 
     Two gains a matrix, of its directions and of its sketch, are 1; `fusionkit calibrate` learns
     them.
 
     Args:
         bits: per compressed parameter, all that `Bundle.bits_per_parameter` counts: codes, headers
-            and the manifest, but not private tensors.
+            and the manifest, but not private tensors. Of small models, whose manifest takes more
+            than a tenth of that, what is beyond it is not counted.
         bytes: of the whole bundle, private tensors included.
         noise: each task's error energy over the base's energy; below 0.01 it is hardly felt.
         share: bits go to the tasks by their deltas' `energy` to the power ⅓, or to all `equal`.

@@ -9,6 +9,7 @@ import torch
 
 from fusionkit.codecs.allocation import Plan, Share, Spectra, within
 from fusionkit.codecs.overhead import entry_bytes, overhead
+from fusionkit.codecs.sign_sketch import MOST
 from fusionkit.codecs.sketch_codes import FIXED_BYTES
 from fusionkit.codecs.sketch_encoder import How, Measured, sides
 from fusionkit.registry import Config
@@ -16,6 +17,8 @@ from fusionkit.task_vectors.family import Family
 
 _NOISY = 0.04
 """Error energy over base energy that is felt: there a divergence of 0.01 on text classifiers."""
+_OF_MANIFEST = 10
+"""The part of a budget in bits that is left for the manifest, at most."""
 
 
 @dataclass(frozen=True)
@@ -69,35 +72,37 @@ def plans_of(
         how: what is made of a matrix.
         codec: as the manifest records it.
     """
-    spectra = _spectra(layout, measured, len(family.tasks), how)
+    parameters = max(family.parameters, 1) * len(family.tasks)
+    budget = target.nbytes or int((target.bits or MOST) * parameters / 8)
+    spectra = _spectra(layout, measured, len(family.tasks), how, budget)
     base = sum(each.base for each in measured.values())
     first = family.workers.processes.rank == 0
     if target.noise is not None:
         errors = target.noise * base
         plans = [own.plan(own.bits_for(errors)) for own in spectra]
     else:
-        parameters = max(family.parameters, 1) * len(family.tasks)
-        budget = target.nbytes or int((target.bits or 0) * parameters / 8)
         beside = overhead(family, codec, budget)
-        fixed = beside.total if target.nbytes else beside.beside_parameters
-        fixed += len(family.tasks) * _gains_bytes(layout)
+        gains = entry_bytes("", "gains", budget) + 4 * len(layout.matrices)
+        fixed = beside.headers + gains * len(family.tasks)
+        if target.nbytes:
+            fixed += beside.manifest + beside.whole
+        else:
+            fixed += min(beside.manifest, budget // _OF_MANIFEST)
         plans = within(spectra, budget, fixed, target.share)
-        if (
-            first
-            and not any(plan.nbytes.any() for plan in plans)
-            and any(own.energy for own in spectra)
-        ):
-            _warn_of_headers(budget, fixed, spectra, parameters, target)
+        nothing = not any(plan.nbytes.any() for plan in plans)
+        if first and nothing and any(own.energy for own in spectra):
+            least = fixed + sum(int(own.entries.sum()) for own in spectra)
+            _warn_of_headers(target, budget, fixed, least, parameters)
     if first and how.sketch and base:
         _warn_of_noise(family, plans, spectra, base)
     return plans
 
 
 def _spectra(
-    layout: Layout, measured: Mapping[str, Measured], tasks: int, how: How
+    layout: Layout, measured: Mapping[str, Measured], tasks: int, how: How, nbytes: int
 ) -> list[Spectra]:
     rows, columns = np.array(layout.shapes, np.float64).reshape(-1, 2).T
-    entries = np.array([entry_bytes(name, "codes", 1 << 40) for name in layout.names], np.float64)
+    entries = np.array([entry_bytes(name, "codes", nbytes) for name in layout.names], np.float64)
     return [
         Spectra(
             np.array([each.energies[task] for each in measured.values()]),
@@ -113,19 +118,13 @@ def _spectra(
     ]
 
 
-def _gains_bytes(layout: Layout) -> int:
-    return entry_bytes("", "gains", 1 << 40) + 4 * len(layout.matrices)
-
-
-def _warn_of_headers(
-    budget: int, fixed: int, spectra: Sequence[Spectra], parameters: int, target: Target
-) -> None:
-    least = fixed + sum(sum(own.entries) for own in spectra)
-    asked = f"bytes={target.nbytes}" if target.nbytes else f"bits={target.bits}"
-    enough = f"bytes={least}" if target.nbytes else f"bits={8 * least / parameters:.2g}"
+def _warn_of_headers(target: Target, budget: int, fixed: int, least: int, parameters: int) -> None:
+    asked, enough = f"bits={target.bits}", f"bits={8 * least / parameters:.2g}"
+    if target.nbytes:
+        asked, enough = f"bytes={target.nbytes}", f"bytes={least}"
     warnings.warn(
-        f"Sketch({asked}): the bundle may take {budget} bytes, of which headers, manifest and "
-        f"private tensors take up to {fixed}: no delta is stored; ask for more than {enough}",
+        f"Sketch({asked}) leaves {budget} bytes, of which all that is not deltas takes {fixed}: "
+        f"the deltas come back as zero; ask for more than {enough}",
         stacklevel=2,
     )
 
@@ -137,11 +136,13 @@ def _warn_of_noise(
         ratio = plan.error / base
         if not plan.nbytes.any() or ratio <= _NOISY * 1.001:
             continue
-        wanted = own.plan(own.bits_for(_NOISY * base)).total
-        bits, enough = (8 * size / max(family.parameters, 1) for size in (plan.total, wanted))
+        wanted = own.plan(own.bits_for(_NOISY * base))
+        bits, enough = (8 * each.total / max(family.parameters, 1) for each in (plan, wanted))
+        mend = f"below {_NOISY} it is hardly felt: that takes {enough:.3g} bits"
+        if wanted.error > _NOISY * base * 1.001:
+            mend = "it is too large to be sketched: store it by another codec"
         warnings.warn(
-            f"task '{task}': {bits:.3f} bits per parameter are "
-            f"few for its delta: the error's energy is {ratio:.0%} of the base's, and above "
-            f"{_NOISY:.0%} it is felt; that takes {enough:.3f} bits",
+            f"task '{task}': at {bits:.3g} bits per parameter its delta comes back with an error "
+            f"of {ratio:.2g} times the base's energy; {mend}",
             stacklevel=2,
         )

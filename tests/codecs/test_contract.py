@@ -22,6 +22,7 @@ from fusionkit import (
     TaskArithmetic,
     Weighted,
 )
+from fusionkit.codecs.sketch import Sketch
 from fusionkit.errors import BundleError
 from fusionkit.registry import load
 from fusionkit.testing import CodecContract, models
@@ -134,6 +135,15 @@ class TestMerged(CodecContract):
 
 class TestSVD(CodecContract):
     codecs = (SVD(rank=2), SVD(energy=0.9, scope="model", dtype="int8"), SVD(budget=2000))
+
+
+class TestSketch(CodecContract):
+    codecs = (
+        Sketch(bits=12),
+        Sketch(bytes=20_000, share="equal"),
+        Sketch(noise=0.02),
+        Sketch(bits=20, sketch=False),
+    )
 
 
 class TestDBMS(CodecContract):
