@@ -23,6 +23,9 @@ Share = Literal["energy", "equal"]
 
 _PRICE = 0.2
 """θ B N / E."""
+_CHEAPEST = 0.25
+"""B from which on directions get no cheaper: noise has directions, too, that a sketch takes
+better."""
 _LEAST, _GREATEST = 1e-7, 64.0
 """Sketch's bits per parameter, between which B is looked for."""
 _WORTH = 4
@@ -93,22 +96,23 @@ class Spectra:
     def plan(self, bits: float) -> Plan:
         """What all tensors take if the sketch has so many bits per parameter."""
         sizes = self.rows * self.columns
-        theta = _PRICE / bits * self.energy / max(float(sizes.sum()), 1.0)
-        if not theta > 0:
+        price = _PRICE * self.energy / max(float(sizes.sum()), 1.0)
+        if not price > 0:
             return self.nothing
+        theta = price / (min(bits, _CHEAPEST) if self.sketched else bits)
         ranks, coded, left = self._directions(theta)
         weights = np.where(self._matrices, np.sqrt(sizes * left), 0.0)
         shares = weights / max(float(weights.sum()), 1e-300)
         of_sketch = np.minimum(bits * float(sizes.sum()) * shares, MOST * sizes)
         if not self.sketched:
             of_sketch = np.zeros_like(of_sketch)
-        vectors, kept = self._vectors(theta)
+        vectors, kept = self._vectors(price / bits)
         total_bits = coded + of_sketch + np.where(kept, vectors, 0.0)
         out = total_bits * _WORTH <= 8 * self.entries
         nbytes = np.where(out, 0, np.ceil(total_bits / 8) + self.beside)
         with np.errstate(divide="ignore", invalid="ignore"):
             noises = np.where(of_sketch > 0, left * noise(of_sketch / sizes), left)
-        error = np.where(out, self.energies, np.where(self._matrices, noises, theta * sizes))
+        error = np.where(out, self.energies, np.where(self._matrices, noises, price / bits * sizes))
         return Plan(
             nbytes.astype(np.int64),
             np.where(out, 0, ranks).astype(np.int64),

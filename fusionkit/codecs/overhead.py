@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from fusionkit.codecs.base import WHOLE
 from fusionkit.registry import Config
 from fusionkit.task_vectors.family import Family
@@ -88,10 +86,8 @@ def _manifest(family: Family, codec: Config) -> int:
     known = base.architecture
     sha = "0" * 64
     file = {"bytes": _NUMBER, "header_sha256": sha}
-    calibration = {
-        name: 0.12345678901234567
-        for name in "shift scale objective method rows seed epochs loss_before loss_after".split()
-    }
+    numbers = ("shift", "scale", "objective", "method", "rows", "seed", "epochs")
+    calibration = dict.fromkeys((*numbers, "loss_before", "loss_after"), 0.12345678901234566)
     content: dict[str, Any] = {
         "format": "fusionkit-bundle",
         "format_version": 1,

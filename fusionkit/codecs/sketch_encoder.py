@@ -34,7 +34,7 @@ from fusionkit.task_vectors.vectors import TaskVectors
 
 _GRAM_LIMIT = 2048
 """Rows or columns up to which all singular values are found."""
-_LEADING = 128
+_LEADING = 64
 """How many of a larger matrix are; what is beyond them is sketched."""
 _TRIES = 8
 

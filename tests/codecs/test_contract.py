@@ -19,10 +19,10 @@ from fusionkit import (
     Mean,
     Merged,
     Normalized,
+    Sketch,
     TaskArithmetic,
     Weighted,
 )
-from fusionkit.codecs.sketch import Sketch
 from fusionkit.errors import BundleError
 from fusionkit.registry import load
 from fusionkit.testing import CodecContract, models

@@ -1,6 +1,7 @@
 """Sketch: closed forms, no bias, budgets that are never exceeded, codes that are refused."""
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fusionkit
+from fusionkit import Sketch
+from fusionkit.bundles.format import task_file
+from fusionkit.bundles.part_file import Part, PartWriter
 from fusionkit.codecs import sketch_codes
 from fusionkit.codecs.overhead import overhead
 from fusionkit.codecs.quantized_factors import rate
 from fusionkit.codecs.sign_sketch import noise, share_of
-from fusionkit.codecs.sketch import Sketch
-from fusionkit.errors import CodecError
+from fusionkit.errors import BundleError, CodecError
 from fusionkit.registry import to_config
 from fusionkit.task_vectors.family import Family
 from fusionkit.testing import models
@@ -235,6 +238,26 @@ def test_codes_that_are_damaged_are_refused() -> None:
             else:
                 assert found.shape == tensor.shape
     assert refused > 100
+
+
+def test_a_bundle_says_where_its_codes_are_damaged(tmp_path: Path) -> None:
+    """Damage that its digests don't know of: a bundle that a faulty program wrote."""
+    base, tuned = family({"w": (40, 30)})
+    bundle = fusionkit.compress(base, tuned, Sketch(bits=8.0), tmp_path / "b")
+    path = bundle.path / task_file("t0")
+    stored = {
+        f"{name}/{part}": tensor
+        for name in bundle.task_names("t0")
+        for part, tensor in bundle.task_parts("t0", name).items()
+    }
+    stored["w/codes"] = stored["w/codes"][:-9].clone()
+    writer = PartWriter(path)
+    for key, tensor in stored.items():
+        writer.add(Part.of(key, tensor))
+    record = replace(bundle.manifest.tasks["t0"], file=writer.finish())
+    bundle.update(replace(bundle.manifest, tasks={"t0": record}))
+    with pytest.raises(BundleError, match="'w' of task 't0' can't be decoded by Sketch"):
+        bundle.delta("t0", "w")
 
 
 def test_directions_alone_are_factors(tmp_path: Path) -> None:
