@@ -85,6 +85,7 @@ def measure(vectors: TaskVectors) -> Measured:
     if rows > 1:
         unit, normal = _normal(vectors.base.to(vectors.device, torch.float32))
         base = _energy(normal) * unit**2
+        del normal
     energies, squares = [], []
     for task in range(len(vectors)):
         unit, normal = _normal(vectors[task].view(rows, columns))

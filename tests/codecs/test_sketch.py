@@ -336,3 +336,23 @@ def test_rates_are_entropies() -> None:
     share = share_of(0.0908)
     assert share == pytest.approx(0.01, rel=2e-3)
     assert float(noise(np.array(0.0908))) == pytest.approx(10.96, rel=0.02)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize(
+    "codec", [Sketch(bits=0.5), Sketch(bits=3.0), Sketch(bits=1, sketch=False)]
+)
+def test_a_bundle_made_on_cuda(codec: Sketch) -> None:
+    """It decodes there as here; signs that hang on rounding apart, it is what is made here."""
+    base, tuned = family({"w": (300, 200), "b": (4000,)})
+    here = fusionkit.compress(base, tuned, codec)
+    there = fusionkit.compress(base, tuned, codec, device="cuda")
+    assert abs(here.nbytes - there.nbytes) < 100
+    for name in base:
+        one, other = here.delta("t0", name), there.delta("t0", name)
+        assert (one is None) == (other is None)
+        if one is not None and other is not None:
+            on_device = here.delta("t0", name, torch.device("cuda"))
+            assert on_device is not None
+            assert torch.allclose(on_device.cpu(), one, rtol=1e-4, atol=1e-5)
+            assert (one - other).norm() < 0.1 * one.norm()
