@@ -56,8 +56,8 @@ def squared_singular_values(matrix: Tensor) -> Tensor:
     """
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
     gram = torch.zeros(len(wide), len(wide), dtype=torch.float64, device=matrix.device)
-    for block in wide.split(_BLOCK, 1):
-        double = block.to(torch.float64)
+    for start in range(0, wide.shape[1], _BLOCK):
+        double = wide[:, start : start + _BLOCK].to(torch.float64)
         gram.addmm_(double, double.mT)
     squares: Tensor = torch.linalg.eigvalsh(gram)
     return squares.flip(0).clamp_(min=0)
