@@ -9,8 +9,8 @@ power of two that is at most n:
     W(s, s′) x: x ← s ∘ x;  x[:p] ← H x[:p];  and if p < n:  x ← s′ ∘ x;  x[n−p:] ← H x[n−p:]
 
 `H` is the orthonormal Walsh-Hadamard matrix, in natural order: (−1)^popcount(i & j) / √p at i, j.
-If n is a power of two, that is `H S₃ P H S₁`; else the two windows overlap, as p > n / 2, so that
-every entry reaches every other within one W. Between the windows there must be signs: H of a part
+If n is a power of two, that is `H S₃ P H S₁`; else the two windows overlap, as p > n / 2, and hold
+all entries between them, so that R mixes all. Between the windows there must be signs: H of a part
 of H is nearly a single entry without.
 
 Signs and permutation are read from n words of 64 bits, `w[i] = mix(k + iγ)`, with (modulo 2⁶⁴)
