@@ -1,7 +1,8 @@
 """Which tensors of which tasks get how many bytes of a budget, from their singular values alone.
 
 One number, B, says all: the sketch's bits per parameter. A task's share of it is its delta's
-energy to the power ⅓. The price of a bit follows, θ = 0.2 E / (B N): as many directions are kept
+energy to the power ⅓, times 1 + ν / 0.1, where the noise ν = E / (B_t W) is its error's energy over
+the base's: where noise is felt, the tasks with the largest deltas are the first to fail. The price of a bit follows, θ = 0.2 E / (B N): as many directions are kept
 as are worth it, and what is left of the matrices shares the sketch's bits by its deviation. B is
 found so that all together, headers included, fits into the budget. Every tensor is given so many
 bytes, which its codes keep to by themselves: what is written is never more than was asked for.
@@ -23,6 +24,8 @@ Share = Literal["energy", "equal"]
 
 _PRICE = 0.2
 """θ B N / E."""
+_FELT = 0.1
+"""Noise over the base's energy at which a task gets twice its share."""
 _CHEAPEST = 0.25
 """B from which on directions get no cheaper: noise has directions, too, that a sketch takes
 better."""
@@ -167,19 +170,29 @@ class Spectra:
         return bits, worth & ~self._matrices
 
 
-def within(spectra: Sequence[Spectra], budget: int, fixed: int, share: Share) -> list[Plan]:
+def within(
+    spectra: Sequence[Spectra], base: float, budget: int, fixed: int, share: Share
+) -> list[Plan]:
     """The tasks' plans at the largest B at which all fit into a budget.
 
     Args:
         spectra: of each task.
+        base: the base's energy; 0: noise is not weighed against it.
         budget: bytes.
         fixed: bytes that are taken already.
         share: of B, by the tasks' energies, or the same for all.
     """
-    weights = shares([each.energy for each in spectra], share)
+    energies = [each.energy for each in spectra]
+    weights = shares(energies, share)
 
     def plans(bits: float) -> list[Plan]:
-        return [own.plan(bits * weight) for own, weight in zip(spectra, weights, strict=True)]
+        found = []
+        for own, weight in zip(spectra, weights, strict=True):
+            its = bits * weight
+            if share == "energy" and base:
+                its = (its + math.sqrt(its**2 + 4 * its * own.energy / (_FELT * base))) / 2
+            found.append(own.plan(its))
+        return found
 
     def over(bits: float) -> bool:
         return fixed + sum(plan.total for plan in plans(bits)) > budget

@@ -48,7 +48,8 @@ class Sketch(DeltaCodec):
             than a tenth of that, what is beyond it is not counted.
         bytes: of the whole bundle, private tensors included.
         noise: each task's error energy over the base's energy; below 0.01 it is hardly felt.
-        share: bits go to the tasks by their deltas' `energy` to the power ⅓, or to all `equal`.
+        share: bits go to the tasks by their deltas' `energy` to the power ⅓, and more where so few
+            are felt, or to all `equal`.
         sketch: whether there is a sketch; without one the directions alone are kept, scaled up for
             what was left out, and can be exported as a LoRA. Then noise is not to be given.
         seed: of the rotations.

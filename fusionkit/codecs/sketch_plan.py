@@ -88,7 +88,7 @@ def plans_of(
             fixed += beside.manifest + beside.whole
         else:
             fixed += min(beside.manifest, budget // _OF_MANIFEST)
-        plans = within(spectra, budget, fixed, target.share)
+        plans = within(spectra, base if how.sketch else 0.0, budget, fixed, target.share)
         nothing = not any(plan.nbytes.any() for plan in plans)
         if first and nothing and any(own.energy for own in spectra):
             least = fixed + sum(int(own.entries.sum()) for own in spectra)
