@@ -1,11 +1,12 @@
 """Which tensors of which tasks get how many bytes of a budget, from their singular values alone.
 
 One number, B, says all: the sketch's bits per parameter. A task's share of it is its delta's
-energy to the power ⅓, times 1 + ν / 0.1, where the noise ν = E / (B_t W) is its error's energy over
-the base's: where noise is felt, the tasks with the largest deltas are the first to fail. The price of a bit follows, θ = 0.2 E / (B N): as many directions are kept
-as are worth it, and what is left of the matrices shares the sketch's bits by its deviation. B is
-found so that all together, headers included, fits into the budget. Every tensor is given so many
-bytes, which its codes keep to by themselves: what is written is never more than was asked for.
+energy to the power ⅓, times 1 + ν / 0.1, where the noise ν = E / (B_t W) is about its error's
+energy over the base's: where noise is felt, the largest deltas are the first to fail. The price of
+a bit follows, θ = 0.2 E / (B N): as many directions are kept as are worth it, and what is left of
+the matrices shares the sketch's bits by its deviation. B is found so that all together, headers
+included, fits into the budget. Every tensor is given so many bytes, which its codes keep to by
+themselves: what is written is never more than was asked for.
 """
 
 import math
