@@ -24,6 +24,7 @@ from fusionkit.codecs.emr import EMR as EMR
 from fusionkit.codecs.linearized_lora import LinearizedLoRA as LinearizedLoRA
 from fusionkit.codecs.magnitude_prune import MagnitudePrune as MagnitudePrune
 from fusionkit.codecs.merged import Merged as Merged
+from fusionkit.codecs.sketch import Sketch as Sketch
 from fusionkit.codecs.svd import SVD as SVD
 from fusionkit.merges.base import Merge as Merge
 from fusionkit.merges.base import MergeTensor as MergeTensor

@@ -15,6 +15,8 @@ _OVERSAMPLE = 32
 
 
 _ITERATIONS = 4
+_BLOCK = 1 << 14
+"""Columns that are made float64 at once."""
 
 
 class Spectral(NamedTuple):
@@ -30,10 +32,35 @@ class Spectral(NamedTuple):
     s: Tensor
     v: Tensor
 
+    def first(self, rank: int) -> "Spectral":
+        """The leading directions alone."""
+        return Spectral(self.u[:, :rank], self.s[:rank], self.v[:, :rank])
+
     def cut(self, rank: int) -> "LowRank":
         """The leading directions; √σ goes to either side, so that both sit well in fp16."""
         root = self.s[:rank].sqrt()
         return LowRank(self.u[:, :rank] * root, self.v[:, :rank] * root)
+
+
+def matrix_of(shape: torch.Size) -> tuple[int, int]:
+    """Rows and columns of the matrix that a tensor counts as; a vector is of one row."""
+    if len(shape) < 2 or shape.numel() == 0:
+        return 1, shape.numel()
+    return shape[0], shape.numel() // shape[0]
+
+
+def squared_singular_values(matrix: Tensor) -> Tensor:
+    """All of them, float64, descending, by the smaller Gram matrix: at half of `svd_gram`'s price.
+
+    Their error is 1e-16 of the largest.
+    """
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
+    gram = torch.zeros(len(wide), len(wide), dtype=torch.float64, device=matrix.device)
+    for start in range(0, wide.shape[1], _BLOCK):
+        double = wide[:, start : start + _BLOCK].to(torch.float64)
+        gram.addmm_(double, double.mT)
+    squares: Tensor = torch.linalg.eigvalsh(gram)
+    return squares.flip(0).clamp_(min=0)
 
 
 def svd_product(product: LowRank) -> Spectral:

@@ -11,6 +11,7 @@ from fusionkit.checkpoints.adapters.lowrank import LowRank
 from fusionkit.codecs.base import Encoded, Encoder, Parts, SharedParts, TensorCodec
 from fusionkit.codecs.decomposition import (
     Spectral,
+    matrix_of,
     svd_exact,
     svd_gram,
     svd_product,
@@ -138,7 +139,7 @@ class SVD(TensorCodec):
     ) -> Parts:
         if rank == 0 or not _is_nonzero(delta) or (len(shape) < 2 and self.vectors == "drop"):
             return {}
-        rows, columns = _matrix(shape)
+        rows, columns = matrix_of(shape)
         if min(rows, columns) > 1:
             factors = self._cut(delta, name, rows, columns, rank)
             if factors.left.numel() + factors.right.numel() < shape.numel():
@@ -185,14 +186,14 @@ class SVD(TensorCodec):
 
     def _is_cut(self, shape: torch.Size) -> bool:
         """Whether a tensor is a matrix, and fewer directions than all may be kept of it."""
-        rows, columns = _matrix(shape)
+        rows, columns = matrix_of(shape)
         saves = rows * columns > rows + columns
         return min(rows, columns) > 1 and (self.budget is None or saves)
 
     def _spectra(self, vectors: TaskVectors) -> list[Tensor | None]:
         """Per task the squared singular values, float64; none of a vector; None of a zero delta."""
         found: list[Tensor | None] = []
-        rows, columns = _matrix(vectors.shape)
+        rows, columns = matrix_of(vectors.shape)
         for task in range(len(vectors)):
             delta = _delta(vectors, task)
             if not _is_nonzero(delta):
@@ -212,7 +213,7 @@ class SVD(TensorCodec):
         cost: dict[str, int] = {}
         for name, found in family.each(self._spectra).items():
             shape = torch.Size(family.base.specs[name].shape)
-            rows, columns = _matrix(shape)
+            rows, columns = matrix_of(shape)
             gain = (rows * columns - 1) // (rows + columns)  # the last rank that saves space
             cost[name] = stored_bytes((rows, 1), self.dtype) + stored_bytes(
                 (columns, 1), self.dtype
@@ -275,13 +276,6 @@ def _is_nonzero(delta: Tensor | LowRank) -> bool:
 
 def _dense(delta: Tensor | LowRank, shape: torch.Size) -> Tensor:
     return delta.dense(shape) if isinstance(delta, LowRank) else delta
-
-
-def _matrix(shape: torch.Size) -> tuple[int, int]:
-    """Rows and columns of the matrix that a tensor counts as."""
-    if len(shape) < 2 or shape.numel() == 0:
-        return 1, shape.numel()
-    return shape[0], shape.numel() // shape[0]
 
 
 _METHODS = {"exact": svd_exact, "gram": svd_gram, "randomized": svd_randomized}

@@ -17,7 +17,19 @@ from safetensors.torch import load_file, save_file
 from tiny_net import TESTS, Files
 from torch import Tensor
 
-from fusionkit import DBMS, EMR, SVD, TIES, Bundle, Dense, Elect, MagnitudePrune, Merged, Normalized
+from fusionkit import (
+    DBMS,
+    EMR,
+    SVD,
+    TIES,
+    Bundle,
+    Dense,
+    Elect,
+    MagnitudePrune,
+    Merged,
+    Normalized,
+    Sketch,
+)
 from fusionkit.bundles import journal, part_file
 from fusionkit.bundles.compress import compress
 from fusionkit.codecs.base import DeltaCodec
@@ -40,6 +52,7 @@ CODECS: dict[str, DeltaCodec] = {
     "DBMS": DBMS(MagnitudePrune(0.1)),
     "DBMS of EMR": DBMS(EMR(), shift=MagnitudePrune(0.05)),
     "dense": Dense("bf16"),
+    "Sketch": Sketch(noise=0.02),
 }
 FAMILIES: dict[str, torch.dtype] = {
     "fp32": torch.float32,

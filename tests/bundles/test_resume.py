@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny_net import Files
 from torch import Tensor
 
-from fusionkit import DBMS, EMR, Bundle, Dense, MagnitudePrune, Mean
+from fusionkit import DBMS, EMR, Bundle, Dense, MagnitudePrune, Mean, Sketch
 from fusionkit.bundles import journal, part_file
 from fusionkit.bundles.compress import compress
 from fusionkit.checkpoints.output_folder import LOCK
@@ -29,6 +29,7 @@ CODECS: dict[str, DeltaCodec] = {
     "pruned": MagnitudePrune(0.3, merge=Mean()),
     "dense": Dense("int4"),
     "DBMS": DBMS(EMR()),
+    "Sketch": Sketch(noise=0.02),
 }
 
 

@@ -19,6 +19,7 @@ from fusionkit import (
     Mean,
     Merged,
     Normalized,
+    Sketch,
     TaskArithmetic,
     Weighted,
 )
@@ -134,6 +135,15 @@ class TestMerged(CodecContract):
 
 class TestSVD(CodecContract):
     codecs = (SVD(rank=2), SVD(energy=0.9, scope="model", dtype="int8"), SVD(budget=2000))
+
+
+class TestSketch(CodecContract):
+    codecs = (
+        Sketch(bits=12),
+        Sketch(bytes=20_000, share="equal"),
+        Sketch(noise=0.02),
+        Sketch(bits=20, sketch=False),
+    )
 
 
 class TestDBMS(CodecContract):

@@ -1,0 +1,311 @@
+"""A seeded orthogonal rotation of a matrix on both sides, after which its entries look Gaussian.
+
+`X = R_m A R_nᵀ` for `A` of shape (m, n). `R_m` and `R_n` are orthogonal, and follow from the seed,
+the side and the size alone, in exact integer arithmetic, so that all machines make the same. Each
+is applied in O(n log n) steps and never formed. For a vector x of n entries, with p the largest
+power of two that is at most n:
+
+    R = W(s₃, s₄) P W(s₁, s₂)
+    W(s, s′) x: x ← s ∘ x;  x[:p] ← H x[:p];  and if p < n:  x ← s′ ∘ x;  x[n−p:] ← H x[n−p:]
+
+`H` is the orthonormal Walsh-Hadamard matrix, in natural order: (−1)^popcount(i & j) / √p at i, j.
+If n is a power of two, that is `H S₃ P H S₁`; else the two windows overlap, as p > n / 2, and hold
+all entries between them, so that R mixes all. Between the windows there must be signs: H of a part
+of H is nearly a single entry without.
+
+Signs and permutation are read from n words of 64 bits, `w[i] = mix(k + iγ)`, with (modulo 2⁶⁴)
+
+    γ = 0x9E3779B97F4A7C15
+    mix(z): z += γ;  z = (z ^ z >> 30) · 0xBF58476D1CE4E5B9;
+            z = (z ^ z >> 27) · 0x94D049BB133111EB;  z ^ z >> 31        (SplitMix64)
+    k = mix(mix(mix(seed) ^ side) ^ n), where side is 0 for R_m and 1 for R_n
+
+`s₁` to `s₄` at i are −1 where bit 0 to 3 of `w[i]` is set, else 1; `(P x)[i] = x[order[i]]`, where
+`order` sorts the words, the earlier first of equal ones. The two sides differ even if m = n; with
+the same R on both, a multiple of the identity would stay one.
+
+A rank-1 matrix stays one, whatever is done on its sides: its entries become products of two
+Gaussian numbers. All other matrices come as near to Gaussian as their spectrum is flat.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Words = NDArray[np.uint64]
+
+_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+_SHARE = 1 << 18
+"""Entries that are worth a thread."""
+
+
+@dataclass(frozen=True, eq=False)
+class Side:
+    """A rotation of one side, or its inverse, as steps that are the same for either.
+
+    Times `factors[0]`; H on the first window; times `factors[1]`; H on the second; entry `i` taken
+    from `order[i]`; times `factors[2]`; H; times `factors[3]`; H; times `factors[4]`. H is the
+    matrix of ±1: its norm is within the factors. If there is one window, `factors[1]`,
+    `factors[3]` and the second H after each are left out.
+
+    Args:
+        windows: where the two windows start, int64 `(2,)`; the same if there is one.
+        power: the windows' size.
+        order: int64 `(n,)`.
+        factors: float32 `(5, n)`.
+    """
+
+    windows: NDArray[np.int64]
+    power: int
+    order: NDArray[np.int64]
+    factors: NDArray[np.float32]
+
+    def steps(self) -> tuple[NDArray[np.int64], int, NDArray[np.int64], NDArray[np.float32]]:
+        """As the compiled loops take them."""
+        return self.windows, self.power, self.order, self.factors
+
+
+def rotate(
+    matrix: Tensor, seed: int, inverse: bool = False, *, out: Tensor | None = None
+) -> Tensor:
+    """`R_m A R_nᵀ`, or from that `A` again: see the module's docstring.
+
+    On the CPU, as many threads work as `torch.get_num_threads()` says; the result doesn't depend
+    on how many.
+
+    Args:
+        matrix: float32 `(m, n)`.
+        seed: at least 0 and less than 2⁶⁴; gives the same rotation to every matrix of one shape.
+        inverse: undo it: `R_mᵀ A R_n`.
+        out: contiguous float32 `(m, n)` on the same device, to write to; may be `matrix`.
+
+    Returns:
+        float32 `(m, n)`, contiguous, on the same device: `out`, or a new tensor.
+
+    Raises:
+        ValueError: the matrix, `out` or the seed is not such.
+    """
+    if matrix.ndim != 2 or matrix.dtype != torch.float32:
+        raise ValueError(f"expected a float32 matrix, got {matrix.dtype} {tuple(matrix.shape)}")
+    source, target = matrix.detach(), _target(matrix.shape, matrix.device, out)
+    left, right = _sides(matrix.shape, seed, inverse)
+    if not target.numel():
+        return target
+    if target.device.type != "cpu":
+        return target.copy_(_on_device(source, left, right))
+    from fusionkit.codecs import rotation_kernels as kernels
+
+    flat, turned = _flat(source.contiguous()), _flat(target)
+    width = kernels.width(target.shape[1])
+
+    def columns(begin: int, end: int) -> None:
+        work = _work(len(left.order) * width)
+        kernels.rotate_columns(flat, turned, work, left.steps(), begin, end)
+
+    _over(target.shape[1], width, target.numel(), columns)
+    _rotate_rows(target, right)
+    return target
+
+
+def rotate_sparse(
+    positions: Tensor,
+    values: Tensor,
+    shape: tuple[int, int] | torch.Size,
+    seed: int,
+    scale: float,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Undo the rotation of a matrix that is zero but for a few entries: `R_mᵀ X R_n`.
+
+    Args:
+        positions: int32 or int64 `(count,)`, strictly increasing: where X, flat, is not zero.
+        values: `(count,)`, of any real dtype, on the same device: signs, say.
+        shape: `(m, n)`.
+        seed: see `rotate`.
+        scale: what the values are multiplied by.
+        out: see `rotate`.
+
+    Returns:
+        float32 `(m, n)`, contiguous, on the positions' device: `out`, or a new tensor.
+
+    Raises:
+        ValueError: the positions are not increasing, or not within the shape; there are not as
+            many values; `out` or the seed is not what it should be.
+    """
+    target = _target(torch.Size(shape), positions.device, out)
+    left, right = _sides(target.shape, seed, inverse=True)
+    _check_positions(positions, values, target.numel())
+    if not target.numel():
+        return target
+    numbers = values.to(torch.float32) * scale
+    if target.device.type != "cpu":
+        target.zero_().view(-1)[positions.long()] = numbers
+        return target.copy_(_on_device(target, left, right))
+    from fusionkit.codecs import rotation_kernels as kernels
+
+    turned, width = _flat(target), kernels.width(target.shape[1])
+    entries = kernels.panels(positions.long().numpy(), numbers.numpy(), target.shape[1], width)
+
+    def columns(begin: int, end: int) -> None:
+        work = _work(len(left.order) * width)
+        kernels.rotate_sparse_columns(entries, turned, work, left.steps(), begin, end)
+
+    _over(target.shape[1], width, target.numel(), columns)
+    _rotate_rows(target, right)
+    return target
+
+
+def _rotate_rows(matrix: Tensor, side: Side) -> None:
+    from fusionkit.codecs import rotation_kernels as kernels
+
+    flat, lanes = _flat(matrix), kernels.LANES
+
+    def rows(begin: int, end: int) -> None:
+        kernels.rotate_rows(flat, _work(len(side.order) * lanes), side.steps(), begin, end)
+
+    _over(matrix.shape[0], lanes, matrix.numel(), rows)
+
+
+def _over(count: int, unit: int, entries: int, run: Callable[[int, int], None]) -> None:
+    """Run over `count` rows or columns, split among threads at multiples of `unit`."""
+    units = -(-count // unit)
+    threads = max(min(torch.get_num_threads(), units, entries // _SHARE), 1)
+    bounds = [min(units * i // threads * unit, count) for i in range(threads + 1)]
+    if threads == 1:
+        run(*bounds)
+        return
+    with ThreadPoolExecutor(threads, "fusionkit") as pool:
+        list(pool.map(run, bounds[:-1], bounds[1:]))
+
+
+def _flat(matrix: Tensor) -> NDArray[np.float32]:
+    return matrix.detach().view(-1).numpy()
+
+
+def _work(floats: int) -> NDArray[np.float32]:
+    """Two panels; PyTorch's memory begins at a line of the cache, NumPy's need not."""
+    return torch.empty(2, floats).numpy()
+
+
+def _target(shape: torch.Size, device: torch.device, out: Tensor | None) -> Tensor:
+    if len(shape) != 2 or min(shape) < 0:
+        raise ValueError(f"expected the shape of a matrix, got {tuple(shape)}")
+    if out is None:
+        return torch.empty(shape, device=device)
+    fits = out.shape == shape and out.dtype == torch.float32 and out.device == device
+    if not fits or not out.is_contiguous():
+        raise ValueError(
+            f"expected out to be contiguous float32 {tuple(shape)} on {device}, got "
+            f"{out.dtype} {tuple(out.shape)} on {out.device}, strides {out.stride()}"
+        )
+    return out
+
+
+def _check_positions(positions: Tensor, values: Tensor, total: int) -> None:
+    if positions.ndim != 1 or positions.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"expected int32 or int64 positions in one dimension, got {positions.dtype} "
+            f"{tuple(positions.shape)}"
+        )
+    if values.shape != positions.shape:
+        raise ValueError(f"expected {len(positions)} values, got shape {tuple(values.shape)}")
+    if not len(positions):
+        return
+    if int(positions[0]) < 0 or int(positions[-1]) >= total:
+        raise ValueError(f"a position lies outside the {total} entries")
+    if not bool((positions[1:] > positions[:-1]).all()):
+        raise ValueError("expected positions that increase strictly")
+
+
+def _sides(shape: torch.Size, seed: int, inverse: bool) -> tuple[Side, Side]:
+    if not 0 <= seed < 1 << 64:
+        raise ValueError(f"expected a seed from 0 to 2**64 - 1, got {seed}")
+    m, n = shape
+    return _side(seed, 0, m, inverse), _side(seed, 1, n, inverse)
+
+
+@lru_cache(maxsize=32)
+def _side(seed: int, side: int, size: int, inverse: bool) -> Side:
+    """The steps of one side: `R`, or its inverse."""
+    order, signs = draw(seed, side, size)
+    power = 1 << max(size.bit_length() - 1, 0)
+    start = max(size - power, 0)
+    one, first, last = np.ones((3, size), np.float32)
+    first[:power] = last[start:] = power**-0.5
+    s1, s2, s3, s4 = signs
+    if not inverse:
+        factors = np.stack([s1 * first, s2 * last, s3 * first, s4 * last, one])
+        return Side(np.array([0, start]), power, order, factors)
+    back = np.empty_like(order)
+    back[order] = np.arange(size)
+    factors = np.stack([last, s4 * first, s3[back] * last, s2 * first, s1])
+    return Side(np.array([start, 0]), power, back, factors)
+
+
+def draw(seed: int, side: int, size: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """The permutation and the four vectors of signs: see the module's docstring.
+
+    Args:
+        seed: at least 0 and less than 2⁶⁴.
+        side: 0 for the rows' index, 1 for the columns'.
+        size: n.
+
+    Returns:
+        `order`, int64 `(n,)`, and float32 `(4, n)` of 1 and −1.
+    """
+    key = np.array([seed], np.uint64)
+    for word in (side, size):
+        key = _mix(key) ^ np.uint64(word)
+    words = _mix(_mix(key) + np.arange(size, dtype=np.uint64) * _GAMMA)
+    bits = words >> np.arange(4, dtype=np.uint64)[:, None] & np.uint64(1)
+    return np.argsort(words, kind="stable"), 1 - 2 * bits.astype(np.float32)
+
+
+def _mix(words: Words) -> Words:
+    """SplitMix64's next word, of each state."""
+    words = words + _GAMMA
+    words = (words ^ words >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ words >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return words ^ words >> np.uint64(31)
+
+
+def _on_device(matrix: Tensor, left: Side, right: Side) -> Tensor:
+    """The same in PyTorch."""
+    m, n = matrix.shape
+    turned = _turned(matrix.reshape(1, m, n), left).view(m, n, 1)
+    return _turned(turned, right).view(m, n)
+
+
+def _turned(vectors: Tensor, side: Side) -> Tensor:
+    """Each `(n,)` of `(outer, n, inner)` rotated."""
+    factors = torch.from_numpy(side.factors).to(vectors.device)[:, :, None]
+    order = torch.from_numpy(side.order).to(vectors.device)
+    one = side.windows[0] == side.windows[1]
+    now = vectors * factors[0]
+    for half in (0, 1):
+        if half:
+            now = now[:, order].mul_(factors[2])
+        for window, start in enumerate(side.windows[:1] if one else side.windows):
+            if window:
+                now.mul_(factors[2 * half + 1])
+            part = now[:, start : start + side.power]
+            part.copy_(_hadamard(part))
+    return now.mul_(factors[4])
+
+
+def _hadamard(vectors: Tensor) -> Tensor:
+    """Each `(p,)` of `(outer, p, inner)` times the matrix of ±1."""
+    shape, stride = vectors.shape, 1
+    while stride < shape[1]:
+        pairs = vectors.reshape(shape[0], -1, 2, stride * shape[2])
+        a, b = pairs.unbind(2)
+        vectors = torch.stack((a + b, a - b), 2)
+        stride *= 2
+    return vectors.reshape(shape)

@@ -1,0 +1,134 @@
+"""An unbiased sketch of a matrix in few bits: rotated, its largest entries as signs.
+
+Rotated at random, a matrix without dominant directions has Gaussian entries X. Of these the
+largest in magnitude are kept, as signs, times σ = ‖X‖² / Σ_kept |X|: then ⟨X̂, X⟩ = ‖X‖², and by
+Bussgang's theorem the error is uncorrelated with X in every small direction. The energy of X̂ is
+larger than X's, which is the price. The share ρ that is kept costs H(ρ) + ρ bits per entry. Where
+there are more, the entries are rounded to integers instead, scaled by the same rule.
+"""
+
+import math
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fusionkit.codecs import entropy
+from fusionkit.codecs.entropy import Model
+from fusionkit.codecs.quantized_factors import Doubles, rate
+from fusionkit.task_vectors.topk import top_k
+
+SIGNS_TO = 0.9
+"""Bits per entry up to which signs are kept; a fifth of the entries."""
+MOST = 7.0
+"""Bits per entry that can be used at all: integers of the widest model."""
+
+
+class Sketched(NamedTuple):
+    """A sketch, ready to be coded.
+
+    Attributes:
+        runs: its symbols, and their models.
+        kept: how many signs are kept; 0 of integers.
+        scale: σ.
+    """
+
+    runs: list[tuple[Tensor, Model]]
+    kept: int
+    scale: float
+
+
+def signs(values: Tensor, bits: float) -> Sketched | None:
+    """The largest entries as signs, in about as many bits; None: there are too few for one.
+
+    Args:
+        values: float32 `(n,)`, rotated.
+        bits: for all of them.
+    """
+    count = math.floor(values.numel() * share_of(bits / values.numel()))
+    if not count:
+        return None
+    positions = top_k(values, count)
+    kept = values[positions]
+    size = float(kept.abs().sum(dtype=torch.float64))
+    if not size:
+        return None
+    scale = float(values.square().sum(dtype=torch.float64)) / size
+    gaps = torch.diff(positions, prepend=positions.new_tensor([-1])) - 1
+    model = entropy.Gaps(len(positions), values.numel())
+    ones = (kept > 0).to(torch.int32)
+    runs: list[tuple[Tensor, Model]] = [
+        (gaps.to(torch.int32).cpu(), model),
+        (ones.cpu(), entropy.Bits()),
+    ]
+    return Sketched(runs, len(positions), scale)
+
+
+def integers(values: Tensor, bits: float) -> Sketched | None:
+    """The entries rounded to integers, in about as many bits; None: all would be zero.
+
+    Args:
+        values: float32, any shape.
+        bits: for all of them.
+    """
+    deviation = float(values.square().mean(dtype=torch.float64)) ** 0.5
+    rounded = (values * (_deviation_of(bits / values.numel()) / deviation)).round_()
+    product = float((values * rounded).sum(dtype=torch.float64))
+    if not product > 0:
+        return None
+    scale = float(values.square().sum(dtype=torch.float64)) / product
+    symbols = rounded.reshape(-1).to(torch.int32).cpu()
+    return Sketched([(symbols, entropy.best(symbols))], 0, scale)
+
+
+def share_of(bits: float) -> float:
+    """ρ where H(ρ) + ρ is so many bits, at most a third."""
+    low, high = 0.0, 1 / 3
+    for _ in range(50):
+        share = (low + high) / 2
+        low, high = (low, share) if _rate_of_signs(share) > bits else (share, high)
+    return low
+
+
+def noise(bits: Doubles) -> Doubles:
+    """‖X̂ − X‖² / ‖X‖² of a sketch of so many bits per entry."""
+    rates, noises = _noises()
+    with np.errstate(divide="ignore"):
+        few = 0.95 / bits
+    return np.where(bits < rates[0], few, np.exp(np.interp(bits, rates, noises)))
+
+
+def _rate_of_signs(share: float) -> float:
+    if not 0 < share < 1:
+        return 0.0
+    return -share * math.log2(share) - (1 - share) * math.log2(1 - share) + share
+
+
+def _deviation_of(bits: float) -> float:
+    """Of a Gaussian whose rounded value takes so many bits."""
+    grid = np.geomspace(0.1, 60, 400)
+    return float(np.interp(bits, rate(grid), grid))
+
+
+@cache
+def _noises() -> tuple[Doubles, Doubles]:
+    """Rates, increasing, and the logarithms of their noises."""
+    rates, noises = [], []
+    for share in np.geomspace(1e-7, 0.2, 60):
+        limit = torch.special.ndtri(torch.tensor(share / 2, dtype=torch.float64))
+        density = math.exp(-(float(limit) ** 2) / 2) / math.sqrt(2 * math.pi)
+        rates.append(_rate_of_signs(share))
+        noises.append(math.log(share / (2 * density) ** 2 - 1))
+    x = torch.linspace(-8, 8, 40001, dtype=torch.float64)
+    weights = torch.exp(-x.square() / 2)
+    weights /= weights.sum()
+    for deviation in np.geomspace(0.45, 60, 60):
+        rounded = (x * deviation).round()
+        square, product = (weights * rounded.square()).sum(), (weights * rounded * x).sum()
+        bits = float(rate(np.array(deviation)))
+        if bits > rates[-1]:
+            rates.append(bits)
+            noises.append(math.log(float(square / product.square()) - 1))
+    return np.array(rates), np.array(noises)

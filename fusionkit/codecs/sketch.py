@@ -1,0 +1,149 @@
+"""Sketch: strong directions, coarsely quantised, and an unbiased sketch of all the rest."""
+
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fusionkit.checkpoints.adapters.lowrank import LowRank
+from fusionkit.codecs import sketch_codes
+from fusionkit.codecs.allocation import Share
+from fusionkit.codecs.base import WHOLE_MODEL, DeltaCodec, Encoded, Encoder, Parts, SharedParts
+from fusionkit.codecs.rotation import rotate, rotate_sparse
+from fusionkit.codecs.sketch_codes import Codes
+from fusionkit.codecs.sketch_encoder import How, encode_tensor, measure, sides
+from fusionkit.codecs.sketch_plan import Target, layout_of, plans_of
+from fusionkit.errors import CodecError
+from fusionkit.registry import to_config
+from fusionkit.task_vectors.family import Family
+from fusionkit.task_vectors.vectors import TaskVectors
+
+_CODES, _GAINS = "codes", "gains"
+
+
+@dataclass(frozen=True)
+class Sketch(DeltaCodec):
+    """Keep strong singular directions, and sketch the rest without bias: a tenth of a bit.
+
+    δ ≈ Σ g_i a_i b_iᵀ + R_mᵀ X̂ R_n. The directions that are worth their bits are rounded to small
+    integers. What they leave is rotated at random, so that its entries X look Gaussian, and of
+    these the largest are kept as signs, scaled so that ⟨X̂, X⟩ = ‖X‖²: the sketch is noisy, but
+    shrinks nothing. All of it is entropy coded. What comes back is for use: it has more energy
+    than δ, as noise that the model hardly feels.
+
+    Exactly one of bits, bytes and noise is given. Of bits and bytes no more is ever taken; where
+    the headers alone take more, all deltas come back as zero, with a warning. A tensor that is
+    not worth its entry in a header comes back as zero as well. A task whose error is felt, as its
+    delta is large for its bits, is named in a warning, with the bits that it would take.
+
+    Two gains a matrix, of its directions and of its sketch, are 1; `fusionkit calibrate` learns
+    them.
+
+    Args:
+        bits: per compressed parameter, all that `Bundle.bits_per_parameter` counts: codes, headers
+            and the manifest, but not private tensors. Of small models, whose manifest takes more
+            than a tenth of that, what is beyond it is not counted.
+        bytes: of the whole bundle, private tensors included.
+        noise: each task's error energy over the base's energy; below 0.01 it is hardly felt.
+        share: bits go to the tasks by their deltas' `energy` to the power ⅓, and more where so few
+            are felt, or to all `equal`.
+        sketch: whether there is a sketch; without one the directions alone are kept, scaled up for
+            what was left out, and can be exported as a LoRA. Then noise is not to be given.
+        seed: of the rotations.
+
+    Raises:
+        CodecError: not exactly one of bits, bytes and noise is given, or it is not positive.
+    """
+
+    id: ClassVar[str] = "sketch"
+    learned: ClassVar[tuple[str, ...]] = (_GAINS,)
+    bits: float | None = None
+    bytes: int | None = None
+    noise: float | None = None
+    share: Share = "energy"
+    sketch: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        settings = {name: getattr(self, name) for name in ("bits", "bytes", "noise")}
+        given = {name: value for name, value in settings.items() if value is not None}
+        if len(given) != 1:
+            raise CodecError(
+                f"expected exactly one of Sketch's bits, bytes, noise; got {given or 'none'}"
+            )
+        [(name, value)] = given.items()
+        if not 0 < value < math.inf:
+            raise CodecError(f"expected Sketch's {name} to be more than 0, got {value}")
+        if self.noise is not None and not self.sketch:
+            raise CodecError("Sketch's noise is the sketch's own; without one, give bits or bytes")
+
+    def prepare(self, family: Family, shared: SharedParts | None = None) -> Encoder:
+        """One pass for all singular values, from which every tensor's bytes follow."""
+        how = How.sketched() if self.sketch else How.directions_alone()
+        layout = layout_of(family)
+        target = Target(self.bits, self.bytes, self.noise, self.share)
+        plans = plans_of(family, layout, family.each(measure), target, how, to_config(self))
+
+        def encode(vectors: TaskVectors) -> Encoded:
+            at, place = layout.names[vectors.name], layout.matrices.get(vectors.name, 0)
+            own: list[Parts] = []
+            for task, plan in enumerate(plans):
+                allowed = plan.of(at)
+                codes = None
+                if allowed.nbytes:
+                    codes = encode_tensor(vectors, task, allowed, place, self._seed(place), how)
+                own.append({} if codes is None else {_CODES: codes})
+            return Encoded(vectors.name, tasks=own)
+
+        def finish(total: Tensor | None) -> Encoded | None:
+            if not layout.matrices:
+                return None
+            gains = torch.ones(len(layout.matrices), 2, dtype=torch.float16)
+            own = [{_GAINS: gains} if plan.nbytes.any() else {} for plan in plans]
+            return Encoded(WHOLE_MODEL, tasks=own)
+
+        return Encoder(encode, finish)
+
+    def decode(self, parts: Parts, shape: torch.Size) -> Tensor:
+        """The directions' product and the sketch rotated back; differentiable in the gains."""
+        codes, device = _read(parts, shape)
+        if codes.form == sketch_codes.PLAIN:
+            assert codes.sketch is not None
+            return (codes.sketch.to(device, torch.float32) * codes.scale).view(shape)
+        of_factors, of_sketch = parts[_GAINS][codes.place].to(torch.float32)
+        rest = self._rest(codes, sides(shape), device)
+        if rest is not None:
+            rest *= of_sketch
+        if codes.factors is None:
+            return torch.zeros(shape, device=device) if rest is None else rest.view(shape)
+        left, right = codes.factors.to(device).product(of_factors)
+        product = left @ right.mT if rest is None else torch.addmm(rest, left, right.mT)
+        return product.view(shape)
+
+    def factors(self, parts: Parts, shape: torch.Size) -> LowRank | None:
+        """The directions, where there is no sketch beside them."""
+        codes, device = _read(parts, shape)
+        if codes.form != sketch_codes.NOTHING or codes.factors is None:
+            return None
+        return codes.factors.to(device).product(parts[_GAINS][codes.place, 0].to(torch.float32))
+
+    def _rest(self, codes: Codes, shape: tuple[int, int], device: torch.device) -> Tensor | None:
+        if codes.sketch is None:
+            return None
+        symbols, seed = codes.sketch.to(device), self._seed(codes.place)
+        if codes.positions is not None:
+            return rotate_sparse(codes.positions.to(device), symbols, shape, seed, codes.scale)
+        values = symbols.to(torch.float32).mul_(codes.scale).view(shape)
+        return rotate(values, seed, inverse=True, out=values)
+
+    def _seed(self, place: int) -> int:
+        digest = hashlib.sha256(f"{self.seed}\0{place}".encode()).digest()
+        return int.from_bytes(digest[:8], "little")
+
+
+def _read(parts: Parts, shape: torch.Size) -> tuple[Codes, torch.device]:
+    stored = parts[_CODES]
+    return sketch_codes.read(stored.cpu(), *sides(shape)), stored.device

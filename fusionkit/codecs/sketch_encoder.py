@@ -1,0 +1,201 @@
+"""What `Sketch` does to one tensor: measure it, and make codes of it that keep to their bytes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fusionkit.codecs import entropy
+from fusionkit.codecs.allocation import Allowance
+from fusionkit.codecs.decomposition import (
+    Spectral,
+    matrix_of,
+    squared_singular_values,
+    svd_gram,
+    svd_product,
+    svd_randomized,
+)
+from fusionkit.codecs.quantized_factors import HEADER, Doubles, QuantizedFactors, quantize
+from fusionkit.codecs.rotation import rotate
+from fusionkit.codecs.sign_sketch import MOST, SIGNS_TO, integers, signs
+from fusionkit.codecs.sketch_codes import (
+    FIXED_BYTES,
+    INTEGERS,
+    NOTHING,
+    PLAIN,
+    SIGNS,
+    runs_of,
+    write,
+)
+from fusionkit.task_vectors.vectors import TaskVectors
+
+_GRAM_LIMIT = 2048
+"""Rows or columns up to which all singular values are found."""
+_LEADING = 64
+"""How many of a larger matrix are; what is beyond them is sketched."""
+_TRIES = 8
+
+
+@dataclass(frozen=True)
+class How:
+    """What is made of a matrix.
+
+    Attributes:
+        exponent: e, by which steps grow; see `quantized_factors.quantize`.
+        power: p, by which all is scaled up for what was left out.
+        sketch: whether what the directions leave is sketched.
+    """
+
+    exponent: float
+    power: float
+    sketch: bool
+
+    @classmethod
+    def sketched(cls) -> "How":
+        """Directions and sketch: nothing is left out."""
+        return cls(0.8, 0.0, True)
+
+    @classmethod
+    def directions_alone(cls) -> "How":
+        """One step for all directions of a matrix, and a gain for what they leave out."""
+        return cls(0.5, 0.27, False)
+
+
+class Measured(NamedTuple):
+    """What a pass sees of one tensor: ‖θ₀‖², and per task ‖δ‖² and σ² of the directions."""
+
+    base: float
+    energies: Sequence[float]
+    squares: Sequence[Doubles]
+
+
+def sides(shape: torch.Size) -> tuple[int, int]:
+    """Rows and columns of the matrix that a tensor counts as; 1 and its size of a vector."""
+    rows, columns = matrix_of(shape)
+    return (rows, columns) if min(rows, columns) > 1 else (1, shape.numel())
+
+
+def measure(vectors: TaskVectors) -> Measured:
+    """Energies and squared singular values of one tensor, of each task."""
+    rows, columns = sides(vectors.shape)
+    base = 0.0
+    if rows > 1:
+        unit, normal = _normal(vectors.base.to(vectors.device, torch.float32))
+        base = _energy(normal) * unit**2
+        del normal
+    energies, squares = [], []
+    for task in range(len(vectors)):
+        unit, normal = _normal(vectors[task].view(rows, columns))
+        energies.append(_energy(normal) * unit**2)
+        if rows == 1 or not unit:
+            squares.append(np.empty(0))
+        else:
+            squares.append(_squares(vectors, task, unit, normal).cpu().numpy() * unit**2)
+    return Measured(base, energies, squares)
+
+
+def encode_tensor(
+    vectors: TaskVectors, task: int, allowed: Allowance, place: int, seed: int, how: How
+) -> Tensor | None:
+    """One task's codes of one tensor.
+
+    Args:
+        vectors: the tensor's.
+        task: whose.
+        allowed: bytes that the codes may take, directions that are kept, and their price.
+        place: of the tensor, among its task's gains.
+        seed: of the rotation.
+        how: what is made of it.
+
+    Returns:
+        uint8 `(n,)`, n at most what is allowed; None if so few bytes hold nothing of it.
+    """
+    rows, columns = sides(vectors.shape)
+    unit, matrix = _normal(vectors[task].view(rows, columns))
+    if not unit:
+        return None
+    if rows == 1:
+        return _sketched(matrix, unit, None, place, PLAIN, allowed.nbytes)
+    theta = allowed.theta / unit / unit
+    leading = _leading(vectors, task, unit, matrix, allowed.rank) if allowed.rank else None
+    for rank in range(allowed.rank, -1, -1):
+        factors, rest = None, matrix
+        if rank and leading is not None:
+            factors = quantize(matrix, leading.first(rank), theta, how.exponent, how.power)
+            left, right = factors.product()
+            rest = torch.addmm(matrix, left, right.mT, alpha=-1)
+            factors = factors.scaled(unit)
+        if how.sketch:
+            turned = rotate(rest, seed, out=rest if rest is not matrix else None)
+            codes = _sketched(turned, unit, factors, place, SIGNS, allowed.nbytes)
+            if codes is not None:
+                return codes
+        if factors is not None:
+            codes = write(NOTHING, place, factors, None)
+            if len(codes) <= allowed.nbytes:
+                return codes
+    return None
+
+
+def _sketched(
+    values: Tensor,
+    unit: float,
+    factors: QuantizedFactors | None,
+    place: int,
+    form: int,
+    limit: int,
+) -> Tensor | None:
+    """Codes with as much of a sketch as fits; None: with no sketch at all they don't."""
+    flat = values.reshape(-1)
+    bits = 8.0 * (limit - FIXED_BYTES)
+    if factors is not None:
+        bits -= 8 * HEADER * len(factors.steps)
+        bits -= sum(entropy.code_length(symbols, model) for symbols, model in runs_of(factors))
+    for _ in range(_TRIES):
+        if bits <= 0 or not flat.any():
+            break
+        if form == SIGNS and bits <= SIGNS_TO * len(flat):
+            sketched, its_form = signs(flat, bits), SIGNS
+        else:
+            sketched = integers(flat, min(bits, MOST * len(flat)))
+            its_form = PLAIN if form == PLAIN else INTEGERS
+        if sketched is None:
+            break
+        codes = write(its_form, place, factors, sketched._replace(scale=sketched.scale * unit))
+        over = len(codes) - limit
+        if over <= 0:
+            return codes
+        bits = min(bits, MOST * len(flat)) - 8 * over - 8
+    return None
+
+
+def _normal(delta: Tensor) -> tuple[float, Tensor]:
+    """The largest magnitude, and what is left when all is divided by it."""
+    unit = float(delta.abs().max()) if delta.numel() else 0.0
+    return unit, delta / unit if unit else delta
+
+
+def _energy(values: Tensor) -> float:
+    return float(values.square().sum(dtype=torch.float64))
+
+
+def _squares(vectors: TaskVectors, task: int, unit: float, normal: Tensor) -> Tensor:
+    product = vectors.low_rank(task)
+    if product is not None:
+        return svd_product(product).s.to(torch.float64).div_(unit).square_()
+    if min(normal.shape) <= _GRAM_LIMIT:
+        return squared_singular_values(normal)
+    return svd_randomized(normal, _LEADING).s.to(torch.float64).square_()
+
+
+def _leading(vectors: TaskVectors, task: int, unit: float, normal: Tensor, rank: int) -> Spectral:
+    """The leading directions of a matrix that was divided by `unit`."""
+    product = vectors.low_rank(task)
+    if product is not None:
+        found = svd_product(product)
+        return found._replace(s=found.s / unit).first(rank)
+    small = min(normal.shape) <= _GRAM_LIMIT
+    return (svd_gram(normal, rank) if small else svd_randomized(normal, _LEADING)).first(rank)

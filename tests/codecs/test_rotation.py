@@ -1,0 +1,238 @@
+"""The seeded rotation: what it is, to the bit; orthogonal; undone; Gaussian; alike everywhere."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fusionkit.codecs import rotation
+from fusionkit.codecs.rotation import draw, rotate, rotate_sparse
+
+quick = settings(deadline=None, max_examples=60)
+shapes = st.tuples(st.integers(0, 70), st.integers(0, 70)) | st.sampled_from(
+    [(1, 4095), (1000, 1), (33, 257), (128, 384), (0, 5), (5, 0)]
+)
+seeds = st.integers(0, 2**64 - 1)
+MASK = 2**64 - 1
+
+
+def mix(z: int) -> int:
+    z = (z + 0x9E3779B97F4A7C15) & MASK
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & MASK
+    z = (z ^ z >> 27) * 0x94D049BB133111EB & MASK
+    return z ^ z >> 31
+
+
+def written_out(seed: int, side: int, n: int) -> Tensor:
+    """R as the docstring says, in Python's integers and dense matrices."""
+    k = mix(mix(mix(seed) ^ side) ^ n)
+    words = [mix((k + i * 0x9E3779B97F4A7C15) & MASK) for i in range(n)]
+    s = [[1.0 - 2 * (w >> bit & 1) for w in words] for bit in range(4)]
+    s1, s2, s3, s4 = (torch.tensor(row, dtype=torch.float64).diag() for row in s)
+    order = sorted(range(n), key=words.__getitem__)
+    p = 1 << n.bit_length() - 1
+    h = [[(-1) ** (i & j).bit_count() / math.sqrt(p) for j in range(p)] for i in range(p)]
+    first, last = torch.eye(n, dtype=torch.float64), torch.eye(n, dtype=torch.float64)
+    first[:p, :p] = last[n - p :, n - p :] = torch.tensor(h, dtype=torch.float64)
+
+    def half(s: Tensor, after: Tensor) -> Tensor:
+        return last @ after @ first @ s if p < n else first @ s
+
+    return half(s3, s4) @ torch.eye(n, dtype=torch.float64)[order] @ half(s1, s2)
+
+
+def close(a: Tensor, b: Tensor, norm: float | Tensor) -> bool:
+    return bool((a - b).norm() <= 1e-6 * norm)
+
+
+def kurtosis(values: Tensor) -> float:
+    values = values.double()
+    return float(values.pow(4).mean() / values.pow(2).mean() ** 2)
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (2, 3), (5, 7), (16, 31), (32, 48), (97, 128), (130, 33)]
+)
+@pytest.mark.parametrize("seed", [0, 7, 2**64 - 1])
+def test_it_is_what_the_docstring_says(shape: tuple[int, int], seed: int) -> None:
+    matrix = torch.randn(shape, dtype=torch.float64)
+    left, right = (written_out(seed, side, n) for side, n in enumerate(shape))
+    rotated = rotate(matrix.float(), seed)
+    assert close(rotated, left @ matrix @ right.T, matrix.norm())
+    assert close(rotate(matrix.float(), seed, inverse=True), left.T @ matrix @ right, matrix.norm())
+
+
+def test_golden() -> None:
+    """Bundles are decoded by these numbers for ever."""
+    order, signs = draw(1, 0, 8)
+    assert order.tolist() == [0, 5, 4, 7, 6, 1, 3, 2]
+    assert [sum(1 << i for i in range(8) if row[i] < 0) for row in signs.tolist()] == [
+        210,
+        92,
+        119,
+        68,
+    ]
+    order, signs = draw(2**63 + 5, 1, 14336)
+    assert order[:6].tolist() == [2557, 10956, 7063, 1291, 5397, 10840]
+    assert int((order * np.arange(14336)).sum()) == 734696443916
+    ramp = torch.arange(15, dtype=torch.float32).view(3, 5)
+    assert torch.allclose(
+        rotate(ramp, 3)[1],
+        torch.tensor([-1e-06, 4.785534, -17.892134, 15.770815, -4.078426]),
+        atol=1e-5,
+    )
+
+
+@quick
+@given(shapes, seeds)
+@example((17, 1537), 1)
+@example((1025, 3), 1)
+def test_it_is_orthogonal_and_undone(shape: tuple[int, int], seed: int) -> None:
+    matrix = torch.randn(shape)
+    rotated = rotate(matrix, seed)
+    assert rotated.shape == matrix.shape
+    assert rotated.is_contiguous()
+    other = torch.randn(shape)
+    product = (rotated.double() * rotate(other, seed).double()).sum()
+    scale = matrix.norm() * other.norm()
+    assert abs(product - (matrix.double() * other.double()).sum()) <= 1e-6 * scale
+    assert close(rotate(rotated, seed, inverse=True), matrix, matrix.norm())
+    assert close(rotate(rotate(matrix, seed, inverse=True), seed), matrix, matrix.norm())
+
+
+@quick
+@given(shapes, seeds, st.booleans())
+def test_other_devices_way_is_the_same(shape: tuple[int, int], seed: int, inverse: bool) -> None:
+    matrix = torch.randn(shape)
+    if not matrix.numel():
+        return
+    other = rotation._on_device(matrix, *rotation._sides(matrix.shape, seed, inverse))
+    assert close(rotate(matrix, seed, inverse), other, matrix.norm())
+
+
+@quick
+@given(shapes, seeds, st.sampled_from([0, 0.003, 0.05, 1]), st.booleans())
+@example((64, 300), 1, 0.0005, False)
+@example((3, 4099), 1, 0.01, True)
+def test_a_sparse_matrix_is_rotated_back(
+    shape: tuple[int, int], seed: int, density: float, signs: bool
+) -> None:
+    total = shape[0] * shape[1]
+    positions = (torch.rand(total) < density).nonzero().view(-1)
+    values = torch.randn(len(positions))
+    if signs:
+        values, positions = torch.where(values > 0, 1, -1).to(torch.int8), positions.int()
+    dense = torch.zeros(total)
+    dense[positions.long()] = values * 0.25
+    rotated = rotate_sparse(positions, values, shape, seed, 0.25)
+    assert torch.equal(rotated, rotate(dense.view(shape), seed, inverse=True))
+
+
+@pytest.mark.parametrize("shape", [(1000, 1100), (16, 40_000), (40_000, 5)])
+def test_threads_change_nothing(shape: tuple[int, int]) -> None:
+    matrix, before = torch.randn(shape), torch.get_num_threads()
+    positions = (torch.rand(matrix.numel()) < 0.01).nonzero().view(-1)
+    values = torch.ones(len(positions))
+    results = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            sparse = rotate_sparse(positions, values, shape, 4, 0.5)
+            results.append((rotate(matrix, 4), rotate(matrix, 4, inverse=True), sparse))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_it_writes_where_it_is_told() -> None:
+    matrix = torch.randn(50, 70)
+    expected, out = rotate(matrix, 9), torch.full((50, 70), math.nan)
+    kept = matrix.clone()
+    assert rotate(matrix, 9, out=out) is out
+    assert torch.equal(out, expected)
+    assert torch.equal(matrix, kept)
+    assert rotate(matrix, 9, out=matrix) is matrix
+    assert torch.equal(matrix, expected)
+    positions, values = torch.tensor([3, 2000]), torch.tensor([1.0, -2.0])
+    rotate_sparse(positions, values, (50, 70), 9, 1, out=out)
+    assert torch.equal(out, rotate_sparse(positions, values, (50, 70), 9, 1))
+
+
+def test_a_transposed_or_sliced_matrix_is_read_as_it_is() -> None:
+    matrix = torch.randn(40, 60)
+    assert torch.equal(rotate(matrix.mT, 2), rotate(matrix.mT.contiguous(), 2))
+    assert torch.equal(rotate(matrix[:, 1:18], 2), rotate(matrix[:, 1:18].contiguous(), 2))
+    assert not rotate(matrix.requires_grad_(), 2).requires_grad
+
+
+def test_seeds_and_sides_differ() -> None:
+    same = torch.eye(384)
+    assert kurtosis(rotate(same, 0)) < 4  # one rotation on both sides would leave it as it is
+    assert not torch.equal(rotate(same, 0), rotate(same, 1))
+    assert draw(0, 0, 384)[0].tolist() != draw(0, 1, 384)[0].tolist()
+
+
+SIZES = [31, 97, 128, 129, 384, 1000, 1536, 4095, 4096, 4097, 14336, 65521]
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_what_is_peaked_becomes_gaussian(n: int) -> None:
+    """Rows of which each is as far from Gaussian as can be; a random rotation has 3n / (n + 2)."""
+    one, count = torch.zeros(n), torch.arange(n)
+    one[n // 3] = 1
+    edge = torch.zeros(n)
+    edge[-1] = 1
+    rows = [one, edge, torch.ones(n), 1 - 2.0 * (count % 2), count + 1.0, (count < n / 2).float()]
+    found = [
+        kurtosis(rotated)
+        for seed in range(5)
+        for rotated in rotation._turned(
+            torch.stack(rows)[:, :, None], rotation._side(seed, 1, n, False)
+        )
+    ]
+    assert abs(sum(found) / len(found) - 3 * n / (n + 2)) < 8 / math.sqrt(n)
+    assert max(found) < 3 + 40 / math.sqrt(n)
+
+
+def test_a_diagonal_matrix_becomes_gaussian() -> None:
+    """Of full rank, and all its energy in few entries: every size of the table at once."""
+    for n in (97, 384, 1000, 1536):
+        peaked = torch.zeros(n, n)
+        peaked.diagonal().copy_(torch.arange(n) % 3)
+        assert abs(kurtosis(rotate(peaked, 8)) - 3) < 0.1
+
+
+def test_what_is_not_a_matrix_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"expected a float32 matrix, got torch.float16 \(3, 4\)"):
+        rotate(torch.zeros(3, 4).half(), 0)
+    with pytest.raises(ValueError, match=r"float32 matrix, got torch.float32 \(3,\)"):
+        rotate(torch.zeros(3), 0)
+    with pytest.raises(ValueError, match="a seed from 0 to"):
+        rotate(torch.zeros(3, 4), -1)
+    with pytest.raises(ValueError, match=r"out to be contiguous float32 \(3, 4\) on cpu"):
+        rotate(torch.zeros(3, 4), 0, out=torch.zeros(4, 3).mT)
+
+
+@pytest.mark.parametrize(
+    ("positions", "message"),
+    [
+        ([-1, 3], "outside the 12 entries"),
+        ([3, 12], "outside the 12 entries"),
+        ([3, 3], "increase strictly"),
+        ([0, 50, 1], "increase strictly"),
+        ([[0, 1]], "in one dimension"),
+        ([0.0, 1.0], "int32 or int64 positions"),
+        ([0, 1, 2, 3], None),
+    ],
+)
+def test_positions_that_would_be_written_elsewhere_are_refused(
+    positions: list[int], message: str | None
+) -> None:
+    given = torch.tensor(positions)
+    with pytest.raises(ValueError, match=message or "expected 4 values, got shape"):
+        rotate_sparse(given, torch.ones(given.shape if message else 3), (3, 4), 0, 1)

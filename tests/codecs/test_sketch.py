@@ -1,0 +1,358 @@
+"""Sketch: closed forms, no bias, budgets that are never exceeded, codes that are refused."""
+
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import LightningDataModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import fusionkit
+from fusionkit import Sketch
+from fusionkit.bundles.format import task_file
+from fusionkit.bundles.part_file import Part, PartWriter
+from fusionkit.codecs import sketch_codes
+from fusionkit.codecs.overhead import overhead
+from fusionkit.codecs.quantized_factors import rate
+from fusionkit.codecs.sign_sketch import noise, share_of
+from fusionkit.errors import BundleError, CodecError
+from fusionkit.registry import to_config
+from fusionkit.task_vectors.family import Family
+from fusionkit.testing import models
+
+pytestmark = pytest.mark.filterwarnings("ignore:task .* comes back with an error")
+
+ALPHA = {"w": (160, 96), "conv": (24, 8, 3, 3), "bias": (160,), "embedding": (300, 32)}
+
+
+def family(shapes: dict[str, tuple[int, ...]], tasks: int = 1, scale: float = 0.1, seed: int = 0):
+    """A base, and models tuned from it by a few strong directions and noise."""
+    draw = torch.Generator().manual_seed(seed)
+    base = {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
+    tuned = {}
+    for task in range(tasks):
+        tuned[f"t{task}"] = {}
+        for name, tensor in base.items():
+            delta = torch.randn(tensor.shape, generator=draw)
+            if tensor.ndim > 1:
+                rows = tensor.shape[0]
+                left = torch.randn(rows, 2, generator=draw)
+                right = torch.randn(2, tensor.numel() // rows, generator=draw)
+                delta += 2 * (left @ right).view(tensor.shape)
+            tuned[f"t{task}"][name] = tensor + scale * delta
+    return base, tuned
+
+
+def flat(tensors: dict[str, Tensor | None], like: dict[str, Tensor]) -> Tensor:
+    parts = [torch.zeros(t.numel()) if (d := tensors[n]) is None else d.flatten()
+             for n, t in like.items()]  # fmt: skip
+    return torch.cat(parts).to(torch.float64)
+
+
+def decoded(bundle: fusionkit.Bundle, task: str, base: dict[str, Tensor]) -> Tensor:
+    return flat({name: bundle.delta(task, name) for name in base}, base)
+
+
+def delta_of(base: dict[str, Tensor], tuned: dict[str, Tensor]) -> Tensor:
+    return flat({name: tuned[name] - tensor for name, tensor in base.items()}, base)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e15, 1e30])
+def test_a_rank_1_delta_comes_back(scale: float) -> None:
+    """Its direction is coded finely, as there is nothing else to spend on."""
+    delta = scale * torch.outer(torch.randn(256), torch.randn(200))
+    base = {"w": torch.zeros(256, 200)}
+    for sketch in (True, False):
+        bundle = fusionkit.compress(base, {"a": {"w": delta}}, Sketch(bits=1.0, sketch=sketch))
+        found = bundle.delta("a", "w")
+        assert found is not None
+        ratio = ((found - delta) / scale).square().sum() / (delta / scale).square().sum()
+        assert ratio < 0.01
+
+
+def test_deltas_of_zero_cost_nothing(tmp_path: Path) -> None:
+    base, tuned = family(ALPHA)
+    tuned["same"] = base
+    bundle = fusionkit.compress(base, tuned, Sketch(bits=1.0), tmp_path / "b")
+    assert not list(bundle.task_names("same"))
+    assert (tmp_path / "b" / "task-same.safetensors").stat().st_size < 100
+    assert all(bundle.delta("same", name) is None for name in base)
+
+
+def test_the_projection_on_the_delta_is_exact() -> None:
+    """⟨X̂, X⟩ = ‖X‖² of what is sketched."""
+    base = {"w": torch.zeros(192, 320)}
+    delta = torch.randn(192, 320)
+    bundle = fusionkit.compress(base, {"a": {"w": delta}}, Sketch(bits=0.3))
+    codes = sketch_codes.read(bundle.task_parts("a", "w")["codes"], 192, 320)
+    assert codes.form == sketch_codes.SIGNS
+    assert codes.factors is None
+    found = bundle.delta("a", "w")
+    assert found is not None
+    assert float((found * delta).sum() / delta.square().sum()) == pytest.approx(1, abs=1e-5)
+
+
+def test_the_mean_over_seeds_is_the_delta() -> None:
+    """The error of a mean of n draws is an n-th of one draw's, but for a bias of a hundredth."""
+    base, tuned = family({"w": (192, 128)})
+    delta = delta_of(base, tuned["t0"])
+    seeds = 32
+    found = [
+        decoded(fusionkit.compress(base, tuned, Sketch(bits=0.6, seed=seed)), "t0", base)
+        for seed in range(seeds)
+    ]
+    each = [float((one - delta).square().sum() / delta.square().sum()) for one in found]
+    mean = sum(found) / seeds
+    left = float((mean - delta).square().sum() / delta.square().sum())
+    assert left < 1.2 * sum(each) / seeds**2 + 0.01
+    directions = torch.randn(200, len(delta), dtype=torch.float64)
+    errors = directions @ (mean - delta) / delta.norm()
+    assert float(errors.square().mean()) < 1.5 * left
+
+
+def test_nothing_is_over_its_budget() -> None:
+    """Forty small families, of all shapes, spectra and scales: files, headers and all."""
+    draw = np.random.default_rng(0)
+    for trial in range(40):
+        shapes: dict[str, tuple[int, ...]] = {}
+        for i in range(draw.integers(1, 7)):
+            axes = int(draw.integers(0, 4))
+            shapes[f"layer.{i}"] = tuple(int(n) for n in draw.integers(1, (200, 60, 9)[:axes]))
+        base, tuned = family(
+            shapes, int(draw.integers(1, 4)), 10.0 ** draw.integers(-30, 30), trial
+        )
+        if draw.random() < 0.3:
+            tuned["t0"] = {n: base[n] if draw.random() < 0.5 else t for n, t in tuned["t0"].items()}
+        sketch = bool(draw.random() < 0.7)
+        share = "equal" if draw.random() < 0.3 else "energy"
+        size = sum(t.numel() for t in base.values()) * len(tuned)
+        for bits in (0.05, 0.3, 1.0, 4.0):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                bundle = fusionkit.compress(
+                    base, tuned, Sketch(bits=bits, sketch=sketch, share=share, seed=trial)
+                )
+                nbytes = bundle.nbytes + int(bits * size / 8)
+                whole = fusionkit.compress(base, tuned, Sketch(bytes=nbytes, sketch=sketch))
+            files = [path.stat().st_size for path in bundle.path.glob("task-*")]
+            if any(list(bundle.task_names(task)) for task in bundle.tasks):
+                assert 8 * sum(files) <= bits * size, (trial, bits)
+            if any(list(whole.task_names(task)) for task in whole.tasks):
+                assert whole.nbytes <= nbytes, (trial, bits)
+            for each in (bundle, whole):
+                for task in each.tasks:
+                    assert decoded(each, task, base).isfinite().all(), (trial, bits)
+
+
+def test_the_whole_budget_is_used() -> None:
+    base, tuned = family({"w": (600, 400), "v": (400, 500), "b": (600,)}, 3)
+    for codec in (Sketch(bits=0.4), Sketch(bytes=90_000)):
+        bundle = fusionkit.compress(base, tuned, codec)
+        asked = codec.bytes or 0.4 * 440_600 * 3 / 8
+        assert 0.96 * asked < bundle.nbytes <= asked
+        assert codec.bits is None or bundle.bits_per_parameter <= codec.bits
+
+
+def test_bits_go_to_tasks_by_the_cube_root_of_their_energy() -> None:
+    base = {"w": torch.zeros(600, 400)}
+    tuned = {"t0": {"w": torch.randn(600, 400)}}
+    tuned["t1"] = {"w": base["w"] + 8 * (tuned["t0"]["w"] - base["w"])}
+    sizes = {}
+    for share in ("energy", "equal"):
+        bundle = fusionkit.compress(base, tuned, Sketch(bits=0.2, share=share))
+        first, second = (len(bundle.task_parts(task, "w")["codes"]) for task in ("t0", "t1"))
+        sizes[share] = second / first
+    assert sizes["equal"] == pytest.approx(1, rel=0.02)
+    assert sizes["energy"] == pytest.approx(4, rel=0.1)
+
+
+@pytest.mark.parametrize("wanted", [0.003, 0.03])
+def test_noise_is_what_was_asked_for(wanted: float) -> None:
+    base, tuned = family({"w": (300, 400), "v": (256, 256)}, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bundle = fusionkit.compress(base, tuned, Sketch(noise=wanted))
+    energy = sum(float(tensor.square().sum()) for tensor in base.values())
+    for task, state in tuned.items():
+        error = (decoded(bundle, task, base) - delta_of(base, state)).square().sum()
+        assert float(error) / energy == pytest.approx(wanted, rel=0.15)
+
+
+def test_too_few_bits_are_warned_of_and_the_mend_works() -> None:
+    base, tuned = family({"w": (300, 400)}, scale=0.5)
+    with pytest.warns(UserWarning, match=r"task 't0': at 0\.1\d* bits .* takes") as caught:
+        fusionkit.compress(base, tuned, Sketch(bits=0.15))
+    bits = float(str(caught[0].message).rsplit(" ", 2)[1])
+    size = 300 * 400
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fusionkit.compress(base, tuned, Sketch(bits=1.01 * bits + 8 * 2000 / size))
+
+
+def test_a_budget_for_headers_alone_is_warned_of() -> None:
+    base, tuned = family(ALPHA)
+    with pytest.warns(
+        UserWarning, match=r"Sketch\(bytes=900\) leaves 900 bytes.* than bytes=(\d+)"
+    ):
+        bundle = fusionkit.compress(base, tuned, Sketch(bytes=900))
+    assert all(bundle.delta("t0", name) is None for name in base)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"bits": 0.1, "bytes": 100}, {"bits": 0}, {"noise": -1.0}, {"bits": float("inf")}],
+    ids=str,
+)
+def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(CodecError, match=r"expected (exactly one of )?Sketch's"):
+        Sketch(**settings)
+    with pytest.raises(CodecError, match="without one, give bits or bytes"):
+        Sketch(noise=0.01, sketch=False)
+
+
+def test_codes_that_are_damaged_are_refused() -> None:
+    """By an error that a bundle says the place of; or they decode to something finite."""
+    base, tuned = family({"w": (40, 30), "b": (5000,)})
+    codec = Sketch(bits=4.0)
+    bundle = fusionkit.compress(base, tuned, codec)
+    gains = bundle.task_parts("t0", fusionkit.WHOLE_MODEL)
+    draw = np.random.default_rng(0)
+    refused = 0
+    for name, tensor in base.items():
+        codes = bundle.task_parts("t0", name)["codes"]
+        for length in (0, 3, 14, 15, 20, len(codes) - 1):
+            with pytest.raises(ValueError, match=r"[a-z]{3}"):
+                codec.decode({**gains, "codes": codes[:length].clone()}, tensor.shape)
+        for _ in range(300):
+            bad = codes.clone()
+            bad[draw.integers(0, min(len(bad), 40))] = int(draw.integers(0, 256))
+            try:
+                found = codec.decode({**gains, "codes": bad}, tensor.shape)
+            except (ValueError, LookupError, RuntimeError):
+                refused += 1
+            else:
+                assert found.shape == tensor.shape
+    assert refused > 100
+
+
+def test_a_bundle_says_where_its_codes_are_damaged(tmp_path: Path) -> None:
+    """Damage that its digests don't know of: a bundle that a faulty program wrote."""
+    base, tuned = family({"w": (40, 30)})
+    bundle = fusionkit.compress(base, tuned, Sketch(bits=8.0), tmp_path / "b")
+    path = bundle.path / task_file("t0")
+    stored = {
+        f"{name}/{part}": tensor
+        for name in bundle.task_names("t0")
+        for part, tensor in bundle.task_parts("t0", name).items()
+    }
+    stored["w/codes"] = stored["w/codes"][:-9].clone()
+    writer = PartWriter(path)
+    for key, tensor in stored.items():
+        writer.add(Part.of(key, tensor))
+    record = replace(bundle.manifest.tasks["t0"], file=writer.finish())
+    bundle.update(replace(bundle.manifest, tasks={"t0": record}))
+    with pytest.raises(BundleError, match="'w' of task 't0' can't be decoded by Sketch"):
+        bundle.delta("t0", "w")
+
+
+def test_directions_alone_are_factors(tmp_path: Path) -> None:
+    base, tuned = family({"w": (160, 96), "b": (160,)})
+    bundle = fusionkit.compress(base, tuned, Sketch(bits=2.0, sketch=False))
+    factors, found = bundle.factors("t0", "w"), bundle.delta("t0", "w")
+    assert factors is not None
+    assert found is not None
+    assert torch.allclose(factors.left @ factors.right.mT, found, atol=1e-6)
+    sketched = fusionkit.compress(base, tuned, Sketch(bits=2.0))
+    assert sketched.factors("t0", "w") is None
+
+
+def test_gains_scale_the_directions_and_the_sketch() -> None:
+    base, tuned = family({"w": (160, 96)})
+    codec = Sketch(bits=1.0)
+    bundle = fusionkit.compress(base, tuned, codec)
+    codes = bundle.task_parts("t0", "w")
+
+    def at(first: float, second: float) -> Tensor:
+        gains = torch.tensor([[float(first), second]], requires_grad=True)
+        found = codec.decode({**codes, "gains": gains}, torch.Size((160, 96)))
+        found.sum().backward()
+        assert gains.grad is not None
+        assert gains.grad.all()
+        return found.detach()
+
+    whole, directions, sketch = at(1, 1), at(1, 1e-9), at(1e-9, 1)
+    assert torch.allclose(whole, directions + sketch, atol=1e-5)
+    assert torch.allclose(at(2, 0.5), 2 * directions + 0.5 * sketch, atol=1e-5)
+    assert torch.linalg.matrix_rank(directions, atol=1e-3) == 2
+
+
+class Rows(LightningDataModule):
+    """Unlabelled rows of one task."""
+
+    tasks = ("a",)
+
+    def train_dataloader(self) -> list[DataLoader[Any]]:
+        rows = TensorDataset(torch.randn(64, 48), torch.zeros(64, dtype=torch.int64))
+        return [DataLoader(rows, batch_size=32)]
+
+
+def test_gains_are_learned(tmp_path: Path) -> None:
+    """All else, and the size of the file, stays as it is."""
+    base = nn.Sequential(nn.Linear(48, 96), nn.ReLU(), nn.Linear(96, 8))
+    tuned = {n: t + 0.1 * torch.randn_like(t) for n, t in base.state_dict().items()}
+    module = fusionkit.ReuseModule(base, finetuned={"a": tuned}, codec=Sketch(bits=2.0))
+    plain = module.compress()
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(max_epochs=15, accelerator="cpu", enable_checkpointing=False, **quiet)
+    bundle = fusionkit.calibrate(module, Rows(), tmp_path / "b", trainer=trainer)
+    record = bundle.manifest.tasks["a"]
+    assert record.calibration is not None
+    assert record.calibration.loss_after < record.calibration.loss_before
+    assert record.file.bytes == plain.manifest.tasks["a"].file.bytes
+    gains = bundle.task_parts("a", fusionkit.WHOLE_MODEL)["gains"]
+    assert gains.dtype == torch.float16
+    assert (gains != 1).any()
+
+
+def test_the_bounds_on_what_is_beside_hold() -> None:
+    arguments = models()
+    bundle = fusionkit.compress(codec=Sketch(bits=12), **arguments)
+    found = overhead(Family(**arguments), to_config(bundle.codec), 10_000)
+    manifest = (bundle.path / "manifest.json").stat().st_size
+    whole = sum(record.private_bytes for record in bundle.manifest.tasks.values())
+    assert manifest <= found.manifest <= manifest + 3 * 600
+    assert found.whole == whole
+
+
+def test_rates_are_entropies() -> None:
+    """Of a wide Gaussian, and of signs: known in closed form."""
+    wide = 0.5 * np.log2(2 * np.pi * np.e * (np.array([4.0, 25.0, 1e4]) + 1 / 12))
+    assert np.allclose(rate(np.array([2.0, 5.0, 100.0])), wide, atol=2e-3)
+    share = share_of(0.0908)
+    assert share == pytest.approx(0.01, rel=2e-3)
+    assert float(noise(np.array(0.0908))) == pytest.approx(10.96, rel=0.02)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize(
+    "codec", [Sketch(bits=0.5), Sketch(bits=3.0), Sketch(bits=1, sketch=False)]
+)
+def test_a_bundle_made_on_cuda(codec: Sketch) -> None:
+    """It decodes there as here; signs that hang on rounding apart, it is what is made here."""
+    base, tuned = family({"w": (300, 200), "b": (4000,)})
+    here = fusionkit.compress(base, tuned, codec)
+    there = fusionkit.compress(base, tuned, codec, device="cuda")
+    assert abs(here.nbytes - there.nbytes) < 100
+    for name in base:
+        one, other = here.delta("t0", name), there.delta("t0", name)
+        assert (one is None) == (other is None)
+        if one is not None and other is not None:
+            on_device = here.delta("t0", name, torch.device("cuda"))
+            assert on_device is not None
+            assert torch.allclose(on_device.cpu(), one, rtol=1e-4, atol=1e-5)
+            assert (one - other).norm() < 0.1 * one.norm()
