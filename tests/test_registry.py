@@ -32,6 +32,7 @@ from fusionkit import (
     Mean,
     Merged,
     Normalized,
+    Sketch,
     TaskArithmetic,
     Weighted,
 )
@@ -53,6 +54,8 @@ BUILT_IN: list[Plugin] = [
     SVD(energy=0.9, method="exact", vectors="drop"),
     SVD(rank={"a.*": 2, "*": 3}),
     SVD(budget=1000),
+    Sketch(bits=0.1),
+    Sketch(bytes=10_000, share="equal", seed=3),
     LinearizedLoRA(),
     LinearizedLoRA(Weighted({"ant": 0.5, "bee": -1.5}), "bf16"),
     DBMS(SVD(rank=1)),
