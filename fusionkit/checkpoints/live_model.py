@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from fusionkit.checkpoints.checkpoint import Checkpoint, matches, same_values
+from fusionkit.checkpoints.checkpoint import Checkpoint, Source, matches, same_values
+from fusionkit.checkpoints.conformed import conformed
 from fusionkit.checkpoints.in_memory import LiveModel, owner_of
 from fusionkit.checkpoints.names import prefix_over
 from fusionkit.checkpoints.quantized import unquantized
@@ -74,6 +75,17 @@ def part(value: Tensor, like: Tensor) -> Tensor:
         return value.to(like.device)
     value = value.detach().to(like.device).contiguous()
     return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def open_for(model: nn.Module, source: Source) -> Checkpoint:
+    """Open the weights of a model; what the file does not say of its class, the model does.
+
+    Args:
+        model: the model.
+        source: anything that `Checkpoint.of` reads.
+    """
+    opened = Checkpoint.of(source)
+    return opened if opened.architecture else conformed(opened, LiveModel(model).architecture)
 
 
 def load_base(model: nn.Module, base: Checkpoint, private: list[str]) -> None:

@@ -44,7 +44,7 @@ class View(Checkpoint):
         self.add_prefix = below.add_prefix if add_prefix is None else add_prefix
         self.variant = below.variant
         self.nbytes, self.live, self.serial = below.nbytes, below.live, below.serial
-        self.unread, self.rename = below.unread, below.rename
+        self.unread, self.rename = below.unread, dict(below.rename)  # the class's can't be pickled
         self.dequantized = below.dequantized
         self.specs = {name: below.specs[there] for name, there in self._names.items()}
         if below.architecture is not None:

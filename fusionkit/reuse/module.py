@@ -16,7 +16,7 @@ from fusionkit.bundles.bundle import Bundle
 from fusionkit.bundles.compress import compress
 from fusionkit.checkpoints.adapters.modules import Adapters
 from fusionkit.checkpoints.checkpoint import Checkpoint, find_checkpoints, matches
-from fusionkit.checkpoints.live_model import load_base, on_meta
+from fusionkit.checkpoints.live_model import load_base, on_meta, open_for
 from fusionkit.checkpoints.paths import open_path
 from fusionkit.checkpoints.quantized import unquantized
 from fusionkit.checkpoints.stacks import split_tensors
@@ -116,7 +116,7 @@ class ReuseModule(LightningModule):
         self._rows = 0
         self.scores: Scores | None = None
         self.metrics = nn.ModuleList()
-        self.base_source = None if base is None else unquantized(Checkpoint.of(base))
+        self.base_source = None if base is None else unquantized(open_for(model, base))
         if self.base_source is not None:
             load_base(model, self.base_source, self.private)
         elif on_meta(model):

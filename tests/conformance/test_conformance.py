@@ -2,6 +2,7 @@
 
 import importlib.util
 import warnings
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 
@@ -25,11 +26,17 @@ def _item(row: ModelFamily) -> object:
 
 
 @pytest.fixture
-def quiet() -> None:
-    """What libraries say of models that nobody has trained."""
-    warnings.simplefilter("ignore")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+def quiet() -> Iterator[None]:
+    """Without what libraries say of models that nobody has trained."""
+    logging = transformers.utils.logging
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    logging.set_verbosity(before)
+    logging.enable_progress_bar()
 
 
 @pytest.mark.conformance
