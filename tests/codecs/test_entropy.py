@@ -405,8 +405,17 @@ def test_many_of_the_cheapest_symbol_are_not_too_many(model: Model) -> None:
             assert torch.equal(decode(encode([(symbols, model)]), [(count, model)])[0], symbols)
 
 
-def test_a_false_number_of_symbols_is_refused() -> None:
+def test_a_false_number_of_symbols_ends_early() -> None:
+    """Where the bytes end, not after as many steps as it says."""
     model, count = Gaps(9, 9), 1_000_000
-    stream = encode([(ints(0, 0, 5, 0), model), *golden()[:1]])
+    own = ints(0, 0, 5, 0), model
+    state, words = entropy._parts(bytes(encode([own]).tolist()))
+    symbols = np.full(count, -7, np.int32)
+    numbers, rows, cumulative, first = entropy._models([(count, model)])
+    tables_ = (numbers, rows, cumulative, first)
+    assert not entropy.kernels.decode(np.int64(state), words, *tables_, symbols)
+    assert (symbols[count // 2 :] == -7).all()
+    # More bytes may hold so many of the cheapest symbol, and are not these alone.
+    stream = encode([own, *golden()[:1]])
     with pytest.raises(ValueError, match=f"bytes are not {count} coded symbols of these models"):
         decode(stream, [(count, model)])
