@@ -84,6 +84,11 @@ class DBMS(DeltaCodec):
         """
         return _AtScalars(self, dict(scalars))
 
+    @property
+    def packs(self) -> bool:
+        """As the codec within does."""
+        return self.codec.packs
+
     def prepare(self, family: Family, shared: SharedParts | None = None) -> Encoder:
         """Encode the shift; search the scalars, once per try; then what the codec prepares."""
         return self.prepare_at({}, family, shared)
@@ -239,6 +244,11 @@ class _AtScalars(DeltaCodec):
     def recorded(self) -> DBMS:
         """The DBMS."""
         return self.codec
+
+    @property
+    def packs(self) -> bool:
+        """As the codec within does."""
+        return self.codec.packs
 
     def prepare(self, family: Family, shared: SharedParts | None = None) -> Encoder:
         """As the DBMS; only scalars that are not known are searched for."""

@@ -80,6 +80,11 @@ class Sketch(DeltaCodec):
         if self.noise is not None and not self.sketch:
             raise CodecError("Sketch's noise is the sketch's own; without one, give bits or bytes")
 
+    @property
+    def packs(self) -> bool:
+        """A small matrix takes as many bytes as its entry in a header would."""
+        return True
+
     def prepare(self, family: Family, shared: SharedParts | None = None) -> Encoder:
         """One pass for all singular values, from which every tensor's bytes follow."""
         how = How.sketched() if self.sketch else How.directions_alone()

@@ -74,21 +74,21 @@ def plans_of(
     """
     parameters = max(family.parameters, 1) * len(family.tasks)
     budget = target.nbytes or int((target.bits or MOST) * parameters / 8)
-    spectra = _spectra(layout, measured, len(family.tasks), how, budget)
+    beside = overhead(family, codec, budget)
     base = sum(each.base for each in measured.values())
+    spectra = _spectra(layout, measured, len(family.tasks), how, budget, beside.packs)
     first = family.workers.processes.rank == 0
     if target.noise is not None:
         errors = target.noise * base
         plans = [own.plan(own.bits_for(errors)) for own in spectra]
     else:
-        beside = overhead(family, codec, budget)
         gains = entry_bytes("", "gains", budget) + 4 * len(layout.matrices)
         fixed = beside.headers + gains * len(family.tasks)
         if target.nbytes:
             fixed += beside.manifest + beside.whole
         else:
             fixed += min(beside.manifest, budget // _OF_MANIFEST)
-        plans = within(spectra, base if how.sketch else 0.0, budget, fixed, target.share)
+        plans = within(spectra, budget, fixed, target.share)
         nothing = not any(plan.nbytes.any() for plan in plans)
         if first and nothing and any(own.energy for own in spectra):
             least = fixed + sum(int(own.entries.sum()) for own in spectra)
@@ -99,17 +99,25 @@ def plans_of(
 
 
 def _spectra(
-    layout: Layout, measured: Mapping[str, Measured], tasks: int, how: How, nbytes: int
+    layout: Layout,
+    measured: Mapping[str, Measured],
+    tasks: int,
+    how: How,
+    nbytes: int,
+    packed: bool,
 ) -> list[Spectra]:
     rows, columns = np.array(layout.shapes, np.float64).reshape(-1, 2).T
     entries = np.array([entry_bytes(name, "codes", nbytes) for name in layout.names], np.float64)
+    base = sum(each.base for each in measured.values())
     return [
         Spectra(
+            base,
             np.array([each.energies[task] for each in measured.values()]),
             [each.squares[task] for each in measured.values()],
             rows,
             columns,
             entries,
+            packed,
             FIXED_BYTES,
             how.exponent,
             how.sketch,

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import fusionkit
 from fusionkit import Sketch
 from fusionkit.bundles.format import task_file
-from fusionkit.bundles.part_file import Part, PartWriter
+from fusionkit.bundles.part_writer import Part, PartWriter
 from fusionkit.codecs import sketch_codes
 from fusionkit.codecs.overhead import overhead
 from fusionkit.codecs.quantized_factors import rate

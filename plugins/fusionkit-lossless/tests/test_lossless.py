@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import fusionkit
 from fusionkit import DBMS, Bundle, MagnitudePrune, ReuseModule
-from fusionkit.bundles.part_file import Part, PartWriter
+from fusionkit.bundles.part_writer import Part, PartWriter
 from fusionkit.errors import BundleError, CodecError
 from fusionkit.testing import CodecContract, models
 
