@@ -80,6 +80,7 @@ class SweepCLI(RecipeCLI):
                 )
             configs[name] = config
         self._codecs = {name: self._made(name, config) for name, config in configs.items()}
+        self.config["codecs"] = {}  # or the parser makes of a setting's list one codec, too
         self.config["model"]["codec"] = self.config["model"]["bundle"] = None
 
     def sweep(self) -> SweepReport:
@@ -142,7 +143,7 @@ class SweepCLI(RecipeCLI):
 def sweep(
     base: Source | Checkpoint,
     finetuned: Mapping[str, Source | Checkpoint],
-    codecs: Mapping[str, DeltaCodec | Sequence[DeltaCodec]],
+    codecs: Mapping[str, DeltaCodec | list[DeltaCodec]],
     out: str | Path | None = None,
     *,
     private: Sequence[str] = (),
@@ -163,7 +164,7 @@ def sweep(
     Args:
         base: as for `compress`.
         finetuned: as for `compress`.
-        codecs: a name for the table → a codec, or one codec at several settings.
+        codecs: a name for the table → a codec, or a list of one codec at several settings.
         out: folder for `sweep.csv` and `sweep.json`, written as rows come in, and `sweep.png`; by
             default nothing is written.
         private: as for `compress`.
@@ -182,7 +183,7 @@ def sweep(
             together, as for `compress`.
     """
     folder = None if out is None else report.local_folder(out)
-    grids = {n: [each] if isinstance(each, DeltaCodec) else [*each] for n, each in codecs.items()}
+    grids = {n: each if isinstance(each, list) else [each] for n, each in codecs.items()}
     if not any(grids.values()):
         raise FusionKitError("there is no codec to sweep; give a name and a codec, or several")
     for codec in (each for grid in grids.values() for each in grid):
