@@ -8,7 +8,7 @@ from torch import Tensor
 from fusionkit.bundles.bundle import Bundle
 from fusionkit.codecs.decomposition import matrix_of
 from fusionkit.task_vectors.family import Family
-from fusionkit.task_vectors.vectors import BLOCK
+from fusionkit.task_vectors.vectors import BLOCK, difference
 from fusionkit.task_vectors.workers import total
 
 
@@ -53,7 +53,7 @@ def weight_error(bundle: Bundle, family: Family, task: str) -> WeightError:
 
     def sums(name: str) -> Tensor:
         delta = family.vectors(name)[place]
-        decoded = bundle.delta(task, name, family.device)
+        decoded = _decoded(bundle, family, task, name)
         found = torch.zeros(3, dtype=torch.float64)
         for start in range(0, delta.numel(), BLOCK):
             own = _block(delta, start)
@@ -82,6 +82,14 @@ def base_energy(family: Family) -> float:
         )
 
     return sum(found for _, found in family.workers.run(energy, family.sizes, counted=False))
+
+
+def _decoded(bundle: Bundle, family: Family, task: str, name: str) -> Tensor | None:
+    if not bundle.codec.restores:
+        return bundle.delta(task, name, family.device)
+    base = family.base[name].to(family.device)  # the bundle would check its own, each time
+    whole = bundle.tensor(task, name, base)
+    return None if whole is None else difference(whole, base)
 
 
 def _block(values: Tensor, start: int) -> Tensor:

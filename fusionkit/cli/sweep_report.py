@@ -202,4 +202,4 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}"
+    return "" if value is None else f"{value:#.3g}".rstrip(".")
