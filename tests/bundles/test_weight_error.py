@@ -1,7 +1,11 @@
 """Errors of weights: sums over all compressed tensors, whatever their size."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from peft_adapters import CONFIGS, net, saved
 from torch import Tensor
 
 import fusionkit
@@ -50,6 +54,19 @@ def test_what_is_stored_exactly_has_no_error() -> None:
     base = {"weight": torch.ones(4, 4), "count": torch.tensor(3)}
     tuned = {"weight": base["weight"] + 1, "count": torch.tensor(5)}
     assert errors(base, tuned, Dense("fp32")).energy == 16
+
+
+def test_of_adapters_own_tensors(tmp_path: Path) -> None:
+    """Against where they started; to the last bit where all is kept."""
+    saved(tmp_path / "in", CONFIGS["rslora"])
+    arguments: dict[str, Any] = {"private": ["head.*"], "adapters": "modules"}
+    adapters = {"t": str(tmp_path / "in")}
+    whole, cut = fusionkit.sweep(
+        net(), adapters, {"whole": Dense("fp32"), "cut": MagnitudePrune(0.1)}, **arguments
+    ).rows
+    assert (whole.weight_error, whole.projection) == (0, 1)
+    assert 0 < (cut.weight_error or 0) < 1
+    assert cut.weight_error == pytest.approx(1 - (cut.projection or 0), rel=1e-3)
 
 
 def test_energy_of_the_base() -> None:
