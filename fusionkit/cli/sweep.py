@@ -7,7 +7,7 @@ from dataclasses import fields
 from itertools import product
 from pathlib import Path
 from types import FunctionType
-from typing import Any, NoReturn, Self, TypeVar, cast
+from typing import Any, Self, TypeVar, cast
 
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
@@ -26,7 +26,7 @@ from fusionkit.cli.launch import device_of
 from fusionkit.cli.recipe import RecipeCLI
 from fusionkit.cli.sweep_report import SweepReport, Swept, TaskCost
 from fusionkit.codecs.base import DeltaCodec
-from fusionkit.errors import FusionKitError
+from fusionkit.errors import CodecError, FusionKitError
 from fusionkit.registry import Plugin
 from fusionkit.task_vectors.family import Family
 from fusionkit.task_vectors.vectors import TaskVectors
@@ -125,19 +125,23 @@ class SweepCLI(RecipeCLI):
         try:
             parsed = [parser.parse_object({"codec": config})]
         except ArgumentError as error:
-            configs = _combinations(config)
-            if configs == [config]:
-                self._refuse(name, error)
-            if not configs:
-                raise FusionKitError(f"codecs: {name}: a setting has an empty list") from error
-            try:
-                parsed = [parser.parse_object({"codec": each}) for each in configs]
-            except ArgumentError as error:
-                self._refuse(name, error)
-        return [parser.instantiate_classes(each)["codec"] for each in parsed]
+            parsed = [self._parsed(parser, name, each) for each in _combinations(config)]
+            if not parsed:
+                raise FusionKitError(
+                    f"codecs: {name}: a setting's list is empty; give it a value to try"
+                ) from error
+        try:
+            return [parser.instantiate_classes(each)["codec"] for each in parsed]
+        except CodecError as error:
+            mend = "\nwhat the recipe's codec has, --model.codec.SETTING null takes out"
+            said = f"{error}{mend}" if self.config["grid"] else str(error)
+            raise CodecError(f"codecs: {name}: {said}") from error
 
-    def _refuse(self, name: str, error: ArgumentError) -> NoReturn:
-        self.parser.error(f"codecs: {name}: {error}")
+    def _parsed(self, parser: ArgumentParser, name: str, config: Any) -> Any:
+        try:
+            return parser.parse_object({"codec": config})
+        except ArgumentError as error:
+            self.parser.error(f"codecs: {name}: {error}")
 
 
 def sweep(

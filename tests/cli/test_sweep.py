@@ -291,9 +291,9 @@ class TestCommand:
         [
             (["--grid.rnak", "[1]"], "grid: SVD has no setting 'rnak'; it has rank, energy", 1),
             (["--model.codec=null"], "there is no codec to sweep; give --model.codec CODEC", 1),
-            (["--grid.rank", "[]"], "codecs: SVD: a setting has an empty list", 1),
+            (["--grid.rank", "[]"], "SVD: a setting's list is empty; give it a value to try", 1),
             (["--grid.rank", "[1, two]"], "codecs: SVD: ", 2),
-            (["--grid.energy", "[0.5]"], "expected exactly one of SVD's rank, energy", 1),
+            (["--grid.energy", "[0.5]"], "--model.codec.SETTING null takes out", 1),
             (["--codecs", "{a: {class_path: SDV}}"], "codecs: a: ", 2),
             (["--codecs", "{a: {class_path: SVD, init_args: {rnak: [1]}}}"], "rnak", 2),
             (
