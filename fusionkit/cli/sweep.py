@@ -214,6 +214,7 @@ def sweep(
                 seconds,
                 _costs(bundle, family, energy),
             )
+            del bundle  # off the disk, before the next is written
             results.rows.append(row)
             if folder is not None:
                 report.write_rows(results.flat(), folder, "sweep")

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -101,10 +102,20 @@ class TestSweep:
         monkeypatch: pytest.MonkeyPatch,
         capfd: pytest.CaptureFixture[str],
     ) -> None:
+        """Of any codec; nor is there more than one bundle at any time."""
         here = tmp_path / "here"
         here.mkdir()
         monkeypatch.chdir(here)
+        made: list[int] = []
+        mkdtemp = tempfile.mkdtemp
+
+        def counted(**named: Any) -> str:
+            made.append(len(list(temporary.iterdir())))
+            return mkdtemp(**named)
+
+        monkeypatch.setattr(tempfile, "mkdtemp", counted)
         fusionkit.sweep(files.base, files.finetuned, CODECS, private=PRIVATE)
+        assert made == [0] * len(SETTINGS)
         assert [*temporary.iterdir(), *here.iterdir()] == []
         assert capfd.readouterr() == ("", "")
 
