@@ -193,7 +193,7 @@ def sweep(
     for codec in (each for grid in grids.values() for each in grid):
         check_codec(codec)
     refuse_alike(finetuned)
-    family = _Swept(base, finetuned, private, frozen, adapters, None, device, rename, ignore)
+    family = _SweptFamily(base, finetuned, private, frozen, adapters, None, device, rename, ignore)
     record, energy = BaseRecord.of(family), base_energy(family)
     results = SweepReport()
     for name, grid in grids.items():
@@ -223,7 +223,7 @@ def sweep(
     return results
 
 
-class _Swept(Family):
+class _SweptFamily(Family):
     """A family that is compressed again and again: what is asked of it again is answered at once.
 
     Only of functions that stand in a module by themselves, and so know of nothing but a tensor's
