@@ -86,6 +86,12 @@ def test_a_delta_is_the_difference() -> None:
     assert torch.equal(found, wanted)
 
 
+def test_weights_have_no_error() -> None:
+    arguments = models(torch.bfloat16)
+    found = fusionkit.sweep(codecs={"all": Lossless()}, **arguments).rows[0]
+    assert (found.weight_error, found.projection, found.noise) == (0, 1, 0)
+
+
 def test_a_switched_model_has_the_fine_tuned_weights() -> None:
     base = nn.Linear(20, 5)
     tuned = {n: (t + 0.01 * torch.randn_like(t)).half() for n, t in base.state_dict().items()}
