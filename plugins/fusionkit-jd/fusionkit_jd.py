@@ -85,7 +85,8 @@ class JointDiagonalization(DeltaCodec):
                 parts = self._shared(deltas)
             else:
                 parts = {k: part.to(vectors.device) for k, part in shared(vectors.name).items()}
-            bases = self._bases(parts, vectors.shape)
+            count = sum(f"left.{place}" in parts for place in range(self.clusters))
+            bases = [self._basis(parts, vectors.shape, place) for place in range(count)]
             own = [self._own(deltas, task, bases) for task in range(len(vectors))]
             return Encoded(vectors.name, parts if shared is None else {}, own)
 
@@ -105,8 +106,8 @@ class JointDiagonalization(DeltaCodec):
         """U Σ_t and V, or U and V Σ_tᵀ; None of a tensor that was kept whole, or is zero."""
         if "core" not in parts:
             return None
-        bases = self._bases(parts, shape)
-        left, right = bases[int(parts["cluster"]) if "cluster" in parts else 0]
+        cluster = int(parts["cluster"]) if "cluster" in parts else 0
+        left, right = self._basis(parts, shape, cluster)
         core = unpack_values(parts, left.shape[1], self.dtype, "core")
         if core.ndim == 1:
             return LowRank(left * core, right)
@@ -125,23 +126,18 @@ class JointDiagonalization(DeltaCodec):
             _clusters(deltas, self.form, self.rank, self.clusters)
         ):
             cores = [_core(deltas[task], basis, self.form).values for task in tasks]
-            for side, values in _scaled(basis, cores)._asdict().items():
+            for side, values in zip(("left", "right"), _scaled(basis, cores), strict=True):
                 parts |= pack_values(values.to(torch.float32), self.dtype, f"{side}.{place}")
             size += len(tasks) * stored_bytes(tuple(cores[0].shape), self.dtype)
         size += sum(part.nbytes for part in parts.values())
         whole = len(deltas.moved) * stored_bytes((rows * columns,), self.dtype)
         return parts if size < whole else {}
 
-    def _bases(self, parts: Parts, shape: torch.Size) -> list[LowRank]:
-        """Each cluster's U and V as they are stored; none of a tensor that is kept whole."""
+    def _basis(self, parts: Parts, shape: torch.Size, cluster: int) -> LowRank:
+        """A cluster's U and V as they are stored."""
         rows, columns = matrix_of(shape)
-        found: list[LowRank] = []
-        while f"left.{len(found)}" in parts:
-            place = len(found)
-            left = unpack_values(parts, rows, self.dtype, f"left.{place}")
-            right = unpack_values(parts, columns, self.dtype, f"right.{place}")
-            found.append(LowRank(left, right))
-        return found
+        left = unpack_values(parts, rows, self.dtype, f"left.{cluster}")
+        return LowRank(left, unpack_values(parts, columns, self.dtype, f"right.{cluster}"))
 
     def _own(self, deltas: "_Deltas", task: int, bases: Sequence[LowRank]) -> Parts:
         """A task's core, and its cluster; or the values of a delta that is kept whole."""
@@ -151,7 +147,7 @@ class JointDiagonalization(DeltaCodec):
         if not bases:
             dense = delta.dense(deltas.shape) if isinstance(delta, LowRank) else delta
             return pack_values(dense.reshape(-1).to(torch.float32), self.dtype)
-        cores = [_core(delta, _double(basis), self.form) for basis in bases]
+        cores = [_core(delta, basis, self.form) for basis in bases]
         place = max(range(len(cores)), key=lambda each: cores[each].held)
         parts = pack_values(cores[place].values.to(torch.float32), self.dtype, "core")
         if len(bases) > 1:
@@ -219,7 +215,7 @@ class _Core(NamedTuple):
 
 def _core(delta: Tensor | LowRank, basis: LowRank, form: Form) -> _Core:
     """The Σ_t of least ‖δ_t − U Σ_t Vᵀ‖, for any U and V."""
-    left, right = basis
+    left, right = (side.to(torch.float64) for side in basis)
     product = _times(delta, right)
     grams = left.mT @ left, right.mT @ right
     if form == "full":
@@ -273,7 +269,8 @@ def _leading(products: Sequence[Tensor], rank: int) -> tuple[Tensor, float]:
 
 def _diagonal(deltas: _Deltas, tasks: Sequence[int], rank: int) -> LowRank:
     """U, V and diagonal Σ_t of least Σ_t w_t² ‖δ_t − U Σ_t Vᵀ‖², by alternating least squares."""
-    basis, before = _pursuit(deltas, tasks, rank), 0.0
+    best = basis = _pursuit(deltas, tasks, rank)
+    before = 0.0
     for _ in range(_ROUNDS):
         cores = [_core(deltas[task], basis, "diagonal") for task in tasks]
         weights = [deltas.weights[task] for task in tasks]
@@ -369,13 +366,10 @@ def _scaled(basis: LowRank, cores: Sequence[Tensor]) -> LowRank:
     return LowRank(basis.left * root, basis.right * root)
 
 
-def _double(basis: LowRank) -> LowRank:
-    return LowRank(basis.left.to(torch.float64), basis.right.to(torch.float64))
-
-
 def _inverse(gram: Tensor) -> Tensor:
     """The pseudo-inverse of a Gram matrix, whatever its columns' scales are."""
-    size = gram.diagonal().sqrt().clamp(min=torch.finfo(gram.dtype).tiny)
+    size = gram.diagonal().sqrt()
+    size = torch.where(size > 0, size, 1)
     outer = size[:, None] * size
     inverse: Tensor = torch.linalg.pinv(gram / outer, rtol=_SINGULAR, hermitian=True)
     return inverse / outer

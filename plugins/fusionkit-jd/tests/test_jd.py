@@ -182,6 +182,15 @@ def test_a_task_that_did_not_move_stays() -> None:
     torch.testing.assert_close(decoded(bundle, 2), deltas[2], rtol=1e-3, atol=1e-4)
 
 
+def test_deltas_too_small_for_fp16_are_none() -> None:
+    """As they are to every codec; in bf16 they are kept."""
+    deltas = [1e-30 * low(2, seed) for seed in range(3)]
+    for form in ("full", "diagonal"):
+        assert not decoded(compressed(deltas, rank=6, form=form, dtype="fp16"), 0).any()
+        found = decoded(compressed(deltas, rank=6, form=form, dtype="bf16"), 0)
+        torch.testing.assert_close(found, deltas[0], rtol=0, atol=1e-31)
+
+
 def test_what_would_not_become_smaller_is_kept_whole() -> None:
     deltas = [draw(6, 5, seed) for seed in range(2)]
     bundle = compressed(deltas, rank=8)
