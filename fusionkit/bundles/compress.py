@@ -85,7 +85,7 @@ def compress(
         workers = Workers(processes, progress)
         family = Family(base, finetuned, private, frozen, adapters, workers, device, rename, ignore)
         if out is None:
-            return _temporary(family, codec)
+            return temporary(family, codec)
         _write_together(family, codec, open_path(out), overwrite)
     processes.gather(None)  # it is there
     return Bundle(out, unsplit(family.base))
@@ -113,7 +113,15 @@ def _write_together(family: Family, codec: DeltaCodec, out: Path, overwrite: boo
         tidy(folder)
 
 
-def _temporary(family: Family, codec: DeltaCodec) -> Bundle:
+def temporary(family: Family, codec: DeltaCodec) -> Bundle:
+    """Compress a family into a bundle in a temporary folder, which goes with the object.
+
+    Raises:
+        BundleError: it can't be written; two tasks' names look the same; several processes share
+            the family's work.
+        CodecError, FamilyError: as of `compress`.
+    """
+    refuse_alike(family.finetuned)
     if family.workers.processes.count > 1:
         raise BundleError("several processes need a folder to write to: give `out`")
     folder = Path(tempfile.mkdtemp(prefix="fusionkit-"))

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fusionkit.bundles.bundle import Bundle
+from fusionkit.bundles.compress import temporary
 from fusionkit.bundles.format import task_file
 from fusionkit.bundles.part_file import Part, PartWriter
 from fusionkit.calibration.module import CalibrationModule
@@ -48,7 +49,8 @@ class PartsCalibration(CalibrationModule):
 
     def prepare(self) -> list[Values]:
         """Encode; every factor starts at 1."""
-        self._encoded = self.reuse.compress(codec=self.codec)
+        self.family.device = self.device
+        self._encoded = temporary(self.family, self.codec)
         names = [WHOLE_MODEL, *self._encoded.manifest.base.names("delta")]
         self._of: list[dict[str, list[tuple[str, slice]]]] = []
         start: list[Values] = []

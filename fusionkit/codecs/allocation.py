@@ -80,6 +80,7 @@ class Spectra:
         beside: bytes of any codes that are not counted in bits.
         exponent: e; see `quantized_factors`.
         sketched: whether what the directions leave is sketched, and so costs bits.
+        felt: `(K,)`, how much the outputs feel an error in each, in relation to the others.
     """
 
     energies: Doubles
@@ -90,6 +91,7 @@ class Spectra:
     beside: int
     exponent: float
     sketched: bool
+    felt: Doubles
 
     @cached_property
     def energy(self) -> float:
@@ -105,7 +107,7 @@ class Spectra:
             return self.nothing
         theta = price / (min(bits, _CHEAPEST) if self.sketched else bits)
         ranks, coded, left = self._directions(theta)
-        weights = np.where(self._matrices, np.sqrt(sizes * left), 0.0)
+        weights = np.where(self._matrices, np.sqrt(sizes * left * self.felt), 0.0)
         shares = weights / max(float(weights.sum()), 1e-300)
         of_sketch = np.minimum(bits * float(sizes.sum()) * shares, MOST * sizes)
         if not self.sketched:

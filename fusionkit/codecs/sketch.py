@@ -80,6 +80,11 @@ class Sketch(DeltaCodec):
         if self.noise is not None and not self.sketch:
             raise CodecError("Sketch's noise is the sketch's own; without one, give bits or bytes")
 
+    @property
+    def uses_sensitivities(self) -> bool:
+        """A sketch has its bits where they are felt; directions alone are the same without."""
+        return self.sketch
+
     def prepare(self, family: Family, shared: SharedParts | None = None) -> Encoder:
         """One pass for all singular values, from which every tensor's bytes follow."""
         how = How.sketched() if self.sketch else How.directions_alone()
