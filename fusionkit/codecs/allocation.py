@@ -4,9 +4,10 @@ One number, B, says all: the sketch's bits per parameter. A task's share of it i
 energy to the power ⅓, times 1 + ν / 0.1, where the noise ν = E / (B_t W) is about its error's
 energy over the base's: where noise is felt, the largest deltas are the first to fail. The price of
 a bit follows, θ = 0.2 E / (B N): as many directions are kept as are worth it, and what is left of
-the matrices shares the sketch's bits by its deviation. B is found so that all together, headers
-included, fits into the budget. Every tensor is given so many bytes, which its codes keep to by
-themselves: what is written is never more than was asked for.
+the matrices shares the sketch's bits by its deviation, times the root of how much it is felt where
+that is known: so its error is felt least. B is found so that all together, headers included, fits
+into the budget. Every tensor is given so many bytes, which its codes keep to by themselves: what is
+written is never more than was asked for.
 """
 
 import math
@@ -80,7 +81,8 @@ class Spectra:
         beside: bytes of any codes that are not counted in bits.
         exponent: e; see `quantized_factors`.
         sketched: whether what the directions leave is sketched, and so costs bits.
-        felt: `(K,)`, how much the outputs feel an error in each, in relation to the others.
+        felt: `(K,)`, how much the outputs feel an error in each, in relation to the others; 1 of
+            all where no data have told.
     """
 
     energies: Doubles

@@ -40,7 +40,7 @@ class Sketch(DeltaCodec):
     delta is large for its bits, is named in a warning, with the bits that it would take.
 
     Two gains a matrix, of its directions and of its sketch, are 1; `fusionkit calibrate` learns
-    them.
+    them, and gives more bits to the matrices that the outputs feel more (`family.sensitivities`).
 
     Args:
         bits: per compressed parameter, all that `Bundle.bits_per_parameter` counts: codes, headers
