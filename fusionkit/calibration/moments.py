@@ -80,7 +80,8 @@ def _of_task(
     for name in family.sizes:
         if name in tensors and tensors[name].is_floating_point():
             leaves[name] = tensors[name].detach().requires_grad_()
-            leaves[name].register_post_accumulate_grad_hook(partial(take, name))
+            hook = partial(take, name)
+            leaves[name].register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
     features = settings.objective == "features"
     head = head_of(reuse.model, family.private[task]) if features else None
     generator, rows = torch.Generator().manual_seed(settings.seed), 0
