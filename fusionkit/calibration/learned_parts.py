@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fusionkit.bundles.bundle import Bundle
+from fusionkit.bundles.compress import temporary_bundle
 from fusionkit.bundles.format import task_file
 from fusionkit.bundles.part_writer import Part, PartWriter
 from fusionkit.bundles.small_parts import Names
@@ -49,7 +50,8 @@ class PartsCalibration(CalibrationModule):
 
     def prepare(self) -> list[Values]:
         """Encode; every factor starts at 1."""
-        self._encoded = self.reuse.compress(codec=self.codec)
+        self.family.device = self.device
+        self._encoded = temporary_bundle(self.family, self.codec)
         names = [WHOLE_MODEL, *self._encoded.manifest.base.names("delta")]
         self._of: list[dict[str, list[tuple[str, slice]]]] = []
         start: list[Values] = []

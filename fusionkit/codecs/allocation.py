@@ -4,9 +4,10 @@ One number, B, says all: the sketch's bits per parameter. A task's share of it i
 energy to the power ⅓, times 1 + ν / 0.3, where the noise ν = E / (B_t W) is about its error's
 energy over the base's: where noise is felt, the largest deltas are the first to fail. The price of
 a bit follows, θ = 0.2 E / (B N): as many directions are kept as are worth it, and what is left of
-the matrices shares the sketch's bits by its deviation. B is found so that all together, headers
-included, fits into the budget. Every tensor is given so many bytes, which its codes keep to by
-themselves: what is written is never more than was asked for.
+the matrices shares the sketch's bits by its deviation, times the root of how much it is felt where
+that is known: so its error is felt least. B is found so that all together, headers included, fits
+into the budget. Every tensor is given so many bytes, which its codes keep to by themselves: what is
+written is never more than was asked for.
 
 Where noise is felt, a sketch of less than the delta's size is the better one: it is multiplied by
 η = 1 / (1 + 0.3 ν² W / E). Its noise harms by about ν², and what it lacks of the delta by
@@ -92,6 +93,8 @@ class Spectra:
         beside: bytes of any codes that are not counted in bits.
         exponent: e; see `quantized_factors`.
         sketched: whether what the directions leave is sketched, and so costs bits.
+        felt: `(K,)`, how much the outputs feel an error in each, in relation to the others; 1 of
+            all where no data have told.
     """
 
     base: float
@@ -104,6 +107,7 @@ class Spectra:
     beside: int
     exponent: float
     sketched: bool
+    felt: Doubles
 
     @cached_property
     def energy(self) -> float:
@@ -119,7 +123,7 @@ class Spectra:
             return self.nothing
         theta = price / (min(bits, _CHEAPEST) if self.sketched else bits)
         ranks, coded, left = self._directions(theta)
-        weights = np.where(self._matrices, np.sqrt(sizes * left), 0.0)
+        weights = np.where(self._matrices, np.sqrt(sizes * left * self.felt), 0.0)
         shares = weights / max(float(weights.sum()), 1e-300)
         of_sketch = np.minimum(bits * float(sizes.sum()) * shares, MOST * sizes)
         if not self.sketched:
@@ -132,7 +136,8 @@ class Spectra:
         nbytes = np.where(out, 0, nbytes)
         with np.errstate(divide="ignore", invalid="ignore"):
             noises = np.where(of_sketch > 0, left * noise(of_sketch / sizes), left)
-        shrunk = self._shrunk(float(np.minimum(noises[self._matrices & ~out], np.inf).sum()))
+        sketched = self._matrices & ~out
+        shrunk = self._shrunk(float((self.felt * noises)[sketched].sum()))
         if self.sketched:
             noises = shrunk**2 * noises + (1 - shrunk) ** 2 * left
         error = np.where(out, self.energies, np.where(self._matrices, noises, price / bits * sizes))

@@ -102,6 +102,11 @@ class DeltaCodec(Plugin, ABC):
         """
         return False
 
+    @property
+    def uses_sensitivities(self) -> bool:
+        """Whether `prepare` looks at `family.sensitivities`, which calibration then measures."""
+        return False
+
     @abstractmethod
     def prepare(self, family: Family, shared: SharedParts | None = None) -> Encoder:
         """Take what must be known of the whole family, and return what encodes its tensors.

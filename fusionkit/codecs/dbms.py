@@ -76,6 +76,11 @@ class DBMS(DeltaCodec):
         assert self.shift is not None  # once constructed
         return self.shift
 
+    @property
+    def uses_sensitivities(self) -> bool:
+        """As what encodes the shift and the residuals."""
+        return self.codec.uses_sensitivities or self.direction.uses_sensitivities
+
     def at(self, scalars: Mapping[str, Scalars]) -> DeltaCodec:
         """What encodes at scalars that are known; they are no setting, and it is recorded as this.
 

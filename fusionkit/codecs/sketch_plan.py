@@ -9,6 +9,7 @@ import torch
 
 from fusionkit.codecs.allocation import Plan, Share, Spectra, within
 from fusionkit.codecs.overhead import entry_bytes, overhead
+from fusionkit.codecs.quantized_factors import Doubles
 from fusionkit.codecs.sign_sketch import MOST
 from fusionkit.codecs.sketch_codes import FIXED_BYTES
 from fusionkit.codecs.sketch_encoder import How, Measured, sides
@@ -17,6 +18,8 @@ from fusionkit.task_vectors.family import Family
 
 _NOISY = 0.04
 """Error energy over base energy that is felt: there a divergence of 0.01 on text classifiers."""
+_LEAST_FELT = 0.01
+"""How little of the mean a tensor is felt at least: a few rows may not reach all experts, say."""
 _OF_MANIFEST = 10
 """The part of a budget in bits that is left for the manifest, at most."""
 
@@ -75,8 +78,8 @@ def plans_of(
     parameters = max(family.parameters, 1) * len(family.tasks)
     budget = target.nbytes or int((target.bits or MOST) * parameters / 8)
     beside = overhead(family, codec, budget)
+    spectra = _spectra(family, layout, measured, how, budget, beside.packs)
     base = sum(each.base for each in measured.values())
-    spectra = _spectra(layout, measured, len(family.tasks), how, budget, beside.packs)
     first = family.workers.processes.rank == 0
     if target.noise is not None:
         errors = target.noise * base
@@ -99,9 +102,9 @@ def plans_of(
 
 
 def _spectra(
+    family: Family,
     layout: Layout,
     measured: Mapping[str, Measured],
-    tasks: int,
     how: How,
     nbytes: int,
     packed: bool,
@@ -121,9 +124,20 @@ def _spectra(
             FIXED_BYTES,
             how.exponent,
             how.sketch,
+            _felt(family.sensitivities.get(name, {}), layout),
         )
-        for task in range(tasks)
+        for task, name in enumerate(family.tasks)
     ]
+
+
+def _felt(sensitivities: Mapping[str, float], layout: Layout) -> Doubles:
+    """How much a task's outputs feel an error in each tensor, over what they do on average."""
+    known = [sensitivities[name] for name in layout.matrices if name in sensitivities]
+    mean = sum(known) / max(len(known), 1)
+    if not mean:
+        return np.ones(len(layout.names))
+    felt = [sensitivities.get(name, mean) / mean for name in layout.names]
+    return np.maximum(np.array(felt, np.float64), _LEAST_FELT)
 
 
 def _warn_of_headers(target: Target, budget: int, fixed: int, least: int, parameters: int) -> None:
