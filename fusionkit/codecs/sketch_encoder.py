@@ -159,7 +159,7 @@ def _sketched(
         if bits <= 0 or not flat.any():
             break
         if form == SIGNS and bits <= SIGNS_TO * len(flat):
-            sketched, its_form = signs(flat, bits), SIGNS
+            sketched, its_form = signs(values, bits), SIGNS
         else:
             sketched = integers(flat, min(bits, MOST * len(flat)))
             its_form = PLAIN if form == PLAIN else INTEGERS

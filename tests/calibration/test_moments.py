@@ -146,7 +146,7 @@ def test_bits_go_where_they_are_felt() -> None:
                 family.sensitivities = {"a": {"loud.weight": 1.0, "soft.weight": 0.01}}
             bundle = temporary_bundle(family, Sketch(bits=0.8, seed=seed))
             nbytes = (bundle.path / "task-a.safetensors").stat().st_size
-            assert 0.95 * 0.8 < (8 * nbytes / 40_960) / 0.9 <= 0.8  # a tenth is the manifest's
+            assert 0.9 * 0.8 < (8 * nbytes / 40_960) / 0.9 <= 0.8  # a tenth is the manifest's
             model = copy.deepcopy(base)
             model.load_state_dict(bundle.state_dict("a"))
             errors[told] += float((model(rows) - wanted(rows)).square().mean())
