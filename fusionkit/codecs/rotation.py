@@ -28,15 +28,20 @@ A rank-1 matrix stays one, whatever is done on its sides: its entries become pro
 Gaussian numbers. All other matrices come as near to Gaussian as their spectrum is flat.
 """
 
+import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from fusionkit.checkpoints.adapters.lowrank import LowRank
 
 Words = NDArray[np.uint64]
 
@@ -49,10 +54,11 @@ _SHARE = 1 << 18
 class Side:
     """A rotation of one side, or its inverse, as steps that are the same for either.
 
-    Times `factors[0]`; H on the first window; times `factors[1]`; H on the second; entry `i` taken
-    from `order[i]`; times `factors[2]`; H; times `factors[3]`; H; times `factors[4]`. H is the
-    matrix of ±1: its norm is within the factors. If there is one window, `factors[1]`,
-    `factors[3]` and the second H after each are left out.
+    Times `factors[0]`; H on the first window; the second window times `factors[1]`; H on it; entry
+    `i` taken from `order[i]`; times `factors[2]`; H; times `factors[3]`; H; times `factors[4]`. H
+    is the matrix of ±1: its norm is within the factors, and so are the signs of what lies outside
+    the second window. If there is one window, `factors[1]`, `factors[3]` and the second H after
+    each are left out.
 
     Args:
         windows: where the two windows start, int64 `(2,)`; the same if there is one.
@@ -72,36 +78,46 @@ class Side:
 
 
 def rotate(
-    matrix: Tensor, seed: int, inverse: bool = False, *, out: Tensor | None = None
+    matrix: Tensor,
+    seed: int,
+    inverse: bool = False,
+    *,
+    product: LowRank | None = None,
+    base: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """`R_m A R_nᵀ`, or from that `A` again: see the module's docstring.
+    """`R_m A R_nᵀ`, or from that `A` again: see the module's docstring; and what is added to it.
 
     On the CPU, as many threads work as `torch.get_num_threads()` says; the result doesn't depend
-    on how many.
+    on how many. What is added costs no pass over memory of its own.
 
     Args:
         matrix: float32 `(m, n)`.
         seed: at least 0 and less than 2⁶⁴; gives the same rotation to every matrix of one shape.
         inverse: undo it: `R_mᵀ A R_n`.
-        out: contiguous float32 `(m, n)` on the same device, to write to; may be `matrix`.
+        product: `left @ right.T` is added.
+        base: float32 `(m, n)`, on the same device; is added, last.
+        out: contiguous float32 `(m, n)` on the same device, to write to; may be `matrix`, not
+            `base`.
 
     Returns:
         float32 `(m, n)`, contiguous, on the same device: `out`, or a new tensor.
 
     Raises:
-        ValueError: the matrix, `out` or the seed is not such.
+        ValueError: the matrix, what is added, `out` or the seed is not such.
     """
     if matrix.ndim != 2 or matrix.dtype != torch.float32:
         raise ValueError(f"expected a float32 matrix, got {matrix.dtype} {tuple(matrix.shape)}")
     source, target = matrix.detach(), _target(matrix.shape, matrix.device, out)
     left, right = _sides(matrix.shape, seed, inverse)
+    added = _Added.of(target, product, base)
     if not target.numel():
         return target
     if target.device.type != "cpu":
-        return target.copy_(_on_device(source, left, right))
+        return added.write(target, _on_device(source, left, right))
     from fusionkit.codecs import rotation_kernels as kernels
 
-    flat, turned = _flat(source.contiguous()), _flat(target)
+    flat, turned = _flat(source), _flat(target)
     width = kernels.width(target.shape[1])
 
     def columns(begin: int, end: int) -> None:
@@ -109,7 +125,7 @@ def rotate(
         kernels.rotate_columns(flat, turned, work, left.steps(), begin, end)
 
     _over(target.shape[1], width, target.numel(), columns)
-    _rotate_rows(target, right)
+    _rotate_rows(target, right, added)
     return target
 
 
@@ -120,6 +136,8 @@ def rotate_sparse(
     seed: int,
     scale: float,
     *,
+    product: LowRank | None = None,
+    base: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Undo the rotation of a matrix that is zero but for a few entries: `R_mᵀ X R_n`.
@@ -130,6 +148,8 @@ def rotate_sparse(
         shape: `(m, n)`.
         seed: see `rotate`.
         scale: what the values are multiplied by.
+        product: see `rotate`.
+        base: see `rotate`.
         out: see `rotate`.
 
     Returns:
@@ -137,17 +157,18 @@ def rotate_sparse(
 
     Raises:
         ValueError: the positions are not increasing, or not within the shape; there are not as
-            many values; `out` or the seed is not what it should be.
+            many values; what is added, `out` or the seed is not what it should be.
     """
     target = _target(torch.Size(shape), positions.device, out)
     left, right = _sides(target.shape, seed, inverse=True)
     _check_positions(positions, values, target.numel())
+    added = _Added.of(target, product, base)
     if not target.numel():
         return target
     numbers = values.to(torch.float32) * scale
     if target.device.type != "cpu":
         target.zero_().view(-1)[positions.long()] = numbers
-        return target.copy_(_on_device(target, left, right))
+        return added.write(target, _on_device(target, left, right))
     from fusionkit.codecs import rotation_kernels as kernels
 
     turned, width = _flat(target), kernels.width(target.shape[1])
@@ -158,17 +179,54 @@ def rotate_sparse(
         kernels.rotate_sparse_columns(entries, turned, work, left.steps(), begin, end)
 
     _over(target.shape[1], width, target.numel(), columns)
-    _rotate_rows(target, right)
+    _rotate_rows(target, right, added)
     return target
 
 
-def _rotate_rows(matrix: Tensor, side: Side) -> None:
+class _Added(NamedTuple):
+    """What is added to a rotated matrix: `left @ right`, and a base."""
+
+    left: Tensor
+    right: Tensor
+    base: Tensor | None
+
+    @classmethod
+    def of(cls, target: Tensor, product: LowRank | None, base: Tensor | None) -> "_Added":
+        m, n = target.shape
+        left, right = product or LowRank(target.new_empty(m, 0), target.new_empty(n, 0))
+        rank = left.shape[-1]
+        wanted = [
+            (left, (m, rank)),
+            (right, (n, rank)),
+            *([(base, (m, n))] if base is not None else []),
+        ]
+        for given, shape in wanted:
+            if given.shape != shape or given.dtype != torch.float32:
+                raise ValueError(
+                    f"expected float32 {shape} to be added, got {given.dtype} {tuple(given.shape)}"
+                )
+        return cls(left.detach(), right.detach().mT, base)
+
+    def write(self, target: Tensor, rotated: Tensor) -> Tensor:
+        """The sum, in PyTorch."""
+        rotated = torch.addmm(rotated, self.left, self.right)
+        return (
+            target.copy_(rotated)
+            if self.base is None
+            else torch.add(self.base, rotated, out=target)
+        )
+
+
+def _rotate_rows(matrix: Tensor, side: Side, added: _Added) -> None:
     from fusionkit.codecs import rotation_kernels as kernels
 
     flat, lanes = _flat(matrix), kernels.LANES
+    base = matrix.new_empty(0) if added.base is None else added.base
+    addend = _flat(added.left), _flat(added.right), added.left.shape[1], _flat(base)
 
     def rows(begin: int, end: int) -> None:
-        kernels.rotate_rows(flat, _work(len(side.order) * lanes), side.steps(), begin, end)
+        work = _work(len(side.order) * lanes)
+        kernels.rotate_rows(flat, work, side.steps(), addend, begin, end)
 
     _over(matrix.shape[0], lanes, matrix.numel(), rows)
 
@@ -178,15 +236,26 @@ def _over(count: int, unit: int, entries: int, run: Callable[[int, int], None]) 
     units = -(-count // unit)
     threads = max(min(torch.get_num_threads(), units, entries // _SHARE), 1)
     bounds = [min(units * i // threads * unit, count) for i in range(threads + 1)]
-    if threads == 1:
-        run(*bounds)
-        return
-    with ThreadPoolExecutor(threads, "fusionkit") as pool:
-        list(pool.map(run, bounds[:-1], bounds[1:]))
+    parts = [_pool(threads).submit(run, *part) for part in list(pairwise(bounds))[1:]]
+    try:
+        run(*bounds[:2])
+    finally:
+        wait(parts)
+    for part in parts:
+        part.result()
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "fusionkit")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # threads are not forked
 
 
 def _flat(matrix: Tensor) -> NDArray[np.float32]:
-    return matrix.detach().view(-1).numpy()
+    return matrix.detach().contiguous().view(-1).numpy()
 
 
 def _work(floats: int) -> NDArray[np.float32]:
@@ -240,13 +309,21 @@ def _side(seed: int, side: int, size: int, inverse: bool) -> Side:
     one, first, last = np.ones((3, size), np.float32)
     first[:power] = last[start:] = power**-0.5
     s1, s2, s3, s4 = signs
-    if not inverse:
+    if inverse:
+        back = np.empty_like(order)
+        back[order] = np.arange(size)
+        factors = np.stack([last, s4 * first, s3[back] * last, s2 * first, s1])
+        windows, order, outside = [start, 0], back, slice(power, None)
+    else:
         factors = np.stack([s1 * first, s2 * last, s3 * first, s4 * last, one])
-        return Side(np.array([0, start]), power, order, factors)
-    back = np.empty_like(order)
-    back[order] = np.arange(size)
-    factors = np.stack([last, s4 * first, s3[back] * last, s2 * first, s1])
-    return Side(np.array([start, 0]), power, back, factors)
+        windows, outside = [0, start], slice(0, start)
+    if start:
+        outside_signs = np.ones((2, size), np.float32)
+        outside_signs[:, outside] = factors[1:4:2, outside]
+        factors[1:4:2, outside] = 1
+        factors[2] *= outside_signs[0, order]
+        factors[4] *= outside_signs[1]
+    return Side(np.array(windows), power, order, factors)
 
 
 def draw(seed: int, side: int, size: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
