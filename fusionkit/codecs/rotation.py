@@ -34,7 +34,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import pairwise
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -43,11 +43,16 @@ from torch import Tensor
 
 from fusionkit.checkpoints.adapters.lowrank import LowRank
 
+if TYPE_CHECKING:
+    from fusionkit.codecs.rotation_kernels import Addend
+
 Words = NDArray[np.uint64]
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _SHARE = 1 << 18
 """Entries that are worth a thread."""
+_SMALL, _FEW = 1024, 16
+"""Rows of a matrix that is rotated back by R_m as a table, if it has so few entries a column."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,7 +176,26 @@ def rotate_sparse(
         return added.write(target, _on_device(target, left, right))
     from fusionkit.codecs import rotation_kernels as kernels
 
-    turned, width = _flat(target), kernels.width(target.shape[1])
+    (m, n), turned = target.shape, _flat(target)
+    if m <= _SMALL and len(positions) <= _FEW * n:
+        given, table, addend = positions.long().numpy(), _table(seed, m), added.flat(target)
+
+        def rows(begin: int, end: int) -> None:
+            kernels.rotate_sparse_rows(
+                given,
+                numbers.numpy(),
+                table,
+                turned,
+                _work(n * kernels.LANES),
+                right.steps(),
+                addend,
+                begin,
+                end,
+            )
+
+        _over(m, kernels.LANES, target.numel(), rows)
+        return target
+    width = kernels.width(n)
     entries = kernels.panels(positions.long().numpy(), numbers.numpy(), target.shape[1], width)
 
     def columns(begin: int, end: int) -> None:
@@ -207,6 +231,11 @@ class _Added(NamedTuple):
                 )
         return cls(left.detach(), right.detach().mT, base)
 
+    def flat(self, target: Tensor) -> "Addend":
+        """As the compiled loops take it."""
+        base = target.new_empty(0) if self.base is None else self.base
+        return _flat(self.left), _flat(self.right), self.left.shape[1], _flat(base)
+
     def write(self, target: Tensor, rotated: Tensor) -> Tensor:
         """The sum, in PyTorch."""
         rotated = torch.addmm(rotated, self.left, self.right)
@@ -221,8 +250,7 @@ def _rotate_rows(matrix: Tensor, side: Side, added: _Added) -> None:
     from fusionkit.codecs import rotation_kernels as kernels
 
     flat, lanes = _flat(matrix), kernels.LANES
-    base = matrix.new_empty(0) if added.base is None else added.base
-    addend = _flat(added.left), _flat(added.right), added.left.shape[1], _flat(base)
+    addend = added.flat(matrix)
 
     def rows(begin: int, end: int) -> None:
         work = _work(len(side.order) * lanes)
@@ -324,6 +352,14 @@ def _side(seed: int, side: int, size: int, inverse: bool) -> Side:
         factors[2] *= outside_signs[0, order]
         factors[4] *= outside_signs[1]
     return Side(np.array(windows), power, order, factors)
+
+
+@lru_cache(maxsize=8)
+def _table(seed: int, size: int) -> NDArray[np.float32]:
+    """R_m in blocks of 16 columns, the last filled up with zeros: float32, flat."""
+    padded = torch.zeros(size, -(-size // 16) * 16)
+    padded[:, :size] = _turned(torch.eye(size)[None], _side(seed, 0, size, inverse=False))[0]
+    return padded.view(size, -1, 16).transpose(0, 1).contiguous().view(-1).numpy()
 
 
 def draw(seed: int, side: int, size: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from fusionkit.codecs.rotation_vectors import (
     LANES,
+    add_scaled,
     butterfly2,
     butterfly4,
     butterfly8,
@@ -155,6 +156,29 @@ def _write_columns(
             matrix[at + lane] = panel[place + lane] * factors[i]
 
 
+@register_jitable
+def _write_rows(
+    panel: Floats, matrix: Floats, factors: Floats, added: Addend, row: int, rows: int
+) -> None:
+    """The first `rows` of a panel's 16 vectors, times factors, and what is added, as rows."""
+    left, right, rank, base = added
+    size, start = len(factors), row * len(factors)
+    whole = size - size % LANES if rows == LANES else 0
+    for i in range(0, whole, LANES):
+        at, to = i * LANES, start + i
+        if len(base):
+            to_rows_onto(matrix, to, size, panel, at, factors, i, left, row, right, rank, base)
+        else:
+            to_rows(matrix, to, size, panel, at, factors, i, left, row, right, rank, base)
+    for lane in range(rows):
+        at = start + lane * size
+        for i in range(whole, size):
+            value = panel[i * LANES + lane] * factors[i]
+            for k in range(rank):
+                value += left[(row + lane) * rank + k] * right[k * size + i]
+            matrix[at + i] = base[at + i] + value if len(base) else value
+
+
 @compiled
 def rotate_columns(
     source: Floats, target: Floats, work: Floats, steps: Steps, begin: int, end: int
@@ -252,7 +276,6 @@ def rotate_rows(
         end: the row after the last.
     """
     (_, _, order, factors), (panel, other) = steps, work
-    left, right, rank, base = added
     size = len(order)
     for row in range(begin, end, LANES):
         rows = min(LANES, end - row)
@@ -265,19 +288,47 @@ def rotate_rows(
                 panel[i * LANES + lane] = matrix[start + lane * size + i] * factors[0, i]
             panel[i * LANES + rows : (i + 1) * LANES] = 0
         _rotate(panel, other, steps, LANES)
-        for i in range(0, whole, LANES):
-            at, last = i * LANES, factors[4]
-            to = start + i
-            if len(base):
-                to_rows_onto(matrix, to, size, other, at, last, i, left, row, right, rank, base)
-            else:
-                to_rows(matrix, to, size, other, at, last, i, left, row, right, rank, base)
-        for lane in range(rows):
-            at = start + lane * size
-            for i in range(whole, size):
-                value = other[i * LANES + lane] * factors[4, i]
-                for k in range(rank):
-                    value += left[(row + lane) * rank + k] * right[k * size + i]
-                if len(base):
-                    value += base[at + i]
-                matrix[at + i] = value
+        _write_rows(other, matrix, factors[4], added, row, rows)
+
+
+@compiled
+def rotate_sparse_rows(
+    positions: Counts,
+    values: Floats,
+    table: Floats,
+    target: Floats,
+    work: Floats,
+    steps: Steps,
+    added: Addend,
+    begin: int,
+    end: int,
+) -> None:
+    """Rotate a sparse matrix by a table on its columns, and by steps on its rows; and add to it.
+
+    Args:
+        positions: the entries' places in the flat matrix, `(count,)`.
+        values: the entries, `(count,)`.
+        table: `(blocks * m * 16,)`: what an entry of each row adds to the 16 rows of each block.
+        target: as for `rotate_rows`, as are all others.
+        work: see there.
+        steps: see there.
+        added: see there.
+        begin: see there.
+        end: see there.
+    """
+    (_, _, order, factors), (panel, other) = steps, work
+    size, count = len(order), len(positions)
+    height = len(target) // size
+    froms, tos = np.empty(count, np.int64), np.empty(count, np.int64)
+    first = np.empty(count, np.float32)
+    for k in range(count):
+        row, column = divmod(positions[k], size)
+        froms[k], tos[k] = row * LANES, column * LANES
+        first[k] = values[k] * factors[0, column]
+    for row in range(begin, end, LANES):
+        panel[:] = 0
+        block = table[row * height : (row + LANES) * height]
+        for k in range(count):
+            add_scaled(panel, tos[k], block, froms[k], first[k])
+        _rotate(panel, other, steps, LANES)
+        _write_rows(other, target, factors[4], added, row, min(LANES, end - row))

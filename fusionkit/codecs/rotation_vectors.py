@@ -113,6 +113,20 @@ def scaled(context: Any, target: Any, to: Any, source: Any, at: Any, factor: Any
 
 
 @_intrinsic
+def add_scaled(context: Any, target: Any, to: Any, source: Any, at: Any, factor: Any) -> Any:
+    """`target[to : to + 16] += source[at : at + 16] * factor`."""
+
+    def build(context: Any, builder: Any, signature: Any, given: Any) -> _Value:
+        target, to, source, at, factor = given
+        run = _Run(context, builder, signature.args[2], source).load(at)
+        place = _Run(context, builder, signature.args[0], target)
+        place.store(_multiply_add(builder, run, spread(builder, factor), place.load(to)), to)
+        return context.get_dummy_value()
+
+    return types.void(target, _INT, source, _INT, types.float32), build
+
+
+@_intrinsic
 def from_rows(
     context: Any, panel: Any, to: Any, matrix: Any, at: Any, size: Any, factors: Any, first: Any
 ) -> Any:
@@ -168,15 +182,13 @@ def _to_rows(onto: bool) -> Callable[..., None]:
                 builder.store(builder.fmul(run, factor), sums[-1])
             lefts = _Run(context, builder, kinds[7], left)
             rights = _Run(context, builder, kinds[9], right)
-            multiply_add = cgutils.get_or_insert_function(
-                builder.module, ir.FunctionType(_VECTOR, [_VECTOR] * 3), "llvm.fmuladd.v16f32"
-            )
             with cgutils.for_range(builder, rank) as loop:
                 column = rights.load(builder.add(builder.mul(loop.index, size), first))
                 place = builder.add(builder.mul(row, rank), loop.index)
                 for kept, one in zip(sums, _places(builder, place, rank, LANES), strict=True):
-                    product = [lefts.spread(one), column, builder.load(kept)]
-                    builder.store(builder.call(multiply_add, product), kept)
+                    factors = lefts.spread(one)
+                    more = _multiply_add(builder, factors, column, builder.load(kept))
+                    builder.store(more, kept)
             target = _Run(context, builder, kinds[0], matrix)
             start = _Run(context, builder, kinds[11], base)
             for kept, place in zip(sums, _places(builder, to, size, LANES), strict=True):
@@ -193,6 +205,13 @@ def _to_rows(onto: bool) -> Callable[..., None]:
 to_rows, to_rows_onto = _to_rows(False), _to_rows(True)
 
 _INT_LANES = ir.Constant(ir.IntType(64), LANES)
+
+
+def _multiply_add(builder: Any, a: _Value, b: _Value, c: _Value) -> _Value:
+    """`a * b + c`, rounded once where the processor can."""
+    kind = ir.FunctionType(_VECTOR, [_VECTOR] * 3)
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.fmuladd.v16f32")
+    return builder.call(function, [a, b, c])
 
 
 def _places(builder: Any, first: _Value, stride: _Value, count: int) -> list[_Value]:
