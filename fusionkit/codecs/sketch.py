@@ -156,13 +156,13 @@ class Sketch(DeltaCodec):
             _plain(codes, product, start, target)
             return target.view(shape)
         symbols, scale = codes.sketch.to(device), codes.scale * of_sketch
-        more = {"product": product, "base": start, "out": target}
+        seed = self._rotation
         if codes.positions is not None:
-            positions = codes.positions.to(device)
-            rotate_sparse(positions, symbols, matrix, self._rotation, scale, **more)
+            at = codes.positions.to(device)
+            rotate_sparse(at, symbols, matrix, seed, scale, product=product, base=start, out=target)
         else:
             values = symbols.to(torch.float32).mul_(scale).view(matrix)
-            rotate(values, self._rotation, inverse=True, **more)
+            rotate(values, seed, inverse=True, product=product, base=start, out=target)
         return target.view(shape)
 
     @property
