@@ -31,7 +31,6 @@ Gaussian numbers. All other matrices come as near to Gaussian as their spectrum 
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
@@ -42,44 +41,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fusionkit.checkpoints.adapters.lowrank import LowRank
+from fusionkit.codecs.rotation_sides import Side, side_of
 
 if TYPE_CHECKING:
     from fusionkit.codecs.rotation_kernels import Addend
 
-Words = NDArray[np.uint64]
-
-_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _SHARE = 1 << 18
 """Entries that are worth a thread."""
 _SMALL, _FEW = 1024, 16
-"""Rows of a matrix that is rotated back by R_m as a table, if it has so few entries a column."""
-
-
-@dataclass(frozen=True, eq=False)
-class Side:
-    """A rotation of one side, or its inverse, as steps that are the same for either.
-
-    Times `factors[0]`; H on the first window; the second window times `factors[1]`; H on it; entry
-    `i` taken from `order[i]`; times `factors[2]`; H; times `factors[3]`; H; times `factors[4]`. H
-    is the matrix of ±1: its norm is within the factors, and so are the signs of what lies outside
-    the second window. If there is one window, `factors[1]`, `factors[3]` and the second H after
-    each are left out.
-
-    Args:
-        windows: where the two windows start, int64 `(2,)`; the same if there is one.
-        power: the windows' size.
-        order: int64 `(n,)`.
-        factors: float32 `(5, n)`.
-    """
-
-    windows: NDArray[np.int64]
-    power: int
-    order: NDArray[np.int64]
-    factors: NDArray[np.float32]
-
-    def steps(self) -> tuple[NDArray[np.int64], int, NDArray[np.int64], NDArray[np.float32]]:
-        """As the compiled loops take them."""
-        return self.windows, self.power, self.order, self.factors
+"""A sparse matrix of so few rows, and so few entries a column, is rotated back by R_m as a table:
+to add up the rows of R_m that its entries ask for takes less than the transform."""
 
 
 def rotate(
@@ -170,39 +141,32 @@ def rotate_sparse(
     added = _Added.of(target, product, base)
     if not target.numel():
         return target
-    numbers = values.to(torch.float32) * scale
     if target.device.type != "cpu":
-        target.zero_().view(-1)[positions.long()] = numbers
+        target.zero_().view(-1)[positions.long()] = values.to(torch.float32) * scale
         return added.write(target, _on_device(target, left, right))
     from fusionkit.codecs import rotation_kernels as kernels
 
     (m, n), turned = target.shape, _flat(target)
-    if m <= _SMALL and len(positions) <= _FEW * n:
-        given, table, addend = positions.long().numpy(), _table(seed, m), added.flat(target)
+    places, numbers = positions.long().numpy(), (values.to(torch.float32) * scale).numpy()
+    if m <= _SMALL and len(places) <= _FEW * n:
+        entries, table, addend = (places, numbers), _table(seed, m), added.flat(target)
 
         def rows(begin: int, end: int) -> None:
+            work = _work(n * kernels.HEIGHT)
             kernels.rotate_sparse_rows(
-                given,
-                numbers.numpy(),
-                table,
-                turned,
-                _work(n * kernels.LANES),
-                right.steps(),
-                addend,
-                begin,
-                end,
+                entries, table, turned, work, right.steps(), addend, begin, end
             )
 
-        _over(m, kernels.LANES, target.numel(), rows)
+        _over(m, kernels.HEIGHT, target.numel(), rows)
         return target
     width = kernels.width(n)
-    entries = kernels.panels(positions.long().numpy(), numbers.numpy(), target.shape[1], width)
+    by_panel = kernels.panels(places, numbers, n, width)
 
     def columns(begin: int, end: int) -> None:
-        work = _work(len(left.order) * width)
-        kernels.rotate_sparse_columns(entries, turned, work, left.steps(), begin, end)
+        work = _work(m * width)
+        kernels.rotate_sparse_columns(by_panel, turned, work, left.steps(), begin, end)
 
-    _over(target.shape[1], width, target.numel(), columns)
+    _over(n, width, target.numel(), columns)
     _rotate_rows(target, right, added)
     return target
 
@@ -219,12 +183,9 @@ class _Added(NamedTuple):
         m, n = target.shape
         left, right = product or LowRank(target.new_empty(m, 0), target.new_empty(n, 0))
         rank = left.shape[-1]
-        wanted = [
-            (left, (m, rank)),
-            (right, (n, rank)),
-            *([(base, (m, n))] if base is not None else []),
-        ]
-        for given, shape in wanted:
+        for given, shape in (left, (m, rank)), (right, (n, rank)), (base, (m, n)):
+            if given is None:
+                continue
             if given.shape != shape or given.dtype != torch.float32:
                 raise ValueError(
                     f"expected float32 {shape} to be added, got {given.dtype} {tuple(given.shape)}"
@@ -238,25 +199,20 @@ class _Added(NamedTuple):
 
     def write(self, target: Tensor, rotated: Tensor) -> Tensor:
         """The sum, in PyTorch."""
-        rotated = torch.addmm(rotated, self.left, self.right)
-        return (
-            target.copy_(rotated)
-            if self.base is None
-            else torch.add(self.base, rotated, out=target)
-        )
+        delta = torch.addmm(rotated, self.left, self.right)
+        return target.copy_(delta if self.base is None else self.base + delta)
 
 
 def _rotate_rows(matrix: Tensor, side: Side, added: _Added) -> None:
     from fusionkit.codecs import rotation_kernels as kernels
 
-    flat, lanes = _flat(matrix), kernels.LANES
-    addend = added.flat(matrix)
+    flat, addend, height = _flat(matrix), added.flat(matrix), kernels.HEIGHT
 
     def rows(begin: int, end: int) -> None:
-        work = _work(len(side.order) * lanes)
+        work = _work(len(side.order) * height)
         kernels.rotate_rows(flat, work, side.steps(), addend, begin, end)
 
-    _over(matrix.shape[0], lanes, matrix.numel(), rows)
+    _over(matrix.shape[0], height, matrix.numel(), rows)
 
 
 def _over(count: int, unit: int, entries: int, run: Callable[[int, int], None]) -> None:
@@ -325,68 +281,15 @@ def _sides(shape: torch.Size, seed: int, inverse: bool) -> tuple[Side, Side]:
     if not 0 <= seed < 1 << 64:
         raise ValueError(f"expected a seed from 0 to 2**64 - 1, got {seed}")
     m, n = shape
-    return _side(seed, 0, m, inverse), _side(seed, 1, n, inverse)
-
-
-@lru_cache(maxsize=32)
-def _side(seed: int, side: int, size: int, inverse: bool) -> Side:
-    """The steps of one side: `R`, or its inverse."""
-    order, signs = draw(seed, side, size)
-    power = 1 << max(size.bit_length() - 1, 0)
-    start = max(size - power, 0)
-    one, first, last = np.ones((3, size), np.float32)
-    first[:power] = last[start:] = power**-0.5
-    s1, s2, s3, s4 = signs
-    if inverse:
-        back = np.empty_like(order)
-        back[order] = np.arange(size)
-        factors = np.stack([last, s4 * first, s3[back] * last, s2 * first, s1])
-        windows, order, outside = [start, 0], back, slice(power, None)
-    else:
-        factors = np.stack([s1 * first, s2 * last, s3 * first, s4 * last, one])
-        windows, outside = [0, start], slice(0, start)
-    if start:
-        outside_signs = np.ones((2, size), np.float32)
-        outside_signs[:, outside] = factors[1:4:2, outside]
-        factors[1:4:2, outside] = 1
-        factors[2] *= outside_signs[0, order]
-        factors[4] *= outside_signs[1]
-    return Side(np.array(windows), power, order, factors)
+    return side_of(seed, 0, m, inverse), side_of(seed, 1, n, inverse)
 
 
 @lru_cache(maxsize=8)
 def _table(seed: int, size: int) -> NDArray[np.float32]:
     """R_m in blocks of 16 columns, the last filled up with zeros: float32, flat."""
     padded = torch.zeros(size, -(-size // 16) * 16)
-    padded[:, :size] = _turned(torch.eye(size)[None], _side(seed, 0, size, inverse=False))[0]
+    padded[:, :size] = _turned(torch.eye(size)[None], side_of(seed, 0, size, inverse=False))[0]
     return padded.view(size, -1, 16).transpose(0, 1).contiguous().view(-1).numpy()
-
-
-def draw(seed: int, side: int, size: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """The permutation and the four vectors of signs: see the module's docstring.
-
-    Args:
-        seed: at least 0 and less than 2⁶⁴.
-        side: 0 for the rows' index, 1 for the columns'.
-        size: n.
-
-    Returns:
-        `order`, int64 `(n,)`, and float32 `(4, n)` of 1 and −1.
-    """
-    key = np.array([seed], np.uint64)
-    for word in (side, size):
-        key = _mix(key) ^ np.uint64(word)
-    words = _mix(_mix(key) + np.arange(size, dtype=np.uint64) * _GAMMA)
-    bits = words >> np.arange(4, dtype=np.uint64)[:, None] & np.uint64(1)
-    return np.argsort(words, kind="stable"), 1 - 2 * bits.astype(np.float32)
-
-
-def _mix(words: Words) -> Words:
-    """SplitMix64's next word, of each state."""
-    words = words + _GAMMA
-    words = (words ^ words >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ words >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-    return words ^ words >> np.uint64(31)
 
 
 def _on_device(matrix: Tensor, left: Side, right: Side) -> Tensor:

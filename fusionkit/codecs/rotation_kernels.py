@@ -29,6 +29,9 @@ from fusionkit.codecs.rotation_vectors import (
 )
 from fusionkit.task_vectors.compiled import Floats, compiled
 
+HEIGHT = LANES
+"""Rows that are rotated at once."""
+
 _COLUMNS = 32
 """Columns that are rotated at once, at most."""
 
@@ -37,7 +40,7 @@ _NEAR = 8192
 
 Counts = NDArray[np.int64]
 Steps = tuple[Counts, int, Counts, Floats]
-"""A side's windows, power, order and factors: see `rotation.Side`."""
+"""A side's windows, power, order and factors: see `rotation_sides.Side`."""
 Entries = tuple[Counts, Counts, Floats]
 """Where each panel's entries start, their places in the panel, and their values: see `panels`."""
 Addend = tuple[Floats, Floats, int, Floats]
@@ -293,8 +296,7 @@ def rotate_rows(
 
 @compiled
 def rotate_sparse_rows(
-    positions: Counts,
-    values: Floats,
+    entries: tuple[Counts, Floats],
     table: Floats,
     target: Floats,
     work: Floats,
@@ -306,8 +308,7 @@ def rotate_sparse_rows(
     """Rotate a sparse matrix by a table on its columns, and by steps on its rows; and add to it.
 
     Args:
-        positions: the entries' places in the flat matrix, `(count,)`.
-        values: the entries, `(count,)`.
+        entries: where the matrix, flat, is not zero, `(count,)`, and what it is there, `(count,)`.
         table: `(blocks * m * 16,)`: what an entry of each row adds to the 16 rows of each block.
         target: as for `rotate_rows`, as are all others.
         work: see there.
@@ -317,6 +318,7 @@ def rotate_sparse_rows(
         end: see there.
     """
     (_, _, order, factors), (panel, other) = steps, work
+    positions, values = entries
     size, count = len(order), len(positions)
     height = len(target) // size
     froms, tos = np.empty(count, np.int64), np.empty(count, np.int64)

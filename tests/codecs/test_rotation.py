@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fusionkit.checkpoints.adapters.lowrank import LowRank
 from fusionkit.codecs import rotation
-from fusionkit.codecs.rotation import draw, rotate, rotate_sparse
+from fusionkit.codecs.rotation import rotate, rotate_sparse
+from fusionkit.codecs.rotation_sides import draw, side_of
 
 quick = settings(deadline=None, max_examples=60)
 shapes = st.tuples(st.integers(0, 70), st.integers(0, 70)) | st.sampled_from(
@@ -234,9 +235,7 @@ def test_what_is_peaked_becomes_gaussian(n: int) -> None:
     found = [
         kurtosis(rotated)
         for seed in range(5)
-        for rotated in rotation._turned(
-            torch.stack(rows)[:, :, None], rotation._side(seed, 1, n, False)
-        )
+        for rotated in rotation._turned(torch.stack(rows)[:, :, None], side_of(seed, 1, n, False))
     ]
     assert abs(sum(found) / len(found) - 3 * n / (n + 2)) < 8 / math.sqrt(n)
     assert max(found) < 3 + 40 / math.sqrt(n)
