@@ -44,9 +44,10 @@ class DARE(DeltaCodec):
     stored: 16 (1 − p) bits per parameter in fp16. The same seed keeps the same entries wherever,
     and with whatever device and version of torch, a bundle is read.
 
-    `spread` and `shrink` are two steps of UltraDelta (Wang et al., 2505.13563). It divides by
-    1 − p everywhere; here each tensor is divided by its own 1 − p, so that `spread` leaves every
-    tensor's mean as it is.
+    `spread` and `shrink` are steps of UltraDelta (Wang et al., 2505.13563): its variance-based
+    mixed sparsity allocation and its trace-norm-guided rescaling. It divides every tensor by 1 − p
+    of the whole, and takes the norms of what was kept; here a tensor is divided by 1 − p of its
+    own, so that its expectation is what it was, and the norms are the task vectors'.
 
     Args:
         drop: p, in [0, 1).

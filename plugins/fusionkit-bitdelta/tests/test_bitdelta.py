@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fusionkit
+from fusionkit import DBMS, SVD
 from fusionkit.errors import CodecError
 from fusionkit.testing import CodecContract, models
 
@@ -116,6 +117,28 @@ def test_a_scale_costs_16_bits(
 def test_other_scales_are_refused() -> None:
     with pytest.raises(CodecError, match="matrix, row or column, got 'rows'"):
         BitDelta(scales="rows")  # type: ignore[arg-type]
+
+
+def test_low_rank_takes_what_the_signs_leave(tmp_path: Path) -> None:
+    """D-QReLO (2604.16940) is DBMS with BitDelta as its shift: u + SVD_r(τ − u), α = β = 1."""
+    base = {"w": torch.randn(40, 30), "bias": torch.randn(30)}
+    tuned = {name: tensor + torch.randn(tensor.shape).pow(3) for name, tensor in base.items()}
+    tau = tuned["w"] - base["w"]
+    u = torch.where(tau < 0, -1.0, 1.0) * tau.abs().mean()
+    left, values, right = torch.linalg.svd(tau - u)
+    wanted = u + left[:, :3] * values[:3] @ right[:3]
+    low_rank = SVD(rank=3, dtype="fp32", vectors="drop")  # which BitDelta keeps whole
+    codec = DBMS(low_rank, BitDelta(dtype="fp32"), grid=(1.0,))
+    bundle = fusionkit.compress(base, {"a": tuned}, codec, tmp_path / "b")
+    delta, bias = bundle.delta("a", "w"), bundle.delta("a", "bias")
+    assert delta is not None
+    assert bias is not None
+    assert torch.allclose(delta, wanted, atol=1e-4)
+    assert torch.allclose(bias, tuned["bias"] - base["bias"], rtol=1e-5, atol=1e-5)
+    stored = load_file(bundle.path / "task-a.safetensors")
+    assert stored["/scalars"].tolist() == pytest.approx([1.0, 1.0], abs=1e-6)
+    low_rank_bytes, signs = 4 * 3 * (40 + 30), 40 * 30 // 8 + 4
+    assert sum(each.nbytes for each in stored.values()) == low_rank_bytes + signs + 4 * 30 + 8
 
 
 @pytest.mark.parametrize("keep", [("w*",), ("nothing",)])
