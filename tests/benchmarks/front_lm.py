@@ -55,7 +55,7 @@ class Text:
         self._batches = torch.tensor(pieces).split(BATCH)
         self._bytes = len(text.encode())
 
-    def score(self, model: nn.Module) -> float:
+    def score(self, model: Any) -> float:
         nats = 0.0
         for ids in self._batches:
             logits = model(input_ids=ids).logits[:, :-1].float()
@@ -79,14 +79,15 @@ class Choices:
         self._batches = [sequences[at : at + BATCH] for at in range(0, len(sequences), BATCH)]
         self._choices = max(len(row["choices"]) for row in rows)
 
-    def score(self, model: nn.Module) -> float:
+    def score(self, model: Any) -> float:
         values = torch.full((len(self._answers), self._choices), -math.inf)
         for batch in self._batches:
             ids = nn.utils.rnn.pad_sequence([torch.tensor(row[0]) for row in batch], True, END)
-            logits = model(input_ids=ids).logits[:, :-1].float()
-            losses = F.cross_entropy(logits.mT, ids[:, 1:], reduction="none")
-            for own, (tokens, answer, place, choice) in zip(losses, batch, strict=True):
-                values[place, choice] = -own[len(tokens) - 1 - answer : len(tokens) - 1].sum()
+            hidden = model.model(input_ids=ids).last_hidden_state
+            for own, (tokens, answer, place, choice) in zip(hidden, batch, strict=True):
+                logits = model.lm_head(own[len(tokens) - 1 - answer : len(tokens) - 1])
+                wanted = torch.tensor(tokens[-answer:])
+                values[place, choice] = -F.cross_entropy(logits, wanted, reduction="sum")
         right = values.argmax(1) == torch.tensor(self._answers)
         return 100 * right.sum().item() / len(self._answers)
 
