@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fusionkit.codecs.quantized_factors import Doubles, cost, rate, worth_keeping
+from fusionkit.codecs.quantized_factors import Doubles, cost, least_kept, rate
 from fusionkit.codecs.sign_sketch import MOST, noise
 
 Share = Literal["energy", "equal"]
@@ -30,10 +30,10 @@ _FELT = 0.1
 _CHEAPEST = 0.25
 """B from which on directions get no cheaper: noise has directions, too, that a sketch takes
 better."""
-_LEAST, _GREATEST = 1e-7, 64.0
+_LEAST, _GREATEST = 1e-7, 1e9
 """Sketch's bits per parameter, between which B is looked for."""
 _WORTH = 4
-"""A tensor is left out whose codes would be a fourth of its entry in the header, or less."""
+"""A tensor may be left out whose codes would be a fourth of its entry in the header, or less."""
 
 
 class Allowance(NamedTuple):
@@ -53,14 +53,19 @@ class Plan:
         ranks: int64 `(K,)`, how many directions are kept.
         theta: the error per entry at which bits are bought.
         total: bytes of all, with their entries in the header.
-        error: energy of the error.
+        errors: `(K,)`, energy of each tensor's error.
     """
 
     nbytes: NDArray[np.int64]
     ranks: NDArray[np.int64]
     theta: float
     total: int
-    error: float
+    errors: Doubles
+
+    @property
+    def error(self) -> float:
+        """Energy of the whole error."""
+        return float(self.errors.sum())
 
     def of(self, place: int) -> Allowance:
         """What one tensor may take."""
@@ -97,61 +102,86 @@ class Spectra:
         of_matrices = float(self.energies[self._matrices].sum())
         return of_matrices or float(self.energies.sum())
 
-    def plan(self, bits: float) -> Plan:
-        """What all tensors take if the sketch has so many bits per parameter."""
+    @property
+    def _price(self) -> float:
+        """θ B; more than 0."""
         sizes = self.rows * self.columns
-        price = _PRICE * self.energy / max(float(sizes.sum()), 1.0)
-        if not price > 0:
-            return self.nothing
-        theta = price / (min(bits, _CHEAPEST) if self.sketched else bits)
-        ranks, coded, left = self._directions(theta)
-        weights = np.where(self._matrices, np.sqrt(sizes * left), 0.0)
-        shares = weights / max(float(weights.sum()), 1e-300)
-        of_sketch = np.minimum(bits * float(sizes.sum()) * shares, MOST * sizes)
-        if not self.sketched:
-            of_sketch = np.zeros_like(of_sketch)
-        vectors, kept = self._vectors(price / bits)
-        total_bits = coded + of_sketch + np.where(kept, vectors, 0.0)
-        out = total_bits * _WORTH <= 8 * self.entries
-        nbytes = np.where(out, 0, np.ceil(total_bits / 8) + self.beside)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            noises = np.where(of_sketch > 0, left * noise(of_sketch / sizes), left)
-        error = np.where(out, self.energies, np.where(self._matrices, noises, price / bits * sizes))
+        return max(_PRICE * self.energy / max(float(sizes.sum()), 1.0), 1e-300)
+
+    def plan(self, bits: float, among: NDArray[np.bool_] | None = None) -> Plan:
+        """What all tensors take if the sketch has so many bits per parameter.
+
+        Args:
+            bits: B.
+            among: bool `(K,)`, which tensors may be stored; None: all.
+        """
+        theta, ranks, coded, errors = self._spent(bits)
+        # What takes few bits is left out, unless it holds so much of the energy that it is worth
+        # them and its entry.
+        few = coded * _WORTH <= 8 * self.entries
+        price = 2 * math.log(2) * self._price / bits * (coded + 8 * self.entries)
+        out = (coded == 0) | (few & (self.energies <= price))
+        if among is not None:
+            out |= ~among
+        nbytes = np.where(out, 0, np.ceil(coded / 8) + self.beside)
         return Plan(
             nbytes.astype(np.int64),
             np.where(out, 0, ranks).astype(np.int64),
             theta,
             int(nbytes.sum() + self.entries[~out].sum()),
-            float(np.minimum(error, np.inf).sum()),
+            np.where(out, self.energies, errors),
         )
 
     def bits_for(self, error: float) -> float:
-        """The least B at which the error's energy is no more."""
-        return _bisect(lambda bits: self.plan(bits).error <= error, _LEAST, _GREATEST)
+        """The least B from which on the error's energy is no more.
+
+        What is small enough to be left out whole is still not: it is the sketch's noise that is
+        to be so small.
+        """
+        least = _bisect(lambda bits: self._spent(bits).errors.sum() <= error, _LEAST, _GREATEST)
+        if self.plan(least).error <= error:
+            return least
+        return _bisect(lambda bits: self.plan(bits).error <= error, least, _GREATEST)
+
+    def _spent(self, bits: float) -> "_Spent":
+        """What all tensors take if none is left out."""
+        sizes = self.rows * self.columns
+        theta = self._price / (min(bits, _CHEAPEST) if self.sketched else bits)
+        ranks, coded, left = self._directions(theta)
+        of_sketch = np.zeros_like(left)
+        if self.sketched:
+            of_sketch = self._sketches(bits, left)
+        vectors = self._vectors(self._price / bits)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            rates = np.where(self._matrices, of_sketch, vectors) / sizes
+            errors = np.where(rates > 0, left * noise(rates), left)
+        return _Spent(theta, ranks, coded + of_sketch + vectors, np.minimum(errors, 1e300))
 
     @cached_property
     def nothing(self) -> Plan:
         """Of a task of which nothing is stored."""
         none = np.zeros(len(self.energies), np.int64)
-        return Plan(none, none, 0.0, 0, float(self.energies.sum()))
+        return Plan(none, none, 0.0, 0, self.energies)
 
     @cached_property
     def _matrices(self) -> NDArray[np.bool_]:
         return self.rows > 1
 
     @cached_property
-    def _all(self) -> tuple[Doubles, NDArray[np.int64]]:
-        """The squares of all matrices, and which each is of."""
+    def _all(self) -> tuple[NDArray[np.int64], Doubles, Doubles]:
+        """All directions: the tensor of each, σ², and θ below which it is kept, which falls."""
         counts = [len(own) for own in self.squares]
         owners = np.repeat(np.arange(len(counts)), counts)
-        return np.concatenate([np.empty(0), *self.squares]), owners
+        squares = np.concatenate([np.empty(0), *self.squares])
+        least = least_kept(self.rows, self.columns)[owners]
+        order = np.argsort(-squares / least, kind="stable")
+        return owners[order], squares[order], (squares / least)[order]
 
     def _directions(self, theta: float) -> tuple[NDArray[np.int64], Doubles, Doubles]:
         """Per tensor how many directions are kept, their bits, and the energy that is left."""
-        squares, owners = self._all
-        count = len(self.energies)
-        kept = worth_keeping(squares, self.rows[owners], self.columns[owners], theta)
-        squares, owners = squares[kept], owners[kept]
+        owners, squares, limits = self._all
+        count, kept = len(self.energies), int(np.searchsorted(-limits, -theta))
+        owners, squares = owners[:kept], squares[:kept]
         ranks = np.bincount(owners, minlength=count)
         weakest = np.full(count, np.inf)
         np.minimum.at(weakest, owners, squares)
@@ -162,13 +192,38 @@ class Spectra:
         coded = np.bincount(owners, bits, count).astype(np.float64)
         return ranks.astype(np.int64), coded, left.clip(0).astype(np.float64)
 
-    def _vectors(self, theta: float) -> tuple[Doubles, NDArray[np.bool_]]:
-        """Bits of each tensor that is no matrix, and whether they are worth it."""
+    def _sketches(self, bits: float, left: Doubles) -> Doubles:
+        """Each matrix's bits, by its deviation; what is too much for one is the others'."""
+        sizes = self.rows * self.columns
+        weights = np.where(self._matrices, np.sqrt(sizes * left), 0.0)
+        found, total = np.zeros_like(weights), bits * float(sizes.sum())
+        open_ = weights > 0
+        while open_.any() and total > 0:
+            shares = weights * (total / float(weights[open_].sum()))
+            full = open_ & (shares >= MOST * sizes)
+            if not full.any():
+                return np.where(open_, shares, found)
+            found[full] = MOST * sizes[full]
+            total -= float(found[full].sum())
+            open_ &= ~full
+        return found
+
+    def _vectors(self, theta: float) -> Doubles:
+        """Bits of each tensor that is no matrix, where it is worth them."""
         sizes = np.maximum(self.columns, 1.0)
-        bits = sizes * rate(np.sqrt(self.energies / sizes / (12 * theta)))
+        bits = np.minimum(sizes * rate(np.sqrt(self.energies / sizes / (12 * theta))), MOST * sizes)
         gain = self.energies - theta * sizes
         worth = gain > 2 * math.log(2) * theta * (bits + 8 * self.entries)
-        return bits, worth & ~self._matrices
+        return np.where(worth & ~self._matrices, bits, 0.0)
+
+
+class _Spent(NamedTuple):
+    """Bits and errors of each tensor: `(K,)`."""
+
+    theta: float
+    ranks: NDArray[np.int64]
+    bits: Doubles
+    errors: Doubles
 
 
 def within(
@@ -186,21 +241,28 @@ def within(
     energies = [each.energy for each in spectra]
     weights = shares(energies, share)
 
-    def plans(bits: float) -> list[Plan]:
+    def plans(bits: float, among: Sequence[NDArray[np.bool_] | None]) -> list[Plan]:
         found = []
-        for own, weight in zip(spectra, weights, strict=True):
+        for own, weight, stored in zip(spectra, weights, among, strict=True):
             its = bits * weight
             if share == "energy" and base:
                 its = (its + math.sqrt(its**2 + 4 * its * own.energy / (_FELT * base))) / 2
-            found.append(own.plan(its))
+            found.append(own.plan(its, stored))
         return found
 
-    def over(bits: float) -> bool:
-        return fixed + sum(plan.total for plan in plans(bits)) > budget
+    def largest(among: Sequence[NDArray[np.bool_] | None], least: float) -> float:
+        def over(bits: float) -> bool:
+            return fixed + sum(plan.total for plan in plans(bits, among)) > budget
 
-    if over(_LEAST):
+        return 0.0 if over(least) else _bisect(over, least, _GREATEST, upper=False)
+
+    everything = [None] * len(spectra)
+    bits = largest(everything, _LEAST)
+    if not bits:
         return [own.nothing for own in spectra]
-    return plans(_bisect(over, _LEAST, _GREATEST, upper=False))
+    # What a further tensor's entry would not have fitted into is for those that are stored.
+    stored = [plan.nbytes > 0 for plan in plans(bits, everything)]
+    return plans(largest(stored, bits), stored)
 
 
 def shares(energies: Sequence[float], share: Share) -> list[float]:
