@@ -36,6 +36,10 @@ _WORTH = 4
 """A tensor may be left out whose codes would be a fourth of its entry in the header, or less."""
 
 
+Among = list[NDArray[np.bool_] | None]
+"""Of each task, which tensors may be stored; None: all."""
+
+
 class Allowance(NamedTuple):
     """What one tensor's codes may take: bytes, directions, and the price θ of a bit in error."""
 
@@ -157,6 +161,11 @@ class Spectra:
             errors = np.where(rates > 0, left * noise(rates), left)
         return _Spent(theta, ranks, coded + of_sketch + vectors, np.minimum(errors, 1e300))
 
+    @property
+    def least(self) -> int:
+        """Bytes in which not every tensor can be left out."""
+        return math.ceil(float((self.entries * (1 + 1 / _WORTH)).sum())) + 1 + self.beside
+
     @cached_property
     def nothing(self) -> Plan:
         """Of a task of which nothing is stored."""
@@ -226,43 +235,60 @@ class _Spent(NamedTuple):
     errors: Doubles
 
 
-def within(
-    spectra: Sequence[Spectra], base: float, budget: int, fixed: int, share: Share
-) -> list[Plan]:
-    """The tasks' plans at the largest B at which all fit into a budget.
+@dataclass(frozen=True)
+class Division:
+    """How the tasks divide B among them.
 
-    Args:
+    Attributes:
         spectra: of each task.
         base: the base's energy; 0: noise is not weighed against it.
-        budget: bytes.
-        fixed: bytes that are taken already.
         share: of B, by the tasks' energies, or the same for all.
     """
-    energies = [each.energy for each in spectra]
-    weights = shares(energies, share)
 
-    def plans(bits: float, among: Sequence[NDArray[np.bool_] | None]) -> list[Plan]:
+    spectra: Sequence[Spectra]
+    base: float
+    share: Share
+
+    def within(self, budget: int) -> list[Plan]:
+        """The plans at the largest B at which all fit into so many bytes."""
+        everything: Among = [None] * len(self.spectra)
+        bits = self._largest(budget, everything, _LEAST)
+        if not bits:
+            return [own.nothing for own in self.spectra]
+        # What a further tensor's entry would not have fitted into is for those that are stored.
+        stored: Among = [plan.nbytes > 0 for plan in self._plans(bits, everything)]
+        return self._plans(self._largest(budget, stored, bits), stored)
+
+    def quiet(self, error: float) -> int:
+        """About how many bytes leave no task's error more energy; see `Spectra.bits_for`."""
+        bits = 0.0
+        for own, weight, felt in self._tasks:
+            its = own.bits_for(error)
+            bits = max(bits, its**2 / (its + felt) / weight)
+        return sum(plan.total for plan in self._plans(bits, [None] * len(self.spectra)))
+
+    @cached_property
+    def _tasks(self) -> list[tuple[Spectra, float, float]]:
+        """Of each task its factor of B, and what noise adds to it: B_t² = B_t w B + w B f."""
+        energies = [each.energy for each in self.spectra]
+        noisy = _FELT * self.base if self.share == "energy" else 0.0
+        felt = [energy / noisy if noisy else 0.0 for energy in energies]
+        return list(zip(self.spectra, shares(energies, self.share), felt, strict=True))
+
+    def _plans(self, bits: float, among: Among) -> list[Plan]:
         found = []
-        for own, weight, stored in zip(spectra, weights, among, strict=True):
+        for (own, weight, felt), stored in zip(self._tasks, among, strict=True):
             its = bits * weight
-            if share == "energy" and base:
-                its = (its + math.sqrt(its**2 + 4 * its * own.energy / (_FELT * base))) / 2
-            found.append(own.plan(its, stored))
+            found.append(own.plan((its + math.sqrt(its**2 + 4 * its * felt)) / 2, stored))
         return found
 
-    def largest(among: Sequence[NDArray[np.bool_] | None], least: float) -> float:
+    def _largest(self, budget: int, among: Among, least: float) -> float:
+        """The largest B at which all fit; 0: at the least they don't."""
+
         def over(bits: float) -> bool:
-            return fixed + sum(plan.total for plan in plans(bits, among)) > budget
+            return sum(plan.total for plan in self._plans(bits, among)) > budget
 
         return 0.0 if over(least) else _bisect(over, least, _GREATEST, upper=False)
-
-    everything = [None] * len(spectra)
-    bits = largest(everything, _LEAST)
-    if not bits:
-        return [own.nothing for own in spectra]
-    # What a further tensor's entry would not have fitted into is for those that are stored.
-    stored = [plan.nbytes > 0 for plan in plans(bits, everything)]
-    return plans(largest(stored, bits), stored)
 
 
 def shares(energies: Sequence[float], share: Share) -> list[float]:

@@ -107,6 +107,11 @@ def quantize(
     return plain._replace(gains=codes.to(torch.uint8))
 
 
+def finest(weakest: float, shape: torch.Size) -> float:
+    """θ below which the integers of a matrix's weakest direction get no wider."""
+    return weakest**2 / (12 * min(shape) * _WIDEST**2)
+
+
 def least_kept(rows: Doubles, columns: Doubles) -> Doubles:
     """σ² / θ above which a singular direction is worth its bits, by its matrix's sides.
 
@@ -118,13 +123,14 @@ def least_kept(rows: Doubles, columns: Doubles) -> Doubles:
 
     def gains(x: Doubles) -> Doubles:
         nats = rows * np.log(x / rows).clip(0) + columns * np.log(x / columns).clip(0)
-        return x - both - nats - 2 * math.log(2) * 8 * HEADER
+        gained: Doubles = x - both - nats - 2 * math.log(2) * 8 * HEADER
+        return gained
 
     for _ in range(60):
         middle = (low + high) / 2
         kept = gains(middle) > 0
         low, high = np.where(kept, low, middle), np.where(kept, middle, high)
-    return _DEADZONE * high
+    return high * _DEADZONE
 
 
 def cost(

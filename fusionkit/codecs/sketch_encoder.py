@@ -19,7 +19,13 @@ from fusionkit.codecs.decomposition import (
     svd_product,
     svd_randomized,
 )
-from fusionkit.codecs.quantized_factors import HEADER, Doubles, QuantizedFactors, quantize
+from fusionkit.codecs.quantized_factors import (
+    HEADER,
+    Doubles,
+    QuantizedFactors,
+    finest,
+    quantize,
+)
 from fusionkit.codecs.rotation import rotate
 from fusionkit.codecs.sign_sketch import MOST, SIGNS_TO, integers, signs
 from fusionkit.codecs.sketch_codes import (
@@ -150,6 +156,7 @@ def _directions(
 ) -> Tensor | None:
     """Codes of the directions alone, rounded as finely as fits; None: no step is coarse enough."""
     best, low, high = None, 0.0, math.inf
+    theta = max(theta, finest(float(leading.s[-1]), matrix.shape))
     for tries in range(_TRIES):
         factors = quantize(matrix, leading, theta, how.exponent, how.power).scaled(unit)
         codes = write(NOTHING, place, factors, None)
@@ -161,7 +168,8 @@ def _directions(
             if over >= -max(limit // _FILLED, 1):
                 break
         # Of a factor of 4 in θ each entry takes a bit; where it doesn't, further away.
-        theta *= 4.0 ** (2**tries * 8 * (over + 1) / (sum(matrix.shape) * len(leading.s)))
+        bits = 8 * (over + 1) / (sum(matrix.shape) * len(leading.s))
+        theta *= 4.0 ** (2**tries * math.copysign(max(abs(bits), 0.01), over))
         if not low < theta < high:
             theta = math.sqrt(low * high)
     return best
