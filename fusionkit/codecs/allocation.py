@@ -32,6 +32,8 @@ _CHEAPEST = 0.25
 better."""
 _LEAST, _GREATEST = 1e-7, 1e9
 """Sketch's bits per parameter, between which B is looked for."""
+_NEAR = 1 + 1e-6
+"""Ratio of two numbers that are as good as one."""
 _WORTH = 4
 """A tensor may be left out whose codes would be a fourth of its entry in the header, or less."""
 
@@ -304,7 +306,7 @@ def _bisect(enough: Callable[[float], bool], low: float, high: float, upper: boo
     """The number from which on something holds, from above, or from below where it doesn't."""
     if not enough(high):
         return high
-    for _ in range(60):
+    while high > low * _NEAR:
         middle = math.sqrt(low * high)
         low, high = (low, middle) if enough(middle) else (middle, high)
     return high if upper else low
