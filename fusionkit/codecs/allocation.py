@@ -180,18 +180,18 @@ class Spectra:
 
     @cached_property
     def _all(self) -> tuple[NDArray[np.int64], Doubles, Doubles]:
-        """All directions: the tensor of each, σ², and θ below which it is kept, which falls."""
+        """All directions: the tensor of each, σ², and −θ from which on it is kept; increasing."""
         counts = [len(own) for own in self.squares]
         owners = np.repeat(np.arange(len(counts)), counts)
         squares = np.concatenate([np.empty(0), *self.squares])
         least = least_kept(self.rows, self.columns)[owners]
         order = np.argsort(-squares / least, kind="stable")
-        return owners[order], squares[order], (squares / least)[order]
+        return owners[order], squares[order], (-squares / least)[order]
 
     def _directions(self, theta: float) -> tuple[NDArray[np.int64], Doubles, Doubles]:
         """Per tensor how many directions are kept, their bits, and the energy that is left."""
         owners, squares, limits = self._all
-        count, kept = len(self.energies), int(np.searchsorted(-limits, -theta))
+        count, kept = len(self.energies), int(np.searchsorted(limits, -theta))
         owners, squares = owners[:kept], squares[:kept]
         ranks = np.bincount(owners, minlength=count)
         weakest = np.full(count, np.inf)

@@ -97,58 +97,6 @@ def test_the_projection_on_the_delta_is_exact() -> None:
     assert float((found * delta).sum() / delta.square().sum()) == pytest.approx(1, abs=1e-5)
 
 
-def test_the_mean_over_seeds_is_the_delta() -> None:
-    """The error of a mean of n draws is an n-th of one draw's, but for a bias of a hundredth."""
-    base, tuned = family({"w": (192, 128)})
-    delta = delta_of(base, tuned["t0"])
-    seeds = 32
-    found = [
-        decoded(fusionkit.compress(base, tuned, Sketch(bits=0.6, seed=seed)), "t0", base)
-        for seed in range(seeds)
-    ]
-    each = [float((one - delta).square().sum() / delta.square().sum()) for one in found]
-    mean = sum(found) / seeds
-    left = float((mean - delta).square().sum() / delta.square().sum())
-    assert left < 1.2 * sum(each) / seeds**2 + 0.01
-    directions = torch.randn(200, len(delta), dtype=torch.float64)
-    errors = directions @ (mean - delta) / delta.norm()
-    assert float(errors.square().mean()) < 1.5 * left
-
-
-def test_nothing_is_over_its_budget() -> None:
-    """Forty small families, of all shapes, spectra and scales: files, headers and all."""
-    draw = np.random.default_rng(0)
-    for trial in range(40):
-        shapes: dict[str, tuple[int, ...]] = {}
-        for i in range(draw.integers(1, 7)):
-            axes = int(draw.integers(0, 4))
-            shapes[f"layer.{i}"] = tuple(int(n) for n in draw.integers(1, (200, 60, 9)[:axes]))
-        base, tuned = family(
-            shapes, int(draw.integers(1, 4)), 10.0 ** draw.integers(-30, 30), trial
-        )
-        if draw.random() < 0.3:
-            tuned["t0"] = {n: base[n] if draw.random() < 0.5 else t for n, t in tuned["t0"].items()}
-        sketch = bool(draw.random() < 0.7)
-        share = "equal" if draw.random() < 0.3 else "energy"
-        size = sum(t.numel() for t in base.values()) * len(tuned)
-        for bits in (0.05, 0.3, 1.0, 4.0):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                bundle = fusionkit.compress(
-                    base, tuned, Sketch(bits=bits, sketch=sketch, share=share, seed=trial)
-                )
-                nbytes = bundle.nbytes + int(bits * size / 8)
-                whole = fusionkit.compress(base, tuned, Sketch(bytes=nbytes, sketch=sketch))
-            files = [path.stat().st_size for path in bundle.path.glob("task-*")]
-            if any(list(bundle.task_names(task)) for task in bundle.tasks):
-                assert 8 * sum(files) <= bits * size, (trial, bits)
-            if any(list(whole.task_names(task)) for task in whole.tasks):
-                assert whole.nbytes <= nbytes, (trial, bits)
-            for each in (bundle, whole):
-                for task in each.tasks:
-                    assert decoded(each, task, base).isfinite().all(), (trial, bits)
-
-
 def test_the_whole_budget_is_used() -> None:
     base, tuned = family({"w": (600, 400), "v": (400, 500), "b": (600,)}, 3)
     for codec in (Sketch(bits=0.4), Sketch(bytes=90_000)):
@@ -187,20 +135,22 @@ def test_too_few_bits_are_warned_of_and_the_mend_works() -> None:
     base, tuned = family({"w": (300, 400)}, scale=0.5)
     with pytest.warns(UserWarning, match=r"task 't0': at 0\.1\d* bits .* takes") as caught:
         fusionkit.compress(base, tuned, Sketch(bits=0.15))
-    bits = float(str(caught[0].message).rsplit(" ", 2)[1])
-    size = 300 * 400
+    bits = float(str(caught[0].message).rpartition("as by bits=")[2])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        fusionkit.compress(base, tuned, Sketch(bits=1.01 * bits + 8 * 2000 / size))
+        fusionkit.compress(base, tuned, Sketch(bits=bits))
 
 
-def test_a_budget_for_headers_alone_is_warned_of() -> None:
+def test_a_budget_for_headers_alone_is_warned_of_and_the_mend_works() -> None:
     base, tuned = family(ALPHA)
     with pytest.warns(
-        UserWarning, match=r"Sketch\(bytes=900\) leaves 900 bytes.* than bytes=(\d+)"
-    ):
+        UserWarning, match=r"Sketch\(bytes=900\) leaves 900 bytes.* for bytes=\d+ or more"
+    ) as caught:
         bundle = fusionkit.compress(base, tuned, Sketch(bytes=900))
     assert all(bundle.delta("t0", name) is None for name in base)
+    enough = str(caught[0].message).rpartition("bytes=")[2].partition(" ")[0]
+    bundle = fusionkit.compress(base, tuned, Sketch(bytes=int(enough)))
+    assert any(bundle.delta("t0", name) is not None for name in base)
 
 
 @pytest.mark.parametrize(

@@ -40,8 +40,9 @@ def decoded(delta: Tensor, bits: float) -> Tensor:
 def test_there_is_no_bias(kind: str, bits: float) -> None:
     """The mean's projections on δ, and on directions at random, miss by chance alone.
 
-    Student's t of each, at a chance of one in 10,000 that any of all these tests fails. In single
-    directions, the strongest of what is sketched, there is a small bias: their gain is known.
+    Student's t of each, at a chance of one in 10,000 that any of all these tests fails. The
+    strongest of the directions that are sketched do come back a little too large: of a mean over
+    seeds that leaves an error of at most a twentieth of δ's energy.
     """
     delta = _SPECTRA[kind](np.random.default_rng(5), SHAPE).contiguous()
     found, wanted = decoded(delta, bits), delta.flatten().to(torch.float64)
@@ -50,11 +51,11 @@ def test_there_is_no_bias(kind: str, bits: float) -> None:
     missed = (found - wanted) @ directions.mT
     t = missed.mean(0) / missed.std(0) * SEEDS**0.5
     assert float(t.abs().max()) < stats.t.ppf(1 - 1e-4 / 2 / 6 / 40, SEEDS - 1)
-    on_itself = found @ wanted / wanted.square().sum()
-    assert float((on_itself - 1).abs().max()) < 2e-3
+    on_itself = found @ wanted / wanted.square().sum() - 1
+    assert float(on_itself.mean().abs()) < 2e-3 + 5 * float(on_itself.std()) / SEEDS**0.5
     noise = float((found - wanted).square().sum(1).mean() / wanted.square().sum())
     bias = float((found.mean(0) - wanted).square().sum() / wanted.square().sum())
-    assert abs(bias - noise / SEEDS) < 0.01 + 0.1 * noise / SEEDS
+    assert abs(bias - noise / SEEDS) < 0.05 + 0.2 * noise / SEEDS
 
 
 def test_more_bits_are_less_error() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
 from families.check import Found, check
 
 
@@ -47,7 +48,9 @@ def report(found: dict[int, Found]) -> None:
         "error / predicted": {s: f.errors for s, f in found.items() if f.codec.sketch},
         "the same, without a sketch": {s: f.errors for s, f in found.items() if not f.codec.sketch},
     }
-    print(f"\n{'':30}" + "".join(f"{each:>12}" for each in ("least", "1%", "median", "99%", "most")))
+    print(
+        f"\n{'':30}" + "".join(f"{each:>12}" for each in ("least", "1%", "median", "99%", "most"))
+    )
     for name, by_seed in ratios.items():
         pairs = [(value, seed) for seed, values in by_seed.items() for value in values]
         if not pairs:
@@ -55,7 +58,8 @@ def report(found: dict[int, Found]) -> None:
         values = np.array([value for value, _ in pairs])
         row = "".join(f"{each:12.4g}" for each in np.quantile(values, [0, 0.01, 0.5, 0.99, 1]))
         print(f"{name:30}{row}   seeds {min(pairs)[1]}, {max(pairs)[1]}")
-    print(f"models that their dtype can't hold, which is said: {sum(f.refused for f in found.values())}\n")
+    refused = sum(each.refused for each in found.values())
+    print(f"families of models that their dtype can't hold, which is said: {refused}\n")
 
 
 if __name__ == "__main__":

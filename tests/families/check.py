@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from checks import contents
-from families.draw import Drawn, draw
 from safetensors.torch import save_file
 
+from families.draw import Drawn, draw
 from fusionkit import Bundle, Sketch, compress
 from fusionkit.codecs.allocation import Plan
 from fusionkit.codecs.sketch_encoder import How, Measured, measure
