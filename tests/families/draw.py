@@ -56,9 +56,9 @@ def _models(random: Random) -> Drawn:
     words |= {f"base {_brief(dtype)}", f"tasks {_brief(of_tasks)}"}
     shapes = {}
     for place in range(random.integers(1, 9)):
-        kind = list(_SHAPES)[random.integers(len(_SHAPES))]
+        kind = list(SHAPES)[random.integers(len(SHAPES))]
         name = f"layer.{place}.{'experts.w' if kind == 'experts' else 'weight'}"
-        shapes[name] = tuple(int(n) for n in _SHAPES[kind](random))
+        shapes[name] = tuple(int(n) for n in SHAPES[kind](random))
         words.add(kind)
     least, most = max(_LEAST[dtype], _LEAST[of_tasks]), min(_LARGEST[dtype], _LARGEST[of_tasks])
     scale = float(np.clip(0.05 * 10.0 ** random.normal(0, 0.5), least, most))
@@ -81,10 +81,10 @@ def _models(random: Random) -> Drawn:
         own = scale * moved * 10.0 ** (random.uniform(-3, 3) if wide else random.normal(0, 0.2))
         state = {}
         for name, tensor in base.items():
-            kind = list(_SPECTRA)[random.integers(len(_SPECTRA))]
+            kind = list(SPECTRA)[random.integers(len(SPECTRA))]
             words.add(kind)
             size = float(np.clip(own * of_tensors[name], -most, most))
-            delta = size * _SPECTRA[kind](random, tuple(tensor.shape))
+            delta = size * SPECTRA[kind](random, tuple(tensor.shape))
             state[name] = (tensor.to(torch.float32) + delta).to(of_tasks)
             if kind == "zeros":
                 state[name] = tensor.clone()
@@ -189,7 +189,7 @@ def _brief(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-_SHAPES: dict[str, Callable[[Random], Any]] = {
+SHAPES: dict[str, Callable[[Random], Any]] = {
     "vector": lambda r: [r.integers(1, 3000)],
     "scalar": lambda r: [],
     "empty": lambda r: [[0], [0, 5], [4, 0]][r.integers(3)],
@@ -205,7 +205,7 @@ _SHAPES: dict[str, Callable[[Random], Any]] = {
     "embedding": lambda r: [r.integers(300, 1500), r.integers(8, 40)],
     "experts": lambda r: [r.integers(1, 5), *r.integers(2, 60, 2)],
 }
-_SPECTRA: dict[str, Callable[[Random, tuple[int, ...]], Tensor]] = {
+SPECTRA: dict[str, Callable[[Random, tuple[int, ...]], Tensor]] = {
     "flat": _normal,
     "decaying": _decaying,
     "strong and flat": _strong,
