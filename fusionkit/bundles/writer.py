@@ -74,6 +74,13 @@ class BundleWriter:
         all_names = [*of_base, *(n for names in family.private.values() for n in names)]
         packed = Names(of_base) if codec.packs else None
         self._writers = [PartWriter(own / file, all_names, packed) for file in files]
+        self._side_files = {
+            task: [
+                (name, as_tensor(content)) for name, content in own_files(family.base, m).items()
+            ]
+            for task, m in family.finetuned.items()
+        }
+        family.beside = {task: self._beside(task) for task in family.tasks}
         self._journal: Journal | None = None
         if resumable:
             known = identity(family, codec, self._processes)
@@ -128,6 +135,15 @@ class BundleWriter:
             entries = [[part.entry for part in parts] for parts in encoded.files]
             self._journal.add(Record(encoded.name, entries, encoded.sums))
 
+    def _beside(self, task: str) -> dict[str, int]:
+        files = {SIDE_FILE + name: content.nbytes for name, content in self._side_files[task]}
+        rows = {}
+        for name, count in self._family.added(task).items():
+            spec = self._family.base.specs[name]
+            width = spec.numel // max(spec.shape[0], 1)
+            rows[ADDED + name] = count * width * max(spec.dtype.itemsize, 4)
+        return {**files, **rows}
+
     def _add_whole_tensors(self, adding: bool) -> None:
         """First, as they are the cheapest to check: adapters' start, and what is a task's own."""
         family = self._family
@@ -139,8 +155,8 @@ class BundleWriter:
             for tensors in (family.private_tensors(task), family.exact(task)):
                 for name, tensor in tensors:
                     writer.add(Part.of(f"{name}/{WHOLE}", tensor))
-            for name, content in own_files(family.base, family.finetuned[task]).items():
-                writer.add(Part.of(f"{SIDE_FILE}{name}/{WHOLE}", as_tensor(content)))
+            for name, content in self._side_files[task]:
+                writer.add(Part.of(f"{SIDE_FILE}{name}/{WHOLE}", content))
             for name, rows in family.added_rows(task):
                 writer.add(Part.of(f"{ADDED}{name}/{WHOLE}", rows))
         if self._journal:

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fusionkit.codecs.overhead import PACKED_ENTRY, SMALL
-from fusionkit.codecs.quantized_factors import Doubles, cost, rate, worth_keeping
+from fusionkit.codecs.quantized_factors import Doubles, cost, least_kept, rate
 from fusionkit.codecs.sign_sketch import MOST, noise
 
 Share = Literal["energy", "equal"]
@@ -37,10 +37,16 @@ _CHEAPEST = 0.25
 better."""
 _SHRUNK = 2.5
 """How much a sketch is shrunk where its noise is felt."""
-_LEAST, _GREATEST = 1e-7, 64.0
+_LEAST, _GREATEST = 1e-7, 1e9
 """Sketch's bits per parameter, between which B is looked for."""
+_NEAR = 1 + 1e-6
+"""Ratio of two numbers that are as good as one."""
 _WORTH = 4
-"""A tensor is left out whose codes would be a fourth of its entry in the header, or less."""
+"""A tensor may be left out whose codes would be a fourth of its entry in the header, or less."""
+
+
+Among = list[NDArray[np.bool_] | None]
+"""Of each task, which tensors may be stored; None: all."""
 
 
 class Allowance(NamedTuple):
@@ -62,7 +68,7 @@ class Plan:
         theta: the error per entry at which bits are bought.
         shrunk: η, by which the sketch is multiplied.
         total: bytes of all, with their entries in the header.
-        error: energy of the error.
+        errors: `(K,)`, energy of each tensor's error.
     """
 
     nbytes: NDArray[np.int64]
@@ -70,7 +76,12 @@ class Plan:
     theta: float
     shrunk: float
     total: int
-    error: float
+    errors: Doubles
+
+    @property
+    def error(self) -> float:
+        """Energy of the whole error."""
+        return float(self.errors.sum())
 
     def of(self, place: int) -> Allowance:
         """What one tensor may take."""
@@ -114,77 +125,108 @@ class Spectra:
         of_matrices = float(self.energies[self._matrices].sum())
         return of_matrices or float(self.energies.sum())
 
-    def plan(self, bits: float) -> Plan:
-        """What all tensors take if the sketch has so many bits per parameter."""
+    @property
+    def _price(self) -> float:
+        """θ B; more than 0."""
         sizes = self.rows * self.columns
-        price = _PRICE * self.energy / max(float(sizes.sum()), 1.0)
-        if not price > 0:
-            return self.nothing
-        theta = price / (min(bits, _CHEAPEST) if self.sketched else bits)
-        ranks, coded, left = self._directions(theta)
-        weights = np.where(self._matrices, np.sqrt(sizes * left * self.felt), 0.0)
-        shares = weights / max(float(weights.sum()), 1e-300)
-        of_sketch = np.minimum(bits * float(sizes.sum()) * shares, MOST * sizes)
-        if not self.sketched:
-            of_sketch = np.zeros_like(of_sketch)
-        vectors, kept = self._vectors(price / bits)
-        total_bits = coded + of_sketch + np.where(kept, vectors, 0.0)
-        nbytes = np.ceil(total_bits / 8) + self.beside
-        entries = np.where(self._fits_pack(nbytes), PACKED_ENTRY, self.entries)
-        out = total_bits * _WORTH <= 8 * (entries + self.beside)
-        nbytes = np.where(out, 0, nbytes)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            noises = np.where(of_sketch > 0, left * noise(of_sketch / sizes), left)
-        sketched = self._matrices & ~out
-        shrunk = self._shrunk(float((self.felt * noises)[sketched].sum()))
-        if self.sketched:
-            noises = shrunk**2 * noises + (1 - shrunk) ** 2 * left
-        error = np.where(out, self.energies, np.where(self._matrices, noises, price / bits * sizes))
+        return max(_PRICE * self.energy / max(float(sizes.sum()), 1.0), 1e-300)
+
+    def plan(self, bits: float, among: NDArray[np.bool_] | None = None) -> Plan:
+        """What all tensors take if the sketch has so many bits per parameter.
+
+        Args:
+            bits: B.
+            among: bool `(K,)`, which tensors may be stored; None: all.
+        """
+        theta, ranks, coded, shrunk, errors = self._spent(bits)
+        entries = self._entries(coded)
+        # What takes few bits is left out, unless it holds so much of the energy that it is worth
+        # them and its entry.
+        few = coded * _WORTH <= 8 * entries
+        price = 2 * math.log(2) * self._price / bits * (coded + 8 * entries)
+        out = (coded == 0) | (few & (self.energies <= price))
+        if among is not None:
+            out |= ~among
+        nbytes = np.where(out, 0, np.ceil(coded / 8) + self.beside)
         return Plan(
             nbytes.astype(np.int64),
             np.where(out, 0, ranks).astype(np.int64),
             theta,
             shrunk,
             int(nbytes.sum() + entries[~out].sum()),
-            float(np.minimum(error, np.inf).sum()),
+            np.where(out, self.energies, errors),
         )
 
     def bits_for(self, error: float) -> float:
-        """The least B at which the error's energy is no more."""
-        return _bisect(lambda bits: self.plan(bits).error <= error, _LEAST, _GREATEST)
+        """The least B from which on the error's energy is no more.
+
+        What is small enough to be left out whole is still not: it is the sketch's noise that is
+        to be so small.
+        """
+        least = _bisect(lambda bits: self._spent(bits).errors.sum() <= error, _LEAST, _GREATEST)
+        if self.plan(least).error <= error:
+            return least
+        return _bisect(lambda bits: self.plan(bits).error <= error, least, _GREATEST)
+
+    def _spent(self, bits: float) -> "_Spent":
+        """What all tensors take if none is left out."""
+        sizes = self.rows * self.columns
+        theta = self._price / (min(bits, _CHEAPEST) if self.sketched else bits)
+        ranks, coded, left = self._directions(theta)
+        of_sketch = np.zeros_like(left)
+        if self.sketched:
+            of_sketch = self._sketches(bits, left)
+        vectors = self._vectors(self._price / bits)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            rates = np.where(self._matrices, of_sketch, vectors) / sizes
+            errors = np.minimum(np.where(rates > 0, left * noise(rates), left), 1e300)
+        shrunk = self._shrunk(errors)
+        noisy = self._matrices & (of_sketch > 0)
+        errors = np.where(noisy, shrunk**2 * errors + (1 - shrunk) ** 2 * left, errors)
+        return _Spent(theta, ranks, coded + of_sketch + vectors, shrunk, errors)
+
+    def _shrunk(self, errors: Doubles) -> float:
+        """η, where a sketch would have these errors without."""
+        if not self.sketched or not self.base:
+            return 1.0
+        return 1 / (1 + _SHRUNK * float((self.felt * errors)[self._matrices].sum()) / self.base)
+
+    def _entries(self, coded: Doubles) -> Doubles:
+        """Bytes of the entry of each tensor's codes, of so many bits."""
+        small = (coded / 8 + self.beside + 1 < SMALL) & self.packed
+        return np.where(small, PACKED_ENTRY, self.entries)
+
+    @property
+    def least(self) -> int:
+        """Bytes in which not every tensor can be left out."""
+        entries = self._entries(np.zeros_like(self.entries))
+        return math.ceil(float((entries * (1 + 1 / _WORTH)).sum())) + 1 + self.beside
 
     @cached_property
     def nothing(self) -> Plan:
         """Of a task of which nothing is stored."""
         none = np.zeros(len(self.energies), np.int64)
-        return Plan(none, none, 0.0, 1.0, 0, float(self.energies.sum()))
-
-    def _shrunk(self, error: float) -> float:
-        """η, where a sketch would have this error without."""
-        if not self.sketched or not self.base:
-            return 1.0
-        return 1 / (1 + _SHRUNK * error / self.base)
-
-    def _fits_pack(self, nbytes: Doubles) -> NDArray[np.bool_]:
-        return (nbytes < SMALL) & self.packed
+        return Plan(none, none, 0.0, 1.0, 0, self.energies)
 
     @cached_property
     def _matrices(self) -> NDArray[np.bool_]:
         return self.rows > 1
 
     @cached_property
-    def _all(self) -> tuple[Doubles, NDArray[np.int64]]:
-        """The squares of all matrices, and which each is of."""
+    def _all(self) -> tuple[NDArray[np.int64], Doubles, Doubles]:
+        """All directions: the tensor of each, σ², and −θ from which on it is kept; increasing."""
         counts = [len(own) for own in self.squares]
         owners = np.repeat(np.arange(len(counts)), counts)
-        return np.concatenate([np.empty(0), *self.squares]), owners
+        squares = np.concatenate([np.empty(0), *self.squares])
+        least = least_kept(self.rows, self.columns)[owners]
+        order = np.argsort(-squares / least, kind="stable")
+        return owners[order], squares[order], (-squares / least)[order]
 
     def _directions(self, theta: float) -> tuple[NDArray[np.int64], Doubles, Doubles]:
         """Per tensor how many directions are kept, their bits, and the energy that is left."""
-        squares, owners = self._all
-        count = len(self.energies)
-        kept = worth_keeping(squares, self.rows[owners], self.columns[owners], theta)
-        squares, owners = squares[kept], owners[kept]
+        owners, squares, limits = self._all
+        count, kept = len(self.energies), int(np.searchsorted(limits, -theta))
+        owners, squares = owners[:kept], squares[:kept]
         ranks = np.bincount(owners, minlength=count)
         weakest = np.full(count, np.inf)
         np.minimum.at(weakest, owners, squares)
@@ -195,43 +237,104 @@ class Spectra:
         coded = np.bincount(owners, bits, count).astype(np.float64)
         return ranks.astype(np.int64), coded, left.clip(0).astype(np.float64)
 
-    def _vectors(self, theta: float) -> tuple[Doubles, NDArray[np.bool_]]:
-        """Bits of each tensor that is no matrix, and whether they are worth it."""
-        sizes = np.maximum(self.columns, 1.0)
-        bits = sizes * rate(np.sqrt(self.energies / sizes / (12 * theta)))
-        entries = np.where(self._fits_pack(bits / 8 + self.beside), PACKED_ENTRY, self.entries)
-        gain = self.energies - theta * sizes
-        worth = gain > 2 * math.log(2) * theta * (bits + 8 * (entries + self.beside))
-        return bits, worth & ~self._matrices
-
-
-def within(spectra: Sequence[Spectra], budget: int, fixed: int, share: Share) -> list[Plan]:
-    """The tasks' plans at the largest B at which all fit into a budget.
-
-    Args:
-        spectra: of each task.
-        budget: bytes.
-        fixed: bytes that are taken already.
-        share: of B, by the tasks' energies, or the same for all.
-    """
-    energies = [each.energy for each in spectra]
-    weights = shares(energies, share)
-
-    def plans(bits: float) -> list[Plan]:
-        found = []
-        for own, weight in zip(spectra, weights, strict=True):
-            its = bits * weight
-            if share == "energy" and own.sketched and own.base:
-                its = (its + math.sqrt(its**2 + 4 * its * own.energy / (_FELT * own.base))) / 2
-            found.append(own.plan(its))
+    def _sketches(self, bits: float, left: Doubles) -> Doubles:
+        """Each matrix's bits, by its deviation; what is too much for one is the others'."""
+        sizes = self.rows * self.columns
+        weights = np.where(self._matrices, np.sqrt(sizes * left * self.felt), 0.0)
+        found, total = np.zeros_like(weights), bits * float(sizes.sum())
+        open_ = weights > 0
+        while open_.any() and total > 0:
+            shares = weights * (total / float(weights[open_].sum()))
+            full = open_ & (shares >= MOST * sizes)
+            if not full.any():
+                return np.where(open_, shares, found)
+            found[full] = MOST * sizes[full]
+            total -= float(found[full].sum())
+            open_ &= ~full
         return found
 
-    def over(bits: float) -> bool:
-        return fixed + sum(plan.total for plan in plans(bits)) > budget
+    def _vectors(self, theta: float) -> Doubles:
+        """Bits of each tensor that is no matrix, where it is worth them."""
+        sizes = np.maximum(self.columns, 1.0)
+        bits = np.minimum(sizes * rate(np.sqrt(self.energies / sizes / (12 * theta))), MOST * sizes)
+        gain = self.energies - theta * sizes
+        worth = gain > 2 * math.log(2) * theta * (bits + 8 * self._entries(bits))
+        return np.where(worth & ~self._matrices, bits, 0.0)
 
-    if over(_LEAST):
-        return [own.nothing for own in spectra]
-    return plans(_bisect(over, _LEAST, _GREATEST, upper=False))
+
+class _Spent(NamedTuple):
+    """Bits and errors of each tensor: `(K,)`."""
+
+    theta: float
+    ranks: NDArray[np.int64]
+    bits: Doubles
+    shrunk: float
+    errors: Doubles
+
+
+@dataclass(frozen=True)
+class Division:
+    """How the tasks divide B among them.
+
+    Attributes:
+        spectra: of each task.
+        share: of B, by the tasks' energies, or the same for all.
+    """
+
+    spectra: Sequence[Spectra]
+    share: Share
+
+    def within(self, budget: int) -> list[Plan]:
+        """The plans at the largest B at which all fit into so many bytes."""
+        everything: Among = [None] * len(self.spectra)
+        bits = self._largest(budget, everything, self._least)
+        if not bits:
+            return [own.nothing for own in self.spectra]
+        # What a further tensor's entry would not have fitted into is for those that are stored.
+        stored: Among = [plan.nbytes > 0 for plan in self._plans(bits, everything)]
+        return self._plans(self._largest(budget, stored, bits), stored)
+
+    def quiet(self, error: float) -> int:
+        """About how many bytes leave no task's error more energy; see `Spectra.bits_for`."""
+        bits = max(self._common(own.bits_for(error), i) for i, own in enumerate(self.spectra))
+        return sum(plan.total for plan in self._plans(bits, [None] * len(self.spectra)))
+
+    @property
+    def _least(self) -> float:
+        """B at which no task has anything, however its noise is felt."""
+        return min(self._common(_LEAST, task) for task in range(len(self.spectra)))
+
+    def _common(self, its: float, task: int) -> float:
+        """B of all, from what one task is to have of it."""
+        _, weight, felt = self._tasks[task]
+        return its**2 / (its + felt) / weight
+
+    @cached_property
+    def _tasks(self) -> list[tuple[Spectra, float, float]]:
+        """Of each task its factor of B, and what noise adds to it: B_t² = B_t w B + w B f."""
+        energies = [each.energy for each in self.spectra]
+        felt = [0.0] * len(energies)
+        if self.share == "energy":
+            felt = [
+                own.energy / (_FELT * own.base) if own.sketched and own.base else 0.0
+                for own in self.spectra
+            ]
+        return list(zip(self.spectra, shares(energies, self.share), felt, strict=True))
+
+    def _plans(self, bits: float, among: Among) -> list[Plan]:
+        found = []
+        for (own, weight, felt), stored in zip(self._tasks, among, strict=True):
+            its = bits * weight
+            found.append(own.plan((its + math.sqrt(its**2 + 4 * its * felt)) / 2, stored))
+        return found
+
+    def _largest(self, budget: int, among: Among, least: float) -> float:
+        """The largest B at which all fit; 0: at the least they don't."""
+
+        def over(bits: float) -> bool:
+            return sum(plan.total for plan in self._plans(bits, among)) > budget
+
+        return 0.0 if over(least) else _bisect(over, least, _GREATEST, upper=False)
 
 
 def shares(energies: Sequence[float], share: Share) -> list[float]:
@@ -247,7 +350,7 @@ def _bisect(enough: Callable[[float], bool], low: float, high: float, upper: boo
     """The number from which on something holds, from above, or from below where it doesn't."""
     if not enough(high):
         return high
-    for _ in range(60):
+    while high > low * _NEAR:
         middle = math.sqrt(low * high)
         low, high = (low, middle) if enough(middle) else (middle, high)
     return high if upper else low

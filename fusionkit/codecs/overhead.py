@@ -38,7 +38,7 @@ class Overhead:
         manifest: of the whole bundle; of one that will be calibrated, too.
         headers: of all tasks, those of their files' headers that no payload adds to, and of what
             adapters start from, where that is stored.
-        whole: of all tasks, those of their private and exact tensors.
+        whole: of all tasks, those of their private and exact tensors, and of what is beside them.
         packs: whether small parts are packed, in the files of a codec that asks for it.
     """
 
@@ -62,13 +62,16 @@ def overhead(family: Family, codec: Config, nbytes: int) -> Overhead:
     headers = whole = largest = 0
     for task, checkpoint in family.finetuned.items():
         specs = [*exact, *(checkpoint.specs[name] for name in family.private[task])]
-        own = sum(spec.nbytes for spec in specs)
+        beside = family.beside.get(task, {})
+        own = sum(spec.nbytes for spec in specs) + sum(beside.values())
         known = [*family.names("exact"), *family.private[task]]
         headers += _HEADER + entry_bytes("", "packed", own + nbytes) + _INDEX
         headers += room * (own + nbytes > _LARGE)
         largest = max(largest, own + nbytes)
         for name, spec in zip(known, specs, strict=True):
             headers += entry_bytes(name, WHOLE, own + nbytes, list(spec.shape))
+        for name, size in beside.items():
+            headers += entry_bytes(name, WHOLE, own + nbytes, [size, size])
         whole += own
     if family.space and family.space.stored:
         headers += _HEADER

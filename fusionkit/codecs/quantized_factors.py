@@ -107,22 +107,30 @@ def quantize(
     return plain._replace(gains=codes.to(torch.uint8))
 
 
-def worth_keeping(
-    squares: Doubles, rows: Doubles, columns: Doubles, theta: float
-) -> NDArray[np.bool_]:
-    """Which singular directions are worth their bits at θ.
+def finest(weakest: float, shape: torch.Size) -> float:
+    """θ below which the integers of a matrix's weakest direction get no wider."""
+    return weakest**2 / (12 * min(shape) * _WIDEST**2)
 
-    Args:
-        squares: σ², of any number of matrices.
-        rows: of the matrix that each is of.
-        columns: likewise.
-        theta: the error per entry at which bits are bought.
+
+def least_kept(rows: Doubles, columns: Doubles) -> Doubles:
+    """σ² / θ above which a singular direction is worth its bits, by its matrix's sides.
+
+    θ is the error per entry at which bits are bought.
     """
-    x = squares / (_DEADZONE * theta)
-    with np.errstate(divide="ignore"):
+    rows, columns = np.maximum(rows, 1), np.maximum(columns, 1)
+    both = rows + columns
+    low, high = both, 64 * both + 1000
+
+    def gains(x: Doubles) -> Doubles:
         nats = rows * np.log(x / rows).clip(0) + columns * np.log(x / columns).clip(0)
-    kept: NDArray[np.bool_] = x - (rows + columns) > nats + 2 * math.log(2) * 8 * HEADER
-    return kept
+        gained: Doubles = x - both - nats - 2 * math.log(2) * 8 * HEADER
+        return gained
+
+    for _ in range(60):
+        middle = (low + high) / 2
+        kept = gains(middle) > 0
+        low, high = np.where(kept, low, middle), np.where(kept, middle, high)
+    return high * _DEADZONE
 
 
 def cost(

@@ -178,7 +178,7 @@ def _to_rows(onto: bool) -> Callable[..., None]:
             runs = [source.load(place) for place in _places(builder, at, _INT_LANES, LANES)]
             sums = []
             for run in _transposed(builder, runs):
-                sums.append(cgutils.alloca_once(builder, _VECTOR))  # a register, in the end
+                sums.append(cgutils.alloca_once(builder, _VECTOR))  # type: ignore[no-untyped-call]
                 builder.store(builder.fmul(run, factor), sums[-1])
             lefts = _Run(context, builder, kinds[7], left)
             rights = _Run(context, builder, kinds[9], right)
@@ -210,7 +210,8 @@ _INT_LANES = ir.Constant(ir.IntType(64), LANES)
 def _multiply_add(builder: Any, a: _Value, b: _Value, c: _Value) -> _Value:
     """`a * b + c`, rounded once where the processor can."""
     kind = ir.FunctionType(_VECTOR, [_VECTOR] * 3)
-    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.fmuladd.v16f32")
+    name = "llvm.fmuladd.v16f32"
+    function = cgutils.get_or_insert_function(builder.module, kind, name)  # type: ignore[no-untyped-call]
     return builder.call(function, [a, b, c])
 
 

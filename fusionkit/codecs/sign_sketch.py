@@ -5,8 +5,8 @@ largest in magnitude are kept, as signs, times σ = ‖X‖² / Σ_kept |X|: the
 Bussgang's theorem the error is uncorrelated with X in every small direction. Stronger directions
 than that make the largest entries larger still, and would come back up to half too large, so that
 σ is the one at which ⟨X̂ Xᵀ, X Xᵀ⟩ = ‖X Xᵀ‖²: each direction counts by its energy. The energy of X̂
-is larger than X's, which is the price. The share ρ that is kept costs H(ρ) + ρ bits per entry. Where
-there are more, the entries are rounded to integers instead, scaled by the same rule.
+is larger than X's, which is the price. The share ρ that is kept costs H(ρ) + ρ bits per entry.
+Where there are more, the entries are rounded to integers instead.
 """
 
 import math
@@ -29,7 +29,7 @@ MOST = 7.0
 
 
 _ROWS = 256
-_NEAR = (0.5, 1.1)
+_LEAST_SIZE, _MOST_SIZE = 0.5, 1.1
 
 
 class Sketched(NamedTuple):
@@ -50,20 +50,17 @@ def signs(values: Tensor, bits: float) -> Sketched | None:
     """The largest entries as signs, in about as many bits; None: there are too few for one.
 
     Args:
-        values: float32 `(rows, columns)`, rotated.
+        values: float32 `(n,)`, rotated.
         bits: for all of them.
     """
-    flat = values.reshape(-1)
-    count = math.floor(flat.numel() * share_of(bits / flat.numel()))
-    if not count:
+    found = _largest(values, bits)
+    if found is None:
         return None
-    positions = top_k(flat, count)
-    kept = flat[positions]
-    if not kept.any():
-        return None
-    scale = _scale(values, positions, kept)
+    positions, kept = found
+    size = float(kept.abs().sum(dtype=torch.float64))
+    scale = float(values.square().sum(dtype=torch.float64)) / size
     gaps = torch.diff(positions, prepend=positions.new_tensor([-1])) - 1
-    model = entropy.Gaps(len(positions), flat.numel())
+    model = entropy.Gaps(len(positions), values.numel())
     ones = (kept > 0).to(torch.int32)
     runs: list[tuple[Tensor, Model]] = [
         (gaps.to(torch.int32).cpu(), model),
@@ -72,26 +69,45 @@ def signs(values: Tensor, bits: float) -> Sketched | None:
     return Sketched(runs, len(positions), scale)
 
 
-def _scale(values: Tensor, positions: Tensor, kept: Tensor) -> float:
-    """σ at which ⟨X̂ Xᵀ, X Xᵀ⟩ = ‖X Xᵀ‖², near that of ⟨X̂, X⟩ = ‖X‖².
+def relative_size(values: Tensor, bits: float) -> float:
+    """The σ at which ⟨X̂ Xᵀ, X Xᵀ⟩ = ‖X Xᵀ‖², over that of `signs`.
 
     Rotated, all rows are alike: some of them are enough.
+
+    Args:
+        values: float32 `(rows, columns)`, rotated.
+        bits: for all of them.
     """
+    found = _largest(values.reshape(-1), bits)
+    if found is None or min(values.shape) < 2:
+        return 1.0
+    positions, kept = found
     size = float(kept.abs().sum(dtype=torch.float64))
     plain = float(values.square().sum(dtype=torch.float64)) / size
-    if min(values.shape) < 2:
-        return plain
     sketch = torch.zeros(values.numel(), device=values.device)
-    sketch[positions] = kept.sign()
+    sketch[positions] = kept.sign() * plain
     sketch = sketch.view(values.shape)
     one, other = (values, sketch) if values.shape[0] <= values.shape[1] else (values.mT, sketch.mT)
-    few = one[:_ROWS].mT
-    gram = one @ few
-    product = float((gram * (other @ few)).sum(dtype=torch.float64))
+    few = one[:_ROWS]
+    gram = one @ few.mT
+    # Less the entries' own cubes, which are no direction's, and large in what is kept.
+    cubes = few**3
+    product = (gram * (other @ few.mT)).sum(dtype=torch.float64)
+    product -= (cubes * other[:_ROWS]).sum(dtype=torch.float64)
+    wanted = gram.square().sum(dtype=torch.float64) - (cubes * few).sum(dtype=torch.float64)
     if product <= 0:
-        return plain
-    scale = float(gram.square().sum(dtype=torch.float64)) / product
-    return min(max(scale, _NEAR[0] * plain), _NEAR[1] * plain)
+        return 1.0
+    return min(max(float(wanted / product), _LEAST_SIZE), _MOST_SIZE)
+
+
+def _largest(values: Tensor, bits: float) -> tuple[Tensor, Tensor] | None:
+    """Where the entries are that are kept, and these; not all of them zero."""
+    count = math.floor(values.numel() * share_of(bits / values.numel()))
+    if not count:
+        return None
+    positions = top_k(values, count)
+    kept = values[positions]
+    return (positions, kept) if kept.any() else None
 
 
 def integers(values: Tensor, bits: float) -> Sketched | None:

@@ -1,5 +1,6 @@
 """What `Sketch` does to one tensor: measure it, and make codes of it that keep to their bytes."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -18,9 +19,15 @@ from fusionkit.codecs.decomposition import (
     svd_product,
     svd_randomized,
 )
-from fusionkit.codecs.quantized_factors import HEADER, Doubles, QuantizedFactors, quantize
+from fusionkit.codecs.quantized_factors import (
+    HEADER,
+    Doubles,
+    QuantizedFactors,
+    finest,
+    quantize,
+)
 from fusionkit.codecs.rotation import rotate
-from fusionkit.codecs.sign_sketch import MOST, SIGNS_TO, integers, signs
+from fusionkit.codecs.sign_sketch import MOST, SIGNS_TO, integers, relative_size, signs
 from fusionkit.codecs.sketch_codes import (
     FIXED_BYTES,
     INTEGERS,
@@ -37,6 +44,8 @@ _GRAM_LIMIT = 2048
 _LEADING = 64
 """How many of a larger matrix are; what is beyond them is sketched."""
 _TRIES = 8
+_FILLED = 128
+"""A sketch takes all its bytes but for one in so many."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +130,9 @@ def encode_tensor(
         return _sketched(matrix, unit, None, place, PLAIN, allowed.nbytes)
     theta = allowed.theta / unit / unit
     leading = _leading(vectors, task, unit, matrix, allowed.rank) if allowed.rank else None
+    if not how.sketch:
+        assert leading is not None
+        return _directions(matrix, unit, leading, theta, place, how, allowed.nbytes)
     for rank in range(allowed.rank, -1, -1):
         factors, rest = None, matrix
         if rank and leading is not None:
@@ -128,17 +140,40 @@ def encode_tensor(
             left, right = factors.product()
             rest = torch.addmm(matrix, left, right.mT, alpha=-1)
             factors = factors.scaled(unit)
-        if how.sketch:
-            turned = rotate(rest, seed, out=rest if rest is not matrix else None)
-            size = unit * allowed.shrunk
-            codes = _sketched(turned, size, factors, place, SIGNS, allowed.nbytes)
-            if codes is not None:
-                return codes
+        turned = rotate(rest, seed, out=rest if rest is not matrix else None)
+        size = unit * allowed.shrunk
+        codes = _sketched(turned, size, factors, place, SIGNS, allowed.nbytes)
+        if codes is not None:
+            return codes
         if factors is not None:
             codes = write(NOTHING, place, factors, None)
             if len(codes) <= allowed.nbytes:
                 return codes
     return None
+
+
+def _directions(
+    matrix: Tensor, unit: float, leading: Spectral, theta: float, place: int, how: How, limit: int
+) -> Tensor | None:
+    """Codes of the directions alone, rounded as finely as fits; None: no step is coarse enough."""
+    best, low, high = None, 0.0, math.inf
+    theta = max(theta, finest(float(leading.s[-1]), matrix.shape))
+    for tries in range(_TRIES):
+        factors = quantize(matrix, leading, theta, how.exponent, how.power).scaled(unit)
+        codes = write(NOTHING, place, factors, None)
+        over = len(codes) - limit
+        if over > 0:
+            low = theta
+        else:
+            best, high = codes, theta
+            if over >= -max(limit // _FILLED, 1):
+                break
+        # Of a factor of 4 in θ each entry takes a bit; where it doesn't, further away.
+        bits = 8 * (over + 1) / (sum(matrix.shape) * len(leading.s))
+        theta *= 4.0 ** (2**tries * math.copysign(max(abs(bits), 0.01), over))
+        if not low < theta < high:
+            theta = math.sqrt(low * high)
+    return best
 
 
 def _sketched(
@@ -151,26 +186,37 @@ def _sketched(
 ) -> Tensor | None:
     """Codes with as much of a sketch as fits; None: with no sketch at all they don't."""
     flat = values.reshape(-1)
-    bits = 8.0 * (limit - FIXED_BYTES)
+    room = 8.0 * (limit - FIXED_BYTES)
     if factors is not None:
-        bits -= 8 * HEADER * len(factors.steps)
-        bits -= sum(entropy.code_length(symbols, model) for symbols, model in runs_of(factors))
+        room -= 8 * HEADER * len(factors.steps)
+        room -= sum(entropy.code_length(symbols, model) for symbols, model in runs_of(factors))
+    if room <= 0 or not flat.any():
+        return None
+    best, most = None, MOST * len(flat)
+    low, high, bits = 0.0, math.inf, min(room, most)
+    of_signs = unit * relative_size(values, bits) if form == SIGNS else unit
     for _ in range(_TRIES):
-        if bits <= 0 or not flat.any():
-            break
         if form == SIGNS and bits <= SIGNS_TO * len(flat):
-            sketched, its_form = signs(values, bits), SIGNS
+            sketched, its_form, size = signs(flat, bits), SIGNS, of_signs
         else:
-            sketched = integers(flat, min(bits, MOST * len(flat)))
+            sketched, size = integers(flat, bits), unit
             its_form = PLAIN if form == PLAIN else INTEGERS
-        if sketched is None:
-            break
-        codes = write(its_form, place, factors, sketched._replace(scale=sketched.scale * unit))
-        over = len(codes) - limit
-        if over <= 0:
-            return codes
-        bits = min(bits, MOST * len(flat)) - 8 * over - 8
-    return None
+        over, used = -limit, bits / 2
+        if sketched is not None:
+            codes = write(its_form, place, factors, sketched._replace(scale=sketched.scale * size))
+            over = len(codes) - limit
+            used = max(room + 8 * over, 1.0)
+        if over > 0:
+            high = bits
+        else:
+            low = bits
+            best = codes if sketched is not None else best
+            if bits == most or over >= -max(limit // _FILLED, 1):
+                break
+        bits = min(bits * (room - 8) / used, most)
+        if not low < bits < high:
+            bits = (low + high) / 2 if high < math.inf else min(2 * low, most)
+    return best
 
 
 def _normal(delta: Tensor) -> tuple[float, Tensor]:

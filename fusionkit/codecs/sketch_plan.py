@@ -1,13 +1,15 @@
 """What `Sketch` may spend where: a family's measures, and a budget, made into each task's plan."""
 
+import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 
-from fusionkit.codecs.allocation import Plan, Share, Spectra, within
+from fusionkit.codecs.allocation import Division, Plan, Share, Spectra
 from fusionkit.codecs.overhead import entry_bytes, overhead
 from fusionkit.codecs.quantized_factors import Doubles
 from fusionkit.codecs.sign_sketch import MOST
@@ -18,10 +20,13 @@ from fusionkit.task_vectors.family import Family
 
 _NOISY = 0.04
 """Error energy over base energy that is felt: there a divergence of 0.01 on text classifiers."""
+_OF_MANIFEST = 10
+"""The part of a budget in bits that is left for the manifest, at most."""
 _LEAST_FELT = 0.01
 """How little of the mean a tensor is felt at least: a few rows may not reach all experts, say."""
 _OF_MANIFEST = 10
 """The part of a budget in bits that is left for the manifest, at most."""
+_TRIES = 50
 
 
 @dataclass(frozen=True)
@@ -75,59 +80,116 @@ def plans_of(
         how: what is made of a matrix.
         codec: as the manifest records it.
     """
-    parameters = max(family.parameters, 1) * len(family.tasks)
-    budget = target.nbytes or int((target.bits or MOST) * parameters / 8)
-    beside = overhead(family, codec, budget)
-    spectra = _spectra(family, layout, measured, how, budget, beside.packs)
-    base = sum(each.base for each in measured.values())
-    first = family.workers.processes.rank == 0
+    budgets = _Budgets(family, layout, measured, target, how, codec)
+    warned = family.workers.processes.rank == 0
     if target.noise is not None:
-        errors = target.noise * base
-        plans = [own.plan(own.bits_for(errors)) for own in spectra]
+        spectra = budgets.spectra(int(MOST * budgets.parameters / 8))
+        error = target.noise * budgets.base
+        plans = [own.plan(own.bits_for(error)) for own in spectra]
     else:
-        gains = entry_bytes("", "gains", budget) + 4 * len(layout.matrices)
-        fixed = beside.headers + gains * len(family.tasks)
-        if target.nbytes:
-            fixed += beside.manifest + beside.whole
-        else:
-            fixed += min(beside.manifest, budget // _OF_MANIFEST)
-        plans = within(spectra, budget, fixed, target.share)
-        nothing = not any(plan.nbytes.any() for plan in plans)
-        if first and nothing and any(own.energy for own in spectra):
-            least = fixed + sum(int(own.entries.sum()) for own in spectra)
-            _warn_of_headers(target, budget, fixed, least, parameters)
-    if first and how.sketch and base:
-        _warn_of_noise(family, plans, spectra, base)
+        budget = budgets.asked
+        spectra, plans = budgets.spectra(budget), budgets.plans(budget)
+        if warned and not any(map(_stores, plans)) and any(own.energy for own in spectra):
+            _warn_of_headers(budgets)
+    if warned and how.sketch and budgets.base:
+        _warn_of_noise(budgets, plans, spectra)
     return plans
 
 
-def _spectra(
-    family: Family,
-    layout: Layout,
-    measured: Mapping[str, Measured],
-    how: How,
-    nbytes: int,
-    packed: bool,
-) -> list[Spectra]:
-    rows, columns = np.array(layout.shapes, np.float64).reshape(-1, 2).T
-    entries = np.array([entry_bytes(name, "codes", nbytes) for name in layout.names], np.float64)
-    base = sum(each.base for each in measured.values())
-    return [
-        Spectra(
-            base,
-            np.array([each.energies[task] for each in measured.values()]),
-            [each.squares[task] for each in measured.values()],
-            rows,
-            columns,
-            entries,
-            packed,
-            FIXED_BYTES,
-            how.exponent,
-            how.sketch,
-            _felt(family.sensitivities.get(name, {}), layout),
-        )
-        for task, name in enumerate(family.tasks)
-    ]
+@dataclass(frozen=True)
+class _Budgets:
+    """What any number of bytes would be spent on; fields as `plans_of` has them."""
+
+    family: Family
+    layout: Layout
+    measured: Mapping[str, Measured]
+    target: Target
+    how: How
+    codec: Config
+
+    @cached_property
+    def base(self) -> float:
+        """The base's energy."""
+        return sum(each.base for each in self.measured.values())
+
+    @property
+    def parameters(self) -> int:
+        """Of all tasks."""
+        return max(self.family.parameters, 1) * len(self.family.tasks)
+
+    @property
+    def asked(self) -> int:
+        """Bytes that are asked for."""
+        return self.target.nbytes or int((self.target.bits or MOST) * self.parameters / 8)
+
+    def fixed(self, budget: int) -> int:
+        """Bytes of a budget that no delta gets."""
+        beside = overhead(self.family, self.codec, budget)
+        gains = entry_bytes("", "gains", budget) + 4 * len(self.layout.matrices)
+        least = beside.headers + gains * len(self.family.tasks)
+        if self.target.nbytes:
+            return least + beside.manifest + beside.whole
+        return least + min(beside.manifest, budget // _OF_MANIFEST)
+
+    def spectra(self, budget: int) -> list[Spectra]:
+        """Of each task, with the entries that its header would have."""
+        layout, each = self.layout, self.measured.values()
+        rows, columns = np.array(layout.shapes, np.float64).reshape(-1, 2).T
+        entries = np.array([entry_bytes(n, "codes", budget) for n in layout.names], np.float64)
+        packed = overhead(self.family, self.codec, budget).packs
+        return [
+            Spectra(
+                self.base,
+                np.array([own.energies[task] for own in each]),
+                [own.squares[task] for own in each],
+                rows,
+                columns,
+                entries,
+                packed,
+                FIXED_BYTES,
+                self.how.exponent,
+                self.how.sketch,
+                _felt(self.family.sensitivities.get(name, {}), layout),
+            )
+            for task, name in enumerate(self.family.tasks)
+        ]
+
+    def plans(self, budget: int) -> list[Plan]:
+        """Each task's, at most at so many bytes."""
+        return self._division(budget).within(budget - self.fixed(budget))
+
+    def enough(self, good: Callable[[list[Plan]], bool], error: float | None = None) -> str:
+        """What to ask for instead, so that the plans are good.
+
+        Args:
+            good: whether plans are.
+            error: the most energy that any task's error is to have; None: that something is
+                stored is all.
+        """
+        budget = self.asked
+        if error is None:
+            left = max(own.least for own in self.spectra(budget))
+        else:
+            left = self._division(budget).quiet(error)
+        for _ in range(3):  # what no delta gets hardly grows with the budget
+            budget = left + self.fixed(budget)
+        for _ in range(_TRIES):
+            name, value, budget = self._rounded_up(budget)
+            if good(self.plans(budget)):
+                break
+            budget += 1 + budget // 50
+        return f"{name}={value}"
+
+    def _division(self, budget: int) -> Division:
+        return Division(self.spectra(budget), self.target.share)
+
+    def _rounded_up(self, budget: int) -> tuple[str, float, int]:
+        """A budget as a setting, of three digits, and how many bytes it is then."""
+        parts = 1.0 if self.target.nbytes else self.parameters / 8
+        unit = 10.0 ** (math.floor(math.log10(budget / parts)) - 2)
+        value = float(f"{math.ceil(budget / parts / unit) * unit:.3g}")
+        name = "bytes" if self.target.nbytes else "bits"
+        return name, int(value) if self.target.nbytes else value, int(value * parts)
 
 
 def _felt(sensitivities: Mapping[str, float], layout: Layout) -> Doubles:
@@ -140,31 +202,44 @@ def _felt(sensitivities: Mapping[str, float], layout: Layout) -> Doubles:
     return np.maximum(np.array(felt, np.float64), _LEAST_FELT)
 
 
-def _warn_of_headers(target: Target, budget: int, fixed: int, least: int, parameters: int) -> None:
-    asked, enough = f"bits={target.bits}", f"bits={8 * least / parameters:.2g}"
-    if target.nbytes:
-        asked, enough = f"bytes={target.nbytes}", f"bytes={least}"
+def _warn_of_headers(budgets: _Budgets) -> None:
+    target, budget = budgets.target, budgets.asked
+    asked = f"bytes={target.nbytes}" if target.nbytes else f"bits={target.bits}"
+    enough = budgets.enough(lambda plans: any(map(_stores, plans)))
     warnings.warn(
-        f"Sketch({asked}) leaves {budget} bytes, of which all that is not deltas takes {fixed}: "
-        f"the deltas come back as zero; ask for more than {enough}",
+        f"Sketch({asked}) leaves {budget} bytes, of which all that is not deltas takes "
+        f"{budgets.fixed(budget)}: the deltas come back as zero; ask for {enough} or more",
         stacklevel=2,
     )
 
 
-def _warn_of_noise(
-    family: Family, plans: Sequence[Plan], spectra: Sequence[Spectra], base: float
-) -> None:
-    for task, plan, own in zip(family.tasks, plans, spectra, strict=True):
-        ratio = plan.error / base
-        if not plan.nbytes.any() or ratio <= _NOISY * 1.001:
+def _warn_of_noise(budgets: _Budgets, plans: Sequence[Plan], spectra: Sequence[Spectra]) -> None:
+    base, parameters = budgets.base, max(budgets.family.parameters, 1)
+    noisy = [_stores(plan) and _is_noisy(plan, base) for plan in plans]
+    if not any(noisy):
+        return
+    error = _NOISY * base
+    wanted = [own.plan(own.bits_for(error)) for own in spectra]
+    mend = f"noise={_NOISY}"
+    if budgets.target.noise is None and not any(_is_noisy(plan, base) for plan in wanted):
+        mend = budgets.enough(lambda plans: not any(_is_noisy(p, base) for p in plans), error)
+    for task, plan, quiet, felt in zip(budgets.family.tasks, plans, wanted, noisy, strict=True):
+        if not felt:
             continue
-        wanted = own.plan(own.bits_for(_NOISY * base))
-        bits, enough = (8 * each.total / max(family.parameters, 1) for each in (plan, wanted))
-        mend = f"below {_NOISY} it is hardly felt: that takes {enough:.3g} bits"
-        if wanted.error > _NOISY * base * 1.001:
-            mend = "it is too large to be sketched: store it by another codec"
+        bits, enough = (8 * each.total / parameters for each in (plan, quiet))
+        way = f"below {_NOISY} it is hardly felt: that takes {enough:.3g} bits, as by {mend}"
+        if _is_noisy(quiet, base):
+            way = "it is too large to be sketched: store it by another codec"
         warnings.warn(
             f"task '{task}': at {bits:.3g} bits per parameter its delta comes back with an error "
-            f"of {ratio:.2g} times the base's energy; {mend}",
+            f"of {plan.error / base:.2g} times the base's energy; {way}",
             stacklevel=2,
         )
+
+
+def _stores(plan: Plan) -> bool:
+    return bool(plan.nbytes.any())
+
+
+def _is_noisy(plan: Plan, base: float) -> bool:
+    return plan.error > _NOISY * base * 1.001

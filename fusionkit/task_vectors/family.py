@@ -61,6 +61,8 @@ class Family:
         device: see above.
         sensitivities: task → tensor's name → how much the task's outputs feel noise in an entry
             of it; empty, but where data have told: then codecs may give more bits to such.
+        beside: task → key → bytes of what a bundle keeps of it beside its tensors, whole: rows that
+            it added, files beside its weights. Filled by who writes a bundle.
         version: always the same, as its tasks are.
 
     Raises:
@@ -123,6 +125,7 @@ class Family:
         self._changes: tuple[Callable[[TaskVectors], Sequence[Change | None]], ...] = ()
         self.device = torch.device(device)
         self.sensitivities: Mapping[str, Mapping[str, float]] = {}
+        self.beside: Mapping[str, Mapping[str, int]] = {}
         workers = workers or Workers()
         self.workers = workers.one_by_one() if self.base.serial else workers
         self.sizes = {name: self.base.specs[name].numel for name in self.names("delta")}

@@ -134,7 +134,7 @@ class Branches(nn.Module):
 def test_bits_go_where_they_are_felt() -> None:
     """By the root of what is felt, which lowers the outputs' error at the same size."""
     base = Branches()
-    tuned = {"a": moved(base)}
+    tuned = {"a": moved(base, 0.003)}
     rows = torch.randn(200, 160)
     wanted = copy.deepcopy(base)
     wanted.load_state_dict(tuned["a"])
@@ -212,7 +212,7 @@ def calibrated(rank: int, count: int, folder: Path) -> None:
     base = TinyNet().eval()
     tuned: States = {task: perturbed(base, i, i + 2) for i, task in enumerate(TASKS)}
     run = trainer(2, devices=count, strategy="ddp" if count > 1 else "auto")
-    reuse = module(base, tuned, Sketch(bits=24.0))
+    reuse = module(base, tuned, Sketch(bits=80.0))
     calibrate(reuse, Rows(), folder / str(count), settings=settings(rows=15), trainer=run)
 
 

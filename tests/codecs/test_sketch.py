@@ -1,5 +1,6 @@
 """Sketch: closed forms, no bias, budgets that are never exceeded, codes that are refused."""
 
+import json
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -84,8 +86,8 @@ def test_deltas_of_zero_cost_nothing(tmp_path: Path) -> None:
     assert all(bundle.delta("same", name) is None for name in base)
 
 
-def test_the_projection_on_the_delta_is_exact() -> None:
-    """⟨X̂, X⟩ = ‖X‖² of what is sketched."""
+def test_each_direction_counts_by_its_energy() -> None:
+    """⟨X̂ Xᵀ, X Xᵀ⟩ = ‖X Xᵀ‖² of what is sketched, but for the entries' own cubes."""
     base = {"w": torch.zeros(192, 320)}
     delta = torch.randn(192, 320)
     bundle = fusionkit.compress(base, {"a": {"w": delta}}, Sketch(bits=0.3))
@@ -94,59 +96,11 @@ def test_the_projection_on_the_delta_is_exact() -> None:
     assert codes.factors is None
     found = bundle.delta("a", "w")
     assert found is not None
-    assert float((found * delta).sum() / delta.square().sum()) == pytest.approx(1, abs=1e-5)
-
-
-def test_the_mean_over_seeds_is_the_delta() -> None:
-    """The error of a mean of n draws is an n-th of one draw's, but for a bias of a hundredth."""
-    base, tuned = family({"w": (192, 128)})
-    delta = delta_of(base, tuned["t0"])
-    seeds = 32
-    found = [
-        decoded(fusionkit.compress(base, tuned, Sketch(bits=0.6, seed=seed)), "t0", base)
-        for seed in range(seeds)
-    ]
-    each = [float((one - delta).square().sum() / delta.square().sum()) for one in found]
-    mean = sum(found) / seeds
-    left = float((mean - delta).square().sum() / delta.square().sum())
-    assert left < 1.2 * sum(each) / seeds**2 + 0.01
-    directions = torch.randn(200, len(delta), dtype=torch.float64)
-    errors = directions @ (mean - delta) / delta.norm()
-    assert float(errors.square().mean()) < 1.5 * left
-
-
-def test_nothing_is_over_its_budget() -> None:
-    """Forty small families, of all shapes, spectra and scales: files, headers and all."""
-    draw = np.random.default_rng(0)
-    for trial in range(40):
-        shapes: dict[str, tuple[int, ...]] = {}
-        for i in range(draw.integers(1, 7)):
-            axes = int(draw.integers(0, 4))
-            shapes[f"layer.{i}"] = tuple(int(n) for n in draw.integers(1, (200, 60, 9)[:axes]))
-        base, tuned = family(
-            shapes, int(draw.integers(1, 4)), 10.0 ** draw.integers(-30, 30), trial
-        )
-        if draw.random() < 0.3:
-            tuned["t0"] = {n: base[n] if draw.random() < 0.5 else t for n, t in tuned["t0"].items()}
-        sketch = bool(draw.random() < 0.7)
-        share = "equal" if draw.random() < 0.3 else "energy"
-        size = sum(t.numel() for t in base.values()) * len(tuned)
-        for bits in (0.05, 0.3, 1.0, 4.0):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                bundle = fusionkit.compress(
-                    base, tuned, Sketch(bits=bits, sketch=sketch, share=share, seed=trial)
-                )
-                nbytes = bundle.nbytes + int(bits * size / 8)
-                whole = fusionkit.compress(base, tuned, Sketch(bytes=nbytes, sketch=sketch))
-            files = [path.stat().st_size for path in bundle.path.glob("task-*")]
-            if any(list(bundle.task_names(task)) for task in bundle.tasks):
-                assert 8 * sum(files) <= bits * size, (trial, bits)
-            if any(list(whole.task_names(task)) for task in whole.tasks):
-                assert whole.nbytes <= nbytes, (trial, bits)
-            for each in (bundle, whole):
-                for task in each.tasks:
-                    assert decoded(each, task, base).isfinite().all(), (trial, bits)
+    gram = delta @ delta.mT
+    assert float((found @ delta.mT * gram).sum() / gram.square().sum()) == pytest.approx(
+        1, abs=0.02
+    )
+    assert float((found * delta).sum() / delta.square().sum()) == pytest.approx(1, abs=0.02)
 
 
 def test_the_whole_budget_is_used() -> None:
@@ -171,6 +125,14 @@ def test_bits_go_to_tasks_by_the_cube_root_of_their_energy() -> None:
     assert sizes["energy"] == pytest.approx(4, rel=0.1)
 
 
+def test_deltas_far_larger_than_their_base_are_stored() -> None:
+    base, tuned = family({"w": (60, 40), "v": (50, 30)}, 2)
+    base = {name: 1e-9 * tensor for name, tensor in base.items()}
+    bundle = fusionkit.compress(base, tuned, Sketch(bits=4.0))
+    files = sum(path.stat().st_size for path in bundle.path.glob("task-*"))
+    assert 0.8 * 4 < 8 * files / (2 * 3900) <= 4
+
+
 @pytest.mark.parametrize("wanted", [0.003, 0.03])
 def test_noise_is_what_was_asked_for(wanted: float) -> None:
     base, tuned = family({"w": (300, 400), "v": (256, 256)}, 2)
@@ -187,20 +149,22 @@ def test_too_few_bits_are_warned_of_and_the_mend_works() -> None:
     base, tuned = family({"w": (300, 400)}, scale=0.5)
     with pytest.warns(UserWarning, match=r"task 't0': at 0\.1\d* bits .* takes") as caught:
         fusionkit.compress(base, tuned, Sketch(bits=0.15))
-    bits = float(str(caught[0].message).rsplit(" ", 2)[1])
-    size = 300 * 400
+    bits = float(str(caught[0].message).rpartition("as by bits=")[2])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        fusionkit.compress(base, tuned, Sketch(bits=1.01 * bits + 8 * 2000 / size))
+        fusionkit.compress(base, tuned, Sketch(bits=bits))
 
 
-def test_a_budget_for_headers_alone_is_warned_of() -> None:
+def test_a_budget_for_headers_alone_is_warned_of_and_the_mend_works() -> None:
     base, tuned = family(ALPHA)
     with pytest.warns(
-        UserWarning, match=r"Sketch\(bytes=900\) leaves 900 bytes.* than bytes=(\d+)"
-    ):
+        UserWarning, match=r"Sketch\(bytes=900\) leaves 900 bytes.* for bytes=\d+ or more"
+    ) as caught:
         bundle = fusionkit.compress(base, tuned, Sketch(bytes=900))
     assert all(bundle.delta("t0", name) is None for name in base)
+    enough = str(caught[0].message).rpartition("bytes=")[2].partition(" ")[0]
+    bundle = fusionkit.compress(base, tuned, Sketch(bytes=int(enough)))
+    assert any(bundle.delta("t0", name) is not None for name in base)
 
 
 @pytest.mark.parametrize(
@@ -326,6 +290,23 @@ def test_the_bounds_on_what_is_beside_hold() -> None:
     whole = sum(record.private_bytes for record in bundle.manifest.tasks.values())
     assert manifest <= found.manifest <= manifest + 3 * 600
     assert found.whole == whole
+
+
+@pytest.mark.filterwarnings("ignore::fusionkit.checkpoints.from_config.UnknownClassWarning")
+def test_files_beside_the_weights_are_within_a_budget(tmp_path: Path) -> None:
+    base, tuned = family({"w": (300, 200)}, 2)
+    models = {"base": base, **tuned}
+    for name, state in models.items():
+        (tmp_path / name).mkdir()
+        save_file(state, tmp_path / name / "model.safetensors")
+        draw = np.random.default_rng(len(name))
+        labels = {str(i): str(draw.random()) for i in range(300 * (name != "base"))}
+        config = {"model_type": "mine", "id2label": labels}
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    folders = {task: tmp_path / task for task in tuned}
+    for nbytes in (20_000, 40_000):
+        bundle = fusionkit.compress(tmp_path / "base", folders, Sketch(bytes=nbytes))
+        assert 0.9 * nbytes < bundle.nbytes <= nbytes
 
 
 def test_rates_are_entropies() -> None:
