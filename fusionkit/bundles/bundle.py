@@ -193,12 +193,12 @@ class Bundle:
         Raises:
             BundleError: as for `delta`.
         """
-        if out is not None and not self.codec.restores:
-            delta = self.delta(task, name, base.device)
-            return None if delta is None else torch.add(base.to(torch.float32), delta, out=out)
         codec = self.codec
-        whole = self._decoded(task, name, lambda parts, _: codec.restore(parts, base), base.device)
-        return self._shaped(task, name, whole)
+
+        def decode(parts: Parts, _: torch.Size) -> Tensor:
+            return codec.restore(parts, base) if codec.restores else codec.added(parts, base, out)
+
+        return self._shaped(task, name, self._decoded(task, name, decode, base.device))
 
     def factors(self, task: str, name: str) -> LowRank | None:
         """One task's delta of one matrix as a product; None where the codec has none.

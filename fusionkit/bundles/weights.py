@@ -93,14 +93,14 @@ class TaskWeights(Mapping[str, Tensor]):
         if own is None:
             own = folded_tensor(self._source, self._task, name, base, self._initial)
         restored = self._source.codec.restores and self._source.roles[name] == "delta"
-        whole = self._rounded(own, name, own.dtype if restored else base.dtype)
+        summed = own is not base and name not in self._exact and not restored
+        whole = self._rounded(own, name, own.dtype if restored else base.dtype, not summed)
         if name in self._source.added(self._task):
             rows = dict(self._source.added_rows(self._task))[name]
             return extended(whole, self._rounded(rows, name, whole.dtype))
         return whole
 
-    def _rounded(self, tensor: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+    def _rounded(self, tensor: Tensor, name: str, dtype: torch.dtype, copy: bool = True) -> Tensor:
         target = self._dtype if self._dtype and dtype.is_floating_point else dtype
-        return rounded(
-            tensor, target, f"{self._source.label}: task '{self._task}': tensor '{name}'"
-        )
+        what = f"{self._source.label}: task '{self._task}': tensor '{name}'"
+        return rounded(tensor, target, what, copy=copy)

@@ -58,10 +58,15 @@ def check_rounding(values: Tensor, dtype: torch.dtype, what: str, mend: str = _M
         raise _too_large(what, magnitude, dtype, mend)
 
 
-def rounded(values: Tensor, dtype: torch.dtype, what: str, mend: str = _MEND) -> Tensor:
-    """Values in another dtype, the caller's own; arguments and errors as of `check_rounding`."""
+def rounded(
+    values: Tensor, dtype: torch.dtype, what: str, mend: str = _MEND, copy: bool = True
+) -> Tensor:
+    """Values in another dtype; arguments and errors as of `check_rounding`.
+
+    What is returned is the caller's own, unless `copy` is false, as the values are that already.
+    """
     check_rounding(values, dtype, what, mend)
-    return values.to(dtype, copy=True)
+    return values.to(dtype, copy=copy)
 
 
 def _sums_up(values: Tensor) -> bool:

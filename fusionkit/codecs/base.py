@@ -94,6 +94,19 @@ class DeltaCodec(Plugin, ABC):
     """Names of a task's parts that `fusionkit calibrate` may learn: floats in which `decode` is
     differentiable."""
 
+    @property
+    def packs(self) -> bool:
+        """Whether a file's small parts are packed: for codecs whose parts are a few bytes each.
+
+        They take less, but no other reader of safetensors finds them.
+        """
+        return False
+
+    @property
+    def uses_sensitivities(self) -> bool:
+        """Whether `prepare` looks at `family.sensitivities`, which calibration then measures."""
+        return False
+
     @abstractmethod
     def prepare(self, family: Family, shared: SharedParts | None = None) -> Encoder:
         """Take what must be known of the whole family, and return what encodes its tensors.
@@ -127,10 +140,24 @@ class DeltaCodec(Plugin, ABC):
         Returns:
             float32 `(*shape)`, not rounded: that is for whoever writes it.
         """
+        return self.added(parts, base)
+
+    def added(self, parts: Parts, base: Tensor, out: Tensor | None = None) -> Tensor:
+        """Base plus delta. Overriding is optional: for a sum without a pass over memory for each.
+
+        Args:
+            parts: as for `decode`.
+            base: the base's tensor `(*shape)`, in its own dtype, on the parts' device; not to be
+                changed.
+            out: float32 `(*shape)`, on the same device, to form the sum in; not the base.
+
+        Returns:
+            float32 `(*shape)`: `out`, or a new tensor.
+        """
         delta = self.decode(parts, base.shape)
         if delta.shape != base.shape:
             return delta  # never spread over the base: its shape is what is wrong with it
-        return torch.add(base.to(torch.float32), delta)
+        return torch.add(base.to(torch.float32), delta, out=out)
 
     def factors(self, parts: Parts, shape: torch.Size) -> LowRank | None:
         """One task's delta of one matrix as a product, where the codec has it as one.

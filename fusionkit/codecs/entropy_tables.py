@@ -74,7 +74,7 @@ class Table:
             return np.array([self.low << FRACTION])
         return whole - _log2(self.frequencies)
 
-    @property
+    @cached_property
     def cheapest(self) -> int:
         """No symbol costs less; rounded down."""
         return int(self.costs.min()) - 2

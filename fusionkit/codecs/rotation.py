@@ -28,80 +28,72 @@ A rank-1 matrix stays one, whatever is done on its sides: its entries become pro
 Gaussian numbers. All other matrices come as near to Gaussian as their spectrum is flat.
 """
 
+import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import lru_cache
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import cache, lru_cache
+from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-Words = NDArray[np.uint64]
+from fusionkit.checkpoints.adapters.lowrank import LowRank
+from fusionkit.codecs.rotation_sides import Side, side_of
 
-_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+if TYPE_CHECKING:
+    from fusionkit.codecs.rotation_kernels import Addend
+
 _SHARE = 1 << 18
 """Entries that are worth a thread."""
-
-
-@dataclass(frozen=True, eq=False)
-class Side:
-    """A rotation of one side, or its inverse, as steps that are the same for either.
-
-    Times `factors[0]`; H on the first window; times `factors[1]`; H on the second; entry `i` taken
-    from `order[i]`; times `factors[2]`; H; times `factors[3]`; H; times `factors[4]`. H is the
-    matrix of ±1: its norm is within the factors. If there is one window, `factors[1]`,
-    `factors[3]` and the second H after each are left out.
-
-    Args:
-        windows: where the two windows start, int64 `(2,)`; the same if there is one.
-        power: the windows' size.
-        order: int64 `(n,)`.
-        factors: float32 `(5, n)`.
-    """
-
-    windows: NDArray[np.int64]
-    power: int
-    order: NDArray[np.int64]
-    factors: NDArray[np.float32]
-
-    def steps(self) -> tuple[NDArray[np.int64], int, NDArray[np.int64], NDArray[np.float32]]:
-        """As the compiled loops take them."""
-        return self.windows, self.power, self.order, self.factors
+_SMALL, _FEW = 1024, 16
+"""A sparse matrix of so few rows, and so few entries a column, is rotated back by R_m as a table:
+to add up the rows of R_m that its entries ask for takes less than the transform."""
 
 
 def rotate(
-    matrix: Tensor, seed: int, inverse: bool = False, *, out: Tensor | None = None
+    matrix: Tensor,
+    seed: int,
+    inverse: bool = False,
+    *,
+    product: LowRank | None = None,
+    base: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """`R_m A R_nᵀ`, or from that `A` again: see the module's docstring.
+    """`R_m A R_nᵀ`, or from that `A` again: see the module's docstring; and what is added to it.
 
     On the CPU, as many threads work as `torch.get_num_threads()` says; the result doesn't depend
-    on how many.
+    on how many. What is added costs no pass over memory of its own.
 
     Args:
         matrix: float32 `(m, n)`.
         seed: at least 0 and less than 2⁶⁴; gives the same rotation to every matrix of one shape.
         inverse: undo it: `R_mᵀ A R_n`.
-        out: contiguous float32 `(m, n)` on the same device, to write to; may be `matrix`.
+        product: `left @ right.T` is added.
+        base: float32 `(m, n)`, on the same device; is added, last.
+        out: contiguous float32 `(m, n)` on the same device, to write to; may be `matrix`, not
+            `base`.
 
     Returns:
         float32 `(m, n)`, contiguous, on the same device: `out`, or a new tensor.
 
     Raises:
-        ValueError: the matrix, `out` or the seed is not such.
+        ValueError: the matrix, what is added, `out` or the seed is not such.
     """
     if matrix.ndim != 2 or matrix.dtype != torch.float32:
         raise ValueError(f"expected a float32 matrix, got {matrix.dtype} {tuple(matrix.shape)}")
     source, target = matrix.detach(), _target(matrix.shape, matrix.device, out)
     left, right = _sides(matrix.shape, seed, inverse)
+    added = _Added.of(target, product, base)
     if not target.numel():
         return target
     if target.device.type != "cpu":
-        return target.copy_(_on_device(source, left, right))
+        return added.write(target, _on_device(source, left, right))
     from fusionkit.codecs import rotation_kernels as kernels
 
-    flat, turned = _flat(source.contiguous()), _flat(target)
+    flat, turned = _flat(source), _flat(target)
     width = kernels.width(target.shape[1])
 
     def columns(begin: int, end: int) -> None:
@@ -109,7 +101,7 @@ def rotate(
         kernels.rotate_columns(flat, turned, work, left.steps(), begin, end)
 
     _over(target.shape[1], width, target.numel(), columns)
-    _rotate_rows(target, right)
+    _rotate_rows(target, right, added)
     return target
 
 
@@ -120,6 +112,8 @@ def rotate_sparse(
     seed: int,
     scale: float,
     *,
+    product: LowRank | None = None,
+    base: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Undo the rotation of a matrix that is zero but for a few entries: `R_mᵀ X R_n`.
@@ -130,6 +124,8 @@ def rotate_sparse(
         shape: `(m, n)`.
         seed: see `rotate`.
         scale: what the values are multiplied by.
+        product: see `rotate`.
+        base: see `rotate`.
         out: see `rotate`.
 
     Returns:
@@ -137,40 +133,86 @@ def rotate_sparse(
 
     Raises:
         ValueError: the positions are not increasing, or not within the shape; there are not as
-            many values; `out` or the seed is not what it should be.
+            many values; what is added, `out` or the seed is not what it should be.
     """
     target = _target(torch.Size(shape), positions.device, out)
     left, right = _sides(target.shape, seed, inverse=True)
     _check_positions(positions, values, target.numel())
+    added = _Added.of(target, product, base)
     if not target.numel():
         return target
-    numbers = values.to(torch.float32) * scale
     if target.device.type != "cpu":
-        target.zero_().view(-1)[positions.long()] = numbers
-        return target.copy_(_on_device(target, left, right))
+        target.zero_().view(-1)[positions.long()] = values.to(torch.float32) * scale
+        return added.write(target, _on_device(target, left, right))
     from fusionkit.codecs import rotation_kernels as kernels
 
-    turned, width = _flat(target), kernels.width(target.shape[1])
-    entries = kernels.panels(positions.long().numpy(), numbers.numpy(), target.shape[1], width)
+    (m, n), turned = target.shape, _flat(target)
+    places, numbers = positions.long().numpy(), (values.to(torch.float32) * scale).numpy()
+    if m <= _SMALL and len(places) <= _FEW * n:
+        entries, table, addend = (places, numbers), _table(seed, m), added.flat(target)
+
+        def rows(begin: int, end: int) -> None:
+            work = _work(n * kernels.HEIGHT)
+            kernels.rotate_sparse_rows(
+                entries, table, turned, work, right.steps(), addend, begin, end
+            )
+
+        _over(m, kernels.HEIGHT, target.numel(), rows)
+        return target
+    width = kernels.width(n)
+    by_panel = kernels.panels(places, numbers, n, width)
 
     def columns(begin: int, end: int) -> None:
-        work = _work(len(left.order) * width)
-        kernels.rotate_sparse_columns(entries, turned, work, left.steps(), begin, end)
+        work = _work(m * width)
+        kernels.rotate_sparse_columns(by_panel, turned, work, left.steps(), begin, end)
 
-    _over(target.shape[1], width, target.numel(), columns)
-    _rotate_rows(target, right)
+    _over(n, width, target.numel(), columns)
+    _rotate_rows(target, right, added)
     return target
 
 
-def _rotate_rows(matrix: Tensor, side: Side) -> None:
+class _Added(NamedTuple):
+    """What is added to a rotated matrix: `left @ right`, and a base."""
+
+    left: Tensor
+    right: Tensor
+    base: Tensor | None
+
+    @classmethod
+    def of(cls, target: Tensor, product: LowRank | None, base: Tensor | None) -> "_Added":
+        m, n = target.shape
+        left, right = product or LowRank(target.new_empty(m, 0), target.new_empty(n, 0))
+        rank = left.shape[-1]
+        for given, shape in (left, (m, rank)), (right, (n, rank)), (base, (m, n)):
+            if given is None:
+                continue
+            if given.shape != shape or given.dtype != torch.float32:
+                raise ValueError(
+                    f"expected float32 {shape} to be added, got {given.dtype} {tuple(given.shape)}"
+                )
+        return cls(left.detach(), right.detach().mT, base)
+
+    def flat(self, target: Tensor) -> "Addend":
+        """As the compiled loops take it."""
+        base = target.new_empty(0) if self.base is None else self.base
+        return _flat(self.left), _flat(self.right), self.left.shape[1], _flat(base)
+
+    def write(self, target: Tensor, rotated: Tensor) -> Tensor:
+        """The sum, in PyTorch."""
+        delta = torch.addmm(rotated, self.left, self.right)
+        return target.copy_(delta if self.base is None else self.base + delta)
+
+
+def _rotate_rows(matrix: Tensor, side: Side, added: _Added) -> None:
     from fusionkit.codecs import rotation_kernels as kernels
 
-    flat, lanes = _flat(matrix), kernels.LANES
+    flat, addend, height = _flat(matrix), added.flat(matrix), kernels.HEIGHT
 
     def rows(begin: int, end: int) -> None:
-        kernels.rotate_rows(flat, _work(len(side.order) * lanes), side.steps(), begin, end)
+        work = _work(len(side.order) * height)
+        kernels.rotate_rows(flat, work, side.steps(), addend, begin, end)
 
-    _over(matrix.shape[0], lanes, matrix.numel(), rows)
+    _over(matrix.shape[0], height, matrix.numel(), rows)
 
 
 def _over(count: int, unit: int, entries: int, run: Callable[[int, int], None]) -> None:
@@ -178,15 +220,26 @@ def _over(count: int, unit: int, entries: int, run: Callable[[int, int], None]) 
     units = -(-count // unit)
     threads = max(min(torch.get_num_threads(), units, entries // _SHARE), 1)
     bounds = [min(units * i // threads * unit, count) for i in range(threads + 1)]
-    if threads == 1:
-        run(*bounds)
-        return
-    with ThreadPoolExecutor(threads, "fusionkit") as pool:
-        list(pool.map(run, bounds[:-1], bounds[1:]))
+    parts = [_pool(threads).submit(run, *part) for part in list(pairwise(bounds))[1:]]
+    try:
+        run(*bounds[:2])
+    finally:
+        wait(parts)
+    for part in parts:
+        part.result()
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "fusionkit")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # threads are not forked
 
 
 def _flat(matrix: Tensor) -> NDArray[np.float32]:
-    return matrix.detach().view(-1).numpy()
+    return matrix.detach().contiguous().view(-1).numpy()
 
 
 def _work(floats: int) -> NDArray[np.float32]:
@@ -228,52 +281,15 @@ def _sides(shape: torch.Size, seed: int, inverse: bool) -> tuple[Side, Side]:
     if not 0 <= seed < 1 << 64:
         raise ValueError(f"expected a seed from 0 to 2**64 - 1, got {seed}")
     m, n = shape
-    return _side(seed, 0, m, inverse), _side(seed, 1, n, inverse)
+    return side_of(seed, 0, m, inverse), side_of(seed, 1, n, inverse)
 
 
-@lru_cache(maxsize=32)
-def _side(seed: int, side: int, size: int, inverse: bool) -> Side:
-    """The steps of one side: `R`, or its inverse."""
-    order, signs = draw(seed, side, size)
-    power = 1 << max(size.bit_length() - 1, 0)
-    start = max(size - power, 0)
-    one, first, last = np.ones((3, size), np.float32)
-    first[:power] = last[start:] = power**-0.5
-    s1, s2, s3, s4 = signs
-    if not inverse:
-        factors = np.stack([s1 * first, s2 * last, s3 * first, s4 * last, one])
-        return Side(np.array([0, start]), power, order, factors)
-    back = np.empty_like(order)
-    back[order] = np.arange(size)
-    factors = np.stack([last, s4 * first, s3[back] * last, s2 * first, s1])
-    return Side(np.array([start, 0]), power, back, factors)
-
-
-def draw(seed: int, side: int, size: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """The permutation and the four vectors of signs: see the module's docstring.
-
-    Args:
-        seed: at least 0 and less than 2⁶⁴.
-        side: 0 for the rows' index, 1 for the columns'.
-        size: n.
-
-    Returns:
-        `order`, int64 `(n,)`, and float32 `(4, n)` of 1 and −1.
-    """
-    key = np.array([seed], np.uint64)
-    for word in (side, size):
-        key = _mix(key) ^ np.uint64(word)
-    words = _mix(_mix(key) + np.arange(size, dtype=np.uint64) * _GAMMA)
-    bits = words >> np.arange(4, dtype=np.uint64)[:, None] & np.uint64(1)
-    return np.argsort(words, kind="stable"), 1 - 2 * bits.astype(np.float32)
-
-
-def _mix(words: Words) -> Words:
-    """SplitMix64's next word, of each state."""
-    words = words + _GAMMA
-    words = (words ^ words >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ words >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-    return words ^ words >> np.uint64(31)
+@lru_cache(maxsize=8)
+def _table(seed: int, size: int) -> NDArray[np.float32]:
+    """R_m in blocks of 16 columns, the last filled up with zeros: float32, flat."""
+    padded = torch.zeros(size, -(-size // 16) * 16)
+    padded[:, :size] = _turned(torch.eye(size)[None], side_of(seed, 0, size, inverse=False))[0]
+    return padded.view(size, -1, 16).transpose(0, 1).contiguous().view(-1).numpy()
 
 
 def _on_device(matrix: Tensor, left: Side, right: Side) -> Tensor:

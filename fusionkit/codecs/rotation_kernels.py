@@ -3,23 +3,34 @@
 A *panel* is a flat array that holds `width` vectors side by side: entry `i` of vector `c` is at
 `i * width + c`, and `width` is a multiple of 16. So every step works on runs of at least 16 floats,
 a line of the cache, and a permutation copies whole runs. A matrix's columns lie so by nature; its
-rows are transposed on the way in and out. What works on 16 floats is written as LLVM vectors, which
-become registers of whatever width the processor has. Bounds are the callers' business.
+rows are transposed on the way in and out. What works on 16 floats is in `rotation_vectors`. Bounds
+are the callers' business.
 """
 
-from collections.abc import Callable
-from typing import Any, cast
-
 import numpy as np
-from llvmlite import ir
-from numba.core import types
-from numba.extending import intrinsic, register_jitable
+from numba.extending import register_jitable
 from numpy.typing import NDArray
 
+from fusionkit.codecs.rotation_vectors import (
+    LANES,
+    add_scaled,
+    butterfly2,
+    butterfly4,
+    butterfly8,
+    butterfly16,
+    from_rows,
+    scaled,
+    scaled2,
+    scaled4,
+    scaled8,
+    scaled16,
+    to_rows,
+    to_rows_onto,
+)
 from fusionkit.task_vectors.compiled import Floats, compiled
 
-LANES = 16
-"""Floats that are worked on at once; rows that are rotated at once."""
+HEIGHT = LANES
+"""Rows that are rotated at once."""
 
 _COLUMNS = 32
 """Columns that are rotated at once, at most."""
@@ -27,18 +38,14 @@ _COLUMNS = 32
 _NEAR = 8192
 """Floats that stay in the first-level cache: 32 KB."""
 
-_VECTOR = ir.VectorType(ir.FloatType(), LANES)
-_INT = types.intp
-_Value = Any
-"""A value of the code that is built: llvmlite has no types for it."""
-
-_intrinsic = cast(Callable[[Callable[..., Any]], Callable[..., None]], intrinsic)
-
 Counts = NDArray[np.int64]
 Steps = tuple[Counts, int, Counts, Floats]
-"""A side's windows, power, order and factors: see `rotation.Side`."""
+"""A side's windows, power, order and factors: see `rotation_sides.Side`."""
 Entries = tuple[Counts, Counts, Floats]
 """Where each panel's entries start, their places in the panel, and their values: see `panels`."""
+Addend = tuple[Floats, Floats, int, Floats]
+"""What is added to a rotated matrix: the left factor of a product, flat, `(m * rank,)`; the right
+one, transposed and flat, `(rank * n,)`; the rank; and a matrix, flat, or an empty array."""
 
 
 def width(columns: int) -> int:
@@ -46,161 +53,83 @@ def width(columns: int) -> int:
     return min(_COLUMNS, -(-columns // LANES) * LANES)
 
 
-def _place(context: Any, builder: Any, kind: Any, array: _Value, offset: _Value) -> _Value:
-    """A pointer to the 16 floats at an offset of a flat array."""
-    data = context.make_array(kind)(context, builder, array).data
-    return builder.bitcast(builder.gep(data, [offset]), _VECTOR.as_pointer())
-
-
-def _butterfly(radix: int) -> Callable[..., None]:
-    """The Hadamard transform of `radix` runs of 16 floats, in place and within registers."""
-
-    @_intrinsic
-    def butterfly(context: Any, array: Any, start: Any, stride: Any) -> Any:
-        def build(context: Any, builder: Any, signature: Any, given: Any) -> _Value:
-            array, at, stride = given
-            places = []
-            for _ in range(radix):
-                places.append(_place(context, builder, signature.args[0], array, at))
-                at = builder.add(at, stride)
-            runs = [builder.load(place, align=4) for place in places]
-            half = 1
-            while half < radix:
-                for i in range(radix):
-                    if not i & half:
-                        a, b = runs[i], runs[i + half]
-                        runs[i], runs[i + half] = builder.fadd(a, b), builder.fsub(a, b)
-                half *= 2
-            for run, place in zip(runs, places, strict=True):
-                builder.store(run, place, align=4)
-            return context.get_dummy_value()
-
-        return types.void(array, _INT, _INT), build
-
-    return butterfly
-
-
-_butterfly2, _butterfly4, _butterfly8 = _butterfly(2), _butterfly(4), _butterfly(8)
-
-
-@_intrinsic
-def _scaled(context: Any, target: Any, to: Any, source: Any, at: Any, factor: Any) -> Any:
-    """`target[to : to + 16] = source[at : at + 16] * factor`."""
-
-    def build(context: Any, builder: Any, signature: Any, given: Any) -> _Value:
-        target, to, source, at, factor = given
-        place = _place(context, builder, signature.args[0], target, to)
-        run = builder.load(_place(context, builder, signature.args[2], source, at), align=4)
-        none, zero = ir.Constant(_VECTOR, ir.Undefined), ir.Constant(ir.IntType(32), 0)
-        one = builder.insert_element(none, factor, zero)
-        factors = builder.shuffle_vector(one, none, _lanes([0] * LANES))
-        builder.store(builder.fmul(run, factors), place, align=4)
-        return context.get_dummy_value()
-
-    return types.void(target, _INT, source, _INT, types.float32), build
-
-
-def _transpose(first: bool) -> Callable[..., None]:
-    """16 × 16 floats transposed; each row that is read (`first`) or written times 16 factors."""
-
-    @_intrinsic
-    def transpose(
-        context: Any,
-        target: Any,
-        to: Any,
-        stride: Any,
-        source: Any,
-        at: Any,
-        step: Any,
-        factors: Any,
-        place: Any,
-    ) -> Any:
-        def build(context: Any, builder: Any, signature: Any, given: Any) -> _Value:
-            target, to, stride, source, at, step, factors, place = given
-            kinds = signature.args
-            factor = builder.load(_place(context, builder, kinds[6], factors, place), align=4)
-            runs = []
-            for _ in range(LANES):
-                run = builder.load(_place(context, builder, kinds[3], source, at), align=4)
-                runs.append(builder.fmul(run, factor) if first else run)
-                at = builder.add(at, step)
-            for run in _transposed(builder, runs):
-                done = run if first else builder.fmul(run, factor)
-                builder.store(done, _place(context, builder, kinds[0], target, to), align=4)
-                to = builder.add(to, stride)
-            return context.get_dummy_value()
-
-        given = (target, _INT, _INT, source, _INT, _INT, factors, _INT)
-        return types.void(*given), build
-
-    return transpose
-
-
-_from_rows, _to_rows = _transpose(True), _transpose(False)
-
-
-def _transposed(builder: Any, runs: list[_Value]) -> list[_Value]:
-    """16 runs of 16 as a square, transposed by swapping blocks of 8 × 8, then 4 × 4, 2 × 2, 1."""
-    done = list(runs)
-    for size in (8, 4, 2, 1):
-        upper = [i if not i & size else LANES + i - size for i in range(LANES)]
-        lower = [i + size if not i & size else LANES + i for i in range(LANES)]
-        for i in range(LANES):
-            if not i & size:
-                a, b = done[i], done[i + size]
-                done[i] = builder.shuffle_vector(a, b, _lanes(upper))
-                done[i + size] = builder.shuffle_vector(a, b, _lanes(lower))
-    return done
-
-
-def _lanes(places: list[int]) -> _Value:
-    return ir.Constant(ir.VectorType(ir.IntType(32), LANES), places)
+@register_jitable
+def _stage(panel: Floats, start: int, end: int, size: int, radix: int) -> None:
+    """The stages of a transform that bring blocks of `size` floats to ones of `size / radix`."""
+    stride = size // radix
+    for block in range(start, end, size):
+        for at in range(block, block + stride, LANES):
+            if radix == 16:
+                butterfly16(panel, at, stride)
+            elif radix == 8:
+                butterfly8(panel, at, stride)
+            elif radix == 4:
+                butterfly4(panel, at, stride)
+            else:
+                butterfly2(panel, at, stride)
 
 
 @register_jitable
-def _stages(panel: Floats, start: int, end: int, size: int, least: int) -> None:
-    """The stages of a Hadamard transform that bring blocks of `size` floats to ones of `least`."""
-    while size > least:
-        if size >= 8 * least:
-            stride = size >> 3
-            for block in range(start, end, size):
-                for at in range(block, block + stride, LANES):
-                    _butterfly8(panel, at, stride)
-        elif size == 4 * least:
-            stride = size >> 2
-            for block in range(start, end, size):
-                for at in range(block, block + stride, LANES):
-                    _butterfly4(panel, at, stride)
-        else:
-            stride = size >> 1
-            for block in range(start, end, size):
-                for at in range(block, block + stride, LANES):
-                    _butterfly2(panel, at, stride)
-        size = stride
+def _scaled_stage(
+    panel: Floats, start: int, size: int, radix: int, factors: Floats, width: int
+) -> None:
+    """The same of one block, its entries times their factors first."""
+    stride = size // radix
+    step = stride // width
+    for line in range(start // width, start // width + step):
+        for at in range(line * width, (line + 1) * width, LANES):
+            if radix == 16:
+                scaled16(panel, at, stride, factors, line, step)
+            elif radix == 8:
+                scaled8(panel, at, stride, factors, line, step)
+            elif radix == 4:
+                scaled4(panel, at, stride, factors, line, step)
+            else:
+                scaled2(panel, at, stride, factors, line, step)
 
 
 @register_jitable
-def _hadamard(panel: Floats, first: int, power: int, width: int) -> None:
-    """Entries `first` to `first + power` of a panel's vectors times the matrix of ±1."""
+def _radix(ratio: int) -> int:
+    """Of the next stage, where there is so much left to do: 2^k, in as few stages as possible."""
+    levels = 0
+    while ratio >> (levels + 1):
+        levels += 1
+    stages = (levels + 3) // 4
+    return 1 << ((levels + stages - 1) // stages)
+
+
+@register_jitable
+def _hadamard(
+    panel: Floats, first: int, power: int, factors: Floats, scale: bool, width: int
+) -> None:
+    """Entries `first` to `first + power`, times factors if `scale`, times the matrix of ±1."""
     start, size = first * width, power * width
-    near = size
-    while near > _NEAR:
-        near >>= 3
-    near = max(near, width)
-    _stages(panel, start, start + size, size, near)
-    for block in range(start, start + size, near):
-        _stages(panel, block, block + near, near, width)
+    end, least = start + size, size
+    if scale and power == 1:
+        for at in range(start, end, LANES):
+            scaled(panel, at, panel, at, factors[first])
+    elif scale:
+        radix = _radix(power)
+        _scaled_stage(panel, start, size, radix, factors, width)
+        least //= radix
+    while least > _NEAR and least > width:
+        radix = _radix(least // width)
+        _stage(panel, start, end, least, radix)
+        least //= radix
+    for block in range(start, end, least):
+        part = least
+        while part > width:
+            radix = _radix(part // width)
+            _stage(panel, block, block + least, part, radix)
+            part //= radix
 
 
 @register_jitable
 def _half(panel: Floats, windows: Counts, power: int, factors: Floats, width: int) -> None:
-    """A transform of the first window; if there is another, factors and a transform of that."""
-    _hadamard(panel, windows[0], power, width)
+    """A transform of the first window; if there is another, of that, times factors."""
+    _hadamard(panel, windows[0], power, factors, False, width)
     if windows[0] != windows[1]:
-        for i in range(len(factors)):
-            for at in range(i * width, (i + 1) * width, LANES):
-                _scaled(panel, at, panel, at, factors[i])
-        _hadamard(panel, windows[1], power, width)
+        _hadamard(panel, windows[1], power, factors, True, width)
 
 
 @register_jitable
@@ -211,7 +140,7 @@ def _rotate(panel: Floats, other: Floats, steps: Steps, width: int) -> None:
     for i in range(len(order)):
         at = order[i] * width
         for lane in range(0, width, LANES):
-            _scaled(other, i * width + lane, panel, at + lane, factors[2, i])
+            scaled(other, i * width + lane, panel, at + lane, factors[2, i])
     _half(other, windows, power, factors[3], width)
 
 
@@ -225,9 +154,32 @@ def _write_columns(
     for i in range(rows):
         at, place = i * size + column, i * width
         for lane in range(0, whole, LANES):
-            _scaled(matrix, at + lane, panel, place + lane, factors[i])
+            scaled(matrix, at + lane, panel, place + lane, factors[i])
         for lane in range(whole, columns):
             matrix[at + lane] = panel[place + lane] * factors[i]
+
+
+@register_jitable
+def _write_rows(
+    panel: Floats, matrix: Floats, factors: Floats, added: Addend, row: int, rows: int
+) -> None:
+    """The first `rows` of a panel's 16 vectors, times factors, and what is added, as rows."""
+    left, right, rank, base = added
+    size, start = len(factors), row * len(factors)
+    whole = size - size % LANES if rows == LANES else 0
+    for i in range(0, whole, LANES):
+        at, to = i * LANES, start + i
+        if len(base):
+            to_rows_onto(matrix, to, size, panel, at, factors, i, left, row, right, rank, base)
+        else:
+            to_rows(matrix, to, size, panel, at, factors, i, left, row, right, rank, base)
+    for lane in range(rows):
+        at = start + lane * size
+        for i in range(whole, size):
+            value = panel[i * LANES + lane] * factors[i]
+            for k in range(rank):
+                value += left[(row + lane) * rank + k] * right[k * size + i]
+            matrix[at + i] = base[at + i] + value if len(base) else value
 
 
 @compiled
@@ -254,7 +206,7 @@ def rotate_columns(
         for i in range(rows):
             at, place = i * size + column, i * width
             for lane in range(0, whole, LANES):
-                _scaled(panel, place + lane, source, at + lane, factors[0, i])
+                scaled(panel, place + lane, source, at + lane, factors[0, i])
             for lane in range(whole, columns):
                 panel[place + lane] = source[at + lane] * factors[0, i]
             if columns < width:
@@ -313,13 +265,16 @@ def panels(positions: Counts, values: Floats, size: int, width: int) -> Entries:
 
 
 @compiled
-def rotate_rows(matrix: Floats, work: Floats, steps: Steps, begin: int, end: int) -> None:
-    """Rotate rows of a matrix in place.
+def rotate_rows(
+    matrix: Floats, work: Floats, steps: Steps, added: Addend, begin: int, end: int
+) -> None:
+    """Rotate rows of a matrix in place, and add to them.
 
     Args:
         matrix: flat, `(m * n,)`, with `n = len(order)`.
         work: `(2, 16 * n)`, overwritten.
         steps: the rotation of the side.
+        added: what is added.
         begin: the first row.
         end: the row after the last.
     """
@@ -328,15 +283,54 @@ def rotate_rows(matrix: Floats, work: Floats, steps: Steps, begin: int, end: int
     for row in range(begin, end, LANES):
         rows = min(LANES, end - row)
         whole = size - size % LANES if rows == LANES else 0
+        start = row * size
         for i in range(0, whole, LANES):
-            _from_rows(panel, i * LANES, LANES, matrix, row * size + i, size, factors[0], i)
+            from_rows(panel, i * LANES, matrix, start + i, size, factors[0], i)
         for i in range(whole, size):
             for lane in range(rows):
-                panel[i * LANES + lane] = matrix[(row + lane) * size + i] * factors[0, i]
+                panel[i * LANES + lane] = matrix[start + lane * size + i] * factors[0, i]
             panel[i * LANES + rows : (i + 1) * LANES] = 0
         _rotate(panel, other, steps, LANES)
-        for i in range(0, whole, LANES):
-            _to_rows(matrix, row * size + i, size, other, i * LANES, LANES, factors[4], i)
-        for lane in range(rows):
-            for i in range(whole, size):
-                matrix[(row + lane) * size + i] = other[i * LANES + lane] * factors[4, i]
+        _write_rows(other, matrix, factors[4], added, row, rows)
+
+
+@compiled
+def rotate_sparse_rows(
+    entries: tuple[Counts, Floats],
+    table: Floats,
+    target: Floats,
+    work: Floats,
+    steps: Steps,
+    added: Addend,
+    begin: int,
+    end: int,
+) -> None:
+    """Rotate a sparse matrix by a table on its columns, and by steps on its rows; and add to it.
+
+    Args:
+        entries: where the matrix, flat, is not zero, `(count,)`, and what it is there, `(count,)`.
+        table: `(blocks * m * 16,)`: what an entry of each row adds to the 16 rows of each block.
+        target: as for `rotate_rows`, as are all others.
+        work: see there.
+        steps: see there.
+        added: see there.
+        begin: see there.
+        end: see there.
+    """
+    (_, _, order, factors), (panel, other) = steps, work
+    positions, values = entries
+    size, count = len(order), len(positions)
+    height = len(target) // size
+    froms, tos = np.empty(count, np.int64), np.empty(count, np.int64)
+    first = np.empty(count, np.float32)
+    for k in range(count):
+        row, column = divmod(positions[k], size)
+        froms[k], tos[k] = row * LANES, column * LANES
+        first[k] = values[k] * factors[0, column]
+    for row in range(begin, end, LANES):
+        panel[:] = 0
+        block = table[row * height : (row + LANES) * height]
+        for k in range(count):
+            add_scaled(panel, tos[k], block, froms[k], first[k])
+        _rotate(panel, other, steps, LANES)
+        _write_rows(other, target, factors[4], added, row, min(LANES, end - row))

@@ -1,6 +1,5 @@
 """Sketch: strong directions, coarsely quantised, and an unbiased sketch of all the rest."""
 
-import hashlib
 import math
 from dataclasses import dataclass
 from typing import ClassVar
@@ -40,7 +39,7 @@ class Sketch(DeltaCodec):
     delta is large for its bits, is named in a warning, with the bits that it would take.
 
     Two gains a matrix, of its directions and of its sketch, are 1; `fusionkit calibrate` learns
-    them.
+    them, and gives more bits to the matrices that the outputs feel more (`family.sensitivities`).
 
     Args:
         bits: per compressed parameter, all that `Bundle.bits_per_parameter` counts: codes, headers
@@ -80,6 +79,16 @@ class Sketch(DeltaCodec):
         if self.noise is not None and not self.sketch:
             raise CodecError("Sketch's noise is the sketch's own; without one, give bits or bytes")
 
+    @property
+    def packs(self) -> bool:
+        """A small matrix takes as many bytes as its entry in a header would."""
+        return True
+
+    @property
+    def uses_sensitivities(self) -> bool:
+        """A sketch has its bits where they are felt; directions alone are the same without."""
+        return self.sketch
+
     def prepare(self, family: Family, shared: SharedParts | None = None) -> Encoder:
         """One pass for all singular values, from which every tensor's bytes follow."""
         how = How.sketched() if self.sketch else How.directions_alone()
@@ -94,7 +103,7 @@ class Sketch(DeltaCodec):
                 allowed = plan.of(at)
                 codes = None
                 if allowed.nbytes:
-                    codes = encode_tensor(vectors, task, allowed, place, self._seed(place), how)
+                    codes = encode_tensor(vectors, task, allowed, place, self._rotation, how)
                 own.append({} if codes is None else {_CODES: codes})
             return Encoded(vectors.name, tasks=own)
 
@@ -110,18 +119,26 @@ class Sketch(DeltaCodec):
     def decode(self, parts: Parts, shape: torch.Size) -> Tensor:
         """The directions' product and the sketch rotated back; differentiable in the gains."""
         codes, device = _read(parts, shape)
-        if codes.form == sketch_codes.PLAIN:
-            assert codes.sketch is not None
-            return (codes.sketch.to(device, torch.float32) * codes.scale).view(shape)
-        of_factors, of_sketch = parts[_GAINS][codes.place].to(torch.float32)
-        rest = self._rest(codes, sides(shape), device)
-        if rest is not None:
-            rest *= of_sketch
-        if codes.factors is None:
-            return torch.zeros(shape, device=device) if rest is None else rest.view(shape)
-        left, right = codes.factors.to(device).product(of_factors)
-        product = left @ right.mT if rest is None else torch.addmm(rest, left, right.mT)
-        return product.view(shape)
+        gains = parts[_GAINS][codes.place]
+        if not gains.requires_grad:
+            return self._sum(codes, gains, shape, device)
+        of_factors, of_sketch = gains.to(torch.float32)
+        whole = torch.zeros(shape, device=device)
+        if codes.factors is not None:
+            left, right = codes.factors.to(device).product(of_factors)
+            whole = whole + (left @ right.mT).view(shape)
+        if codes.sketch is not None:
+            only = codes._replace(factors=None)
+            whole = whole + self._sum(only, torch.ones(2), shape, device) * of_sketch
+        return whole
+
+    def added(self, parts: Parts, base: Tensor, out: Tensor | None = None) -> Tensor:
+        """Base plus delta, with no pass over memory for either sum."""
+        codes, device = _read(parts, base.shape)
+        gains, start = parts[_GAINS][codes.place], base.to(torch.float32)
+        if out is None or out.is_contiguous():
+            return self._sum(codes, gains, base.shape, device, start, out)
+        return out.copy_(self._sum(codes, gains, base.shape, device, start))
 
     def factors(self, parts: Parts, shape: torch.Size) -> LowRank | None:
         """The directions, where there is no sketch beside them."""
@@ -130,20 +147,52 @@ class Sketch(DeltaCodec):
             return None
         return codes.factors.to(device).product(parts[_GAINS][codes.place, 0].to(torch.float32))
 
-    def _rest(self, codes: Codes, shape: tuple[int, int], device: torch.device) -> Tensor | None:
-        if codes.sketch is None:
-            return None
-        symbols, seed = codes.sketch.to(device), self._seed(codes.place)
+    def _sum(
+        self,
+        codes: Codes,
+        gains: Tensor,
+        shape: torch.Size,
+        device: torch.device,
+        base: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Directions, sketch and base: float32 `(*shape)`, in `out` if there is one."""
+        of_factors, of_sketch = gains.tolist()
+        matrix = sides(shape)
+        product = codes.factors.to(device).product(of_factors) if codes.factors else None
+        start = None if base is None else base.reshape(matrix)
+        target = torch.empty(matrix, device=device) if out is None else out.view(matrix)
+        if codes.sketch is None or codes.form == sketch_codes.PLAIN:
+            _plain(codes, product, start, target)
+            return target.view(shape)
+        symbols, scale = codes.sketch.to(device), codes.scale * of_sketch
+        seed = self._rotation
         if codes.positions is not None:
-            return rotate_sparse(codes.positions.to(device), symbols, shape, seed, codes.scale)
-        values = symbols.to(torch.float32).mul_(codes.scale).view(shape)
-        return rotate(values, seed, inverse=True, out=values)
+            at = codes.positions.to(device)
+            rotate_sparse(at, symbols, matrix, seed, scale, product=product, base=start, out=target)
+        else:
+            values = symbols.to(torch.float32).mul_(scale).view(matrix)
+            rotate(values, seed, inverse=True, product=product, base=start, out=target)
+        return target.view(shape)
 
-    def _seed(self, place: int) -> int:
-        digest = hashlib.sha256(f"{self.seed}\0{place}".encode()).digest()
-        return int.from_bytes(digest[:8], "little")
+    @property
+    def _rotation(self) -> int:
+        """The seed of all matrices' rotations: those of one shape share theirs."""
+        return self.seed % 2**64
 
 
 def _read(parts: Parts, shape: torch.Size) -> tuple[Codes, torch.device]:
     stored = parts[_CODES]
     return sketch_codes.read(stored.cpu(), *sides(shape)), stored.device
+
+
+def _plain(codes: Codes, product: LowRank | None, base: Tensor | None, out: Tensor) -> None:
+    """What is not rotated, and the base, into `out`."""
+    start = out.zero_() if base is None else base
+    if product is not None:
+        torch.addmm(start, product.left, product.right.mT, out=out)
+    elif codes.sketch is not None:
+        values = codes.sketch.to(out.device, torch.float32).view(out.shape)
+        torch.add(start, values, alpha=codes.scale, out=out)
+    else:
+        out.copy_(start)

@@ -8,6 +8,8 @@
 A model is a byte: a scale, and 64 where it is a Laplace distribution's.
 """
 
+import math
+from struct import Struct
 from typing import NamedTuple
 
 import numpy as np
@@ -22,12 +24,12 @@ from fusionkit.codecs.sign_sketch import Sketched
 NOTHING, SIGNS, INTEGERS, PLAIN = range(4)
 """Forms: directions alone; rotated, as signs, as integers; integers, not rotated."""
 
-_HEAD = np.dtype(
-    [("form", "u1"), ("place", "<u4"), ("rank", "<u2"), ("count", "<u4"), ("scale", "<f4")]
-)
+_HEAD = Struct("<BIHIf")
+"""Form, place, rank, count, σ."""
+_STEP = Struct("<f")
 _LAPLACE = 64
 
-FIXED_BYTES = _HEAD.itemsize + 4 + 6
+FIXED_BYTES = _HEAD.size + _STEP.size + 6
 """Bytes of a tensor's codes that are not for a direction, nor a symbol's: the stream's own too."""
 
 
@@ -60,12 +62,12 @@ def write(
     runs = list(sketched.runs) if sketched else []
     if form in (INTEGERS, PLAIN):
         count = _byte(runs[0][1])
-    head = np.array([(form, place, rank, count, scale)], _HEAD).tobytes()
+    head = _HEAD.pack(form, place, rank, count, scale)
     if factors:
         of_factors = runs_of(factors)
         models = np.array([_byte(model) for _, model in of_factors], np.uint8).reshape(rank, 2)
         settings = np.column_stack([models, factors.steps.cpu(), factors.gains.cpu()])
-        head += np.float32(factors.step).tobytes() + settings.astype(np.uint8).tobytes()
+        head += _STEP.pack(factors.step) + settings.astype(np.uint8).tobytes()
         runs = of_factors + runs
     stream = entropy.encode(runs)
     return torch.cat([torch.frombuffer(bytearray(head), dtype=torch.uint8), stream])
@@ -82,22 +84,24 @@ def read(codes: Tensor, rows: int, columns: int) -> Codes:
     Raises:
         ValueError: the bytes are not such codes.
     """
-    data = codes.numpy()
-    form, place, rank, count, scale = np.frombuffer(data, _HEAD, 1)[0].item()
-    total, at = rows * columns, _HEAD.itemsize
-    if form > PLAIN or rank > min(rows, columns) or not np.isfinite(scale):
+    data, total, at = codes.numpy().tobytes(), rows * columns, _HEAD.size
+    if len(data) < at:
+        raise ValueError(f"{len(data)} bytes are too few for the head of a tensor's codes")
+    form, place, rank, count, scale = _HEAD.unpack_from(data)
+    if form > PLAIN or rank > min(rows, columns) or not math.isfinite(scale):
         raise ValueError(f"no codes of a {rows} × {columns} matrix")
-    step, settings = 0.0, np.empty((0, HEADER), np.uint8)
+    step, settings = 0.0, b""
     if rank:
-        step = float(np.frombuffer(data, "<f4", 1, at)[0])
-        at += 4
-        settings = np.frombuffer(data, np.uint8, HEADER * rank, at).reshape(rank, HEADER)
-        at += HEADER * rank
-        if not np.isfinite(step):
+        settings = data[at + _STEP.size : at + _STEP.size + HEADER * rank]
+        if len(settings) < HEADER * rank:
+            raise ValueError(f"{len(data)} bytes are too few for {rank} directions")
+        [step] = _STEP.unpack_from(data, at)
+        at += _STEP.size + len(settings)
+        if not math.isfinite(step):
             raise ValueError("the step of the factors is not finite")
     runs: list[tuple[int, Model]] = []
-    for left, right in settings[:, :2].tolist():
-        runs += [(rows, _model(left)), (columns, _model(right))]
+    for start in range(0, len(settings), HEADER):
+        runs += [(rows, _model(settings[start])), (columns, _model(settings[start + 1]))]
     if form == SIGNS:
         runs += [(count, Gaps(count, total)), (count, Bits())]
     elif form:
@@ -105,14 +109,14 @@ def read(codes: Tensor, rows: int, columns: int) -> Codes:
     symbols = entropy.decode(codes[at:], runs)
     factors = None
     if rank:
-        left, right = (torch.stack(symbols[side : 2 * rank : 2], 1) for side in (0, 1))
-        steps, gains = (torch.from_numpy(settings[:, i].copy()) for i in (2, 3))
+        left, right = (torch.stack(symbols[side : 2 * rank : 2]).mT for side in (0, 1))
+        steps, gains = (torch.tensor(list(settings[i::HEADER]), dtype=torch.uint8) for i in (2, 3))
         factors = QuantizedFactors(left, right, step, steps, gains)
     sketch = symbols[-1] if form else None
     positions = None
     if form == SIGNS:
-        positions = (symbols[-2].to(torch.int64) + 1).cumsum(0) - 1
-        sketch = 2 * symbols[-1] - 1
+        positions = symbols[-2].cumsum(0).add_(torch.arange(count))
+        sketch = symbols[-1].mul_(2).sub_(1)
         if count and int(positions[-1]) >= total:
             raise ValueError(f"a position lies outside the {total} entries")
     return Codes(form, place, factors, sketch, positions, scale)

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fusionkit.codecs import rotation
 from fusionkit.codecs.rotation import rotate, rotate_sparse
+from fusionkit.codecs.rotation_sides import side_of
 
 LAYER = [(384, 384)] * 4 + [(1536, 384), (384, 1536)]
 ZOO = LAYER * 6 + [(384, 384)]
@@ -136,7 +137,7 @@ def mixing() -> None:
             [(place == n // 3).float(), torch.ones(n), 1 - 2.0 * (place % 2), place + 1.0]
         )
         ours = [
-            rotation._turned(rows[:, :, None], rotation._side(seed, 1, n, False))[:, :, 0]
+            rotation._turned(rows[:, :, None], side_of(seed, 1, n, False))[:, :, 0]
             for seed in range(20)
         ]
         theirs = [quick(rows, 1000 * seed, False) for seed in range(20)]

@@ -121,7 +121,9 @@ def test_help_is_short_and_complete(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--task TASK" in run("export", "--help")
 
 
-@pytest.mark.parametrize("verb", ["compress", "calibrate", "test", "compare", "fit", "fuse"])
+@pytest.mark.parametrize(
+    "verb", ["compress", "calibrate", "test", "compare", "sweep", "fit", "fuse"]
+)
 def test_help_has_what_the_verb_reads(verb: str) -> None:
     text = " ".join(run(verb, "--help").split())
     written = {"compress": "bundle", "calibrate": "bundle", "fit": "fine-tune"}

@@ -20,6 +20,7 @@ from fusionkit.cli.compare import CompareCLI
 from fusionkit.cli.fit import FitCLI
 from fusionkit.cli.fuse import FuseCLI
 from fusionkit.cli.recipe import RecipeCLI, recipes_folder
+from fusionkit.cli.sweep import SweepCLI
 from fusionkit.cli.test import TestCLI
 from fusionkit.tasks import digits
 
@@ -32,6 +33,8 @@ def test_recipe_parses_and_says_how_to_run_it(path: Path) -> None:
     text = path.read_text()
     content = yaml.safe_load(text)
     cli: type[RecipeCLI] = CompareCLI if "codecs" in content else TestCLI
+    if "data" not in content:
+        cli = SweepCLI
     if "class_path" in content["model"]:
         cli = FuseCLI if "families" in content else FitCLI
 
@@ -40,7 +43,7 @@ def test_recipe_parses_and_says_how_to_run_it(path: Path) -> None:
             pass
 
     parsed = ParseOnly([f"--config={path}"])
-    assert parsed.config["data"]["class_path"]
+    assert cli is SweepCLI or parsed.config["data"]["class_path"]
     header = re.split(r"^\w+:", text, maxsplit=1, flags=re.MULTILINE)[0]
     assert all(line.startswith("#") for line in header.splitlines())
     assert "fusionkit" in header

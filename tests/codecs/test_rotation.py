@@ -1,6 +1,7 @@
 """The seeded rotation: what it is, to the bit; orthogonal; undone; Gaussian; alike everywhere."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,8 +10,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fusionkit.checkpoints.adapters.lowrank import LowRank
 from fusionkit.codecs import rotation
-from fusionkit.codecs.rotation import draw, rotate, rotate_sparse
+from fusionkit.codecs.rotation import rotate, rotate_sparse
+from fusionkit.codecs.rotation_sides import draw, side_of
 
 quick = settings(deadline=None, max_examples=60)
 shapes = st.tuples(st.integers(0, 70), st.integers(0, 70)) | st.sampled_from(
@@ -129,10 +132,51 @@ def test_a_sparse_matrix_is_rotated_back(
     dense = torch.zeros(total)
     dense[positions.long()] = values * 0.25
     rotated = rotate_sparse(positions, values, shape, seed, 0.25)
-    assert torch.equal(rotated, rotate(dense.view(shape), seed, inverse=True))
+    assert close(rotated, rotate(dense.view(shape), seed, inverse=True), dense.norm())
 
 
-@pytest.mark.parametrize("shape", [(1000, 1100), (16, 40_000), (40_000, 5)])
+@quick
+@given(shapes, seeds, st.integers(0, 5), st.booleans())
+@example((384, 48), 1, 3, True)
+@example((1100, 33), 1, 2, True)
+@example((1100, 33), 1, 2, False)
+def test_what_is_added(shape: tuple[int, int], seed: int, rank: int, sparse: bool) -> None:
+    total = shape[0] * shape[1]
+    matrix = torch.randn(shape) * (torch.rand(shape) < (0.02 if sparse else 1))
+    product = LowRank(torch.randn(shape[0], rank), torch.randn(rank, shape[1]).mT)
+    base, out = torch.randn(shape), torch.empty(shape)
+
+    def both(**more: Any) -> Tensor:
+        if not sparse:
+            return rotate(matrix, seed, inverse=True, **more)
+        positions = matrix.view(total).nonzero().view(-1)
+        return rotate_sparse(positions, matrix.view(total)[positions], shape, seed, 1, **more)
+
+    found = both(product=product)
+    assert close(found, both() + product.left @ product.right.mT, 10 * base.norm() + 1)
+    kept = base.clone()
+    assert both(product=product, base=base, out=out) is out
+    assert torch.equal(out, base + found)
+    assert torch.equal(base, kept)
+    left, right = rotation._sides(matrix.shape, seed, inverse=True)
+    added = rotation._Added.of(out, product, base)
+    if total:
+        elsewhere = added.write(out, rotation._on_device(matrix, left, right))
+        assert close(elsewhere, base + found, 10 * base.norm())
+
+
+def test_what_does_not_fit_is_not_added() -> None:
+    matrix = torch.zeros(3, 4)
+    factors = LowRank(torch.zeros(3, 2), torch.zeros(4, 2))
+    with pytest.raises(ValueError, match=r"float32 \(3, 4\) to be added, got torch.float32 \(4, 3"):
+        rotate(matrix, 0, base=torch.zeros(4, 3))
+    with pytest.raises(ValueError, match=r"float32 \(4, 2\) to be added, got torch.float32 \(3, 2"):
+        rotate(matrix, 0, product=factors._replace(right=torch.zeros(3, 2)))
+    with pytest.raises(ValueError, match=r"float32 \(3, 2\) to be added, got torch.float64 \(3, 2"):
+        rotate(matrix, 0, product=factors._replace(left=torch.zeros(3, 2).double()))
+
+
+@pytest.mark.parametrize("shape", [(1000, 1100), (16, 40_000), (40_000, 5), (1500, 700)])
 def test_threads_change_nothing(shape: tuple[int, int]) -> None:
     matrix, before = torch.randn(shape), torch.get_num_threads()
     positions = (torch.rand(matrix.numel()) < 0.01).nonzero().view(-1)
@@ -191,9 +235,7 @@ def test_what_is_peaked_becomes_gaussian(n: int) -> None:
     found = [
         kurtosis(rotated)
         for seed in range(5)
-        for rotated in rotation._turned(
-            torch.stack(rows)[:, :, None], rotation._side(seed, 1, n, False)
-        )
+        for rotated in rotation._turned(torch.stack(rows)[:, :, None], side_of(seed, 1, n, False))
     ]
     assert abs(sum(found) / len(found) - 3 * n / (n + 2)) < 8 / math.sqrt(n)
     assert max(found) < 3 + 40 / math.sqrt(n)
