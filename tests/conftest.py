@@ -28,11 +28,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Groups, in one worker each, then the slow ones, so that what is short evens out the rest."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     for item in items:
-        own = next((name for name in getattr(item, "fixturenames", ()) if name in DEAR), None)
-        if own is not None:
-            settings = getattr(item, "callspec", None)
-            made = settings.params.get(own, "") if settings else ""  # of two processes, or of three
-            item.add_marker(pytest.mark.xdist_group(f"{DEAR[own]}{made}"))
+        if group := _group(item):
+            item.add_marker(pytest.mark.xdist_group(group))
+
+
+def _group(item: pytest.Item) -> str | None:
+    """The group of the dear fixture that a test asks for, by itself or by a parameter."""
+    names = list(getattr(item, "fixturenames", ()))
+    settings = item.callspec.params if hasattr(item, "callspec") else {}
+    if "request" in names:
+        names += [each for each in settings.values() if isinstance(each, str)]
+    own = next((name for name in names if name in DEAR), None)
+    return own and f"{DEAR[own]}{settings.get(own, '')}"  # of two processes, or of three
 
 
 @pytest.fixture(autouse=True)
