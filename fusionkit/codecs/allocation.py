@@ -254,7 +254,7 @@ class Division:
     def within(self, budget: int) -> list[Plan]:
         """The plans at the largest B at which all fit into so many bytes."""
         everything: Among = [None] * len(self.spectra)
-        bits = self._largest(budget, everything, _LEAST)
+        bits = self._largest(budget, everything, self._least)
         if not bits:
             return [own.nothing for own in self.spectra]
         # What a further tensor's entry would not have fitted into is for those that are stored.
@@ -263,11 +263,18 @@ class Division:
 
     def quiet(self, error: float) -> int:
         """About how many bytes leave no task's error more energy; see `Spectra.bits_for`."""
-        bits = 0.0
-        for own, weight, felt in self._tasks:
-            its = own.bits_for(error)
-            bits = max(bits, its**2 / (its + felt) / weight)
+        bits = max(self._common(own.bits_for(error), i) for i, own in enumerate(self.spectra))
         return sum(plan.total for plan in self._plans(bits, [None] * len(self.spectra)))
+
+    @property
+    def _least(self) -> float:
+        """B at which no task has anything, however its noise is felt."""
+        return min(self._common(_LEAST, task) for task in range(len(self.spectra)))
+
+    def _common(self, its: float, task: int) -> float:
+        """B of all, from what one task is to have of it."""
+        _, weight, felt = self._tasks[task]
+        return its**2 / (its + felt) / weight
 
     @cached_property
     def _tasks(self) -> list[tuple[Spectra, float, float]]:

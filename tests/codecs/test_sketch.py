@@ -119,6 +119,13 @@ def test_bits_go_to_tasks_by_the_cube_root_of_their_energy() -> None:
     assert sizes["energy"] == pytest.approx(4, rel=0.1)
 
 
+def test_deltas_far_larger_than_their_base_are_stored() -> None:
+    base, tuned = family({"w": (60, 40), "v": (50, 30)}, 2)
+    base = {name: 1e-9 * tensor for name, tensor in base.items()}
+    bundle = fusionkit.compress(base, tuned, Sketch(bits=4.0))
+    assert all(bundle.delta(task, name) is not None for task in tuned for name in base)
+
+
 @pytest.mark.parametrize("wanted", [0.003, 0.03])
 def test_noise_is_what_was_asked_for(wanted: float) -> None:
     base, tuned = family({"w": (300, 400), "v": (256, 256)}, 2)
