@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from fusionkit.calibration.settings import Calibration as Calibration
     from fusionkit.cli.compare import compare as compare
     from fusionkit.cli.fuse import fuse as fuse
+    from fusionkit.cli.sweep import sweep as sweep
     from fusionkit.reuse.module import ReuseModule as ReuseModule
     from fusionkit.tasks.classification import Classification as Classification
     from fusionkit.tasks.finetune import Finetune as Finetune
@@ -56,6 +57,7 @@ _LIGHTNING = {
     "Calibration": "fusionkit.calibration.settings",
     "compare": "fusionkit.cli.compare",
     "fuse": "fusionkit.cli.fuse",
+    "sweep": "fusionkit.cli.sweep",
     "Classification": "fusionkit.tasks.classification",
     "Finetune": "fusionkit.tasks.finetune",
     "Regression": "fusionkit.tasks.regression",

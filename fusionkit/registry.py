@@ -10,8 +10,11 @@ import, or a name that two distributions claim, is an error only for who asks fo
 """
 
 import dataclasses
+import os
+import sys
 from collections.abc import Mapping
-from importlib.metadata import EntryPoint, entry_points
+from functools import lru_cache
+from importlib.metadata import Distribution, EntryPoint, entry_points
 from typing import Any, ClassVar, TypeVar, cast
 
 from fusionkit.errors import PluginError, listing
@@ -45,7 +48,7 @@ P = TypeVar("P", bound=Plugin)
 
 def names(group: str) -> list[str]:
     """The registered names of a group, sorted; nothing is imported."""
-    return sorted({point.name for point in entry_points(group=group)})
+    return sorted({point.name for point in _entry_points(group)})
 
 
 def load(group: str, name: str) -> type[Plugin]:
@@ -105,7 +108,7 @@ def origin(plugin: type[Plugin]) -> tuple[str, str]:
             f"in {plugin.group}"
         )
     distribution = _entry_point(plugin.group, plugin.id).dist
-    return (distribution.name, distribution.version) if distribution else ("", "")
+    return _name_and_version(distribution) if distribution else ("", "")
 
 
 def to_config(plugin: Plugin) -> Config:
@@ -156,9 +159,9 @@ def from_config(config: Mapping[str, Any]) -> Plugin:
 
 
 def _entry_point(group: str, name: str) -> EntryPoint:
-    points = list(entry_points(group=group, name=name))
+    points = [point for point in _entry_points(group) if point.name == name]
     # The same distribution can be seen twice (an editable install beside its source folder).
-    claims = {(p.value, p.dist.name if p.dist else ""): p for p in points}
+    claims = {(p.value, _name_and_version(p.dist)[0] if p.dist else ""): p for p in points}
     if not claims:
         raise PluginError(f"no '{name}' in {group} is installed{_installed(group)}")
     if len(claims) > 1:
@@ -169,8 +172,33 @@ def _entry_point(group: str, name: str) -> EntryPoint:
     return next(iter(claims.values()))
 
 
+def _entry_points(group: str) -> tuple[EntryPoint, ...]:
+    """All of a group, read again only once something was installed or a folder joined the path."""
+    return _read_entry_points(group, tuple((path, _changed(path)) for path in sys.path))
+
+
+@lru_cache(maxsize=8)
+def _read_entry_points(
+    group: str, path: tuple[tuple[str, int | None], ...]
+) -> tuple[EntryPoint, ...]:
+    return tuple(entry_points(group=group))
+
+
+def _changed(path: str) -> int | None:
+    """When a folder's entries last changed; nothing where there is none."""
+    try:
+        return os.stat(path or ".").st_mtime_ns
+    except OSError:
+        return None
+
+
+@lru_cache(maxsize=64)
+def _name_and_version(distribution: Distribution) -> tuple[str, str]:
+    return distribution.name, distribution.version
+
+
 def _distribution(point: EntryPoint) -> str:
-    return f"{point.dist.name} {point.dist.version}" if point.dist else point.value
+    return " ".join(_name_and_version(point.dist)) if point.dist else point.value
 
 
 def _installed(group: str) -> str:

@@ -17,9 +17,22 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one of several, which together fill t
 pytest_plugins = ["pytester"]
 
 
+DEAR = {
+    **dict.fromkeys(("lora", "linearized", "ia3", "full"), "fits"),
+    **{name: name for name in ("by_several", "finished", "ranks", "spread_out", "trained")},
+}
+"""Fixture that takes seconds to make → the group of those that are made in one worker."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The slow ones first: what is short evens out, among several workers, what is long."""
+    """Groups, in one worker each, then the slow ones, so that what is short evens out the rest."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    for item in items:
+        own = next((name for name in getattr(item, "fixturenames", ()) if name in DEAR), None)
+        if own is not None:
+            settings = getattr(item, "callspec", None)
+            made = settings.params.get(own, "") if settings else ""  # of two processes, or of three
+            item.add_marker(pytest.mark.xdist_group(f"{DEAR[own]}{made}"))
 
 
 @pytest.fixture(autouse=True)

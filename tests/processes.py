@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Callable
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from typing import Any
 
@@ -34,6 +35,30 @@ def together(count: int, function: Callable[..., None], *arguments: Any) -> None
     multiprocessing.start_processes(
         _work, (count, port, function, arguments), nprocs=count, start_method="forkserver"
     )
+
+
+def by_itself(function: Callable[..., Any], *arguments: Any) -> tuple[int | None, Any]:
+    """Call a function in a process of its own, where limits and signals hurt nobody.
+
+    Returns:
+        the process's exit code, negative for the signal that ended it; what the function returned,
+        nothing where it did not.
+    """
+    context = forking()
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(there, function, arguments))
+    process.start()
+    there.close()
+    try:
+        answer = here.recv()
+    except EOFError:
+        answer = None
+    process.join()
+    return process.exitcode, answer
+
+
+def _answer(there: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    there.send(function(*arguments))
 
 
 def _work(

@@ -42,7 +42,7 @@ def plugin(request: pytest.FixtureRequest) -> Path:
 
 
 def test_they_are_all_here() -> None:
-    names = {"bitdelta", "compeft", "dare", "lossless", "tallmask", "tsv"}
+    names = {"bitdelta", "compeft", "dare", "jd", "lossless", "tallmask", "tsv"}
     assert {folder.name for folder in FOLDERS} == {f"fusionkit-{name}" for name in names}
 
 

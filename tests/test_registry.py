@@ -115,6 +115,21 @@ def test_listing_names_imports_nothing(install: Install) -> None:
     assert "listed_only" not in sys.modules
 
 
+def test_what_is_installed_while_the_program_runs_is_found(install: Install) -> None:
+    """In a folder that was looked into before; what is removed is gone."""
+    folder = install("first", "", "first = first:Any")
+    assert {"first"} == {"first", "second"} & set(names(CODECS))
+    info = folder / "second-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: second\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[{CODECS}]\nsecond = second:Any\n")
+    assert {"first", "second"} == {"first", "second"} & set(names(CODECS))
+    shutil.rmtree(info)
+    assert {"first"} == {"first", "second"} & set(names(CODECS))
+    sys.path.remove(str(folder))
+    assert not {"first", "second"} & set(names(CODECS))
+
+
 def test_a_third_partys_codec_is_found(ternary: type[Plugin]) -> None:
     assert "ternary" in names(CODECS)
     assert ternary.__module__ == "ternary_plugin"

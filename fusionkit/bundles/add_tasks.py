@@ -61,7 +61,8 @@ def add_tasks(
     ):
         folder = Path(temporary)
         shared = bundle.shared_parts if keep_shared else None
-        writer = BundleWriter(folder, family, bundle.codec, resumable=False)
+        names = bundle.manifest.base.tensors
+        writer = BundleWriter(folder, family, bundle.codec, resumable=False, names=names)
         new_shared, records = writer.write(shared, adding=True)
         if new_shared:
             raise BundleError(f"{bundle.path}: {_SHARES}")

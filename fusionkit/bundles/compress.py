@@ -78,17 +78,49 @@ def compress(
         ProcessError: another of the processes failed, or has ended.
     """
     with processes.together():
-        if not isinstance(codec, DeltaCodec):
-            raise CodecError(f"expected a DeltaCodec, got {codec!r}")
-        to_config(codec)
+        check_codec(codec)
         refuse_alike(finetuned)
         workers = Workers(processes, progress)
         family = Family(base, finetuned, private, frozen, adapters, workers, device, rename, ignore)
         if out is None:
-            return _temporary(family, codec)
+            return temporary_bundle(family, codec)
         _write_together(family, codec, open_path(out), overwrite)
     processes.gather(None)  # it is there
     return Bundle(out, unsplit(family.base))
+
+
+def check_codec(codec: DeltaCodec) -> None:
+    """Check that it is a codec, and one by which bundles can be opened again.
+
+    Raises:
+        CodecError, PluginError: it is not.
+    """
+    if not isinstance(codec, DeltaCodec):
+        raise CodecError(f"expected a DeltaCodec, got {codec!r}")
+    to_config(codec)
+
+
+def temporary_bundle(family: Family, codec: DeltaCodec, base: BaseRecord | None = None) -> Bundle:
+    """Compress a family that is open already, into a bundle whose folder goes with the object.
+
+    Args:
+        family: what is compressed.
+        codec: how.
+        base: the base's record, where it is known already.
+
+    Raises:
+        BundleError: it can't be written, or there are several processes.
+    """
+    if family.workers.processes.count > 1:
+        raise BundleError("several processes need a folder to write to: give `out`")
+    folder = Path(tempfile.mkdtemp(prefix="fusionkit-"))
+    try:
+        with disk_errors(folder):
+            _write(folder, family, codec, base=base)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return Bundle.temporary(folder, unsplit(family.base))
 
 
 def _write_together(family: Family, codec: DeltaCodec, out: Path, overwrite: bool) -> None:
@@ -113,23 +145,16 @@ def _write_together(family: Family, codec: DeltaCodec, out: Path, overwrite: boo
         tidy(folder)
 
 
-def _temporary(family: Family, codec: DeltaCodec) -> Bundle:
-    if family.workers.processes.count > 1:
-        raise BundleError("several processes need a folder to write to: give `out`")
-    folder = Path(tempfile.mkdtemp(prefix="fusionkit-"))
-    try:
-        with disk_errors(folder):
-            _write(folder, family, codec)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    return Bundle.temporary(folder, unsplit(family.base))
-
-
-def _write(folder: Path, family: Family, codec: DeltaCodec, resumable: bool = False) -> None:
+def _write(
+    folder: Path,
+    family: Family,
+    codec: DeltaCodec,
+    resumable: bool = False,
+    base: BaseRecord | None = None,
+) -> None:
     """Write a bundle into a folder; the manifest comes last, from the first process."""
     shared, tasks = BundleWriter(folder, family, codec, resumable).write()
-    base = BaseRecord.of(family)
+    base = base or BaseRecord.of(family)
     if family.workers.processes.rank == 0:
         Manifest(
             codec=to_config(codec),

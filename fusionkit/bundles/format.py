@@ -6,7 +6,8 @@
                             to the vocabulary; <name> is percent-encoded, and cut where it is too
                             long for a file's name
 
-All tensor files are plain safetensors (part_file.py). A tensor's parts are keyed `<tensor>/<part>`;
+All tensor files are safetensors (part_file.py); of codecs with parts of a few bytes, small ones
+are packed in one tensor (small_parts.py). A tensor's parts are keyed `<tensor>/<part>`;
 the part `tensor` is reserved for private and exact tensors, stored whole. Parts of the whole model
 are keyed `/<part>`, the initial tensors of adapters, where no seed makes them again,
 `start:<tensor>/tensor` in the shared file, the rows that a task added to a tensor of its vocabulary
@@ -26,10 +27,11 @@ from fusionkit.checkpoints.path_text import one_form
 from fusionkit.errors import BundleError
 
 FORMAT = "fusionkit-bundle"
-VERSIONS = (1, 2, 3, 4, 5)
-"""What can be read; 5 is written where a task added rows to the vocabulary; 4 where stacks of
-experts are split into their matrices, or a user's `rename` or `ignore` applies; 3 where tasks were
-calibrated; 2 where adapters are what is compressed; 1 otherwise."""
+VERSIONS = (1, 2, 3, 4, 5, 6)
+"""What can be read; 6 is written where a file's small parts are packed; 5 where a task added rows
+to the vocabulary; 4 where stacks of experts are split into their matrices, or a user's `rename` or
+`ignore` applies; 3 where tasks were calibrated; 2 where adapters are what is compressed; 1
+otherwise."""
 
 MANIFEST = "manifest.json"
 SHARED = "shared.safetensors"

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusionkit.bundles.part_file import Entry, PartWriter
+from fusionkit.bundles.part_file import Entry
+from fusionkit.bundles.part_writer import PartWriter
 from fusionkit.bundles.side_files import folder_of, side_files
 from fusionkit.checkpoints.checkpoint import Checkpoint
 from fusionkit.checkpoints.output_folder import LOCK

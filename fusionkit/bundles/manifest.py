@@ -15,6 +15,7 @@ from fusionkit.bundles.part_file import FileRecord
 from fusionkit.checkpoints.adapters.modules import AdapterSpace
 from fusionkit.checkpoints.architecture import Kind
 from fusionkit.checkpoints.checkpoint import Checkpoint
+from fusionkit.checkpoints.json_text import json_text
 from fusionkit.checkpoints.safetensors_file import tensor_bytes
 from fusionkit.checkpoints.stacks import rows_of
 from fusionkit.errors import BundleError, WrongBaseError, listing
@@ -265,6 +266,9 @@ class Manifest:
     @property
     def _version(self) -> int:
         """The oldest that can say what is in it."""
+        files = [self.shared, *(record.file for record in self.tasks.values())]
+        if any(file and file.packed for file in files):
+            return 6
         if any(record.added for record in self.tasks.values()):
             return 5
         if self.base.stacks or self.base.rename or self.base.ignore:
@@ -281,7 +285,11 @@ class Manifest:
             "base_fingerprint": self.base.fingerprint,
             **dataclasses.asdict(self),
         }
-        for record in content["tasks"].values():
+        records = content["tasks"].values()
+        for file in (content["shared"], *(record["file"] for record in records)):
+            if file and not file["packed"]:
+                file.pop("packed")
+        for record in records:
             if record["calibration"] is None:
                 record.pop("calibration")
             if not record["added"]:
@@ -291,7 +299,7 @@ class Manifest:
                 content["base"].pop(key)
         if self.base.space:
             content["base"]["space"] = self.base.space.to_json()
-        return json.dumps({**content, "checksum": _checksum(content)}, indent=1) + "\n"
+        return json_text({**content, "checksum": _checksum(content)}) + "\n"
 
     def write(self, folder: Path) -> None:
         """Write into a bundle's folder: to a temporary name, then renamed."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from fusionkit.bundles.format import ADDED, INITIAL, SHARED, task_file
 from fusionkit.bundles.manifest import Manifest
 from fusionkit.bundles.part_file import PartFile
+from fusionkit.bundles.small_parts import Names
 from fusionkit.checkpoints.vocabulary import with_rows
 from fusionkit.codecs.base import WHOLE, WHOLE_MODEL, DeltaCodec, Parts
 from fusionkit.errors import BundleError
@@ -32,7 +33,9 @@ class BundleReader:
     """
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
-        self._shared = PartFile(path / SHARED, manifest.shared) if manifest.shared else None
+        self._names = Names(manifest.base.tensors)
+        shared = manifest.shared
+        self._shared = PartFile(path / SHARED, shared, self._names) if shared else None
         self._path, self._manifest = path, manifest
         self._tasks: OrderedDict[str, PartFile] = OrderedDict()
         self._whole: tuple[tuple[str, torch.device | None], Parts] | None = None
@@ -110,7 +113,7 @@ class BundleReader:
         file = self._tasks.get(task)
         if file is None:
             record = self._manifest.tasks[task].file
-            file = self._tasks[task] = PartFile(self._path / task_file(task), record)
+            file = self._tasks[task] = PartFile(self._path / task_file(task), record, self._names)
             if len(self._tasks) > _OPEN:
                 self._tasks.popitem(last=False)
         else:

@@ -1,5 +1,6 @@
 """A family's payload on its way into a folder: what each process writes, and how it is joined."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,8 +9,10 @@ from torch import Tensor
 from fusionkit.bundles.format import ADDED, INITIAL, SHARED, SIDE_FILE, task_file
 from fusionkit.bundles.journal import PROCESS, Journal, Record, identity
 from fusionkit.bundles.manifest import TaskRecord
-from fusionkit.bundles.part_file import Entry, FileRecord, Part, PartWriter
+from fusionkit.bundles.part_file import Entry, FileRecord
+from fusionkit.bundles.part_writer import Part, PartWriter
 from fusionkit.bundles.side_files import as_tensor, own_files
+from fusionkit.bundles.small_parts import Names
 from fusionkit.codecs.base import WHOLE, WHOLE_MODEL, DeltaCodec, Encoded, Parts, SharedParts
 from fusionkit.codecs.payload import encode
 from fusionkit.errors import BundleError, CodecError
@@ -50,17 +53,27 @@ class BundleWriter:
         family: what is encoded.
         codec: what encodes.
         resumable: keep a journal, and go on from one that is there.
+        names: of the bundle's base, where it is there already; by default the family's.
     """
 
-    def __init__(self, folder: Path, family: Family, codec: DeltaCodec, resumable: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        family: Family,
+        codec: DeltaCodec,
+        resumable: bool,
+        names: Iterable[str] | None = None,
+    ) -> None:
         self._family, self._codec = family, codec
         self._processes = family.workers.processes
         rank = self._processes.rank
         own = folder / f"{PROCESS}{rank}" if rank else folder
         own.mkdir(exist_ok=True)
         files = [SHARED, *(task_file(task) for task in family.tasks)]
-        names = [*family.roles, *(n for names in family.private.values() for n in names)]
-        self._writers = [PartWriter(own / file, names) for file in files]
+        of_base = family.roles if names is None else names
+        all_names = [*of_base, *(n for names in family.private.values() for n in names)]
+        packed = Names(of_base) if codec.packs else None
+        self._writers = [PartWriter(own / file, all_names, packed) for file in files]
         self._journal: Journal | None = None
         if resumable:
             known = identity(family, codec, self._processes)

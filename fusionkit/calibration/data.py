@@ -1,5 +1,6 @@
 """The rows that are calibrated on."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -38,6 +39,13 @@ class CalibrationData(Wrapped):
             if task not in loaders or not len(loaders[task]):
                 raise DataError(f"there are no calibration data for task '{task}'")
         return loaders
+
+    def batches(self, task: str, device: torch.device) -> Iterator[Any]:
+        """One task's rows on a device, as a step gets them: through the datamodule's hooks."""
+        for rows in self.train_dataloader()[task]:
+            batch = self.on_before_batch_transfer({task: rows}, 0)
+            batch = self.transfer_batch_to_device(batch, device, 0)
+            yield self.on_after_batch_transfer(batch, 0)[task]
 
     def _of_each(self, hook: str) -> Any:
         """The datamodule's hook, which knows batches of one task, for those of all."""

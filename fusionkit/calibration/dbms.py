@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fusionkit.bundles.bundle import Bundle
+from fusionkit.bundles.compress import temporary_bundle
 from fusionkit.calibration.module import CalibrationModule
 from fusionkit.calibration.pair_search import PROBES, PairSearch
 from fusionkit.calibration.progress import Values
@@ -214,4 +215,4 @@ class DBMSCalibration(CalibrationModule):
     def bundle_of(self, values: list[Values]) -> Bundle:
         """A temporary bundle of what was learned."""
         scalars = dict(zip(self.family.tasks, self._pairs(values), strict=True))
-        return self.reuse.compress(codec=self.codec.at(scalars))
+        return temporary_bundle(self.family, self.codec.at(scalars))

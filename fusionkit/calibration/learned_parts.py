@@ -9,8 +9,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fusionkit.bundles.bundle import Bundle
+from fusionkit.bundles.compress import temporary_bundle
 from fusionkit.bundles.format import task_file
-from fusionkit.bundles.part_file import Part, PartWriter
+from fusionkit.bundles.part_writer import Part, PartWriter
+from fusionkit.bundles.small_parts import Names
 from fusionkit.calibration.module import CalibrationModule
 from fusionkit.calibration.progress import Values
 from fusionkit.calibration.settings import Calibration
@@ -48,7 +50,8 @@ class PartsCalibration(CalibrationModule):
 
     def prepare(self) -> list[Values]:
         """Encode; every factor starts at 1."""
-        self._encoded = self.reuse.compress(codec=self.codec)
+        self.family.device = self.device
+        self._encoded = temporary_bundle(self.family, self.codec)
         names = [WHOLE_MODEL, *self._encoded.manifest.base.names("delta")]
         self._of: list[dict[str, list[tuple[str, slice]]]] = []
         start: list[Values] = []
@@ -112,12 +115,12 @@ class PartsCalibration(CalibrationModule):
     def bundle_of(self, values: list[Values]) -> Bundle:
         """A temporary bundle of what was learned."""
         bundle = self._encoded
-        records = dict(bundle.manifest.tasks)
+        records, names = dict(bundle.manifest.tasks), Names(bundle.manifest.base.tensors)
         for place, task in enumerate(self.family.tasks):
             own = torch.tensor(values[place], dtype=torch.float32)
             path = bundle.path / task_file(task)
             learned = path.with_name("learned")  # a name that is short, whatever the task's is
-            writer = PartWriter(learned)
+            writer = PartWriter(learned, packed=names if bundle.codec.packs else None)
             for name in bundle.task_names(task):
                 parts = bundle.task_parts(task, name)
                 for part, tensor in self._scaled(place, name, parts, own).items():

@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from fusionkit.bundles.bundle import Bundle
+from fusionkit.calibration.data import CalibrationData
+from fusionkit.calibration.moments import sensitivities
 from fusionkit.calibration.objective import head_of, loss, outputs
 from fusionkit.calibration.progress import TaskProgress, Values, load_state, state_of
 from fusionkit.calibration.settings import Calibration
@@ -130,19 +133,21 @@ class CalibrationModule(LightningModule, ABC):
                 f"{', '.join(present) or 'none'}"
             )
         tasks, classes = list(self.reuse.finetuned), self.reuse.num_classes
-        self.open(kinds_of(datamodule, tasks, classes, scored=False))
+        self.open(kinds_of(datamodule, tasks, classes, scored=False), datamodule)
         parameters = self.reuse.model.named_parameters()
         self._trained = frozenset(name for name, each in parameters if each.requires_grad)
         self.reuse.model.requires_grad_(False)
         self.automatic_optimization = self.settings.method == "gradient"
 
-    def open(self, kinds: Mapping[str, Task]) -> None:
+    def open(self, kinds: Mapping[str, Task], data: CalibrationData | None = None) -> None:
         """Open the family, encode, and start from where each task's numbers are at first.
 
         Args:
             kinds: of what kind each task is.
+            data: tell a codec that asks what the outputs feel; None: it is not told.
 
         Raises:
+            DataError: a gradient is not finite.
             FusionKitError: adapters themselves are reused.
         """
         self.family = self.reuse.family()
@@ -152,6 +157,13 @@ class CalibrationModule(LightningModule, ABC):
                 "tensors; set adapters: merged"
             )
         self.kinds = [kinds[task] for task in self.family.tasks]
+        if data is not None and self.codec.uses_sensitivities:
+            self.eval()
+            self.reuse.to(self.device)  # where the Trainer will have it
+            batches = partial(data.batches, device=self.device)
+            told = sensitivities(self.reuse, self.family, self.kinds, batches, self.settings)
+            # Of the same rows in every process; the first one's, to the last bit.
+            self.family.sensitivities = self.trainer.strategy.broadcast(told)
         start = self.prepare()
         ends = torch.tensor([0, *(len(values) for values in start)]).cumsum(0).tolist()
         self.progress = [

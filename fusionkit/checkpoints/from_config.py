@@ -121,7 +121,7 @@ def _of_transformers(config: Mapping[str, Any]) -> nn.Module:
     for name in [said] if isinstance(said, str) else said:
         kind = kind or getattr(transformers, str(name), None)
     if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
-        return kind(made)
+        return cast(nn.Module, kind(made))
     if config.get("auto_map"):
         raise ValueError("it needs code of its own")
     make: Any = AutoModel.from_config

@@ -10,6 +10,16 @@ from lightning.fabric import Fabric
 from fusionkit.task_vectors.processes import ALONE, Group, Processes
 
 
+def device_of(trainer: Mapping[str, Any]) -> torch.device:
+    """The device that a Trainer of these settings would have if it had one.
+
+    Args:
+        trainer: a recipe's `trainer`: its `accelerator` is used.
+    """
+    device: torch.device = Fabric(accelerator=trainer["accelerator"], devices=1).device
+    return device
+
+
 @contextmanager
 def launched(trainer: Mapping[str, Any]) -> Iterator[tuple[Processes, torch.device]]:
     """The processes that a Trainer of these settings would run in; the others are started first.

@@ -12,6 +12,7 @@ with a recipe (--config R.yaml; every setting can be overridden on the command l
   calibrate  compress, with a few scalars per task learned on a few rows
   test       score every task, from a bundle or compressed on the fly
   compare    score several codecs over the same checkpoints: table, CSV, plot
+  sweep      sizes and weight errors of codecs over their settings, without data
   fit        fine-tune one task: in full, a LoRA, a linearized LoRA, or (IA)³
   fuse       train families of adapters, fuse every set of tasks: table, CSV, plot
 
@@ -25,7 +26,7 @@ without input:
 """
 
 VERBS = (
-    *("compress", "calibrate", "test", "compare", "fit", "fuse"),
+    *("compress", "calibrate", "test", "compare", "sweep", "fit", "fuse"),
     *("inspect", "export", "demo", "codecs"),
 )
 """What `fusionkit` can do: each a file of that name, whose `run` takes the arguments after it."""

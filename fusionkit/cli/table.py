@@ -20,6 +20,7 @@ class Table:
         words: how many columns, the first, hold words; the others hold numbers, set to the right.
         footer: how many rows, the last, are set off from the others.
         rows: a cell for each column, empty where there is nothing to say.
+        note: what is to be known of it, below.
     """
 
     title: str
@@ -27,6 +28,7 @@ class Table:
     words: int = 1
     footer: int = 0
     rows: list[tuple[str, ...]] = field(default_factory=list)
+    note: str = ""
 
     def add(self, *cells: str) -> None:
         """Add a row; cells that are left out at its end are empty."""
@@ -34,7 +36,8 @@ class Table:
 
     def __rich__(self) -> RichTable:
         """The table as rich draws it."""
-        table = RichTable(title=markup.escape(self.title))
+        note = markup.escape(self.note) or None
+        table = RichTable(title=markup.escape(self.title), caption=note, caption_justify="left")
         for place, column in enumerate(self.columns):
             table.add_column(
                 markup.escape(column), justify="left" if place < self.words else "right"
@@ -54,7 +57,8 @@ class Table:
             body.append(_row("td", row, self.words, above))
         caption = f'<caption style="font-style: italic">{escape(self.title)}</caption>'
         style = "border-collapse: collapse; font-variant-numeric: tabular-nums"
-        return f'<table style="{style}">\n{caption}\n' + "\n".join(body) + "\n</table>"
+        note = f"\n<p>{escape(self.note)}</p>" if self.note else ""
+        return f'<table style="{style}">\n{caption}\n' + "\n".join(body) + f"\n</table>{note}"
 
 
 def _row(tag: str, cells: Sequence[str], words: int, style: str) -> str:

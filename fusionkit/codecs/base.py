@@ -94,6 +94,19 @@ class DeltaCodec(Plugin, ABC):
     """Names of a task's parts that `fusionkit calibrate` may learn: floats in which `decode` is
     differentiable."""
 
+    @property
+    def packs(self) -> bool:
+        """Whether a file's small parts are packed: for codecs whose parts are a few bytes each.
+
+        They take less, but no other reader of safetensors finds them.
+        """
+        return False
+
+    @property
+    def uses_sensitivities(self) -> bool:
+        """Whether `prepare` looks at `family.sensitivities`, which calibration then measures."""
+        return False
+
     @abstractmethod
     def prepare(self, family: Family, shared: SharedParts | None = None) -> Encoder:
         """Take what must be known of the whole family, and return what encodes its tensors.

@@ -76,6 +76,11 @@ class DBMS(DeltaCodec):
         assert self.shift is not None  # once constructed
         return self.shift
 
+    @property
+    def uses_sensitivities(self) -> bool:
+        """As what encodes the shift and the residuals."""
+        return self.codec.uses_sensitivities or self.direction.uses_sensitivities
+
     def at(self, scalars: Mapping[str, Scalars]) -> DeltaCodec:
         """What encodes at scalars that are known; they are no setting, and it is recorded as this.
 
@@ -83,6 +88,11 @@ class DBMS(DeltaCodec):
             scalars: task → (α, β); tasks that are not in it are searched for.
         """
         return _AtScalars(self, dict(scalars))
+
+    @property
+    def packs(self) -> bool:
+        """As the codec within does."""
+        return self.codec.packs
 
     def prepare(self, family: Family, shared: SharedParts | None = None) -> Encoder:
         """Encode the shift; search the scalars, once per try; then what the codec prepares."""
@@ -239,6 +249,11 @@ class _AtScalars(DeltaCodec):
     def recorded(self) -> DBMS:
         """The DBMS."""
         return self.codec
+
+    @property
+    def packs(self) -> bool:
+        """As the codec within does."""
+        return self.codec.packs
 
     def prepare(self, family: Family, shared: SharedParts | None = None) -> Encoder:
         """As the DBMS; only scalars that are not known are searched for."""

@@ -1,7 +1,8 @@
 """What a bundle's files hold beside a codec's payload, as far as its family tells: upper bounds.
 
-For codecs that keep to a number of bytes. A file's header has an entry for each part, the manifest
-one for each tensor of the base; see `bundles.part_file` and `bundles.manifest`, which write them.
+For codecs that keep to a number of bytes. A file's header has an entry for each part, or the index
+of its small ones; the manifest one for each tensor of the base; see `bundles.part_writer`,
+`bundles.small_parts` and `bundles.manifest`, which write them.
 """
 
 import json
@@ -9,10 +10,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fusionkit.checkpoints.json_text import json_text
 from fusionkit.codecs.base import WHOLE
 from fusionkit.registry import Config
 from fusionkit.task_vectors.family import Family
 
+SMALL = 1 << 14
+"""Bytes from which a part has an entry of its own in the header, if others are packed."""
+PACKED_ENTRY = 9
+"""Bytes of a packed part's entry: its tensor's place takes three at most, and its side."""
+_INDEX = 64
+"""Of a pack's index: what is no entry."""
 _DIGEST = 16
 _HEADER = 80
 """Of a header: what is no entry, and its padding."""
@@ -31,11 +39,13 @@ class Overhead:
         headers: of all tasks, those of their files' headers that no payload adds to, and of what
             adapters start from, where that is stored.
         whole: of all tasks, those of their private and exact tensors.
+        packs: whether small parts are packed, in the files of a codec that asks for it.
     """
 
     manifest: int
     headers: int
     whole: int
+    packs: bool
 
 
 def overhead(family: Family, codec: Config, nbytes: int) -> Overhead:
@@ -49,12 +59,14 @@ def overhead(family: Family, codec: Config, nbytes: int) -> Overhead:
     exact = [family.base.specs[name] for name in family.names("exact")]
     names = [*family.roles, *(name for own in family.private.values() for name in own)]
     room = _ROOM + sum(4 * (140 + _text(name)) for name in names)
-    headers = whole = 0
+    headers = whole = largest = 0
     for task, checkpoint in family.finetuned.items():
         specs = [*exact, *(checkpoint.specs[name] for name in family.private[task])]
         own = sum(spec.nbytes for spec in specs)
         known = [*family.names("exact"), *family.private[task]]
-        headers += _HEADER + room * (own + nbytes > _LARGE)
+        headers += _HEADER + entry_bytes("", "packed", own + nbytes) + _INDEX
+        headers += room * (own + nbytes > _LARGE)
+        largest = max(largest, own + nbytes)
         for name, spec in zip(known, specs, strict=True):
             headers += entry_bytes(name, WHOLE, own + nbytes, list(spec.shape))
         whole += own
@@ -63,7 +75,7 @@ def overhead(family: Family, codec: Config, nbytes: int) -> Overhead:
         for name in family.space.layout.tensors:
             spec = family.base.specs[name]
             headers += spec.nbytes + entry_bytes(name, "start:" + WHOLE, 1 << 40, list(spec.shape))
-    return Overhead(_manifest(family, codec), headers, whole)
+    return Overhead(_manifest(family, codec), headers, whole, largest <= _LARGE)
 
 
 def entry_bytes(name: str, part: str, nbytes: int, shape: Sequence[int] | None = None) -> int:
@@ -85,12 +97,12 @@ def _manifest(family: Family, codec: Config) -> int:
     base = family.base
     known = base.architecture
     sha = "0" * 64
-    file = {"bytes": _NUMBER, "header_sha256": sha}
+    file = {"bytes": _NUMBER, "header_sha256": sha, "packed": True}
     numbers = ("shift", "scale", "objective", "method", "rows", "seed", "epochs")
     calibration = dict.fromkeys((*numbers, "loss_before", "loss_after"), 0.12345678901234566)
     content: dict[str, Any] = {
         "format": "fusionkit-bundle",
-        "format_version": 1,
+        "format_version": 6,
         "base_fingerprint": sha,
         "codec": codec,
         "base": {
@@ -131,7 +143,7 @@ def _manifest(family: Family, codec: Config) -> int:
         },
         "checksum": sha,
     }
-    return len(json.dumps(content, indent=1)) + 1
+    return len(json_text(content)) + 1
 
 
 def _text(name: str) -> int:

@@ -1,6 +1,7 @@
-"""Bits and sparse positions as bytes: pure functions, vectorised, on any device.
+"""Bits, small integers and sparse positions as bytes: pure functions, vectorised, on any device.
 
-Bit order is little-endian throughout: entry `i` of a mask is bit `i % 8` of byte `i // 8`.
+Bit order is little-endian throughout: entry `i` of a mask is bit `i % 8` of byte `i // 8`, and
+integer `i` of `b` bits is bits `b i` to `b i + b - 1`.
 
 Sparse positions are Golomb-Rice coded. The gaps between kept positions are split into a quotient
 (unary, terminated by a one) and a remainder of `k` bits; the quotients make one stream, and each
@@ -10,6 +11,8 @@ independently with probability d the code stays within 5% of the mask's entropy 
 coded positions as 8 bytes little-endian, the unary stream, and the k streams of the remainders,
 lowest bit first, as one; both padded to whole bytes.
 """
+
+import math
 
 import numpy as np
 import torch
@@ -21,6 +24,8 @@ from fusionkit.task_vectors.kernels import places
 
 _COMPLEMENT = 0x80
 _HEADER = 9
+_WORDS = {1: torch.uint8, 3: torch.int32, 5: torch.int64, 7: torch.int64}
+"""Bytes of a word → the dtype that it is put together in."""
 
 
 def pack_bits(bits: Tensor) -> Tensor:
@@ -58,6 +63,61 @@ def unpack_bits(packed: Tensor, count: int) -> Tensor:
     if packed.device.type == "cpu":
         return torch.from_numpy(np.unpackbits(packed.numpy(), count=count, bitorder="little"))
     return _unpack_on_device(packed, count)
+
+
+def pack_integers(integers: Tensor, bits: int, fill: int = 0) -> Tensor:
+    """Pack small integers along the first axis; the other axes stay as they are.
+
+    Args:
+        integers: uint8 `(count, …)`, each below 2^bits.
+        bits: 1 to 8, of each integer.
+        fill: the integer that fills up the last byte.
+
+    Returns:
+        uint8 `(ceil(count · bits / 8), …)` on the same device.
+    """
+    count, size = len(integers), _word(bits)
+    per = 8 * size // bits
+    filling = integers.new_full((-count % per, *integers.shape[1:]), fill)
+    padded = torch.cat([integers, filling])
+    words = padded.new_zeros(len(padded) // per, *integers.shape[1:], dtype=_WORDS[size])
+    for place in range(per):
+        words |= padded[place::per].to(words.dtype) << (bits * place)
+    if size == 1:
+        return words
+    packed = torch.stack([(words >> (8 * k) & 0xFF).to(torch.uint8) for k in range(size)], 1)
+    return packed.flatten(0, 1)[: -(-count * bits // 8)]
+
+
+def unpack_integers(packed: Tensor, count: int, bits: int) -> Tensor:
+    """Unpack `count` integers along the first axis.
+
+    Args:
+        packed: uint8 `(ceil(count · bits / 8), …)` or longer.
+        count: number of integers; packed bytes don't record it.
+        bits: 1 to 8, of each integer.
+
+    Returns:
+        uint8 `(count, …)`, on the same device.
+
+    Raises:
+        ValueError: fewer than `count` integers are there.
+    """
+    if 8 * len(packed) < count * bits:
+        raise ValueError(
+            f"expected at least {-(-count * bits // 8)} bytes of {bits}-bit integers, "
+            f"got {len(packed)}"
+        )
+    size, words = _word(bits), packed
+    per = 8 * size // bits
+    if size > 1:
+        padded = torch.cat([packed, packed.new_zeros(-len(packed) % size, *packed.shape[1:])])
+        words = padded[0::size].to(_WORDS[size])
+        for k in range(1, size):
+            words |= padded[k::size].to(words.dtype) << (8 * k)
+    mask = (1 << bits) - 1
+    spread = [(words >> (bits * place) & mask).to(torch.uint8) for place in range(per)]
+    return torch.stack(spread, 1).flatten(0, 1)[:count]
 
 
 def encode_positions(positions: Tensor, total: int) -> Tensor:
@@ -119,6 +179,11 @@ def decode_positions(coded: Tensor, total: int) -> Tensor:
     if count and int(positions[-1]) >= total:
         raise ValueError(f"a coded position lies outside the {total} entries")
     return _others(positions, total) if header[0] & _COMPLEMENT else positions
+
+
+def _word(bits: int) -> int:
+    """The fewest bytes that whole integers fill."""
+    return math.lcm(bits, 8) // 8
 
 
 def _rice(positions: Tensor, least: int) -> tuple[int, Tensor, Tensor]:

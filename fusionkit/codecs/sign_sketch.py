@@ -2,8 +2,10 @@
 
 Rotated at random, a matrix without dominant directions has Gaussian entries X. Of these the
 largest in magnitude are kept, as signs, times σ = ‖X‖² / Σ_kept |X|: then ⟨X̂, X⟩ = ‖X‖², and by
-Bussgang's theorem the error is uncorrelated with X in every small direction. The energy of X̂ is
-larger than X's, which is the price. The share ρ that is kept costs H(ρ) + ρ bits per entry. Where
+Bussgang's theorem the error is uncorrelated with X in every small direction. Stronger directions
+than that make the largest entries larger still, and would come back up to half too large, so that
+σ is the one at which ⟨X̂ Xᵀ, X Xᵀ⟩ = ‖X Xᵀ‖²: each direction counts by its energy. The energy of X̂
+is larger than X's, which is the price. The share ρ that is kept costs H(ρ) + ρ bits per entry. Where
 there are more, the entries are rounded to integers instead, scaled by the same rule.
 """
 
@@ -26,6 +28,10 @@ MOST = 7.0
 """Bits per entry that can be used at all: integers of the widest model."""
 
 
+_ROWS = 256
+_NEAR = (0.5, 1.1)
+
+
 class Sketched(NamedTuple):
     """A sketch, ready to be coded.
 
@@ -44,26 +50,48 @@ def signs(values: Tensor, bits: float) -> Sketched | None:
     """The largest entries as signs, in about as many bits; None: there are too few for one.
 
     Args:
-        values: float32 `(n,)`, rotated.
+        values: float32 `(rows, columns)`, rotated.
         bits: for all of them.
     """
-    count = math.floor(values.numel() * share_of(bits / values.numel()))
+    flat = values.reshape(-1)
+    count = math.floor(flat.numel() * share_of(bits / flat.numel()))
     if not count:
         return None
-    positions = top_k(values, count)
-    kept = values[positions]
-    size = float(kept.abs().sum(dtype=torch.float64))
-    if not size:
+    positions = top_k(flat, count)
+    kept = flat[positions]
+    if not kept.any():
         return None
-    scale = float(values.square().sum(dtype=torch.float64)) / size
+    scale = _scale(values, positions, kept)
     gaps = torch.diff(positions, prepend=positions.new_tensor([-1])) - 1
-    model = entropy.Gaps(len(positions), values.numel())
+    model = entropy.Gaps(len(positions), flat.numel())
     ones = (kept > 0).to(torch.int32)
     runs: list[tuple[Tensor, Model]] = [
         (gaps.to(torch.int32).cpu(), model),
         (ones.cpu(), entropy.Bits()),
     ]
     return Sketched(runs, len(positions), scale)
+
+
+def _scale(values: Tensor, positions: Tensor, kept: Tensor) -> float:
+    """σ at which ⟨X̂ Xᵀ, X Xᵀ⟩ = ‖X Xᵀ‖², near that of ⟨X̂, X⟩ = ‖X‖².
+
+    Rotated, all rows are alike: some of them are enough.
+    """
+    size = float(kept.abs().sum(dtype=torch.float64))
+    plain = float(values.square().sum(dtype=torch.float64)) / size
+    if min(values.shape) < 2:
+        return plain
+    sketch = torch.zeros(values.numel(), device=values.device)
+    sketch[positions] = kept.sign()
+    sketch = sketch.view(values.shape)
+    one, other = (values, sketch) if values.shape[0] <= values.shape[1] else (values.mT, sketch.mT)
+    few = one[:_ROWS].mT
+    gram = one @ few
+    product = float((gram * (other @ few)).sum(dtype=torch.float64))
+    if product <= 0:
+        return plain
+    scale = float(gram.square().sum(dtype=torch.float64)) / product
+    return min(max(scale, _NEAR[0] * plain), _NEAR[1] * plain)
 
 
 def integers(values: Tensor, bits: float) -> Sketched | None:

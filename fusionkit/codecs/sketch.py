@@ -39,7 +39,7 @@ class Sketch(DeltaCodec):
     delta is large for its bits, is named in a warning, with the bits that it would take.
 
     Two gains a matrix, of its directions and of its sketch, are 1; `fusionkit calibrate` learns
-    them.
+    them, and gives more bits to the matrices that the outputs feel more (`family.sensitivities`).
 
     Args:
         bits: per compressed parameter, all that `Bundle.bits_per_parameter` counts: codes, headers
@@ -78,6 +78,16 @@ class Sketch(DeltaCodec):
             raise CodecError(f"expected Sketch's {name} to be more than 0, got {value}")
         if self.noise is not None and not self.sketch:
             raise CodecError("Sketch's noise is the sketch's own; without one, give bits or bytes")
+
+    @property
+    def packs(self) -> bool:
+        """A small matrix takes as many bytes as its entry in a header would."""
+        return True
+
+    @property
+    def uses_sensitivities(self) -> bool:
+        """A sketch has its bits where they are felt; directions alone are the same without."""
+        return self.sketch
 
     def prepare(self, family: Family, shared: SharedParts | None = None) -> Encoder:
         """One pass for all singular values, from which every tensor's bytes follow."""

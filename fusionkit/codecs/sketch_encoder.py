@@ -105,7 +105,7 @@ def encode_tensor(
     Args:
         vectors: the tensor's.
         task: whose.
-        allowed: bytes that the codes may take, directions that are kept, and their price.
+        allowed: bytes that the codes may take, directions that are kept, their price, and η.
         place: of the tensor, among its task's gains.
         seed: of the rotation.
         how: what is made of it.
@@ -130,7 +130,8 @@ def encode_tensor(
             factors = factors.scaled(unit)
         if how.sketch:
             turned = rotate(rest, seed, out=rest if rest is not matrix else None)
-            codes = _sketched(turned, unit, factors, place, SIGNS, allowed.nbytes)
+            size = unit * allowed.shrunk
+            codes = _sketched(turned, size, factors, place, SIGNS, allowed.nbytes)
             if codes is not None:
                 return codes
         if factors is not None:
@@ -158,7 +159,7 @@ def _sketched(
         if bits <= 0 or not flat.any():
             break
         if form == SIGNS and bits <= SIGNS_TO * len(flat):
-            sketched, its_form = signs(flat, bits), SIGNS
+            sketched, its_form = signs(values, bits), SIGNS
         else:
             sketched = integers(flat, min(bits, MOST * len(flat)))
             its_form = PLAIN if form == PLAIN else INTEGERS

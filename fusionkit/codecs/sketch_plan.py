@@ -9,6 +9,7 @@ import torch
 
 from fusionkit.codecs.allocation import Plan, Share, Spectra, within
 from fusionkit.codecs.overhead import entry_bytes, overhead
+from fusionkit.codecs.quantized_factors import Doubles
 from fusionkit.codecs.sign_sketch import MOST
 from fusionkit.codecs.sketch_codes import FIXED_BYTES
 from fusionkit.codecs.sketch_encoder import How, Measured, sides
@@ -17,6 +18,8 @@ from fusionkit.task_vectors.family import Family
 
 _NOISY = 0.04
 """Error energy over base energy that is felt: there a divergence of 0.01 on text classifiers."""
+_LEAST_FELT = 0.01
+"""How little of the mean a tensor is felt at least: a few rows may not reach all experts, say."""
 _OF_MANIFEST = 10
 """The part of a budget in bits that is left for the manifest, at most."""
 
@@ -74,21 +77,21 @@ def plans_of(
     """
     parameters = max(family.parameters, 1) * len(family.tasks)
     budget = target.nbytes or int((target.bits or MOST) * parameters / 8)
-    spectra = _spectra(layout, measured, len(family.tasks), how, budget)
+    beside = overhead(family, codec, budget)
+    spectra = _spectra(family, layout, measured, how, budget, beside.packs)
     base = sum(each.base for each in measured.values())
     first = family.workers.processes.rank == 0
     if target.noise is not None:
         errors = target.noise * base
         plans = [own.plan(own.bits_for(errors)) for own in spectra]
     else:
-        beside = overhead(family, codec, budget)
         gains = entry_bytes("", "gains", budget) + 4 * len(layout.matrices)
         fixed = beside.headers + gains * len(family.tasks)
         if target.nbytes:
             fixed += beside.manifest + beside.whole
         else:
             fixed += min(beside.manifest, budget // _OF_MANIFEST)
-        plans = within(spectra, base if how.sketch else 0.0, budget, fixed, target.share)
+        plans = within(spectra, budget, fixed, target.share)
         nothing = not any(plan.nbytes.any() for plan in plans)
         if first and nothing and any(own.energy for own in spectra):
             least = fixed + sum(int(own.entries.sum()) for own in spectra)
@@ -99,23 +102,42 @@ def plans_of(
 
 
 def _spectra(
-    layout: Layout, measured: Mapping[str, Measured], tasks: int, how: How, nbytes: int
+    family: Family,
+    layout: Layout,
+    measured: Mapping[str, Measured],
+    how: How,
+    nbytes: int,
+    packed: bool,
 ) -> list[Spectra]:
     rows, columns = np.array(layout.shapes, np.float64).reshape(-1, 2).T
     entries = np.array([entry_bytes(name, "codes", nbytes) for name in layout.names], np.float64)
+    base = sum(each.base for each in measured.values())
     return [
         Spectra(
+            base,
             np.array([each.energies[task] for each in measured.values()]),
             [each.squares[task] for each in measured.values()],
             rows,
             columns,
             entries,
+            packed,
             FIXED_BYTES,
             how.exponent,
             how.sketch,
+            _felt(family.sensitivities.get(name, {}), layout),
         )
-        for task in range(tasks)
+        for task, name in enumerate(family.tasks)
     ]
+
+
+def _felt(sensitivities: Mapping[str, float], layout: Layout) -> Doubles:
+    """How much a task's outputs feel an error in each tensor, over what they do on average."""
+    known = [sensitivities[name] for name in layout.matrices if name in sensitivities]
+    mean = sum(known) / max(len(known), 1)
+    if not mean:
+        return np.ones(len(layout.names))
+    felt = [sensitivities.get(name, mean) / mean for name in layout.names]
+    return np.maximum(np.array(felt, np.float64), _LEAST_FELT)
 
 
 def _warn_of_headers(target: Target, budget: int, fixed: int, least: int, parameters: int) -> None:

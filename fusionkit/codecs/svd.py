@@ -17,6 +17,7 @@ from fusionkit.codecs.decomposition import (
     svd_product,
     svd_randomized,
 )
+from fusionkit.codecs.stored_factors import pack_factors, unpack_factors
 from fusionkit.codecs.values import ValueDtype, pack_values, stored_bytes, unpack_values
 from fusionkit.errors import CodecError
 from fusionkit.task_vectors.family import Family
@@ -36,7 +37,8 @@ class SVD(TensorCodec):
     the factors, SVD of their small core): PERU-LoRA. A tensor of more than two axes counts as the
     matrix (first axis) × (all others). Vectors, and matrices whose factors would be larger than
     they are, are kept whole. The factors U √Σ and V √Σ are stored, alike in scale, so that both
-    sit well in fp16 or in columns of integers.
+    sit well in fp16 or in columns of integers; of integers each is fitted to the other as it is
+    stored.
 
     Exactly one of rank, energy, ratio and budget is given.
 
@@ -126,9 +128,7 @@ class SVD(TensorCodec):
         """The factors as stored; None of a tensor that was kept whole."""
         if "values" in parts:
             return None
-        left = unpack_values(parts, shape[0], self.dtype, "left")
-        right = unpack_values(parts, shape.numel() // shape[0], self.dtype, "right")
-        return LowRank(left, right)
+        return unpack_factors(parts, shape, self.dtype)
 
     @property
     def _whole_spectrum(self) -> bool:
@@ -141,12 +141,10 @@ class SVD(TensorCodec):
             return {}
         rows, columns = matrix_of(shape)
         if min(rows, columns) > 1:
-            factors = self._cut(delta, name, rows, columns, rank)
+            matrix = delta if isinstance(delta, LowRank) else delta.reshape(rows, columns)
+            factors = self._cut(matrix, name, rows, columns, rank)
             if factors.left.numel() + factors.right.numel() < shape.numel():
-                return {
-                    **pack_values(factors.left, self.dtype, "left"),
-                    **pack_values(factors.right, self.dtype, "right"),
-                }
+                return pack_factors(matrix, factors, self.dtype)
         return pack_values(_dense(delta, shape).reshape(-1), self.dtype)
 
     def _cut(

@@ -59,6 +59,8 @@ class Family:
         parameters: number of compressible parameters of one task.
         workers: see above; one tensor at a time where the base is read by several processes.
         device: see above.
+        sensitivities: task → tensor's name → how much the task's outputs feel noise in an entry
+            of it; empty, but where data have told: then codecs may give more bits to such.
         version: always the same, as its tasks are.
 
     Raises:
@@ -120,6 +122,7 @@ class Family:
         warn_of_settings(self.base, self.finetuned)
         self._changes: tuple[Callable[[TaskVectors], Sequence[Change | None]], ...] = ()
         self.device = torch.device(device)
+        self.sensitivities: Mapping[str, Mapping[str, float]] = {}
         workers = workers or Workers()
         self.workers = workers.one_by_one() if self.base.serial else workers
         self.sizes = {name: self.base.specs[name].numel for name in self.names("delta")}

@@ -2,14 +2,16 @@
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from fusionkit import Parts, TensorCodec
+from fusionkit.codecs.decomposition import matrix_of
 from fusionkit.codecs.packing import pack_bits, unpack_bits
 from fusionkit.codecs.values import ValueDtype, pack_values, unpack_values
+from fusionkit.errors import CodecError
 
 
 @dataclass(frozen=True)
@@ -24,27 +26,46 @@ class BitDelta(TensorCodec):
         keep: patterns of the matrices that are kept whole; the paper's are all but the linear
             layers of attention and MLP.
         dtype: how the values that are kept whole are stored.
+        scales: a scale for every `matrix`, in fp32, as in the paper; or for every `row` or
+            `column`, the mean of |τ_t| over it, in bf16: 16 bits more for each. A tensor of more
+            than two axes counts as the matrix (first axis) × (all others).
+
+    Raises:
+        CodecError: `scales` is none of these.
     """
 
     id: ClassVar[str] = "bitdelta"
     learned: ClassVar[tuple[str, ...]] = ("scale",)
     keep: tuple[str, ...] = ("*embed*", "*lm_head*")
     dtype: ValueDtype = "fp16"
+    scales: Literal["matrix", "row", "column"] = "matrix"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keep", tuple(self.keep))
+        if self.scales not in ("matrix", "row", "column"):
+            raise CodecError(
+                f"expected BitDelta's scales to be matrix, row or column, got '{self.scales}'"
+            )
 
     def encode_tensor(self, delta: Tensor, name: str) -> Parts:
-        """Signs, one bit each, and the scale, float32 `(1,)`; or the values themselves."""
+        """Signs, one bit each, and the scales, `(1,)`, `(rows,)` or `(columns,)`; or the values."""
         if not delta.any():
             return {}
         if delta.ndim < 2 or any(fnmatchcase(name, pattern) for pattern in self.keep):
             return pack_values(delta.reshape(-1), self.dtype)
-        return {"signs": pack_bits(delta >= 0), "scale": delta.abs().mean().view(1)}
+        magnitudes = delta.abs().reshape(matrix_of(delta.shape))
+        if self.scales == "matrix":
+            scale = magnitudes.mean().view(1)
+        else:
+            scale = magnitudes.mean(1 if self.scales == "row" else 0).to(torch.bfloat16)
+        return {"signs": pack_bits(delta >= 0), "scale": scale}
 
     def decode(self, parts: Parts, shape: torch.Size) -> Tensor:
         """A sgn(τ_t); differentiable in a."""
         if "values" in parts:
             return unpack_values(parts, shape.numel(), self.dtype).view(shape)
         signs = unpack_bits(parts["signs"], shape.numel()).to(torch.float32).mul_(2).sub_(1)
-        return (signs * parts["scale"]).view(shape)
+        scale = parts["scale"].to(torch.float32)
+        if self.scales == "row":
+            scale = scale[:, None]
+        return (signs.view(matrix_of(shape)) * scale).view(shape)

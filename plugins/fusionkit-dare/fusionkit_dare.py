@@ -1,14 +1,15 @@
 """DARE: drop most of a task vector at random, and rescale the rest (Yu et al., 2311.03099)."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fusionkit import (
+    WHOLE_MODEL,
     DeltaCodec,
     Encoded,
     Encoder,
@@ -20,14 +21,18 @@ from fusionkit import (
     SharedParts,
     TaskVectors,
 )
+from fusionkit.codecs.decomposition import matrix_of, squared_singular_values
 from fusionkit.codecs.values import ValueDtype, pack_values, unpack_values
 from fusionkit.errors import CodecError
 from fusionkit.task_vectors import Change, ChangedVectors
 
 _BITS = 53
 """Of each hash, so many bits are compared; the probability is exact to 2⁻⁵³."""
+_HASHES = 1 << _BITS
 _BLOCK = 1 << 20
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+_LEAST = "least"
+"""The part that all tasks share: the least trace norm of any of those first compressed."""
 _MIX = ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 64)))
 
 
@@ -39,45 +44,134 @@ class DARE(DeltaCodec):
     stored: 16 (1 − p) bits per parameter in fp16. The same seed keeps the same entries wherever,
     and with whatever device and version of torch, a bundle is read.
 
+    `spread` and `shrink` are steps of UltraDelta (Wang et al., 2505.13563): its variance-based
+    mixed sparsity allocation and its trace-norm-guided rescaling. It divides every tensor by 1 − p
+    of the whole, and takes the norms of what was kept; here a tensor is divided by 1 − p of its
+    own, so that its expectation is what it was, and the norms are the task vectors'.
+
     Args:
         drop: p, in [0, 1).
         seed: of the draws.
         dtype: how the kept values are stored.
+        spread: d, how far a tensor's p is from `drop`, by the standard deviation of its entries.
+            Of a task's parameters the third in the tensors of the least has p + d, the next third
+            p, and the rest so much less, at least p − d, that p are dropped in all. It costs 8
+            bytes a tensor.
+        shrink: g, in (0, 1]. A task is scaled by γ = max(g, N / N_t), where N_t is the trace norm
+            of its vector, summed over the matrices, and N the least of any task; UltraDelta's
+            are in [0.5, 1]. Tasks that are added later are held against the same N.
 
     Raises:
-        CodecError: the probability is outside [0, 1).
+        CodecError: a probability is outside [0, 1), or `shrink` is outside (0, 1].
     """
 
     id: ClassVar[str] = "dare"
     drop: float = 0.9
     seed: int = 0
     dtype: ValueDtype = "fp16"
+    spread: float = 0.0
+    shrink: float = 1.0
 
     def __post_init__(self) -> None:
         _check(self.drop, "DARE")
+        if not 0 <= self.drop - self.spread <= self.drop + self.spread < 1:
+            raise CodecError(
+                f"expected DARE's drop ± spread in [0, 1), got {self.drop} ± {self.spread}"
+            )
+        if not 0 < self.shrink <= 1:
+            raise CodecError(f"expected DARE's shrink in (0, 1], got {self.shrink}")
 
     def prepare(self, family: Family, shared: SharedParts | None = None) -> Encoder:
-        """Nothing to prepare: tensor by tensor, task by task."""
-        return Encoder(self._encode)
+        """Nothing to prepare; for `spread` and `shrink` a pass that measures every tensor."""
+        if not self.spread and self.shrink == 1:
+            return Encoder(lambda vectors: self._encode(vectors, [_PLAIN] * len(vectors)))
+        measured = family.each(self._measure)
+        rates: list[Mapping[str, float]] = []
+        norms = torch.zeros(len(family.tasks), dtype=torch.float64)
+        for task in range(len(family.tasks)):
+            moved = {name: each for name, at in measured.items() if (each := at[task])}
+            norms[task] = sum(each.norm for each in moved.values())
+            deviations = {name: each.deviation for name, each in moved.items()}
+            rates.append(
+                placed(deviations, family.sizes, self.drop, self.spread) if self.spread else {}
+            )
+        stored = {} if shared is None else shared(WHOLE_MODEL)
+        if self.shrink < 1 and _LEAST not in stored and norms.any():
+            stored = {_LEAST: norms[norms > 0].min().to(torch.float32).view(1)}
+        factors = torch.ones_like(norms)
+        if _LEAST in stored:
+            factors = (stored[_LEAST].cpu() / norms).clamp(self.shrink, 1.0)  # 1 of a zero norm
+        plans = [_Plan(*each) for each in zip(rates, factors.tolist(), strict=True)]
+        return Encoder(
+            lambda vectors: self._encode(vectors, plans),
+            lambda _: Encoded(WHOLE_MODEL, stored) if shared is None else None,
+        )
 
     def decode(self, parts: Parts, shape: torch.Size) -> Tensor:
-        """τ_t / (1 − p) where it was kept."""
+        """γ τ_t / (1 − p) where it was kept."""
         device = parts["values"].device
-        mask = kept(int(parts["key"]), shape.numel(), self.drop, device)
+        key, *limit = parts["key"].tolist()
+        drop = 1 - limit[0] / _HASHES if limit else self.drop
+        mask = kept(key, shape.numel(), drop, device)
         delta = torch.zeros(shape.numel(), device=device)
         values = unpack_values(parts, int(mask.sum()), self.dtype)
-        delta[mask] = values.div_(1 - self.drop)
+        delta[mask] = values.div_(1 - drop)
         return delta.view(shape)
 
-    def _encode(self, vectors: TaskVectors) -> Encoded:
+    def _encode(self, vectors: TaskVectors, plans: Sequence["_Plan"]) -> Encoded:
+        """γ times the values kept, and the key; beside it 2⁵³ (1 − p), where p was placed."""
         own = []
-        for task, name in enumerate(vectors.tasks):
+        for task, (name, plan) in enumerate(zip(vectors.tasks, plans, strict=True)):
             flat = vectors[task].view(-1)
-            key = key_of(self.seed, name, vectors.name)
-            values = flat[kept(key, flat.numel(), self.drop, flat.device)]
-            parts = {"key": torch.tensor([key]), **pack_values(values, self.dtype)}
+            key, drop = [key_of(self.seed, name, vectors.name)], self.drop
+            if vectors.name in plan.rates:
+                limit = round((1 - plan.rates[vectors.name]) * _HASHES)
+                key, drop = [*key, limit], 1 - limit / _HASHES
+            values = flat[kept(key[0], flat.numel(), drop, flat.device)].mul_(plan.factor)
+            parts = {"key": torch.tensor(key), **pack_values(values, self.dtype)}
             own.append(parts if values.any() else {})
         return Encoded(vectors.name, tasks=own)
+
+    def _measure(self, vectors: TaskVectors) -> list["_Measured | None"]:
+        """Each task's vector; None where it is zero."""
+        found: list[_Measured | None] = []
+        for vector in vectors:
+            if not vector.any():
+                found.append(None)
+                continue
+            norm = 0.0
+            if self.shrink < 1 and vector.ndim > 1:
+                matrix = vector.view(matrix_of(vector.shape))
+                norm = float(squared_singular_values(matrix).sqrt().sum())
+            found.append(_Measured(float(vector.to(torch.float64).std(correction=0)), norm))
+        return found
+
+
+class _Measured(NamedTuple):
+    """What decides on one task's tensor.
+
+    Attributes:
+        deviation: the standard deviation of its entries.
+        norm: its trace norm, if `shrink` wants it; 0 of a vector.
+    """
+
+    deviation: float
+    norm: float
+
+
+class _Plan(NamedTuple):
+    """What becomes of one task.
+
+    Attributes:
+        rates: tensor's name → its p; of others it is `drop`.
+        factor: γ.
+    """
+
+    rates: Mapping[str, float]
+    factor: float
+
+
+_PLAIN = _Plan({}, 1.0)
 
 
 @dataclass(frozen=True)
@@ -129,6 +223,31 @@ def key_of(seed: int, task: str, name: str) -> int:
     return int.from_bytes(digest[:8], "little", signed=True)
 
 
+def placed(
+    deviations: Mapping[str, float], sizes: Mapping[str, int], drop: float, spread: float
+) -> dict[str, float]:
+    """How much to drop of each tensor: more where the entries deviate less, p in all.
+
+    Args:
+        deviations: tensor's name → the standard deviation of its entries.
+        sizes: tensor's name → its number of entries; more names than these are no matter.
+        drop: p.
+        spread: d.
+
+    Returns:
+        name → one of p + d, p and p − d n_low / n_high, for n_low and n_high entries in the
+        tensors of the least and the largest deviations.
+    """
+    total, seen = sum(sizes[name] for name in deviations), 0
+    groups: tuple[list[str], ...] = ([], [], [])
+    for name in sorted(deviations, key=deviations.__getitem__):
+        seen += sizes[name]
+        groups[0 if 3 * seen <= total else 1 if 3 * seen <= 2 * total else 2].append(name)
+    low, _, high = (sum(sizes[name] for name in group) for group in groups)
+    rates = (drop + spread, drop, drop - spread * low / max(high, 1))
+    return {name: rate for group, rate in zip(groups, rates, strict=True) for name in group}
+
+
 def kept(key: int, count: int, drop: float, device: torch.device, start: int = 0) -> Tensor:
     """Which entries are kept: bool `(count,)`, each with probability 1 − p.
 
@@ -141,7 +260,7 @@ def kept(key: int, count: int, drop: float, device: torch.device, start: int = 0
         device: where to draw.
         start: i of the first entry.
     """
-    limit = round((1 - drop) * (1 << _BITS))
+    limit = round((1 - drop) * _HASHES)
     mask = torch.empty(count, dtype=torch.bool, device=device)
     for first in range(0, count, _BLOCK):
         last = min(first + _BLOCK, count)

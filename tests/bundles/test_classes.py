@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from fusionkit import EMR, SVD, Bundle, Dense, Family, add_tasks, compress
+from fusionkit.bundles.weight_error import weight_error
 from fusionkit.errors import BundleError, CheckpointError, FamilyError, WrongBaseError
 from fusionkit.reuse.module import ReuseModule
 from fusionkit.task_vectors.checks import SettingsWarning
@@ -115,6 +116,24 @@ def test_codecs_see_matrices_and_others_stacks(
     assert torch.allclose(delta, best, atol=1e-5)
     assert bundle.state_dict("t").keys() == base.state_dict().keys()
     assert bundle.manifest.base.parameters == sum(p.numel() for p in base.parameters())
+
+
+def test_errors_of_weights_are_of_all_matrices(
+    experts: tuple[MixtralForCausalLM, nn.Module, Path],
+) -> None:
+    base, tuned, folder = experts
+    family = Family(folder / "base", {"t": folder / "tuned"})
+    bundle = compress(folder / "base", {"t": folder / "tuned"}, SVD(rank=2))
+    before, after = base.state_dict(), tuned.state_dict()
+    deltas = {name: (after[name] - before[name]).double() for name in before}
+    lost = {name: deltas[name] - _zero_if_none(bundle.delta("t", name)) for name in deltas}
+    found = weight_error(bundle, family, "t")
+    assert found.energy == pytest.approx(sum(float(d.square().sum()) for d in deltas.values()))
+    assert found.error == pytest.approx(sum(float(d.square().sum()) for d in lost.values()))
+
+
+def _zero_if_none(delta: Tensor | None) -> Tensor:
+    return torch.zeros(()) if delta is None else delta
 
 
 def _best(matrix: Tensor, rank: int) -> Tensor:

@@ -1,18 +1,21 @@
 """However a run ends — interrupted, on a full disk, killed — no half bundle is left behind."""
 
+import os
+import resource
 import signal
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from checks import contents
+from processes import by_itself
 from tiny_net import Files, TinyNet
 from torch import Tensor
 
 from fusionkit import EMR, Bundle, Dense, MagnitudePrune, add_tasks
 from fusionkit.bundles.compress import compress
+from fusionkit.bundles.export_model import export_task
 from fusionkit.errors import BundleError, FamilyError
 from fusionkit.merges.mean import Mean
 
@@ -64,56 +67,45 @@ def test_the_end_of_a_temporary_bundle(base: TinyNet, finetuned: States, tempora
     assert not list(temporary.iterdir())
 
 
-def run(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run code in a process of its own, where limits and signals hurt nobody."""
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+def limit(nbytes: int) -> None:
+    """Let no file of this process grow beyond so many bytes."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, nbytes))
 
 
-LIMITED = """
-import resource, signal, sys
-from pathlib import Path
-import torch
-from fusionkit import Bundle, Dense, add_tasks, compress
-from fusionkit.errors import BundleError
-from fusionkit.bundles.export_model import export_task
-
-folder, limit = Path(sys.argv[1]), int(sys.argv[2])
-models = {"a": {"w": torch.randn(30_000)}, "b": {"w": torch.randn(30_000)}}
-base = {"w": torch.zeros(30_000)}
-compress(base, {"small": models["a"]}, Dense("int4"), folder / "there")
-there = Bundle(folder / "there", base)
-
-def attempt(call):
+def said(call: Callable[[], object]) -> str:
     try:
         call()
     except BundleError as error:
-        print(error)
-    else:
-        print("no error")
-
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-attempt(lambda: compress(base, models, Dense(), folder / "b"))
-attempt(lambda: compress(base, models, Dense(), folder / "there", overwrite=True))
-attempt(lambda: add_tasks(there, models))
-attempt(lambda: there.save(folder / "copy"))
-attempt(lambda: export_task(there, "small", folder / "out.safetensors"))
-attempt(lambda: export_task(there, "small", folder / "out.pt"))
-"""
+        return str(error)
+    return "no error"
 
 
-@pytest.mark.parametrize("limit", [100, 10_000])
-def test_a_full_disk(tmp_path: Path, limit: int) -> None:
+def write_all(folder: Path, nbytes: int) -> list[str]:
+    models = {"a": {"w": torch.randn(30_000)}, "b": {"w": torch.randn(30_000)}}
+    base = {"w": torch.zeros(30_000)}
+    compress(base, {"small": models["a"]}, Dense("int4"), folder / "there")
+    there = Bundle(folder / "there", base)
+    limit(nbytes)
+    return [
+        said(lambda: compress(base, models, Dense(), folder / "b")),
+        said(lambda: compress(base, models, Dense(), folder / "there", overwrite=True)),
+        said(lambda: add_tasks(there, models)),
+        said(lambda: there.save(folder / "copy")),
+        said(lambda: export_task(there, "small", folder / "out.safetensors")),
+        said(lambda: export_task(there, "small", folder / "out.pt")),
+    ]
+
+
+@pytest.mark.parametrize("nbytes", [100, 10_000])
+def test_a_full_disk(tmp_path: Path, nbytes: int) -> None:
     """One clear error each, and no file more or less than before."""
-    done = run(LIMITED, tmp_path, limit)
-    assert done.returncode == 0, done.stderr
-    said = done.stdout.splitlines()
-    assert len(said) == 6
+    code, lines = by_itself(write_all, tmp_path, nbytes)
+    assert code == 0
     targets = ["b", "there", "there", "copy", "out.safetensors", "out.pt"]
-    for line, target in zip(said, targets, strict=True):
+    for line, target in zip(lines, targets, strict=True):
         assert line.startswith(f"{tmp_path / target}: could not be written (")
-    assert all("File too large" in line for line in said[:4])
+    assert all("File too large" in line for line in lines[:4])
     assert {path.name for path in tmp_path.iterdir()} == {"there"}
     assert set(contents(tmp_path / "there")) == {"manifest.json", "task-small.safetensors"}
     bundle = Bundle(tmp_path / "there", {"w": torch.zeros(30_000)})
@@ -121,36 +113,21 @@ def test_a_full_disk(tmp_path: Path, limit: int) -> None:
     assert bundle.state_dict("small")["w"].any()
 
 
-NO_MANIFEST = """
-import resource, signal, sys
-from pathlib import Path
-import torch
-from fusionkit import Bundle, Dense, add_tasks, compress
-from fusionkit.errors import BundleError
-
-folder = Path(sys.argv[1])
-base = {f"a long name of a tensor {i}": torch.zeros(1) for i in range(40)}
-first = {name: torch.ones(1) for name in base}
-bundle = compress(base, {"a": base, "b": base}, Dense(), folder / "b")
-room = (folder / "b" / "manifest.json").stat().st_size - 200
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-changes = [(room, lambda: add_tasks(bundle, {"c": base})), (200, lambda: bundle.remove("a"))]
-for limit, change in changes:
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        change()
-    except BundleError as error:
-        print(error)
-"""
+def change(folder: Path) -> list[str]:
+    base = {f"a long name of a tensor {i}": torch.zeros(1) for i in range(40)}
+    bundle = compress(base, {"a": base, "b": base}, Dense(), folder / "b")
+    limit((folder / "b" / "manifest.json").stat().st_size - 200)
+    adding = said(lambda: add_tasks(bundle, {"c": base}))
+    limit(200)
+    return [adding, said(lambda: bundle.remove("a"))]
 
 
 def test_a_disk_that_fills_up_with_the_manifest(tmp_path: Path) -> None:
     """The tasks' files had room, but the manifest has not: everything stays as it was."""
-    done = run(NO_MANIFEST, tmp_path)
-    assert done.returncode == 0, done.stderr
-    said = done.stdout.splitlines()
-    assert len(said) == 2
-    for line in said:
+    code, lines = by_itself(change, tmp_path)
+    assert code == 0
+    assert len(lines) == 2
+    for line in lines:
         assert line.startswith(f"{tmp_path / 'b'}: could not be written (File too large)")
     assert Bundle(tmp_path / "b").tasks == ("a", "b")
     assert {path.name for path in (tmp_path / "b").iterdir()} == {
@@ -160,30 +137,23 @@ def test_a_disk_that_fills_up_with_the_manifest(tmp_path: Path) -> None:
     }
 
 
-KILLED = """
-import os, signal, sys
-from fusionkit import EMR, compress
+def killed_at_the_end(files: Files, out: Path) -> None:
+    def progress(run: int, done: int, total: int) -> None:
+        if done == total:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-def progress(run, done, total):
-    if done == total:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-base, out, *finetuned = sys.argv[1:]
-tasks = {str(place): path for place, path in enumerate(finetuned)}
-compress(base, tasks, EMR(), out, private=["head.*"], progress=progress, overwrite=True)
-"""
+    tuned = files.finetuned
+    compress(files.base, tuned, EMR(), out, private=PRIVATE, progress=progress, overwrite=True)
 
 
-@pytest.mark.slow
 def test_killed(files: Files, tmp_path: Path) -> None:
     """No folder of the final name appears; a bundle that is there stays whole."""
-    paths = files.finetuned.values()
-    done = run(KILLED, files.base, tmp_path / "b", *paths)
-    assert done.returncode == -signal.SIGKILL
+    killed = (-signal.SIGKILL, None)
+    assert by_itself(killed_at_the_end, files, tmp_path / "b") == killed
     assert not (tmp_path / "b").exists()
     compress(files.base, files.finetuned, Dense(), tmp_path / "b", private=PRIVATE)
     before = contents(tmp_path / "b")
-    assert run(KILLED, files.base, tmp_path / "b", *paths).returncode == -signal.SIGKILL
+    assert by_itself(killed_at_the_end, files, tmp_path / "b") == killed
     assert contents(tmp_path / "b") == before
     compress(files.base, files.finetuned, EMR(), tmp_path / "b", private=PRIVATE, overwrite=True)
     assert Bundle(tmp_path / "b").codec == EMR()

@@ -30,7 +30,7 @@ from fusionkit import (
     Normalized,
     Sketch,
 )
-from fusionkit.bundles import journal, part_file
+from fusionkit.bundles import journal, part_writer
 from fusionkit.bundles.compress import compress
 from fusionkit.codecs.base import DeltaCodec
 from fusionkit.errors import FusionKitError
@@ -121,7 +121,7 @@ def run(count: int, job: str, folder: Path) -> list[str]:
 
 def all_codecs(folder: Path, processes: Processes) -> None:
     for family, dtype in FAMILIES.items():
-        part_file._LARGE = LARGE if family == "large files" else 1 << 26
+        part_writer._LARGE = LARGE if family == "large files" else 1 << 26
         inputs = folder / family
         if processes.rank == 0:
             inputs.mkdir()
@@ -207,7 +207,7 @@ def test_the_bundle_is_that_of_one_process(
     by_several: Path, family: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if family == "large files":
-        monkeypatch.setattr(part_file, "_LARGE", LARGE)
+        monkeypatch.setattr(part_writer, "_LARGE", LARGE)
     inputs = by_several / family
     compress(
         inputs / "base.safetensors",

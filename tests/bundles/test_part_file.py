@@ -14,7 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fusionkit.bundles.part_file import FileRecord, Part, PartFile, PartWriter
+from fusionkit.bundles.part_file import FileRecord, PartFile
+from fusionkit.bundles.part_writer import Part, PartWriter
 from fusionkit.errors import BundleError
 
 RANDOM = torch.Generator().manual_seed(0)

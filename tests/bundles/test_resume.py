@@ -2,15 +2,13 @@
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from checks import contents
 from filelock import FileLock
+from processes import by_itself
 from safetensors.torch import load_file, save_file
 from tiny_net import Files
 from torch import Tensor
@@ -162,28 +160,19 @@ def test_two_runs_do_not_write_one_folder(files: Files, tmp_path: Path) -> None:
     run(files, Dense(), out)
 
 
-KILLED = """
-import os, signal, sys
-from fusionkit import EMR, compress
-from fusionkit.bundles import journal
+def killed(files: Files, out: Path) -> None:
+    journal._DUE = 0
 
-journal._DUE = 0
+    def progress(run: int, done: int, total: int) -> None:
+        if done == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-def progress(run, done, total):
-    if done == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-base, out, *finetuned = sys.argv[1:]
-tasks = {path.rpartition("/")[2].partition(".")[0]: path for path in finetuned}
-compress(base, tasks, EMR(), out, private=["head.*"], progress=progress)
-"""
+    compress(files.base, files.finetuned, EMR(), out, private=PRIVATE, progress=progress)
 
 
 def test_a_killed_run_can_be_followed(files: Files, tmp_path: Path) -> None:
     out = tmp_path / "b"
-    command = [sys.executable, "-c", KILLED, files.base, out, *files.finetuned.values()]
-    done: Any = subprocess.run([*map(str, command)], check=False, capture_output=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert by_itself(killed, files, out) == (-signal.SIGKILL, None)
     left = run(files, EMR(), out)
     assert len(left) == len(run_all(files)) - 3
     run(files, EMR(), tmp_path / "one")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from processes import together
 from program import PROGRAM, run
 from safetensors.torch import load_file
 from tiny_net import TASKS, Files
@@ -120,7 +121,9 @@ def test_help_is_short_and_complete(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--task TASK" in run("export", "--help")
 
 
-@pytest.mark.parametrize("verb", ["compress", "calibrate", "test", "compare", "fit", "fuse"])
+@pytest.mark.parametrize(
+    "verb", ["compress", "calibrate", "test", "compare", "sweep", "fit", "fuse"]
+)
 def test_help_has_what_the_verb_reads(verb: str) -> None:
     text = " ".join(run(verb, "--help").split())
     written = {"compress": "bundle", "calibrate": "bundle", "fit": "fine-tune"}
@@ -181,16 +184,14 @@ def test_unknown_verb() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spread", ["rows", "tasks"])
-def test_two_processes_report_once_what_one_reports(
-    recipe: Path, tmp_path: Path, spread: str
-) -> None:
+def test_two_processes_report_once_what_one_reports(recipe: Path, tmp_path: Path) -> None:
+    """Started by the program, as Lightning does."""
     run("compress", "--config", recipe)
     run("test", "--config", recipe, "--out", tmp_path / "one")
     done = subprocess.run(
         [
             *(PROGRAM, "test", "--config", recipe, "--out", tmp_path / "two"),
-            *("--spread", spread, "--trainer.devices=2", "--trainer.strategy=ddp"),
+            *("--spread", "rows", "--trainer.devices=2", "--trainer.strategy=ddp"),
         ],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -199,10 +200,29 @@ def test_two_processes_report_once_what_one_reports(
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("fine-tuned") == 1
-    assert done.stdout.count("written:") == 2
+    check_reported_once(done.stdout, tmp_path)
+
+
+def check_reported_once(shown: str, folder: Path) -> None:
+    assert shown.count("fine-tuned") == 1
+    assert shown.count("written:") == 2
     for name in ("scores.csv", "scores.json"):
-        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+        assert (folder / "two" / name).read_bytes() == (folder / "one" / name).read_bytes()
+
+
+def test_two_processes_by_task_report_once(recipe: Path, tmp_path: Path) -> None:
+    """Started by others, as `torchrun` does."""
+    run("compress", "--config", recipe)
+    run("test", "--config", recipe, "--out", tmp_path / "one")
+    together(2, by_task, recipe, tmp_path)
+    shown = [(tmp_path / f"shown{rank}").read_text() for rank in range(2)]
+    check_reported_once("".join(shown), tmp_path)
+
+
+def by_task(rank: int, count: int, recipe: Path, folder: Path) -> None:
+    own = ("--spread", "tasks", f"--trainer.devices={count}", "--trainer.strategy=ddp")
+    shown = run("test", "--config", recipe, "--out", folder / "two", *own)
+    (folder / f"shown{rank}").write_text(shown)
 
 
 def test_metrics_by_name(recipe: Path, tmp_path: Path) -> None:

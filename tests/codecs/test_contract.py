@@ -109,11 +109,16 @@ def test_its_models_have_every_shape() -> None:
 
 
 class TestDense(CodecContract):
-    codecs = (Dense(), Dense("fp32"), Dense("int4"))
+    codecs = (Dense(), Dense("fp32"), Dense("int4"), Dense("int3"))
 
 
 class TestEMR(CodecContract):
-    codecs = (EMR(), EMR(rescale="l2", scope="tensor", dtype="int8"))
+    codecs = (
+        EMR(),
+        EMR(rescale="l2", scope="tensor", dtype="int8"),
+        EMR(dtype="int3"),
+        EMR(dtype="int2"),
+    )
 
 
 class TestMagnitudePrune(CodecContract):
@@ -121,6 +126,7 @@ class TestMagnitudePrune(CodecContract):
         MagnitudePrune(),
         MagnitudePrune(0.3, scope="tensor", merge=TIES(), dtype="bf16"),
         MagnitudePrune(1.0, merge=TaskArithmetic()),
+        MagnitudePrune(0.2, dtype="int2"),
     )
 
 
@@ -134,7 +140,13 @@ class TestMerged(CodecContract):
 
 
 class TestSVD(CodecContract):
-    codecs = (SVD(rank=2), SVD(energy=0.9, scope="model", dtype="int8"), SVD(budget=2000))
+    codecs = (
+        SVD(rank=2),
+        SVD(energy=0.9, scope="model", dtype="int8"),
+        SVD(budget=2000),
+        SVD(rank=3, dtype="int3"),
+        SVD(budget=1000, dtype="int2"),
+    )
 
 
 class TestSketch(CodecContract):

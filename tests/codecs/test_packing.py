@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fusionkit.codecs import packing
-from fusionkit.codecs.packing import decode_positions, encode_positions, pack_bits, unpack_bits
+from fusionkit.codecs.packing import (
+    decode_positions,
+    encode_positions,
+    pack_bits,
+    pack_integers,
+    unpack_bits,
+    unpack_integers,
+)
 
 LENGTHS = [0, 1, 7, 8, 9, 31, 32, 33, 64, 1000, 1_000_003]
 quick = settings(deadline=None, max_examples=200)
@@ -47,6 +54,34 @@ def test_bit_order_is_little_endian_with_zero_padding() -> None:
     assert pack_bits(torch.tensor([1, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1])).tolist() == [0b1, 0b110]
     assert pack_bits(torch.ones(9, dtype=torch.bool)).tolist() == [0xFF, 0x01]
     assert unpack_bits(torch.tensor([0b110], dtype=torch.uint8), 4).tolist() == [0, 1, 1, 0]
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("shape", [(0,), (1,), (3,), (8,), (17,), (1001,), (5, 3), (0, 2), (7, 0)])
+def test_integers_round_trip_at_their_bits(shape: tuple[int, ...], bits: int) -> None:
+    integers = torch.randint(0, 1 << bits, shape, dtype=torch.uint8)
+    packed = pack_integers(integers, bits)
+    assert packed.dtype == torch.uint8
+    assert packed.shape == (math.ceil(shape[0] * bits / 8), *shape[1:])
+    assert torch.equal(unpack_integers(packed, shape[0], bits), integers)
+    surplus = torch.cat([packed, packed.new_full((1, *shape[1:]), 0xFF)])
+    assert torch.equal(unpack_integers(surplus, shape[0], bits), integers)
+    if shape[0] and math.prod(shape):
+        with pytest.raises(ValueError, match=f"bytes of {bits}-bit integers, got"):
+            unpack_integers(packed[:-1], shape[0], bits)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_integers_are_a_stream_of_bits_from_the_lowest_on(bits: int) -> None:
+    integers = torch.randint(0, 1 << bits, (29,), dtype=torch.uint8)
+    places = torch.arange(bits, dtype=torch.uint8)
+    stream = (integers[:, None] >> places & 1).reshape(-1)
+    assert torch.equal(pack_integers(integers, bits), pack_bits(stream))
+
+
+def test_what_fills_up_the_last_byte() -> None:
+    assert pack_integers(torch.tensor([3], dtype=torch.uint8), 4, fill=8).tolist() == [0x83]
+    assert pack_integers(torch.tensor([3], dtype=torch.uint8), 2, fill=2).tolist() == [0b10101011]
 
 
 @pytest.mark.parametrize("count", LENGTHS)

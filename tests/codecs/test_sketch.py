@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import fusionkit
 from fusionkit import Sketch
 from fusionkit.bundles.format import task_file
-from fusionkit.bundles.part_file import Part, PartWriter
+from fusionkit.bundles.part_writer import Part, PartWriter
 from fusionkit.codecs import sketch_codes
 from fusionkit.codecs.overhead import overhead
 from fusionkit.codecs.quantized_factors import rate
@@ -302,18 +302,17 @@ class Rows(LightningDataModule):
 
 
 def test_gains_are_learned(tmp_path: Path) -> None:
-    """All else, and the size of the file, stays as it is."""
+    """Within the budget that there is without them."""
     base = nn.Sequential(nn.Linear(48, 96), nn.ReLU(), nn.Linear(96, 8))
     tuned = {n: t + 0.1 * torch.randn_like(t) for n, t in base.state_dict().items()}
     module = fusionkit.ReuseModule(base, finetuned={"a": tuned}, codec=Sketch(bits=2.0))
-    plain = module.compress()
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = Trainer(max_epochs=15, accelerator="cpu", enable_checkpointing=False, **quiet)
     bundle = fusionkit.calibrate(module, Rows(), tmp_path / "b", trainer=trainer)
     record = bundle.manifest.tasks["a"]
     assert record.calibration is not None
     assert record.calibration.loss_after < record.calibration.loss_before
-    assert record.file.bytes == plain.manifest.tasks["a"].file.bytes
+    assert 8 * record.file.bytes <= 2.0 * module.family().parameters
     gains = bundle.task_parts("a", fusionkit.WHOLE_MODEL)["gains"]
     assert gains.dtype == torch.float16
     assert (gains != 1).any()

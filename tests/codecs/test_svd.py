@@ -1,5 +1,6 @@
 """Truncated SVD against `torch.linalg.svd`, the optimal error, and closed forms of the rank."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -176,7 +177,10 @@ def test_the_factors_are_balanced(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["exact", "gram", "randomized"])
-@pytest.mark.parametrize(("dtype", "bits"), [("fp32", 32), ("fp16", 16), ("int8", 8), ("int4", 4)])
+@pytest.mark.parametrize(
+    ("dtype", "bits"),
+    [("fp32", 32), ("fp16", 16), ("int8", 8), ("int4", 4), ("int3", 3), ("int2", 2)],
+)
 def test_only_the_factors_are_on_disk(tmp_path: Path, method: str, dtype: str, bits: int) -> None:
     """No view of a factor drags its whole matrix along: rank · (m + n) values, and scales."""
     base, tuned = {"w": torch.zeros(300, 500)}, {"w": SLOW}
@@ -185,32 +189,35 @@ def test_only_the_factors_are_on_disk(tmp_path: Path, method: str, dtype: str, b
     file = tmp_path / "b" / "task-t.safetensors"
     parts = load_file(file)
     factors = sum(parts[f"w/{side}"].nbytes for side in ("left", "right"))
-    assert 8 * factors == bits * 8 * (300 + 500)
+    assert factors == sum(8 * math.ceil(bits * size / 8) for size in (300, 500))
     scales = 2 * 2 * 8 if dtype.startswith("int") else 0  # bfloat16, one per column
     assert file.stat().st_size - factors - scales < 1000  # the header
 
 
-@pytest.mark.parametrize(("dtype", "levels"), [("int8", 127), ("int4", 7)])
-def test_integer_factors(dtype: str, levels: int) -> None:
-    exact = SVD(rank=5, dtype="fp32").encode_tensor(SLOW, "w")
-    codec = SVD(rank=5, dtype=dtype)  # type: ignore[arg-type]
-    parts = codec.encode_tensor(SLOW, "w")
-    for side in ("left", "right"):
-        scale = parts[f"{side}.scale"].float()
-        assert (scale <= 1.02 * exact[side].abs().amax(0) / levels).all()
-        assert (scale >= exact[side].abs().amax(0) / levels).all()
-    found = codec.decode(parts, SLOW.shape)
-    left, right = exact["left"], exact["right"]
-    # |L R − L' R'| with every factor off by half a step of its column at most.
-    half = {side: 0.5 * parts[f"{side}.scale"].float() for side in ("left", "right")}
-    bound = (
-        left.abs() @ half["right"][:, None]
-        + (right.abs() @ half["left"][:, None]).T
-        + (half["left"] * half["right"]).sum()
-    )
-    error = (found - left @ right.T).abs()
-    assert (error <= bound + 1e-6).all()
-    assert error.max() > 0
+@pytest.mark.parametrize(
+    ("dtype", "share"), [("int8", 0.02), ("int4", 0.2), ("int3", 0.3), ("int2", 0.6)]
+)
+def test_integer_factors(dtype: str, share: float) -> None:
+    """What rounding loses beside the truncation, of what the factors hold."""
+    exact = decoded(SVD(rank=5, dtype="fp32"), SLOW)
+    found = decoded(SVD(rank=5, dtype=dtype), SLOW)  # type: ignore[arg-type]
+    assert 0 < (found - exact).norm() < share * exact.norm()
+
+
+@pytest.mark.parametrize("shape", [(7, 13), (33, 9), (5, 3, 3, 3), (129, 2)])
+@pytest.mark.parametrize("dtype", ["int8", "int4", "int3", "int2"])
+def test_odd_sizes_come_back_from_disk(shape: tuple[int, ...], dtype: str, tmp_path: Path) -> None:
+    base, tuned = {"w": torch.zeros(shape)}, {"w": torch.randn(shape)}
+    codec = SVD(rank=2, dtype=dtype)  # type: ignore[arg-type]
+    fusionkit.compress(base, {"t": tuned}, codec, tmp_path / "b")
+    bundle = fusionkit.Bundle(tmp_path / "b", base)
+    found = bundle.delta("t", "w")
+    assert found is not None
+    torch.testing.assert_close(found, decoded(codec, tuned["w"]))
+    factors = bundle.factors("t", "w")
+    if factors is not None:
+        torch.testing.assert_close(factors.dense(found.shape), found)
+    assert float((found - tuned["w"]).norm()) < float(tuned["w"].norm())
 
 
 def test_the_same_matrix_gives_the_same_bytes() -> None:

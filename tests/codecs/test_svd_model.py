@@ -113,7 +113,7 @@ def test_energy_of_the_whole_model(energy: float, tmp_path: Path) -> None:
 
 
 @settings(max_examples=15, deadline=None)
-@given(budget=st.integers(150, 4000), dtype=st.sampled_from(["fp32", "fp16", "int8", "int4"]))
+@given(budget=st.integers(150, 4000), dtype=st.sampled_from(["fp32", "fp16", "int8", "int3"]))
 def test_a_budget_is_kept_and_used(
     budget: int, dtype: ValueDtype, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -170,7 +170,7 @@ def test_scope_model_without_energy_is_refused() -> None:
 @given(
     rows=st.integers(1, 300),
     columns=st.integers(0, 5),
-    dtype=st.sampled_from(["fp32", "fp16", "bf16", "int8", "int4"]),
+    dtype=st.sampled_from(["fp32", "fp16", "bf16", "int8", "int4", "int3", "int2"]),
 )
 def test_stored_bytes_are_those_of_pack_values(rows: int, columns: int, dtype: ValueDtype) -> None:
     shape = (rows, columns) if columns else (rows,)

@@ -1,15 +1,16 @@
 """DARE (2311.03099): unbiased, seeded, without stored positions; and before any merge."""
 
+import dataclasses
 import hashlib
 from pathlib import Path
 
 import pytest
 import torch
-from fusionkit_dare import DARE, DAREMerge, kept, key_of
+from fusionkit_dare import DARE, DAREMerge, kept, key_of, placed
 
 import fusionkit
 from fusionkit import TIES, Family, Mean, Merged, Normalized, TaskArithmetic
-from fusionkit.errors import CodecError
+from fusionkit.errors import BundleError, CodecError
 from fusionkit.testing import CodecContract, models
 
 CPU = torch.device("cpu")
@@ -17,7 +18,14 @@ MASK64 = (1 << 64) - 1
 
 
 class TestDARE(CodecContract):
-    codecs = (DARE(), DARE(0.5, seed=3, dtype="int4"), DARE(0.0, dtype="fp32"))
+    codecs = (
+        DARE(),
+        DARE(0.5, seed=3, dtype="int4"),
+        DARE(0.0, dtype="fp32"),
+        DARE(0.8, spread=0.15),
+        DARE(0.7, spread=0.1, shrink=0.5, dtype="fp32"),
+        DARE(0.5, shrink=0.25, dtype="fp32"),
+    )
 
 
 class TestDAREMerge(CodecContract):
@@ -87,6 +95,94 @@ def test_only_values_are_stored(tmp_path: Path) -> None:
     assert path.stat().st_size == pytest.approx(1000 * 1000 * 0.1 * 2, rel=0.01)
 
 
+def test_more_is_dropped_where_the_entries_deviate_less() -> None:
+    """A third of the parameters each at p + d and p, the rest at p − d n_low / n_high."""
+    sizes = {"a": 20, "b": 10, "c": 30, "d": 25, "e": 15, "frozen": 1000}
+    deviations = {"a": 0.4, "b": 0.1, "c": 0.3, "d": 0.5, "e": 0.2}  # b e | c | a d
+    low, middle, high = 0.95, 0.9, 0.9 - 0.05 * 25 / 45
+    wanted = {"b": low, "e": low, "c": middle, "a": high, "d": high}
+    rates = placed(deviations, sizes, 0.9, 0.05)
+    assert rates == pytest.approx(wanted)
+    assert sum(rates[name] * sizes[name] for name in rates) == pytest.approx(0.9 * 100)
+
+
+@pytest.mark.parametrize("wanted", [[], [0.6], [0.6, 0.6], [0.8, 0.6, 0.4]], ids=len)
+def test_few_tensors_are_placed_too(wanted: list[float]) -> None:
+    deviations = {name: 0.1 * place for place, name in enumerate("abc"[: len(wanted)])}
+    rates = placed(deviations, dict.fromkeys("abc", 10), 0.6, 0.2)
+    assert list(rates.values()) == pytest.approx(wanted)
+
+
+def laid_out(scales: dict[str, float]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """A base of zeros, and a model moved by ± so much in each of its matrices."""
+    base = {name: torch.zeros(300, 400) for name in scales}
+    tuned = {
+        name: scale * torch.where(torch.rand(300, 400) < 0.5, -1.0, 1.0)
+        for name, scale in scales.items()
+    }
+    return base, tuned
+
+
+def test_a_spread_moves_the_drops_and_leaves_each_tensor_unbiased(tmp_path: Path) -> None:
+    base, tuned = laid_out({"most": 3.0, "least": 1.0, "middle": 2.0})
+    found = {}
+    for spread in (0.0, 0.1):
+        codec = DARE(0.8, spread=spread, dtype="fp32")
+        found[spread] = fusionkit.compress(base, {"a": tuned}, codec, tmp_path / str(spread))
+    for name, drop in (("least", 0.9), ("middle", 0.8), ("most", 0.7)):
+        delta = found[0.1].delta("a", name)
+        assert delta is not None
+        mask = kept(key_of(0, "a", name), 120_000, drop, CPU).view(300, 400)
+        assert torch.allclose(delta, tuned[name] * mask / (1 - drop))
+    plain, spread = (each.manifest.tasks["a"].file.bytes for each in found.values())
+    assert spread == pytest.approx(plain, rel=0.01)
+
+
+def test_a_task_is_shrunk_by_its_trace_norm() -> None:
+    """γ = max(g, N / N_t): here N_t is 1, 1.6 and 5 times N; vectors have no part in it."""
+    base = {"u": torch.zeros(40, 30), "v": torch.zeros(6, 2, 5), "bias": torch.zeros(1000)}
+    first = {name: torch.randn(tensor.shape) for name, tensor in base.items()}
+    norms = {"a": 1.0, "b": 1.6, "c": 5.0}
+    models = {task: {n: by * t for n, t in first.items()} for task, by in norms.items()}
+    models["b"]["bias"] = 100 * first["bias"]
+    codec = DARE(0.5, dtype="fp32")
+    plain = fusionkit.compress(base, models, codec)
+    shrunk = fusionkit.compress(base, models, dataclasses.replace(codec, shrink=0.5))
+    for task, factor in (("a", 1.0), ("b", 1 / 1.6), ("c", 0.5)):
+        for name in base:
+            delta, wanted = shrunk.delta(task, name), plain.delta(task, name)
+            assert delta is not None
+            assert wanted is not None
+            assert torch.allclose(delta, factor * wanted, rtol=1e-5), (task, name)
+
+
+def test_a_trace_norm_is_the_sum_of_the_singular_values() -> None:
+    base = {"w": torch.zeros(20, 10), "x": torch.zeros(10, 10)}
+    flat = {"w": torch.eye(20, 10), "x": 2 * torch.eye(10)}  # 10 + 20
+    steep = {"w": torch.zeros(20, 10), "x": torch.zeros(10, 10)}
+    steep["x"][0, 3] = 40.0
+    bundle = fusionkit.compress(base, {"a": flat, "b": steep}, DARE(0.0, shrink=0.1, dtype="fp32"))
+    delta = bundle.delta("b", "x")
+    assert delta is not None
+    assert float(delta[0, 3]) == pytest.approx(40 * 30 / 40)
+
+
+def test_a_task_that_is_added_is_shrunk_as_among_the_others(tmp_path: Path) -> None:
+    base = {"w": torch.zeros(30, 20)}
+    first = torch.randn(30, 20)
+    models = {"a": {"w": first}, "b": {"w": 1.25 * first}}
+    codec = DARE(0.5, shrink=0.5, dtype="fp32")
+    whole = fusionkit.compress(base, models, codec)
+    bundle = fusionkit.compress(base, {"a": models["a"]}, codec, tmp_path / "b")
+    with pytest.raises(BundleError, match="share"):
+        fusionkit.add_tasks(bundle, {"b": models["b"]})
+    fusionkit.add_tasks(bundle, {"b": models["b"]}, keep_shared=True)
+    added, wanted = bundle.delta("b", "w"), whole.delta("b", "w")
+    assert added is not None
+    assert wanted is not None
+    assert torch.equal(added, wanted)
+
+
 @pytest.mark.parametrize("merge", [None, TaskArithmetic(0.4), TIES(density=0.5)], ids=repr)
 def test_before_a_merge_it_is_the_merge_of_what_it_leaves(merge: fusionkit.Merge | None) -> None:
     """The same as that merge over checkpoints that were dropped from by hand."""
@@ -121,3 +217,15 @@ def test_a_bad_probability_is_refused(drop: float) -> None:
         DARE(drop)
     with pytest.raises(CodecError, match=r"DAREMerge's drop in"):
         DAREMerge(drop=drop)
+
+
+@pytest.mark.parametrize(("drop", "spread"), [(0.9, 0.1), (0.1, 0.2), (0.5, -0.1)])
+def test_a_spread_that_leaves_the_range_is_refused(drop: float, spread: float) -> None:
+    with pytest.raises(CodecError, match=rf"drop ± spread in \[0, 1\), got {drop} ± {spread}"):
+        DARE(drop, spread=spread)
+
+
+@pytest.mark.parametrize("shrink", [0.0, 1.5])
+def test_a_bad_shrink_is_refused(shrink: float) -> None:
+    with pytest.raises(CodecError, match=rf"shrink in \(0, 1\], got {shrink}"):
+        DARE(shrink=shrink)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import fusionkit
 from fusionkit import DBMS, Bundle, MagnitudePrune, ReuseModule
-from fusionkit.bundles.part_file import Part, PartWriter
+from fusionkit.bundles.part_writer import Part, PartWriter
 from fusionkit.errors import BundleError, CodecError
 from fusionkit.testing import CodecContract, models
 
@@ -84,6 +84,12 @@ def test_a_delta_is_the_difference() -> None:
     wanted = arguments["finetuned"]["ant"]["square"].float() - arguments["base"]["square"].float()
     assert found is not None
     assert torch.equal(found, wanted)
+
+
+def test_weights_have_no_error() -> None:
+    arguments = models(torch.bfloat16)
+    found = fusionkit.sweep(codecs={"all": Lossless()}, **arguments).rows[0]
+    assert (found.weight_error, found.projection, found.noise) == (0, 1, 0)
 
 
 def test_a_switched_model_has_the_fine_tuned_weights() -> None:
