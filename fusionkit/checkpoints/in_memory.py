@@ -95,8 +95,15 @@ def owner_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
         model: the model.
         name: the tensor's, as `state_of` has it.
     """
-    path, _, leaf = unwrapped(model.state_dict())[name].rpartition(".")
-    return model.get_submodule(path), leaf
+    path, _, leaf = name.rpartition(".")
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:  # there are wrappers on the way
+        module = None
+    if module is None or (leaf not in module._parameters and leaf not in module._buffers):
+        path, _, leaf = unwrapped(model.state_dict())[name].rpartition(".")
+        module = model.get_submodule(path)
+    return module, leaf
 
 
 def check_tensors(tensors: Mapping[str, object], label: str) -> None:

@@ -45,7 +45,7 @@ hold the same symbols, and `decode` refuses bytes that `encode` would not have m
 what is cut short or too long, not every altered bit: other bits may be other symbols' stream.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import accumulate
@@ -128,7 +128,9 @@ def encode(runs: Sequence[tuple[Tensor, Model]]) -> Tensor:
     """
     for symbols, model in runs:
         _check(symbols, model)
-    numbers, rows, cumulative, _ = _models([(symbols.numel(), model) for symbols, model in runs])
+    found = {model: _table(model) for _, model in runs}
+    lengths = [(symbols.numel(), model) for symbols, model in runs]
+    numbers, rows, cumulative, _ = _models(lengths, found)
     symbols = torch.cat([torch.empty(0, dtype=torch.int32), *(symbols for symbols, _ in runs)])
     state, words = kernels.encode(symbols.numpy(), numbers, rows, cumulative)
     known = int(state) - kernels.START
@@ -159,10 +161,11 @@ def decode(stream: Tensor, runs: Sequence[tuple[int, Model]]) -> list[Tensor]:
     state, words = _parts(coded)
     # A step makes the state larger by at least half of what its index ideally costs: `x` becomes
     # `x + (x div f) (2^16 - f)` or more, and `x div f` is at least half of `x / f`.
-    least = sum(number * _table(model).cheapest // 2 for number, model in runs)
+    found = {model: _table(model) for _, model in runs}
+    least = sum(number * found[model].cheapest // 2 for number, model in runs)
     if least > len(coded) * 8 << FRACTION:
         raise ValueError(f"{len(coded)} bytes are too few for {count} coded symbols")
-    numbers, rows, cumulative, first = _models(runs)
+    numbers, rows, cumulative, first = _models(runs, found)
     symbols = np.empty(count, np.int32)
     if not kernels.decode(np.int64(state), words, numbers, rows, cumulative, first, symbols):
         raise ValueError(
@@ -170,8 +173,8 @@ def decode(stream: Tensor, runs: Sequence[tuple[int, Model]]) -> list[Tensor]:
             "they are cut short, too long, or altered"
         )
     ends = accumulate(number for number, _ in runs)
-    found = torch.from_numpy(symbols)
-    return [found[end - number : end] for end, (number, _) in zip(ends, runs, strict=True)]
+    whole = torch.from_numpy(symbols)
+    return [whole[end - number : end] for end, (number, _) in zip(ends, runs, strict=True)]
 
 
 def code_length(symbols: Tensor, model: Model) -> float:
@@ -267,22 +270,22 @@ def _check(symbols: Tensor, model: Model) -> None:
 
 
 def _models(
-    runs: Iterable[tuple[int, Model]],
+    runs: Iterable[tuple[int, Model]], found: Mapping[Model, Table]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.uint16]]:
     """What the kernels take: the runs, the models' rows, `cumulative` and `first`."""
-    places: dict[Model, int] = {}
-    numbers = np.array([(places.setdefault(m, len(places)), n) for n, m in runs], np.int64)
-    found = [_table(model) for model in places]
-    starts = np.cumsum([0, *(len(table.cumulative) for table in found)])
+    places = {model: place for place, model in enumerate(found)}
+    numbers = np.array([(places[model], number) for number, model in runs], np.int64)
+    starts = accumulate((len(table.cumulative) for table in found.values()), initial=0)
     rows = [
         (start, len(table.frequencies), table.last, table.low, table.signed)
-        for start, table in zip(starts, found, strict=False)
+        for start, table in zip(starts, found.values(), strict=False)
     ]
+    first = [table.first for table in found.values()]
     return (
         numbers.reshape(-1, 2),
         np.array(rows, np.int64).reshape(-1, 5),
-        np.concatenate([*(table.cumulative for table in found), np.empty(0, np.int64)]),
-        np.array([table.first for table in found], np.uint16).reshape(-1, 1 << tables.BUCKETS),
+        np.concatenate([*(table.cumulative for table in found.values()), np.empty(0, np.int64)]),
+        np.concatenate([*first, np.empty(0, np.uint16)]).reshape(-1, 1 << tables.BUCKETS),
     )
 
 

@@ -49,8 +49,10 @@ if TYPE_CHECKING:
 _SHARE = 1 << 18
 """Entries that are worth a thread."""
 _SMALL, _FEW = 1024, 16
-"""A sparse matrix of so few rows, and so few entries a column, is rotated back by R_m as a table:
-to add up the rows of R_m that its entries ask for takes less than the transform."""
+"""A sparse matrix with a side this short, and so few entries for each of its other side, is rotated
+back with R of the short side as a table: a sum of its few rows takes less than the transform."""
+
+Places = NDArray[np.int64]
 
 
 def rotate(
@@ -148,16 +150,8 @@ def rotate_sparse(
 
     (m, n), turned = target.shape, _flat(target)
     places, numbers = positions.long().numpy(), (values.to(torch.float32) * scale).numpy()
-    if m <= _SMALL and len(places) <= _FEW * n:
-        entries, table, addend = (places, numbers), _table(seed, m), added.flat(target)
-
-        def rows(begin: int, end: int) -> None:
-            work = _work(n * kernels.HEIGHT)
-            kernels.rotate_sparse_rows(
-                entries, table, turned, work, right.steps(), addend, begin, end
-            )
-
-        _over(m, kernels.HEIGHT, target.numel(), rows)
+    if min(m, n) <= _SMALL and len(places) <= _FEW * max(m, n):
+        _by_table(places, numbers, target, seed, (left, right), added)
         return target
     width = kernels.width(n)
     by_panel = kernels.panels(places, numbers, n, width)
@@ -201,6 +195,31 @@ class _Added(NamedTuple):
         """The sum, in PyTorch."""
         delta = torch.addmm(rotated, self.left, self.right)
         return target.copy_(delta if self.base is None else self.base + delta)
+
+
+def _by_table(
+    places: Places,
+    numbers: NDArray[np.float32],
+    matrix: Tensor,
+    seed: int,
+    sides: tuple[Side, Side],
+    added: _Added,
+) -> None:
+    """Rotate a sparse matrix back: the longer side by its steps, the other by R as a table."""
+    from fusionkit.codecs import rotation_kernels as kernels
+
+    m, n = matrix.shape
+    short = 0 if m <= n else 1
+    entries = (*kernels.places(places, n), numbers)
+    table, target, addend = _table(seed, short, min(m, n)), _flat(matrix), added.flat(matrix)
+    steps = sides[1 - short].steps()
+    run = kernels.rotate_sparse_by_columns if short else kernels.rotate_sparse_rows
+
+    def part(begin: int, end: int) -> None:
+        work = _work(max(m, n) * kernels.HEIGHT)
+        run(entries, table, target, work, steps, addend, begin, end)
+
+    _over(min(m, n), kernels.HEIGHT, matrix.numel(), part)
 
 
 def _rotate_rows(matrix: Tensor, side: Side, added: _Added) -> None:
@@ -285,10 +304,10 @@ def _sides(shape: torch.Size, seed: int, inverse: bool) -> tuple[Side, Side]:
 
 
 @lru_cache(maxsize=8)
-def _table(seed: int, size: int) -> NDArray[np.float32]:
-    """R_m in blocks of 16 columns, the last filled up with zeros: float32, flat."""
+def _table(seed: int, side: int, size: int) -> NDArray[np.float32]:
+    """R in blocks of 16 columns, the last filled up with zeros: float32, flat."""
     padded = torch.zeros(size, -(-size // 16) * 16)
-    padded[:, :size] = _turned(torch.eye(size)[None], side_of(seed, 0, size, inverse=False))[0]
+    padded[:, :size] = _turned(torch.eye(size)[None], side_of(seed, side, size, inverse=False))[0]
     return padded.view(size, -1, 16).transpose(0, 1).contiguous().view(-1).numpy()
 
 

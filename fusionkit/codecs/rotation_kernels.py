@@ -43,6 +43,8 @@ Steps = tuple[Counts, int, Counts, Floats]
 """A side's windows, power, order and factors: see `rotation_sides.Side`."""
 Entries = tuple[Counts, Counts, Floats]
 """Where each panel's entries start, their places in the panel, and their values: see `panels`."""
+Few = tuple[Counts, Counts, Floats]
+"""A sparse matrix: its entries' rows, their columns, and their values, `(count,)` each."""
 Addend = tuple[Floats, Floats, int, Floats]
 """What is added to a rotated matrix: the left factor of a product, flat, `(m * rank,)`; the right
 one, transposed and flat, `(rank * n,)`; the rank; and a matrix, flat, or an empty array."""
@@ -296,7 +298,7 @@ def rotate_rows(
 
 @compiled
 def rotate_sparse_rows(
-    entries: tuple[Counts, Floats],
+    entries: Few,
     table: Floats,
     target: Floats,
     work: Floats,
@@ -308,8 +310,9 @@ def rotate_sparse_rows(
     """Rotate a sparse matrix by a table on its columns, and by steps on its rows; and add to it.
 
     Args:
-        entries: where the matrix, flat, is not zero, `(count,)`, and what it is there, `(count,)`.
-        table: `(blocks * m * 16,)`: what an entry of each row adds to the 16 rows of each block.
+        entries: the matrix.
+        table: what an entry adds to the 16 rows of each block, times its value: `(blocks, m, 16)`,
+            flat.
         target: as for `rotate_rows`, as are all others.
         work: see there.
         steps: see there.
@@ -318,19 +321,68 @@ def rotate_sparse_rows(
         end: see there.
     """
     (_, _, order, factors), (panel, other) = steps, work
-    positions, values = entries
-    size, count = len(order), len(positions)
-    height = len(target) // size
-    froms, tos = np.empty(count, np.int64), np.empty(count, np.int64)
-    first = np.empty(count, np.float32)
-    for k in range(count):
-        row, column = divmod(positions[k], size)
-        froms[k], tos[k] = row * LANES, column * LANES
-        first[k] = values[k] * factors[0, column]
+    rows, columns, values = entries
+    height = len(target) // len(order)
     for row in range(begin, end, LANES):
         panel[:] = 0
         block = table[row * height : (row + LANES) * height]
-        for k in range(count):
-            add_scaled(panel, tos[k], block, froms[k], first[k])
+        for k in range(len(values)):
+            factor = values[k] * factors[0, columns[k]]
+            add_scaled(panel, columns[k] * LANES, block, rows[k] * LANES, factor)
         _rotate(panel, other, steps, LANES)
         _write_rows(other, target, factors[4], added, row, min(LANES, end - row))
+
+
+@compiled
+def rotate_sparse_by_columns(
+    entries: Few,
+    table: Floats,
+    target: Floats,
+    work: Floats,
+    steps: Steps,
+    added: Addend,
+    begin: int,
+    end: int,
+) -> None:
+    """The same with the sides changed: by a table on its rows, by steps on its columns.
+
+    Of the arguments, `table` is `(blocks, n, 16)`, of columns; `work` is `(2, 16 * m)`; `steps` are
+    of the columns, from `begin` on to before `end`.
+    """
+    (_, _, order, factors), (panel, other) = steps, work
+    rows, columns, values = entries
+    left, right, rank, base = added
+    height = len(order)
+    size = len(target) // height
+    for column in range(begin, end, LANES):
+        panel[:] = 0
+        block = table[column * size : (column + LANES) * size]
+        for k in range(len(values)):
+            factor = values[k] * factors[0, rows[k]]
+            add_scaled(panel, rows[k] * LANES, block, columns[k] * LANES, factor)
+        _rotate(panel, other, steps, LANES)
+        count = min(LANES, end - column)
+        for i in range(height):
+            at, run = i * size + column, i * LANES
+            if count == LANES:
+                scaled(other, run, other, run, factors[4, i])
+                for k in range(rank):
+                    add_scaled(other, run, right, k * size + column, left[i * rank + k])
+                if len(base):
+                    add_scaled(other, run, base, at, np.float32(1))
+                scaled(target, at, other, run, np.float32(1))
+                continue
+            for lane in range(count):
+                value = other[run + lane] * factors[4, i]
+                for k in range(rank):
+                    value += left[i * rank + k] * right[k * size + column + lane]
+                target[at + lane] = base[at + lane] + value if len(base) else value
+
+
+@compiled
+def places(positions: Counts, size: int) -> tuple[Counts, Counts]:
+    """Rows and columns of places in a flat matrix of so many columns."""
+    rows, columns = np.empty_like(positions), np.empty_like(positions)
+    for k in range(len(positions)):
+        rows[k], columns[k] = divmod(positions[k], size)
+    return rows, columns

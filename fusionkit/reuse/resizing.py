@@ -25,6 +25,8 @@ def resize(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
     Raises:
         BundleError: one is sharded.
     """
+    if not shapes:
+        return
     state = model.state_dict(keep_vars=True)
     names: dict[int, list[str]] = {}
     for name, there in unwrapped(state).items():

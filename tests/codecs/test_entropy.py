@@ -411,7 +411,9 @@ def test_a_false_number_of_symbols_ends_early() -> None:
     own = ints(0, 0, 5, 0), model
     state, words = entropy._parts(bytes(encode([own]).tolist()))
     symbols = np.full(count, -7, np.int32)
-    numbers, rows, cumulative, first = entropy._models([(count, model)])
+    numbers, rows, cumulative, first = entropy._models(
+        [(count, model)], {model: entropy._table(model)}
+    )
     tables_ = (numbers, rows, cumulative, first)
     assert not entropy.kernels.decode(np.int64(state), words, *tables_, symbols)
     assert (symbols[count // 2 :] == -7).all()

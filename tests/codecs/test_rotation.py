@@ -138,6 +138,7 @@ def test_a_sparse_matrix_is_rotated_back(
 @quick
 @given(shapes, seeds, st.integers(0, 5), st.booleans())
 @example((384, 48), 1, 3, True)
+@example((48, 390), 1, 3, True)
 @example((1100, 33), 1, 2, True)
 @example((1100, 33), 1, 2, False)
 def test_what_is_added(shape: tuple[int, int], seed: int, rank: int, sparse: bool) -> None:
