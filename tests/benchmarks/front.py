@@ -48,7 +48,7 @@ KINDS = {
 LEFT_OUT = ("Dense", "")
 SIZES = (0.03, 0.05, 0.1, 0.25, 0.5, 1, 2)
 TICKS = (0, 50, 80, 90, 95, 98, 99, 99.5, 99.8, 100)
-TOP = 100.1
+TOP = 100.25
 """Where the axis of shares ends: towards it a share's distance from it is what is drawn."""
 
 
