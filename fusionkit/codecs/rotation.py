@@ -1,11 +1,12 @@
 """A seeded orthogonal rotation of a matrix on both sides, after which its entries look Gaussian.
 
 `X = R_m A R_nᵀ` for `A` of shape (m, n). `R_m` and `R_n` are orthogonal, and follow from the seed,
-the side and the size alone, in exact integer arithmetic, so that all machines make the same. Each
-is applied in O(n log n) steps and never formed. For a vector x of n entries, with p the largest
-power of two that is at most n:
+the matrix's place, the side and the size alone, in exact integer arithmetic, so that all machines
+make the same. Each is applied in O(n log n) steps; only a short side's is ever formed, where few
+entries are rotated back. For a vector x of n entries, with p the largest power of two that is at
+most n:
 
-    R = W(s₃, s₄) P W(s₁, s₂)
+    R = W(s₃, s₄) P W(s₁, s₂) D
     W(s, s′) x: x ← s ∘ x;  x[:p] ← H x[:p];  and if p < n:  x ← s′ ∘ x;  x[n−p:] ← H x[n−p:]
 
 `H` is the orthonormal Walsh-Hadamard matrix, in natural order: (−1)^popcount(i & j) / √p at i, j.
@@ -21,8 +22,11 @@ Signs and permutation are read from n words of 64 bits, `w[i] = mix(k + iγ)`, w
     k = mix(mix(mix(seed) ^ side) ^ n), where side is 0 for R_m and 1 for R_n
 
 `s₁` to `s₄` at i are −1 where bit 0 to 3 of `w[i]` is set, else 1; `(P x)[i] = x[order[i]]`, where
-`order` sorts the words, the earlier first of equal ones. The two sides differ even if m = n; with
-the same R on both, a multiple of the identity would stay one.
+`order` sorts the words, the earlier first of equal ones. `D` is −1 at i where bit `i mod 64` of
+`mix(mix(mix(k) ^ place) + (i div 64) γ)` is set, else 1. So all but D is drawn once for a size; by
+D, directions that matrices have in common, as all layers of a model may, are rotated another way in
+each, and errors don't add up over the layers. The two sides differ even if m = n; with the same R
+on both, a multiple of the identity would stay one.
 
 A rank-1 matrix stays one, whatever is done on its sides: its entries become products of two
 Gaussian numbers. All other matrices come as near to Gaussian as their spectrum is flat.
@@ -41,7 +45,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fusionkit.checkpoints.adapters.lowrank import LowRank
-from fusionkit.codecs.rotation_sides import Side, side_of
+from fusionkit.codecs.rotation_sides import Side, flips, side_of
 
 if TYPE_CHECKING:
     from fusionkit.codecs.rotation_kernels import Addend
@@ -60,6 +64,7 @@ def rotate(
     seed: int,
     inverse: bool = False,
     *,
+    place: int = 0,
     product: LowRank | None = None,
     base: Tensor | None = None,
     out: Tensor | None = None,
@@ -71,8 +76,9 @@ def rotate(
 
     Args:
         matrix: float32 `(m, n)`.
-        seed: at least 0 and less than 2⁶⁴; gives the same rotation to every matrix of one shape.
+        seed: at least 0 and less than 2⁶⁴.
         inverse: undo it: `R_mᵀ A R_n`.
+        place: of the matrix among those that are rotated, from 0 on.
         product: `left @ right.T` is added.
         base: float32 `(m, n)`, on the same device; is added, last.
         out: contiguous float32 `(m, n)` on the same device, to write to; may be `matrix`, not
@@ -87,7 +93,7 @@ def rotate(
     if matrix.ndim != 2 or matrix.dtype != torch.float32:
         raise ValueError(f"expected a float32 matrix, got {matrix.dtype} {tuple(matrix.shape)}")
     source, target = matrix.detach(), _target(matrix.shape, matrix.device, out)
-    left, right = _sides(matrix.shape, seed, inverse)
+    left, right = _sides(matrix.shape, seed, inverse, place)
     added = _Added.of(target, product, base)
     if not target.numel():
         return target
@@ -114,6 +120,7 @@ def rotate_sparse(
     seed: int,
     scale: float,
     *,
+    place: int = 0,
     product: LowRank | None = None,
     base: Tensor | None = None,
     out: Tensor | None = None,
@@ -126,6 +133,7 @@ def rotate_sparse(
         shape: `(m, n)`.
         seed: see `rotate`.
         scale: what the values are multiplied by.
+        place: see `rotate`.
         product: see `rotate`.
         base: see `rotate`.
         out: see `rotate`.
@@ -138,7 +146,7 @@ def rotate_sparse(
             many values; what is added, `out` or the seed is not what it should be.
     """
     target = _target(torch.Size(shape), positions.device, out)
-    left, right = _sides(target.shape, seed, inverse=True)
+    left, right = _sides(target.shape, seed, True, place)
     _check_positions(positions, values, target.numel())
     added = _Added.of(target, product, base)
     if not target.numel():
@@ -151,7 +159,7 @@ def rotate_sparse(
     (m, n), turned = target.shape, _flat(target)
     places, numbers = positions.long().numpy(), (values.to(torch.float32) * scale).numpy()
     if min(m, n) <= _SMALL and len(places) <= _FEW * max(m, n):
-        _by_table(places, numbers, target, seed, (left, right), added)
+        _by_table((places, numbers), target, seed, place, added)
         return target
     width = kernels.width(n)
     by_panel = kernels.panels(places, numbers, n, width)
@@ -198,21 +206,22 @@ class _Added(NamedTuple):
 
 
 def _by_table(
-    places: Places,
-    numbers: NDArray[np.float32],
+    given: tuple[Places, NDArray[np.float32]],
     matrix: Tensor,
     seed: int,
-    sides: tuple[Side, Side],
+    place: int,
     added: _Added,
 ) -> None:
     """Rotate a sparse matrix back: the longer side by its steps, the other by R as a table."""
     from fusionkit.codecs import rotation_kernels as kernels
 
-    m, n = matrix.shape
+    (m, n), (places, numbers) = matrix.shape, given
     short = 0 if m <= n else 1
     entries = (*kernels.places(places, n), numbers)
-    table, target, addend = _table(seed, short, min(m, n)), _flat(matrix), added.flat(matrix)
-    steps = sides[1 - short].steps()
+    signs = _padded(torch.from_numpy(flips(seed, short, min(m, n), place))).numpy()
+    table = _table(seed, short, min(m, n)), signs
+    target, addend = _flat(matrix), added.flat(matrix)
+    steps = side_of(seed, 1 - short, max(m, n), True, place).steps()
     run = kernels.rotate_sparse_by_columns if short else kernels.rotate_sparse_rows
 
     def part(begin: int, end: int) -> None:
@@ -296,19 +305,24 @@ def _check_positions(positions: Tensor, values: Tensor, total: int) -> None:
         raise ValueError("expected positions that increase strictly")
 
 
-def _sides(shape: torch.Size, seed: int, inverse: bool) -> tuple[Side, Side]:
+def _sides(shape: torch.Size, seed: int, inverse: bool, place: int = 0) -> tuple[Side, Side]:
     if not 0 <= seed < 1 << 64:
         raise ValueError(f"expected a seed from 0 to 2**64 - 1, got {seed}")
     m, n = shape
-    return side_of(seed, 0, m, inverse), side_of(seed, 1, n, inverse)
+    return side_of(seed, 0, m, inverse, place), side_of(seed, 1, n, inverse, place)
 
 
 @lru_cache(maxsize=8)
 def _table(seed: int, side: int, size: int) -> NDArray[np.float32]:
-    """R in blocks of 16 columns, the last filled up with zeros: float32, flat."""
-    padded = torch.zeros(size, -(-size // 16) * 16)
-    padded[:, :size] = _turned(torch.eye(size)[None], side_of(seed, side, size, inverse=False))[0]
-    return padded.view(size, -1, 16).transpose(0, 1).contiguous().view(-1).numpy()
+    """W P W in blocks of 16 columns, the last filled up with zeros: float32, flat."""
+    flipped = _turned(torch.eye(size)[None], side_of(seed, side, size, False))[0]
+    plain = flipped * torch.from_numpy(flips(seed, side, size, 0))
+    return _padded(plain).view(size, -1, 16).transpose(0, 1).contiguous().view(-1).numpy()
+
+
+def _padded(values: Tensor) -> Tensor:
+    """With zeros on its right, for a multiple of 16 columns."""
+    return torch.nn.functional.pad(values, (0, -values.shape[-1] % 16))
 
 
 def _on_device(matrix: Tensor, left: Side, right: Side) -> Tensor:

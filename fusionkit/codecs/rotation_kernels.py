@@ -3,8 +3,7 @@
 A *panel* is a flat array that holds `width` vectors side by side: entry `i` of vector `c` is at
 `i * width + c`, and `width` is a multiple of 16. So every step works on runs of at least 16 floats,
 a line of the cache, and a permutation copies whole runs. A matrix's columns lie so by nature; its
-rows are transposed on the way in and out. What works on 16 floats is in `rotation_vectors`. Bounds
-are the callers' business.
+rows are transposed on the way in and out. What works on 16 floats is in `rotation_vectors`.
 """
 
 import numpy as np
@@ -45,6 +44,8 @@ Entries = tuple[Counts, Counts, Floats]
 """Where each panel's entries start, their places in the panel, and their values: see `panels`."""
 Few = tuple[Counts, Counts, Floats]
 """A sparse matrix: its entries' rows, their columns, and their values, `(count,)` each."""
+Table = tuple[Floats, Floats]
+"""A rotation of few entries, and its signs: see `rotate_sparse_rows`."""
 Addend = tuple[Floats, Floats, int, Floats]
 """What is added to a rotated matrix: the left factor of a product, flat, `(m * rank,)`; the right
 one, transposed and flat, `(rank * n,)`; the rank; and a matrix, flat, or an empty array."""
@@ -296,10 +297,20 @@ def rotate_rows(
         _write_rows(other, matrix, factors[4], added, row, rows)
 
 
+@register_jitable
+def _signed(block: Floats, table: Table, first: int) -> None:
+    """A block of a table, times its signs."""
+    rows, signs = table
+    start = first // LANES * len(block)
+    for at in range(0, len(block), LANES):
+        for lane in range(LANES):
+            block[at + lane] = rows[start + at + lane] * signs[first + lane]
+
+
 @compiled
 def rotate_sparse_rows(
     entries: Few,
-    table: Floats,
+    table: Table,
     target: Floats,
     work: Floats,
     steps: Steps,
@@ -312,7 +323,7 @@ def rotate_sparse_rows(
     Args:
         entries: the matrix.
         table: what an entry adds to the 16 rows of each block, times its value: `(blocks, m, 16)`,
-            flat.
+            flat; and signs of the rows, filled up to a multiple of 16.
         target: as for `rotate_rows`, as are all others.
         work: see there.
         steps: see there.
@@ -322,10 +333,10 @@ def rotate_sparse_rows(
     """
     (_, _, order, factors), (panel, other) = steps, work
     rows, columns, values = entries
-    height = len(target) // len(order)
+    block = np.empty(len(target) // len(order) * LANES, np.float32)
     for row in range(begin, end, LANES):
         panel[:] = 0
-        block = table[row * height : (row + LANES) * height]
+        _signed(block, table, row)
         for k in range(len(values)):
             factor = values[k] * factors[0, columns[k]]
             add_scaled(panel, columns[k] * LANES, block, rows[k] * LANES, factor)
@@ -336,7 +347,7 @@ def rotate_sparse_rows(
 @compiled
 def rotate_sparse_by_columns(
     entries: Few,
-    table: Floats,
+    table: Table,
     target: Floats,
     work: Floats,
     steps: Steps,
@@ -354,9 +365,10 @@ def rotate_sparse_by_columns(
     left, right, rank, base = added
     height = len(order)
     size = len(target) // height
+    block = np.empty(size * LANES, np.float32)
     for column in range(begin, end, LANES):
         panel[:] = 0
-        block = table[column * size : (column + LANES) * size]
+        _signed(block, table, column)
         for k in range(len(values)):
             factor = values[k] * factors[0, rows[k]]
             add_scaled(panel, rows[k] * LANES, block, columns[k] * LANES, factor)
