@@ -2,9 +2,8 @@
 
 `X = R_m A R_nᵀ` for `A` of shape (m, n). `R_m` and `R_n` are orthogonal, and follow from the seed,
 the matrix's place, the side and the size alone, in exact integer arithmetic, so that all machines
-make the same. Each is applied in O(n log n) steps; only a short side's is ever formed, where few
-entries are rotated back. For a vector x of n entries, with p the largest power of two that is at
-most n:
+make the same. Each is applied in O(n log n) steps and never formed. For a vector x of n entries,
+with p the largest power of two that is at most n:
 
     R = W(s₃, s₄) P W(s₁, s₂) D
     W(s, s′) x: x ← s ∘ x;  x[:p] ← H x[:p];  and if p < n:  x ← s′ ∘ x;  x[n−p:] ← H x[n−p:]
@@ -35,7 +34,7 @@ Gaussian numbers. All other matrices come as near to Gaussian as their spectrum 
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
-from functools import cache, lru_cache
+from functools import cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -45,18 +44,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fusionkit.checkpoints.adapters.lowrank import LowRank
-from fusionkit.codecs.rotation_sides import Side, flips, side_of
+from fusionkit.codecs.rotation_sides import Side, side_of
 
 if TYPE_CHECKING:
     from fusionkit.codecs.rotation_kernels import Addend
 
 _SHARE = 1 << 18
 """Entries that are worth a thread."""
-_SMALL, _FEW = 1024, 16
-"""A sparse matrix with a side this short, and so few entries for each of its other side, is rotated
-back with R of the short side as a table: a sum of its few rows takes less than the transform."""
-
-Places = NDArray[np.int64]
+_CACHED = 1 << 20
+"""Entries that stay in the second-level cache, or nearly."""
 
 
 def rotate(
@@ -101,15 +97,15 @@ def rotate(
         return added.write(target, _on_device(source, left, right))
     from fusionkit.codecs import rotation_kernels as kernels
 
-    flat, turned = _flat(source), _flat(target)
+    flat, between = _flat(source), _between(target)
     width = kernels.width(target.shape[1])
 
     def columns(begin: int, end: int) -> None:
         work = _work(len(left.order) * width)
-        kernels.rotate_columns(flat, turned, work, left.steps(), begin, end)
+        kernels.rotate_columns(flat, between, work, left.steps(), begin, end)
 
     _over(target.shape[1], width, target.numel(), columns)
-    _rotate_rows(target, right, added)
+    _rotate_rows(between, target, right, added)
     return target
 
 
@@ -156,20 +152,17 @@ def rotate_sparse(
         return added.write(target, _on_device(target, left, right))
     from fusionkit.codecs import rotation_kernels as kernels
 
-    (m, n), turned = target.shape, _flat(target)
+    (m, n), between = target.shape, _between(target)
     places, numbers = positions.long().numpy(), (values.to(torch.float32) * scale).numpy()
-    if min(m, n) <= _SMALL and len(places) <= _FEW * max(m, n):
-        _by_table((places, numbers), target, seed, place, added)
-        return target
     width = kernels.width(n)
     by_panel = kernels.panels(places, numbers, n, width)
 
     def columns(begin: int, end: int) -> None:
         work = _work(m * width)
-        kernels.rotate_sparse_columns(by_panel, turned, work, left.steps(), begin, end)
+        kernels.rotate_sparse_columns(by_panel, between, work, left.steps(), begin, end)
 
     _over(n, width, target.numel(), columns)
-    _rotate_rows(target, right, added)
+    _rotate_rows(between, target, right, added)
     return target
 
 
@@ -205,40 +198,14 @@ class _Added(NamedTuple):
         return target.copy_(delta if self.base is None else self.base + delta)
 
 
-def _by_table(
-    given: tuple[Places, NDArray[np.float32]],
-    matrix: Tensor,
-    seed: int,
-    place: int,
-    added: _Added,
-) -> None:
-    """Rotate a sparse matrix back: the longer side by its steps, the other by R as a table."""
-    from fusionkit.codecs import rotation_kernels as kernels
-
-    (m, n), (places, numbers) = matrix.shape, given
-    short = 0 if m <= n else 1
-    entries = (*kernels.places(places, n), numbers)
-    signs = _padded(torch.from_numpy(flips(seed, short, min(m, n), place))).numpy()
-    table = _table(seed, short, min(m, n)), signs
-    target, addend = _flat(matrix), added.flat(matrix)
-    steps = side_of(seed, 1 - short, max(m, n), True, place).steps()
-    run = kernels.rotate_sparse_by_columns if short else kernels.rotate_sparse_rows
-
-    def part(begin: int, end: int) -> None:
-        work = _work(max(m, n) * kernels.HEIGHT)
-        run(entries, table, target, work, steps, addend, begin, end)
-
-    _over(min(m, n), kernels.HEIGHT, matrix.numel(), part)
-
-
-def _rotate_rows(matrix: Tensor, side: Side, added: _Added) -> None:
+def _rotate_rows(between: NDArray[np.float32], matrix: Tensor, side: Side, added: _Added) -> None:
     from fusionkit.codecs import rotation_kernels as kernels
 
     flat, addend, height = _flat(matrix), added.flat(matrix), kernels.HEIGHT
 
     def rows(begin: int, end: int) -> None:
         work = _work(len(side.order) * height)
-        kernels.rotate_rows(flat, work, side.steps(), addend, begin, end)
+        kernels.rotate_rows(between, flat, work, side.steps(), addend, begin, end)
 
     _over(matrix.shape[0], height, matrix.numel(), rows)
 
@@ -268,6 +235,14 @@ if hasattr(os, "register_at_fork"):
 
 def _flat(matrix: Tensor) -> NDArray[np.float32]:
     return matrix.detach().contiguous().view(-1).numpy()
+
+
+def _between(target: Tensor) -> NDArray[np.float32]:
+    """Where columns are written to, for the rows to be read from: memory in the cache, if it fits.
+
+    Columns are written a line of the cache at a time, which is slow in memory that is not there.
+    """
+    return _flat(torch.empty_like(target) if target.numel() <= _CACHED else target)
 
 
 def _work(floats: int) -> NDArray[np.float32]:
@@ -310,19 +285,6 @@ def _sides(shape: torch.Size, seed: int, inverse: bool, place: int = 0) -> tuple
         raise ValueError(f"expected a seed from 0 to 2**64 - 1, got {seed}")
     m, n = shape
     return side_of(seed, 0, m, inverse, place), side_of(seed, 1, n, inverse, place)
-
-
-@lru_cache(maxsize=8)
-def _table(seed: int, side: int, size: int) -> NDArray[np.float32]:
-    """W P W in blocks of 16 columns, the last filled up with zeros: float32, flat."""
-    flipped = _turned(torch.eye(size)[None], side_of(seed, side, size, False))[0]
-    plain = flipped * torch.from_numpy(flips(seed, side, size, 0))
-    return _padded(plain).view(size, -1, 16).transpose(0, 1).contiguous().view(-1).numpy()
-
-
-def _padded(values: Tensor) -> Tensor:
-    """With zeros on its right, for a multiple of 16 columns."""
-    return torch.nn.functional.pad(values, (0, -values.shape[-1] % 16))
 
 
 def _on_device(matrix: Tensor, left: Side, right: Side) -> Tensor:

@@ -96,6 +96,7 @@ def draw(seed: int, side: int, size: int) -> tuple[NDArray[np.int64], NDArray[np
     return np.argsort(words, kind="stable"), 1 - 2 * bits.astype(np.float32)
 
 
+@lru_cache(maxsize=256)
 def flips(seed: int, side: int, size: int, place: int) -> NDArray[np.float32]:
     """D's diagonal, of 1 and −1, of a matrix's place: float32 `(n,)`; see `rotation`."""
     key = _mix(_key(seed, side, size)) ^ np.uint64(place)

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import Any, cast
 
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba.core import cgutils as _cgutils
+from numba.core import types
 from numba.extending import intrinsic
 
 LANES = 16
@@ -19,6 +20,7 @@ _INT = types.intp
 _Value = Any
 """A value of the code that is built: llvmlite has no types for it."""
 
+cgutils: Any = _cgutils  # without types
 _intrinsic = cast(Callable[[Callable[..., Any]], Callable[..., None]], intrinsic)
 
 
@@ -107,20 +109,6 @@ def scaled(context: Any, target: Any, to: Any, source: Any, at: Any, factor: Any
         run = _Run(context, builder, signature.args[2], source).load(at)
         done = builder.fmul(run, spread(builder, factor))
         _Run(context, builder, signature.args[0], target).store(done, to)
-        return context.get_dummy_value()
-
-    return types.void(target, _INT, source, _INT, types.float32), build
-
-
-@_intrinsic
-def add_scaled(context: Any, target: Any, to: Any, source: Any, at: Any, factor: Any) -> Any:
-    """`target[to : to + 16] += source[at : at + 16] * factor`."""
-
-    def build(context: Any, builder: Any, signature: Any, given: Any) -> _Value:
-        target, to, source, at, factor = given
-        run = _Run(context, builder, signature.args[2], source).load(at)
-        place = _Run(context, builder, signature.args[0], target)
-        place.store(_multiply_add(builder, run, spread(builder, factor), place.load(to)), to)
         return context.get_dummy_value()
 
     return types.void(target, _INT, source, _INT, types.float32), build
