@@ -1,11 +1,11 @@
 """A seeded orthogonal rotation of a matrix on both sides, after which its entries look Gaussian.
 
 `X = R_m A R_nᵀ` for `A` of shape (m, n). `R_m` and `R_n` are orthogonal, and follow from the seed,
-the side and the size alone, in exact integer arithmetic, so that all machines make the same. Each
-is applied in O(n log n) steps and never formed. For a vector x of n entries, with p the largest
-power of two that is at most n:
+the matrix's place, the side and the size alone, in exact integer arithmetic, so that all machines
+make the same. Each is applied in O(n log n) steps and never formed. For a vector x of n entries,
+with p the largest power of two that is at most n:
 
-    R = W(s₃, s₄) P W(s₁, s₂)
+    R = W(s₃, s₄) P W(s₁, s₂) D
     W(s, s′) x: x ← s ∘ x;  x[:p] ← H x[:p];  and if p < n:  x ← s′ ∘ x;  x[n−p:] ← H x[n−p:]
 
 `H` is the orthonormal Walsh-Hadamard matrix, in natural order: (−1)^popcount(i & j) / √p at i, j.
@@ -21,8 +21,11 @@ Signs and permutation are read from n words of 64 bits, `w[i] = mix(k + iγ)`, w
     k = mix(mix(mix(seed) ^ side) ^ n), where side is 0 for R_m and 1 for R_n
 
 `s₁` to `s₄` at i are −1 where bit 0 to 3 of `w[i]` is set, else 1; `(P x)[i] = x[order[i]]`, where
-`order` sorts the words, the earlier first of equal ones. The two sides differ even if m = n; with
-the same R on both, a multiple of the identity would stay one.
+`order` sorts the words, the earlier first of equal ones. `D` is −1 at i where bit `i mod 64` of
+`mix(mix(mix(k) ^ place) + (i div 64) γ)` is set, else 1. So all but D is drawn once for a size; by
+D, directions that matrices have in common, as all layers of a model may, are rotated another way in
+each, and errors don't add up over the layers. The two sides differ even if m = n; with the same R
+on both, a multiple of the identity would stay one.
 
 A rank-1 matrix stays one, whatever is done on its sides: its entries become products of two
 Gaussian numbers. All other matrices come as near to Gaussian as their spectrum is flat.
@@ -31,7 +34,7 @@ Gaussian numbers. All other matrices come as near to Gaussian as their spectrum 
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
-from functools import cache, lru_cache
+from functools import cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -48,11 +51,8 @@ if TYPE_CHECKING:
 
 _SHARE = 1 << 18
 """Entries that are worth a thread."""
-_SMALL, _FEW = 1024, 16
-"""A sparse matrix with a side this short, and so few entries for each of its other side, is rotated
-back with R of the short side as a table: a sum of its few rows takes less than the transform."""
-
-Places = NDArray[np.int64]
+_CACHED = 1 << 20
+"""Entries that stay in the second-level cache, or nearly."""
 
 
 def rotate(
@@ -60,6 +60,7 @@ def rotate(
     seed: int,
     inverse: bool = False,
     *,
+    place: int = 0,
     product: LowRank | None = None,
     base: Tensor | None = None,
     out: Tensor | None = None,
@@ -71,8 +72,9 @@ def rotate(
 
     Args:
         matrix: float32 `(m, n)`.
-        seed: at least 0 and less than 2⁶⁴; gives the same rotation to every matrix of one shape.
+        seed: at least 0 and less than 2⁶⁴.
         inverse: undo it: `R_mᵀ A R_n`.
+        place: of the matrix among those that are rotated, from 0 on.
         product: `left @ right.T` is added.
         base: float32 `(m, n)`, on the same device; is added, last.
         out: contiguous float32 `(m, n)` on the same device, to write to; may be `matrix`, not
@@ -87,7 +89,7 @@ def rotate(
     if matrix.ndim != 2 or matrix.dtype != torch.float32:
         raise ValueError(f"expected a float32 matrix, got {matrix.dtype} {tuple(matrix.shape)}")
     source, target = matrix.detach(), _target(matrix.shape, matrix.device, out)
-    left, right = _sides(matrix.shape, seed, inverse)
+    left, right = _sides(matrix.shape, seed, inverse, place)
     added = _Added.of(target, product, base)
     if not target.numel():
         return target
@@ -95,15 +97,15 @@ def rotate(
         return added.write(target, _on_device(source, left, right))
     from fusionkit.codecs import rotation_kernels as kernels
 
-    flat, turned = _flat(source), _flat(target)
+    flat, between = _flat(source), _between(target)
     width = kernels.width(target.shape[1])
 
     def columns(begin: int, end: int) -> None:
         work = _work(len(left.order) * width)
-        kernels.rotate_columns(flat, turned, work, left.steps(), begin, end)
+        kernels.rotate_columns(flat, between, work, left.steps(), begin, end)
 
     _over(target.shape[1], width, target.numel(), columns)
-    _rotate_rows(target, right, added)
+    _rotate_rows(between, target, right, added)
     return target
 
 
@@ -114,6 +116,7 @@ def rotate_sparse(
     seed: int,
     scale: float,
     *,
+    place: int = 0,
     product: LowRank | None = None,
     base: Tensor | None = None,
     out: Tensor | None = None,
@@ -126,6 +129,7 @@ def rotate_sparse(
         shape: `(m, n)`.
         seed: see `rotate`.
         scale: what the values are multiplied by.
+        place: see `rotate`.
         product: see `rotate`.
         base: see `rotate`.
         out: see `rotate`.
@@ -138,7 +142,7 @@ def rotate_sparse(
             many values; what is added, `out` or the seed is not what it should be.
     """
     target = _target(torch.Size(shape), positions.device, out)
-    left, right = _sides(target.shape, seed, inverse=True)
+    left, right = _sides(target.shape, seed, True, place)
     _check_positions(positions, values, target.numel())
     added = _Added.of(target, product, base)
     if not target.numel():
@@ -148,20 +152,17 @@ def rotate_sparse(
         return added.write(target, _on_device(target, left, right))
     from fusionkit.codecs import rotation_kernels as kernels
 
-    (m, n), turned = target.shape, _flat(target)
+    (m, n), between = target.shape, _between(target)
     places, numbers = positions.long().numpy(), (values.to(torch.float32) * scale).numpy()
-    if min(m, n) <= _SMALL and len(places) <= _FEW * max(m, n):
-        _by_table(places, numbers, target, seed, (left, right), added)
-        return target
     width = kernels.width(n)
     by_panel = kernels.panels(places, numbers, n, width)
 
     def columns(begin: int, end: int) -> None:
         work = _work(m * width)
-        kernels.rotate_sparse_columns(by_panel, turned, work, left.steps(), begin, end)
+        kernels.rotate_sparse_columns(by_panel, between, work, left.steps(), begin, end)
 
     _over(n, width, target.numel(), columns)
-    _rotate_rows(target, right, added)
+    _rotate_rows(between, target, right, added)
     return target
 
 
@@ -197,39 +198,14 @@ class _Added(NamedTuple):
         return target.copy_(delta if self.base is None else self.base + delta)
 
 
-def _by_table(
-    places: Places,
-    numbers: NDArray[np.float32],
-    matrix: Tensor,
-    seed: int,
-    sides: tuple[Side, Side],
-    added: _Added,
-) -> None:
-    """Rotate a sparse matrix back: the longer side by its steps, the other by R as a table."""
-    from fusionkit.codecs import rotation_kernels as kernels
-
-    m, n = matrix.shape
-    short = 0 if m <= n else 1
-    entries = (*kernels.places(places, n), numbers)
-    table, target, addend = _table(seed, short, min(m, n)), _flat(matrix), added.flat(matrix)
-    steps = sides[1 - short].steps()
-    run = kernels.rotate_sparse_by_columns if short else kernels.rotate_sparse_rows
-
-    def part(begin: int, end: int) -> None:
-        work = _work(max(m, n) * kernels.HEIGHT)
-        run(entries, table, target, work, steps, addend, begin, end)
-
-    _over(min(m, n), kernels.HEIGHT, matrix.numel(), part)
-
-
-def _rotate_rows(matrix: Tensor, side: Side, added: _Added) -> None:
+def _rotate_rows(between: NDArray[np.float32], matrix: Tensor, side: Side, added: _Added) -> None:
     from fusionkit.codecs import rotation_kernels as kernels
 
     flat, addend, height = _flat(matrix), added.flat(matrix), kernels.HEIGHT
 
     def rows(begin: int, end: int) -> None:
         work = _work(len(side.order) * height)
-        kernels.rotate_rows(flat, work, side.steps(), addend, begin, end)
+        kernels.rotate_rows(between, flat, work, side.steps(), addend, begin, end)
 
     _over(matrix.shape[0], height, matrix.numel(), rows)
 
@@ -259,6 +235,14 @@ if hasattr(os, "register_at_fork"):
 
 def _flat(matrix: Tensor) -> NDArray[np.float32]:
     return matrix.detach().contiguous().view(-1).numpy()
+
+
+def _between(target: Tensor) -> NDArray[np.float32]:
+    """Where columns are written to, for the rows to be read from: memory in the cache, if it fits.
+
+    Columns are written a line of the cache at a time, which is slow in memory that is not there.
+    """
+    return _flat(torch.empty_like(target) if target.numel() <= _CACHED else target)
 
 
 def _work(floats: int) -> NDArray[np.float32]:
@@ -296,19 +280,11 @@ def _check_positions(positions: Tensor, values: Tensor, total: int) -> None:
         raise ValueError("expected positions that increase strictly")
 
 
-def _sides(shape: torch.Size, seed: int, inverse: bool) -> tuple[Side, Side]:
+def _sides(shape: torch.Size, seed: int, inverse: bool, place: int = 0) -> tuple[Side, Side]:
     if not 0 <= seed < 1 << 64:
         raise ValueError(f"expected a seed from 0 to 2**64 - 1, got {seed}")
     m, n = shape
-    return side_of(seed, 0, m, inverse), side_of(seed, 1, n, inverse)
-
-
-@lru_cache(maxsize=8)
-def _table(seed: int, side: int, size: int) -> NDArray[np.float32]:
-    """R in blocks of 16 columns, the last filled up with zeros: float32, flat."""
-    padded = torch.zeros(size, -(-size // 16) * 16)
-    padded[:, :size] = _turned(torch.eye(size)[None], side_of(seed, side, size, inverse=False))[0]
-    return padded.view(size, -1, 16).transpose(0, 1).contiguous().view(-1).numpy()
+    return side_of(seed, 0, m, inverse, place), side_of(seed, 1, n, inverse, place)
 
 
 def _on_device(matrix: Tensor, left: Side, right: Side) -> Tensor:

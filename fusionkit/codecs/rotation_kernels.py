@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from fusionkit.codecs.rotation_vectors import (
     LANES,
-    add_scaled,
     butterfly2,
     butterfly4,
     butterfly8,
@@ -43,8 +42,6 @@ Steps = tuple[Counts, int, Counts, Floats]
 """A side's windows, power, order and factors: see `rotation_sides.Side`."""
 Entries = tuple[Counts, Counts, Floats]
 """Where each panel's entries start, their places in the panel, and their values: see `panels`."""
-Few = tuple[Counts, Counts, Floats]
-"""A sparse matrix: its entries' rows, their columns, and their values, `(count,)` each."""
 Addend = tuple[Floats, Floats, int, Floats]
 """What is added to a rotated matrix: the left factor of a product, flat, `(m * rank,)`; the right
 one, transposed and flat, `(rank * n,)`; the rank; and a matrix, flat, or an empty array."""
@@ -268,12 +265,19 @@ def panels(positions: Counts, values: Floats, size: int, width: int) -> Entries:
 
 @compiled
 def rotate_rows(
-    matrix: Floats, work: Floats, steps: Steps, added: Addend, begin: int, end: int
+    source: Floats,
+    target: Floats,
+    work: Floats,
+    steps: Steps,
+    added: Addend,
+    begin: int,
+    end: int,
 ) -> None:
-    """Rotate rows of a matrix in place, and add to them.
+    """Rotate rows of a matrix, and add to them.
 
     Args:
-        matrix: flat, `(m * n,)`, with `n = len(order)`.
+        source: the matrix, flat: `(m * n,)`, with `n = len(order)`.
+        target: as many floats, which the rows are written to; may be `source`.
         work: `(2, 16 * n)`, overwritten.
         steps: the rotation of the side.
         added: what is added.
@@ -287,102 +291,10 @@ def rotate_rows(
         whole = size - size % LANES if rows == LANES else 0
         start = row * size
         for i in range(0, whole, LANES):
-            from_rows(panel, i * LANES, matrix, start + i, size, factors[0], i)
+            from_rows(panel, i * LANES, source, start + i, size, factors[0], i)
         for i in range(whole, size):
             for lane in range(rows):
-                panel[i * LANES + lane] = matrix[start + lane * size + i] * factors[0, i]
+                panel[i * LANES + lane] = source[start + lane * size + i] * factors[0, i]
             panel[i * LANES + rows : (i + 1) * LANES] = 0
         _rotate(panel, other, steps, LANES)
-        _write_rows(other, matrix, factors[4], added, row, rows)
-
-
-@compiled
-def rotate_sparse_rows(
-    entries: Few,
-    table: Floats,
-    target: Floats,
-    work: Floats,
-    steps: Steps,
-    added: Addend,
-    begin: int,
-    end: int,
-) -> None:
-    """Rotate a sparse matrix by a table on its columns, and by steps on its rows; and add to it.
-
-    Args:
-        entries: the matrix.
-        table: what an entry adds to the 16 rows of each block, times its value: `(blocks, m, 16)`,
-            flat.
-        target: as for `rotate_rows`, as are all others.
-        work: see there.
-        steps: see there.
-        added: see there.
-        begin: see there.
-        end: see there.
-    """
-    (_, _, order, factors), (panel, other) = steps, work
-    rows, columns, values = entries
-    height = len(target) // len(order)
-    for row in range(begin, end, LANES):
-        panel[:] = 0
-        block = table[row * height : (row + LANES) * height]
-        for k in range(len(values)):
-            factor = values[k] * factors[0, columns[k]]
-            add_scaled(panel, columns[k] * LANES, block, rows[k] * LANES, factor)
-        _rotate(panel, other, steps, LANES)
-        _write_rows(other, target, factors[4], added, row, min(LANES, end - row))
-
-
-@compiled
-def rotate_sparse_by_columns(
-    entries: Few,
-    table: Floats,
-    target: Floats,
-    work: Floats,
-    steps: Steps,
-    added: Addend,
-    begin: int,
-    end: int,
-) -> None:
-    """The same with the sides changed: by a table on its rows, by steps on its columns.
-
-    Of the arguments, `table` is `(blocks, n, 16)`, of columns; `work` is `(2, 16 * m)`; `steps` are
-    of the columns, from `begin` on to before `end`.
-    """
-    (_, _, order, factors), (panel, other) = steps, work
-    rows, columns, values = entries
-    left, right, rank, base = added
-    height = len(order)
-    size = len(target) // height
-    for column in range(begin, end, LANES):
-        panel[:] = 0
-        block = table[column * size : (column + LANES) * size]
-        for k in range(len(values)):
-            factor = values[k] * factors[0, rows[k]]
-            add_scaled(panel, rows[k] * LANES, block, columns[k] * LANES, factor)
-        _rotate(panel, other, steps, LANES)
-        count = min(LANES, end - column)
-        for i in range(height):
-            at, run = i * size + column, i * LANES
-            if count == LANES:
-                scaled(other, run, other, run, factors[4, i])
-                for k in range(rank):
-                    add_scaled(other, run, right, k * size + column, left[i * rank + k])
-                if len(base):
-                    add_scaled(other, run, base, at, np.float32(1))
-                scaled(target, at, other, run, np.float32(1))
-                continue
-            for lane in range(count):
-                value = other[run + lane] * factors[4, i]
-                for k in range(rank):
-                    value += left[i * rank + k] * right[k * size + column + lane]
-                target[at + lane] = base[at + lane] + value if len(base) else value
-
-
-@compiled
-def places(positions: Counts, size: int) -> tuple[Counts, Counts]:
-    """Rows and columns of places in a flat matrix of so many columns."""
-    rows, columns = np.empty_like(positions), np.empty_like(positions)
-    for k in range(len(positions)):
-        rows[k], columns[k] = divmod(positions[k], size)
-    return rows, columns
+        _write_rows(other, target, factors[4], added, row, rows)

@@ -38,8 +38,7 @@ class Side:
         return self.windows, self.power, self.order, self.factors
 
 
-@lru_cache(maxsize=32)
-def side_of(seed: int, side: int, size: int, inverse: bool) -> Side:
+def side_of(seed: int, side: int, size: int, inverse: bool, place: int = 0) -> Side:
     """The steps of one side: `R`, or its inverse.
 
     Args:
@@ -47,7 +46,17 @@ def side_of(seed: int, side: int, size: int, inverse: bool) -> Side:
         side: 0 for the rows' index, 1 for the columns'.
         size: n.
         inverse: whether it is undone.
+        place: see `rotation.rotate`.
     """
+    steps = _steps(seed, side, size, inverse)
+    factors = steps.factors.copy()
+    factors[4 if inverse else 0] *= flips(seed, side, size, place)
+    return Side(steps.windows, steps.power, steps.order, factors)
+
+
+@lru_cache(maxsize=32)
+def _steps(seed: int, side: int, size: int, inverse: bool) -> Side:
+    """The same of W P W: what is drawn for a size once."""
     order, signs = draw(seed, side, size)
     power = 1 << max(size.bit_length() - 1, 0)
     start = max(size - power, 0)
@@ -82,12 +91,25 @@ def draw(seed: int, side: int, size: int) -> tuple[NDArray[np.int64], NDArray[np
     Returns:
         `order`, int64 `(n,)`, and float32 `(4, n)` of 1 and −1.
     """
+    words = _mix(_key(seed, side, size) + np.arange(size, dtype=np.uint64) * _GAMMA)
+    bits = words >> np.arange(4, dtype=np.uint64)[:, None] & np.uint64(1)
+    return np.argsort(words, kind="stable"), 1 - 2 * bits.astype(np.float32)
+
+
+@lru_cache(maxsize=256)
+def flips(seed: int, side: int, size: int, place: int) -> NDArray[np.float32]:
+    """D's diagonal, of 1 and −1, of a matrix's place: float32 `(n,)`; see `rotation`."""
+    key = _mix(_key(seed, side, size)) ^ np.uint64(place)
+    words = _mix(_mix(key) + np.arange(-(-size // 64), dtype=np.uint64) * _GAMMA)
+    bits = np.unpackbits(words.astype("<u8").view(np.uint8), bitorder="little")[:size]
+    return 1 - 2 * bits.astype(np.float32)
+
+
+def _key(seed: int, side: int, size: int) -> Words:
     key = np.array([seed], np.uint64)
     for word in (side, size):
         key = _mix(key) ^ np.uint64(word)
-    words = _mix(_mix(key) + np.arange(size, dtype=np.uint64) * _GAMMA)
-    bits = words >> np.arange(4, dtype=np.uint64)[:, None] & np.uint64(1)
-    return np.argsort(words, kind="stable"), 1 - 2 * bits.astype(np.float32)
+    return _mix(key)
 
 
 def _mix(words: Words) -> Words:

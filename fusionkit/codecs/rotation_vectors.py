@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import Any, cast
 
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba.core import cgutils as _cgutils
+from numba.core import types
 from numba.extending import intrinsic
 
 LANES = 16
@@ -19,6 +20,7 @@ _INT = types.intp
 _Value = Any
 """A value of the code that is built: llvmlite has no types for it."""
 
+cgutils: Any = _cgutils  # without types
 _intrinsic = cast(Callable[[Callable[..., Any]], Callable[..., None]], intrinsic)
 
 
@@ -113,20 +115,6 @@ def scaled(context: Any, target: Any, to: Any, source: Any, at: Any, factor: Any
 
 
 @_intrinsic
-def add_scaled(context: Any, target: Any, to: Any, source: Any, at: Any, factor: Any) -> Any:
-    """`target[to : to + 16] += source[at : at + 16] * factor`."""
-
-    def build(context: Any, builder: Any, signature: Any, given: Any) -> _Value:
-        target, to, source, at, factor = given
-        run = _Run(context, builder, signature.args[2], source).load(at)
-        place = _Run(context, builder, signature.args[0], target)
-        place.store(_multiply_add(builder, run, spread(builder, factor), place.load(to)), to)
-        return context.get_dummy_value()
-
-    return types.void(target, _INT, source, _INT, types.float32), build
-
-
-@_intrinsic
 def from_rows(
     context: Any, panel: Any, to: Any, matrix: Any, at: Any, size: Any, factors: Any, first: Any
 ) -> Any:
@@ -178,7 +166,7 @@ def _to_rows(onto: bool) -> Callable[..., None]:
             runs = [source.load(place) for place in _places(builder, at, _INT_LANES, LANES)]
             sums = []
             for run in _transposed(builder, runs):
-                sums.append(cgutils.alloca_once(builder, _VECTOR))  # type: ignore[no-untyped-call]
+                sums.append(cgutils.alloca_once(builder, _VECTOR))
                 builder.store(builder.fmul(run, factor), sums[-1])
             lefts = _Run(context, builder, kinds[7], left)
             rights = _Run(context, builder, kinds[9], right)
@@ -211,7 +199,7 @@ def _multiply_add(builder: Any, a: _Value, b: _Value, c: _Value) -> _Value:
     """`a * b + c`, rounded once where the processor can."""
     kind = ir.FunctionType(_VECTOR, [_VECTOR] * 3)
     name = "llvm.fmuladd.v16f32"
-    function = cgutils.get_or_insert_function(builder.module, kind, name)  # type: ignore[no-untyped-call]
+    function = cgutils.get_or_insert_function(builder.module, kind, name)
     return builder.call(function, [a, b, c])
 
 

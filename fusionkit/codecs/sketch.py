@@ -166,18 +166,28 @@ class Sketch(DeltaCodec):
             _plain(codes, product, start, target)
             return target.view(shape)
         symbols, scale = codes.sketch.to(device), codes.scale * of_sketch
-        seed = self._rotation
+        seed, place = self._rotation, codes.place
         if codes.positions is not None:
             at = codes.positions.to(device)
-            rotate_sparse(at, symbols, matrix, seed, scale, product=product, base=start, out=target)
+            rotate_sparse(
+                at,
+                symbols,
+                matrix,
+                seed,
+                scale,
+                place=place,
+                product=product,
+                base=start,
+                out=target,
+            )
         else:
             values = symbols.to(torch.float32).mul_(scale).view(matrix)
-            rotate(values, seed, inverse=True, product=product, base=start, out=target)
+            rotate(values, seed, True, place=place, product=product, base=start, out=target)
         return target.view(shape)
 
     @property
     def _rotation(self) -> int:
-        """The seed of all matrices' rotations: those of one shape share theirs."""
+        """The seed of all matrices' rotations."""
         return self.seed % 2**64
 
 

@@ -116,7 +116,7 @@ def encode_tensor(
         task: whose.
         allowed: bytes that the codes may take, directions that are kept, their price, and η.
         place: of the tensor, among its task's gains.
-        seed: of the rotation.
+        seed: of the rotations.
         how: what is made of it.
 
     Returns:
@@ -140,7 +140,7 @@ def encode_tensor(
             left, right = factors.product()
             rest = torch.addmm(matrix, left, right.mT, alpha=-1)
             factors = factors.scaled(unit)
-        turned = rotate(rest, seed, out=rest if rest is not matrix else None)
+        turned = rotate(rest, seed, place=place, out=rest if rest is not matrix else None)
         size = unit * allowed.shrunk
         codes = _sketched(turned, size, factors, place, SIGNS, allowed.nbytes)
         if codes is not None:

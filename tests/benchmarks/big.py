@@ -29,7 +29,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import fusionkit
-from fusionkit.bundles import manifest, part_file
+from fusionkit.bundles import manifest, part_writer
 from fusionkit.checkpoints import safetensors_file
 from fusionkit.codecs import payload
 
@@ -111,9 +111,9 @@ RIVAL, ROUNDS = "read and write", 3
 STAGES = {
     "read": (safetensors_file._Pieces, "__call__"),
     "fingerprint": (manifest, "_sha256"),
-    "checksum": (part_file, "_digest"),
-    "write": (part_file.PartWriter, "_write"),
-    "finish": (part_file.PartWriter, "finish"),
+    "checksum": (part_writer, "digest"),
+    "write": (part_writer.PartWriter, "_write"),
+    "finish": (part_writer.PartWriter, "finish"),
     "encode, all of it": (payload, "_one"),
 }
 

@@ -153,8 +153,8 @@ LEARNED = {
 }
 MANIFESTS: dict[str, tuple[Callable[[Json], object], str]] = {
     "newer version": (
-        set_at("format_version", value=6),
-        "has format version 6, this FusionKit reads versions up to 5; install the FusionKit that",
+        set_at("format_version", value=7),
+        "has format version 7, this FusionKit reads versions up to 6; install the FusionKit that",
     ),
     "other format": (set_at("format", value="zip"), "not a FusionKit bundle's manifest"),
     "no codec": (lambda m: m.pop("codec"), r"malformed \(KeyError\('codec'\)\)"),

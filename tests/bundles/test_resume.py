@@ -14,7 +14,7 @@ from tiny_net import Files
 from torch import Tensor
 
 from fusionkit import DBMS, EMR, Bundle, Dense, MagnitudePrune, Mean, Sketch
-from fusionkit.bundles import journal, part_file
+from fusionkit.bundles import journal, part_writer
 from fusionkit.bundles.compress import compress
 from fusionkit.checkpoints.output_folder import LOCK
 from fusionkit.codecs.base import DeltaCodec
@@ -73,7 +73,7 @@ def partial(out: Path) -> Path:
 def test_it_goes_on_from_what_is_written(
     files: Files, tmp_path: Path, name: str, large: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(part_file, "_LARGE", large)
+    monkeypatch.setattr(part_writer, "_LARGE", large)
     codec = CODECS[name]
     whole = run(files, codec, tmp_path / "one")
     for stops in ([2], [1, 2], [len(whole) - 1]):

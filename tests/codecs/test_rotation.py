@@ -13,7 +13,7 @@ from torch import Tensor
 from fusionkit.checkpoints.adapters.lowrank import LowRank
 from fusionkit.codecs import rotation
 from fusionkit.codecs.rotation import rotate, rotate_sparse
-from fusionkit.codecs.rotation_sides import draw, side_of
+from fusionkit.codecs.rotation_sides import draw, flips, side_of
 
 quick = settings(deadline=None, max_examples=60)
 shapes = st.tuples(st.integers(0, 70), st.integers(0, 70)) | st.sampled_from(
@@ -30,22 +30,25 @@ def mix(z: int) -> int:
     return z ^ z >> 31
 
 
-def written_out(seed: int, side: int, n: int) -> Tensor:
+def written_out(seed: int, side: int, n: int, place: int) -> Tensor:
     """R as the docstring says, in Python's integers and dense matrices."""
     k = mix(mix(mix(seed) ^ side) ^ n)
     words = [mix((k + i * 0x9E3779B97F4A7C15) & MASK) for i in range(n)]
     s = [[1.0 - 2 * (w >> bit & 1) for w in words] for bit in range(4)]
     s1, s2, s3, s4 = (torch.tensor(row, dtype=torch.float64).diag() for row in s)
+    first = mix(mix(k) ^ place)
+    drawn = [mix((first + i * 0x9E3779B97F4A7C15) & MASK) for i in range(n // 64 + 1)]
+    d = torch.tensor([1.0 - 2 * (drawn[i // 64] >> i % 64 & 1) for i in range(n)]).double().diag()
     order = sorted(range(n), key=words.__getitem__)
     p = 1 << n.bit_length() - 1
     h = [[(-1) ** (i & j).bit_count() / math.sqrt(p) for j in range(p)] for i in range(p)]
-    first, last = torch.eye(n, dtype=torch.float64), torch.eye(n, dtype=torch.float64)
-    first[:p, :p] = last[n - p :, n - p :] = torch.tensor(h, dtype=torch.float64)
+    start, end = torch.eye(n, dtype=torch.float64), torch.eye(n, dtype=torch.float64)
+    start[:p, :p] = end[n - p :, n - p :] = torch.tensor(h, dtype=torch.float64)
 
     def half(s: Tensor, after: Tensor) -> Tensor:
-        return last @ after @ first @ s if p < n else first @ s
+        return end @ after @ start @ s if p < n else start @ s
 
-    return half(s3, s4) @ torch.eye(n, dtype=torch.float64)[order] @ half(s1, s2)
+    return half(s3, s4) @ torch.eye(n, dtype=torch.float64)[order] @ half(s1, s2) @ d
 
 
 def close(a: Tensor, b: Tensor, norm: float | Tensor) -> bool:
@@ -63,10 +66,12 @@ def kurtosis(values: Tensor) -> float:
 @pytest.mark.parametrize("seed", [0, 7, 2**64 - 1])
 def test_it_is_what_the_docstring_says(shape: tuple[int, int], seed: int) -> None:
     matrix = torch.randn(shape, dtype=torch.float64)
-    left, right = (written_out(seed, side, n) for side, n in enumerate(shape))
-    rotated = rotate(matrix.float(), seed)
-    assert close(rotated, left @ matrix @ right.T, matrix.norm())
-    assert close(rotate(matrix.float(), seed, inverse=True), left.T @ matrix @ right, matrix.norm())
+    for place in (0, 5, 2**32 - 1):
+        left, right = (written_out(seed, side, n, place) for side, n in enumerate(shape))
+        rotated = rotate(matrix.float(), seed, place=place)
+        assert close(rotated, left @ matrix @ right.T, matrix.norm())
+        back = rotate(matrix.float(), seed, inverse=True, place=place)
+        assert close(back, left.T @ matrix @ right, matrix.norm())
 
 
 def test_golden() -> None:
@@ -79,13 +84,15 @@ def test_golden() -> None:
         119,
         68,
     ]
+    assert flips(1, 0, 8, 0).tolist() == [-1, 1, 1, -1, 1, 1, -1, -1]
+    assert flips(1, 1, 70, 7).tolist()[60:] == [1, -1, -1, -1, 1, -1, 1, 1, 1, 1]
     order, signs = draw(2**63 + 5, 1, 14336)
     assert order[:6].tolist() == [2557, 10956, 7063, 1291, 5397, 10840]
     assert int((order * np.arange(14336)).sum()) == 734696443916
     ramp = torch.arange(15, dtype=torch.float32).view(3, 5)
     assert torch.allclose(
         rotate(ramp, 3)[1],
-        torch.tensor([-1e-06, 4.785534, -17.892134, 15.770815, -4.078426]),
+        torch.tensor([0.0, -5.685029, 1.992639, -2.871320, 5.977921]),
         atol=1e-5,
     )
 
@@ -131,8 +138,8 @@ def test_a_sparse_matrix_is_rotated_back(
         values, positions = torch.where(values > 0, 1, -1).to(torch.int8), positions.int()
     dense = torch.zeros(total)
     dense[positions.long()] = values * 0.25
-    rotated = rotate_sparse(positions, values, shape, seed, 0.25)
-    assert close(rotated, rotate(dense.view(shape), seed, inverse=True), dense.norm())
+    rotated = rotate_sparse(positions, values, shape, seed, 0.25, place=3)
+    assert close(rotated, rotate(dense.view(shape), seed, inverse=True, place=3), dense.norm())
 
 
 @quick
@@ -219,6 +226,9 @@ def test_seeds_and_sides_differ() -> None:
     same = torch.eye(384)
     assert kurtosis(rotate(same, 0)) < 4  # one rotation on both sides would leave it as it is
     assert not torch.equal(rotate(same, 0), rotate(same, 1))
+    direction = torch.randn(1, 384)
+    one, other = rotate(direction, 0), rotate(direction, 0, place=1)
+    assert abs(float(one @ other.mT)) < 0.25 * float(direction @ direction.mT)  # 5 deviations
     assert draw(0, 0, 384)[0].tolist() != draw(0, 1, 384)[0].tolist()
 
 
