@@ -93,13 +93,13 @@ def svd_gram(matrix: Tensor, rank: int) -> Spectral:
     return Spectral(u.to(matrix.dtype), s.to(matrix.dtype), v.to(matrix.dtype))
 
 
-def svd_randomized(matrix: Tensor, rank: int) -> Spectral:
+def svd_randomized(matrix: Tensor, rank: int, iterations: int = _ITERATIONS) -> Spectral:
     """Subspace iteration from a fixed seed (Halko et al., 0909.4061); the leading `rank` only."""
     columns = min(rank + max(_OVERSAMPLE, math.ceil(rank / 2)), *matrix.shape)
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(matrix.shape[1], columns, generator=generator).to(matrix)
     basis = torch.linalg.qr(matrix @ start).Q
-    for _ in range(_ITERATIONS):
+    for _ in range(iterations):
         basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.mT @ basis).Q).Q
     u, s, vh = torch.linalg.svd(basis.mT @ matrix, full_matrices=False)
     return Spectral((basis @ u)[:, :rank], s[:rank], vh.mT[:, :rank])
