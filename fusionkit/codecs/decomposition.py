@@ -17,6 +17,8 @@ _OVERSAMPLE = 32
 _ITERATIONS = 4
 _BLOCK = 1 << 14
 """Columns that are made float64 at once."""
+_PIECE = 1 << 17
+"""Entries that are squared at once."""
 
 
 class Spectral(NamedTuple):
@@ -47,6 +49,12 @@ def matrix_of(shape: torch.Size) -> tuple[int, int]:
     if len(shape) < 2 or shape.numel() == 0:
         return 1, shape.numel()
     return shape[0], shape.numel() // shape[0]
+
+
+def energy(values: Tensor) -> float:
+    """The sum of squares, of float32 in pieces that stay in the cache, and of these in float64."""
+    pieces = [piece.square().sum() for piece in torch.split(values.reshape(-1), _PIECE)]
+    return float(torch.stack(pieces).sum(dtype=torch.float64)) if pieces else 0.0
 
 
 def squared_singular_values(matrix: Tensor) -> Tensor:
@@ -93,13 +101,13 @@ def svd_gram(matrix: Tensor, rank: int) -> Spectral:
     return Spectral(u.to(matrix.dtype), s.to(matrix.dtype), v.to(matrix.dtype))
 
 
-def svd_randomized(matrix: Tensor, rank: int) -> Spectral:
+def svd_randomized(matrix: Tensor, rank: int, iterations: int = _ITERATIONS) -> Spectral:
     """Subspace iteration from a fixed seed (Halko et al., 0909.4061); the leading `rank` only."""
     columns = min(rank + max(_OVERSAMPLE, math.ceil(rank / 2)), *matrix.shape)
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(matrix.shape[1], columns, generator=generator).to(matrix)
     basis = torch.linalg.qr(matrix @ start).Q
-    for _ in range(_ITERATIONS):
+    for _ in range(iterations):
         basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.mT @ basis).Q).Q
     u, s, vh = torch.linalg.svd(basis.mT @ matrix, full_matrices=False)
     return Spectral((basis @ u)[:, :rank], s[:rank], vh.mT[:, :rank])

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fusionkit.codecs import entropy
+from fusionkit.codecs.decomposition import energy
 from fusionkit.codecs.entropy import Model
 from fusionkit.codecs.quantized_factors import Doubles, rate
 from fusionkit.task_vectors.topk import top_k
@@ -58,7 +59,7 @@ def signs(values: Tensor, bits: float) -> Sketched | None:
         return None
     positions, kept = found
     size = float(kept.abs().sum(dtype=torch.float64))
-    scale = float(values.square().sum(dtype=torch.float64)) / size
+    scale = energy(values) / size
     gaps = torch.diff(positions, prepend=positions.new_tensor([-1])) - 1
     model = entropy.Gaps(len(positions), values.numel())
     ones = (kept > 0).to(torch.int32)
@@ -83,7 +84,7 @@ def relative_size(values: Tensor, bits: float) -> float:
         return 1.0
     positions, kept = found
     size = float(kept.abs().sum(dtype=torch.float64))
-    plain = float(values.square().sum(dtype=torch.float64)) / size
+    plain = energy(values) / size
     sketch = torch.zeros(values.numel(), device=values.device)
     sketch[positions] = kept.sign() * plain
     sketch = sketch.view(values.shape)
@@ -117,12 +118,12 @@ def integers(values: Tensor, bits: float) -> Sketched | None:
         values: float32, any shape.
         bits: for all of them.
     """
-    deviation = float(values.square().mean(dtype=torch.float64)) ** 0.5
+    deviation = (energy(values) / values.numel()) ** 0.5
     rounded = (values * (_deviation_of(bits / values.numel()) / deviation)).round_()
     product = float((values * rounded).sum(dtype=torch.float64))
     if not product > 0:
         return None
-    scale = float(values.square().sum(dtype=torch.float64)) / product
+    scale = energy(values) / product
     symbols = rounded.reshape(-1).to(torch.int32).cpu()
     return Sketched([(symbols, entropy.best(symbols))], 0, scale)
 

@@ -138,7 +138,9 @@ def encode() -> None:
     }
     for title, (base, tuned, patterns) in families.items():
         ways: dict[str, Callable[[], object]] = {
-            f"compress {codec}": partial(fusionkit.compress, base, tuned, codec, **patterns)
+            f"compress {type(codec).__name__}": partial(
+                fusionkit.compress, base, tuned, codec, **patterns
+            )
             for codec in (fusionkit.SVD(rank=32), CODEC)
         }
         if title != "4096 × 14336":
@@ -160,7 +162,7 @@ def _deltas(base: object, tuned: dict[str, object]) -> list[Tensor]:
         other[name].float() - start[name].float()
         for other in map(fusionkit.Checkpoint.of, tuned.values())
         for name in other
-        if name in start and other[name].ndim == 2 and "embeddings" not in name
+        if other[name].ndim == 2 and not name.startswith(("classifier.", "bert.embeddings."))
     ]
 
 
