@@ -14,8 +14,9 @@ fp16 file from the cache.
 the largest tensor in float32: one 4096 × 14336 matrix and sixteen of 512 × 512.
 **bytes**: the zoo's codes against the ideal length of their symbols (`entropy.code_length`).
 
-Measured on two virtual cores (Xeon with AVX-512), not all of them free; before: as it was when each
-sum and each rotation was a pass of its own.
+Measured on two virtual cores (Xeon with AVX-512), not all of them free, each line's "now" in one
+run. Before: of switching, as it was when each sum was a pass of its own; of encoding and memory,
+when a large matrix's directions were all found twice, and squares were taken in whole copies.
 
                                               before         now
     switch / load of the fp16 checkpoint      8 to 10        6.3, one thread; 7.4, two
@@ -25,9 +26,9 @@ sum and each rotation was a pass of its own.
     encode / SVD(rank=32): two tasks          not measured   2.5
         two of 4096 × 1024; 4096 × 14336      4.6 (latter)   2.0; 2.1
     peak memory in largest tensors            5.5 compress   3.5 compress, 1.1 decode
-    codes / ideal of their symbols            1.011          1.011; largest of a tensor's 1.030
-        and of their models, steps, scales    1.004          1.004; largest of a tensor's 1.014
-    tasks' files / ideal of their symbols     1.054          1.018
+    codes / ideal of their symbols                           1.011; largest of a tensor's 1.030
+        and of their models, steps, scales                   1.004; largest of a tensor's 1.014
+    tasks' files / ideal of their symbols                    1.018
 
 A GPU was not measured.
 """
