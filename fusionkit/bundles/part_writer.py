@@ -12,8 +12,9 @@ from typing import IO, NamedTuple
 from torch import Tensor
 
 from fusionkit.bundles.part_file import Entry, FileRecord, digest, split
-from fusionkit.bundles.small_parts import PACKED, SMALL, Names, SmallPart
+from fusionkit.bundles.small_parts import PACKED, Names, SmallPart
 from fusionkit.checkpoints.safetensors_file import SAFETENSORS_DTYPES, tensor_bytes
+from fusionkit.codecs.overhead import SMALL
 from fusionkit.errors import BundleError
 
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}

@@ -18,8 +18,6 @@ import torch
 
 from fusionkit.checkpoints.safetensors_file import SAFETENSORS_DTYPES
 
-SMALL = 1 << 14
-"""Bytes from which a part has an entry of its own."""
 PACKED = "packed"
 """The pack's key; a part's has a `/`."""
 DTYPES = (
@@ -93,16 +91,6 @@ class Names:
         if start != len(pack):
             raise ValueError(f"packed parts take {start} bytes, of which {len(pack)} are there")
         return found
-
-
-def index_bytes(places: int, nbytes: int) -> int:
-    """Bytes of the index's entry of a part of one side, at most.
-
-    Args:
-        places: how many tensors the base has.
-        nbytes: of the part.
-    """
-    return len(_number(places)) + 3 + len(_number(nbytes))
 
 
 class _Numbers:

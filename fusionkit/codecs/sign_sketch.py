@@ -27,10 +27,10 @@ SIGNS_TO = 0.9
 """Bits per entry up to which signs are kept; a fifth of the entries."""
 MOST = 7.0
 """Bits per entry that can be used at all: integers of the widest model."""
-
-
 _ROWS = 256
+"""Of a matrix, by which the size of its sketch is found."""
 _LEAST_SIZE, _MOST_SIZE = 0.5, 1.1
+"""Between which that lies, over σ; of very few signs it is not known well."""
 
 
 class Sketched(NamedTuple):

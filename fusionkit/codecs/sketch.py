@@ -29,9 +29,9 @@ class Sketch(DeltaCodec):
 
     δ ≈ Σ g_i a_i b_iᵀ + R_mᵀ X̂ R_n. The directions that are worth their bits are rounded to small
     integers. What they leave is rotated at random, so that its entries X look Gaussian, and of
-    these the largest are kept as signs, scaled so that ⟨X̂, X⟩ = ‖X‖²: the sketch is noisy, but
-    shrinks nothing. All of it is entropy coded. What comes back is for use: it has more energy
-    than δ, as noise that the model hardly feels.
+    these the largest are kept as signs, scaled so that ⟨X̂ Xᵀ, X Xᵀ⟩ = ‖X Xᵀ‖²: the sketch is noisy,
+    but shrinks nothing, unless its noise is felt (see `allocation`). All of it is entropy coded.
+    What comes back is for use: it has more energy than δ, as noise that the model hardly feels.
 
     Exactly one of bits, bytes and noise is given. Of bits and bytes no more is ever taken; where
     the headers alone take more, all deltas come back as zero, with a warning. A tensor that is

@@ -17,10 +17,11 @@ from fusionkit.bundles import part_writer
 from fusionkit.bundles.format import task_file
 from fusionkit.bundles.part_file import FileRecord, PartFile
 from fusionkit.bundles.part_writer import Part, PartWriter
-from fusionkit.bundles.small_parts import DTYPES, SMALL, Names, SmallPart
+from fusionkit.bundles.small_parts import DTYPES, Names, SmallPart
 from fusionkit.checkpoints.json_text import json_text
 from fusionkit.checkpoints.safetensors_file import SAFETENSORS_DTYPES
 from fusionkit.codecs import overhead
+from fusionkit.codecs.overhead import SMALL
 from fusionkit.errors import BundleError
 
 NAMES = Names([f"layer.{place}.ünïcode" for place in range(300)])
@@ -69,7 +70,9 @@ def test_an_entry_takes_as_many_bytes_as_a_budget_counts(tmp_path: Path) -> None
         data = {f"layer.{place}.ünïcode/codes": codes for place in range(count)}
         sizes[count] = write(tmp_path / "parts", data).bytes - count * (SMALL - 1)
     assert sizes[200] - sizes[1] <= 199 * overhead.PACKED_ENTRY + 8
-    assert overhead.SMALL == SMALL
+    assert not write(
+        tmp_path / "parts", {"layer.0.ünïcode/codes": torch.zeros(SMALL).byte()}
+    ).packed
 
 
 def test_a_large_file_is_not_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
