@@ -137,8 +137,8 @@ class Bench:
                 bundle = fusionkit.compress(ZOO / "base", finetuned, codec, f"{folder}/bundle")
                 seconds = time.perf_counter() - started
                 scores = {task: self.score(task, bundle.state_dict(task)) for task in TASKS}
-            bits = bundle.bits_per_parameter
-            yield self._row(name, repr(codec), bundle.nbytes, bits, scores, seconds)
+                nbytes, bits = bundle.nbytes, bundle.bits_per_parameter
+            yield self._row(name, repr(codec), nbytes, bits, scores, seconds)
 
     def _row(
         self,

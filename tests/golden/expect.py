@@ -12,11 +12,12 @@ from typing import Any
 from urllib.parse import quote
 
 import torch
+from golden import coded
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 FOLDER = Path(__file__).parent
-BUNDLES = ("emr", "lora", "dbms")
+BUNDLES = ("emr", "lora", "dbms", "sketch", "directions")
 Parts = dict[str, Tensor]
 
 
@@ -25,11 +26,13 @@ def expected(bundle: str) -> dict[str, Tensor]:
     folder = FOLDER / f"{bundle}.bundle"
     manifest = json.loads((folder / "manifest.json").read_text())
     base = load_file(FOLDER / "base.safetensors")
-    shared = load_file(folder / "shared.safetensors")
+    shared = folder / "shared.safetensors"
+    of_all = load_file(shared) if shared.exists() else {}
     found = {}
     for task in manifest["tasks"]:
         own = load_file(folder / f"task-{quote(task, safe='')}.safetensors")
-        for name, tensor in _model(manifest, base, shared, own).items():
+        own = coded.unpacked(own, list(manifest["base"]["tensors"]))
+        for name, tensor in _model(manifest, base, of_all, own).items():
             found[f"{task}:{name}"] = tensor.clone()  # safetensors stores no tensor twice
     return found
 
@@ -45,7 +48,7 @@ def _model(manifest: dict[str, Any], base: Parts, shared: Parts, own: Parts) -> 
         if record["role"] == "delta":
             parts = {**_parts(shared, ""), **_parts(own, "")}
             parts |= {**_parts(shared, name), **_parts(own, name)}
-            delta = _DECODE[manifest["codec"]["id"]](manifest["codec"], parts, start.numel())
+            delta = _DECODE[manifest["codec"]["id"]](manifest["codec"], parts, start.shape)
         whole = own.get(f"{name}/tensor", start)
         if delta is not None:
             whole = start.to(delta) + delta.view(start.shape)
@@ -66,15 +69,15 @@ def _parts(file: Parts, name: str) -> Parts:
     }
 
 
-def _emr(codec: dict[str, Any], parts: Parts, count: int) -> Tensor | None:
+def _emr(codec: dict[str, Any], parts: Parts, shape: torch.Size) -> Tensor | None:
     """λ M ⊙ τ, in float32: each step is one rounding, and so the same everywhere."""
     if "elected" not in parts:
         return None
-    mask = torch.tensor(list(_bits(parts["mask"]))[:count])
+    mask = torch.tensor(list(_bits(parts["mask"]))[: shape.numel()])
     return parts["elected"].to(torch.float32) * mask * parts["rescaler"]
 
 
-def _svd(codec: dict[str, Any], parts: Parts, count: int) -> Tensor | None:
+def _svd(codec: dict[str, Any], parts: Parts, shape: torch.Size) -> Tensor | None:
     """U Vᵀ of columns in int8, each with its scale."""
     if "left" not in parts:
         return None
@@ -82,9 +85,10 @@ def _svd(codec: dict[str, Any], parts: Parts, count: int) -> Tensor | None:
     return left @ right.T
 
 
-def _dbms(codec: dict[str, Any], parts: Parts, count: int) -> Tensor | None:
+def _dbms(codec: dict[str, Any], parts: Parts, shape: torch.Size) -> Tensor | None:
     """α u + β D: u in int4, a scale to each 128; D at its positions, and 0 elsewhere."""
     shift, scale = parts["scalars"].double()
+    count = shape.numel()
     delta = torch.zeros(count, dtype=torch.float64)
     if "shift.merged" in parts:
         codes = [
@@ -98,6 +102,11 @@ def _dbms(codec: dict[str, Any], parts: Parts, count: int) -> Tensor | None:
         for place, value in zip(places, parts["delta.values"].double(), strict=True):
             delta[place] += scale * value
     return delta
+
+
+def _sketch(codec: dict[str, Any], parts: Parts, shape: torch.Size) -> Tensor | None:
+    """Directions, and signs or integers, rotated back."""
+    return coded.sketch(codec["settings"], parts, shape)
 
 
 def _positions(coded: bytes, total: int) -> list[int]:
@@ -125,7 +134,7 @@ def _bits(packed: Tensor) -> Iterator[int]:
     return (byte >> bit & 1 for byte in packed.tolist() for bit in range(8))
 
 
-_DECODE = {"emr": _emr, "svd": _svd, "dbms": _dbms}
+_DECODE = {"emr": _emr, "svd": _svd, "dbms": _dbms, "sketch": _sketch}
 
 if __name__ == "__main__":
     (FOLDER / "expected").mkdir(exist_ok=True)
