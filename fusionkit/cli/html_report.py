@@ -165,7 +165,9 @@ def _plot(results: ComparisonReport) -> str:
     figure = Figure(data=traces, layout=layout)
     uploads = ["sendChartToCloud", "sendDataToCloud"]
     config = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": uploads}
-    return to_html(figure, config=config, include_plotlyjs=True, full_html=False, div_id="front")
+    return str(
+        to_html(figure, config=config, include_plotlyjs=True, full_html=False, div_id="front")
+    )
 
 
 def _front(front: Sequence[Mark], place: Any) -> dict[str, Any]:
