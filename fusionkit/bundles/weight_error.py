@@ -9,12 +9,11 @@ from fusionkit.bundles.bundle import Bundle
 from fusionkit.codecs.decomposition import matrix_of
 from fusionkit.task_vectors.family import Family
 from fusionkit.task_vectors.vectors import BLOCK, difference
-from fusionkit.task_vectors.workers import total
 
 
 @dataclass(frozen=True)
 class WeightError:
-    """One task's compressed tensors against the fine-tuned ones, before any rounding.
+    """A tensor that was compressed, or all of a task's, against the fine-tuned, before rounding.
 
     Attributes:
         energy: ‖δ‖², of the task vector.
@@ -38,6 +37,16 @@ class WeightError:
 
 
 def weight_error(bundle: Bundle, family: Family, task: str) -> WeightError:
+    """How far off a task's weights are, over all its deltas; see `tensor_errors`."""
+    found = [*tensor_errors(bundle, family, task).values()]
+    return WeightError(
+        sum(each.energy for each in found),
+        sum(each.error for each in found),
+        sum(each.product for each in found),
+    )
+
+
+def tensor_errors(bundle: Bundle, family: Family, task: str) -> dict[str, WeightError]:
     """Decode all of a task's deltas, and hold them against the family's, tensor by tensor.
 
     Args:
@@ -64,8 +73,7 @@ def weight_error(bundle: Bundle, family: Family, task: str) -> WeightError:
 
     # By one task after the other, as a bundle has one task's files at hand.
     run = family.workers.run(sums, {n: 2 * size for n, size in family.sizes.items()}, counted=False)
-    whole = total(found for _, found in run)
-    return WeightError(*(whole.tolist() if whole is not None else (0.0, 0.0, 0.0)))
+    return {name: WeightError(*found.tolist()) for name, found in run}
 
 
 def base_energy(family: Family) -> float:

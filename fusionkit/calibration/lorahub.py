@@ -41,7 +41,7 @@ def evaluate(
             module.switch(task)
             kind = kinds[task]
             metric = metric_of(module.metric, task, kind).to(module.device)
-            sign = -1 if is_lower_better(metric) else 1
+            sign = -1 if is_lower_better(module.metric, task, kind) else 1
             total = rows = 0.0
             for batch in its_batches:
                 outputs, count = kind.predict(module, batch), kind.count(batch)

@@ -15,16 +15,25 @@ from fusionkit.bundles.bundle import Bundle
 from fusionkit.calibration.calibrate import EPOCHS, calibrate
 from fusionkit.calibration.settings import Calibration
 from fusionkit.cli import report
+from fusionkit.cli.comparison import CALIBRATED, Comparison, ComparisonReport, averaged
 from fusionkit.cli.compress import progress_bar
+from fusionkit.cli.html_report import WITHOUT_PLOTLY, page, plotly_is_there
+from fusionkit.cli.kept_rows import (
+    KeptRows,
+    calibration_inputs,
+    codec_inputs,
+    inputs_of,
+    related,
+)
 from fusionkit.cli.recipe import quiet
-from fusionkit.cli.report import Comparison, ComparisonReport
 from fusionkit.cli.test import EvaluationCLI, evaluate, plain_trainer
 from fusionkit.codecs.base import DeltaCodec
 from fusionkit.codecs.dbms import DBMS
+from fusionkit.reuse.fused import Untuned
 from fusionkit.reuse.module import ReuseModule
 from fusionkit.task_vectors.family import Family
 from fusionkit.tasks.scores import Scores
-from fusionkit.tasks.spread import Spread
+from fusionkit.tasks.spread import Spread, TasksSpread
 
 _CALIBRATION = Calibration()
 
@@ -35,11 +44,16 @@ def run(args: list[str]) -> None:
     results, out = cli.compare(), cli.out
     report.show(results)
     report.show(f"written: {out / 'compare.csv'}, {out / 'compare.json'}")
-    report.show(f"plot: {out / 'compare.png'}")
+    report.show(f"plots: {out / 'compare.png'}, {out / 'compare_tasks.png'} (and .svg)")
+    page = out / "compare.html"
+    report.show(f"report: {page}" if plotly_is_there() else WITHOUT_PLOTLY)
 
 
 class CompareCLI(EvaluationCLI):
-    """Score several codecs over the recipe's checkpoints: one table, CSV, JSON and plot."""
+    """Score several codecs over the recipe's checkpoints: one table, CSV, JSON, plots, a page.
+
+    Whatever `--out` has of the same inputs already is not measured again.
+    """
 
     verb = "compare"
 
@@ -72,7 +86,7 @@ class CompareCLI(EvaluationCLI):
         )
 
     def compare(self) -> ComparisonReport:
-        """Evaluate the fine-tuned models, then each codec; write as rows come in."""
+        """Evaluate the fine-tuned models and the base, then each codec; write as rows come in."""
         self.save_config()
         settings = self.config["trainer"]
         told = settings["max_epochs"] is not None or settings["max_steps"] != -1
@@ -120,7 +134,8 @@ def compare(
         datamodule: the tasks' test rows; for calibration their training rows, too.
         codecs: a name for the table → a codec; a DBMS is calibrated always.
         out: folder for `compare.csv` and `compare.json`, written as rows come in, and
-            `compare.png`; by default nothing is written.
+            plots and a page at the end; by default nothing is written. What an earlier run wrote
+            of the same inputs there is not measured again.
         calibrated: each codec that has parts to learn calibrated, too.
         dbms: each codec within a calibrated DBMS, too.
         shift: that DBMS's shift; by default DBMS's own default.
@@ -142,27 +157,46 @@ def compare(
     folder = None if out is None else report.local_folder(out)
     make = make_trainer or (lambda: plain_trainer(max_epochs=EPOCHS))
     trainer = trainer or plain_trainer()
-    bench = _Bench(module, datamodule, trainer, make, settings, seeds, spread, verbose)
-    family, own = module.family(), module.finetuned_scores
+    family, known = module.family(), (module.finetuned_scores, module.base_scores)
+    module.finetuned_scores = module.base_scores = None
+    asked = (settings, seeds, spread, verbose)
+    bench = _Bench(module, datamodule, trainer, make, *asked, family.base.nbytes)
     results = ComparisonReport()
 
     def add(row: Comparison) -> None:
-        results.rows.append(row)
+        results.rows.append(related(row, finetuned.scores.values, base.scores.values))
         if folder is not None:
             report.write_rows(results.flat(), folder, "compare")
 
     try:
-        add(bench.finetuned(family))
-        module.finetuned_scores = results.rows[0].scores.values
+        kept = bench.kept(folder, family)
+        base = bench.once(kept, "base", lambda: bench.base(family))
+        finetuned = bench.once(kept, "fine-tuned", lambda: bench.finetuned(family))
+        add(finetuned)
+        add(base)
+        module.finetuned_scores, module.base_scores = finetuned.scores.values, base.scores.values
         for name, codec, calibrates in _each(codecs, calibrated, dbms, shift):
-            measure = bench.calibrated if calibrates else bench.compressed
-            add(measure(name, codec))
+            add(bench.codec(kept, name, codec, calibrates))
     finally:
-        module.finetuned_scores = own
+        module.finetuned_scores, module.base_scores = known
         module.reuse(family)
     if folder is not None:
-        results.plot(folder / "compare.png")
+        write_report(results, folder)
     return results
+
+
+def write_report(results: ComparisonReport, folder: Path) -> None:
+    """Write what a comparison's rows look like: plots as PNG and SVG, and, with plotly, a page.
+
+    Args:
+        results: the rows.
+        folder: for `compare.png`, `compare_tasks.png`, their SVGs and `compare.html`.
+    """
+    pictures = {"compare": results.figure(), "compare_tasks": results.heat_map()}
+    for name, figure in pictures.items():
+        report.write_figure(figure, folder / f"{name}.png", folder / f"{name}.svg")
+    if plotly_is_there():
+        report.replace_file(folder / "compare.html", page(results).encode())
 
 
 def _each(
@@ -172,14 +206,14 @@ def _each(
     for name, codec in codecs.items():
         yield name, codec, isinstance(codec, DBMS)
         if calibrated and codec.learned:
-            yield f"{name}, calibrated", codec, True
+            yield name + CALIBRATED, codec, True
         if dbms and not isinstance(codec, DBMS) and not codec.unscalable:
             yield f"DBMS {name}", DBMS(codec, shift), True
 
 
 @dataclass(frozen=True)
 class _Bench:
-    """Measures one row after the other; its fields are the arguments of `compare`."""
+    """Measures one row after the other; its fields are the arguments of `compare`, and bytes."""
 
     module: ReuseModule
     datamodule: Any
@@ -189,22 +223,59 @@ class _Bench:
     seeds: Sequence[int]
     spread: Spread
     verbose: bool
+    base_nbytes: int
+
+    def kept(self, folder: Path | None, family: Family) -> KeptRows:
+        """What an earlier run measured of the same inputs."""
+        if folder is None:
+            return KeptRows(None, None, self.trainer)
+        data = TasksSpread(self.datamodule) if self.spread == "tasks" else self.datamodule
+        inputs = inputs_of(self.module, family, data, self.trainer)
+        return KeptRows(folder, inputs, self.trainer)
+
+    def once(self, kept: KeptRows, what: Any, measure: Callable[[], Comparison]) -> Comparison:
+        """A row that was kept, or is measured now."""
+        key = kept.key(what)
+        row = kept.get(key)
+        if row is None:
+            row = measure()
+            kept.keep(key, row)
+        return row
+
+    def codec(self, kept: KeptRows, name: str, codec: DeltaCodec, calibrates: bool) -> Comparison:
+        """A codec's row."""
+        what, measure = [codec_inputs(codec)], self.compressed
+        if calibrates:
+            measure = self.calibrated
+            if kept.keeps:
+                maker = self.make_trainer()
+                what += calibration_inputs(self.settings, self.seeds, self.datamodule, maker)
+        row = kept.get(kept.key(what))
+        if row is not None:
+            self._say(f"{name}: as an earlier run measured it")
+        return replace(self.once(kept, what, lambda: measure(name, codec)), name=name)
 
     def finetuned(self, family: Family) -> Comparison:
         """The fine-tuned models, uncompressed."""
         self._say("fine-tuned models, uncompressed")
         self.module.reuse(family)
-        self.module.finetuned_scores = None
-        scores = self._evaluate()
         return Comparison(
             "fine-tuned",
             "",
-            replace(scores, finetuned=scores.values),
+            self._evaluate(),
             sum(checkpoint.nbytes for checkpoint in family.finetuned.values()),
             1.0,
             family.bits_per_parameter,
             switch_seconds=self._switch_seconds(),
+            kind="fine-tuned",
         )
+
+    def base(self, family: Family) -> Comparison:
+        """The base, with each task's own head: what is there without any delta."""
+        self._say("base, with the tasks' own heads")
+        self.module.reuse(Untuned(family))
+        scores, nbytes = self._evaluate(), family.base.nbytes
+        return Comparison("base", "", scores, 0, 0.0, 0.0, kind="base", base_nbytes=nbytes)
 
     def compressed(self, name: str, codec: DeltaCodec) -> Comparison:
         """A codec without data."""
@@ -231,7 +302,7 @@ class _Bench:
             seconds = time.perf_counter() - started
             self._say(report.calibration_table(bundle))
             found.append(self._row(name, bundle, seconds))
-        return report.averaged(found)
+        return averaged(found)
 
     def _row(self, name: str, bundle: Bundle, seconds: float) -> Comparison:
         return Comparison(
@@ -243,6 +314,7 @@ class _Bench:
             bundle.bits_per_parameter,
             seconds,
             self._switch_seconds(),
+            base_nbytes=self.base_nbytes,
         )
 
     def _evaluate(self) -> Scores:

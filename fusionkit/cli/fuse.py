@@ -302,7 +302,8 @@ class _Fusing:
         for task in tasks:
             key = (self.name, _SINGLE, task)
             if key not in self.done:
-                self._add(Fusion(*key, 1, self._scores(self.family, [task]).mean, 1.0))
+                scores = self._scores(self.family, [task])
+                self._add(Fusion(*key, 1, scores.mean, 1.0, percent=scores.percent))
             self.own[task] = self.done[key].score
 
     def fused(self, tasks: Sequence[str]) -> None:
@@ -316,7 +317,8 @@ class _Fusing:
             scores = self._scores(Fused(family, merge), tasks)
             shares = [scores.share_of(task) for task in tasks]
             share = mean(math.nan if each is None else each for each in shares)
-            self._add(Fusion(*key, len(tasks), scores.mean, share, repr(merge)))
+            row = Fusion(*key, len(tasks), scores.mean, share, repr(merge), scores.percent)
+            self._add(row)
 
     def _merge(self, method: str, family: Family) -> Merge:
         """How to fuse, with its scale or weights searched."""

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from fusionkit.cli.report import Report, blank_figure, percent
+from fusionkit.cli.report import Report, blank_figure, percent, score_text
 from fusionkit.cli.table import Table
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ class Fusion:
         share: mean over these tasks of the score relative to the task's own single model; not a
             number where a task has none.
         settings: the merge as it was chosen.
+        percent: whether the score lies in [0, 1].
     """
 
     family: str
@@ -33,6 +34,7 @@ class Fusion:
     score: float
     share: float
     settings: str = ""
+    percent: bool = True
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -69,14 +71,14 @@ class FusionReport(Report):
         columns = [f"{count} task" + "s" * (count > 1) for count in counts]
         if len(counts) > 1:
             columns.append(f"mean of {counts[1]} to {counts[-1]}")
-        title = "Score (share of single-task score), in percent"
+        title = "Score (share of single-task score)"
         table = Table(title, ("family", "fused by", *columns), words=2)
         for (family, method), by_count in self.means().items():
-            cells = [_cell(by_count.get(count)) for count in counts]
+            cells = [self._cell(by_count.get(count)) for count in counts]
             if len(counts) > 1:
                 fused = [pair for count, pair in by_count.items() if count > 1]
                 both = (mean(p[0] for p in fused), mean(p[1] for p in fused)) if fused else None
-                cells.append(_cell(both))
+                cells.append(self._cell(both))
             table.add(family, method, *cells)
         return table
 
@@ -86,16 +88,16 @@ class FusionReport(Report):
         families = list(dict.fromkeys(row.family for row in self.rows))
         methods = [m for m in dict.fromkeys(row.method for row in self.rows) if m != "single"]
         means = self.means()
-        for panel, (axes, title) in enumerate(
-            zip(panels, ("mean score (%)", "share of the single-task score (%)"), strict=True)
-        ):
+        unit, times = (" (%)", 100) if self._percent else ("", 1)
+        titles = (f"mean score{unit}", "share of the single-task score (%)")
+        for panel, (axes, title) in enumerate(zip(panels, titles, strict=True)):
             for (family, method), by_count in means.items():
                 if method == "single":
                     continue
                 points = {**means.get((family, "single"), {}), **by_count}
                 axes.plot(
                     list(points),
-                    [100 * pair[panel] for pair in points.values()],
+                    [(100 if panel else times) * pair[panel] for pair in points.values()],
                     color=f"C{methods.index(method)}",
                     linestyle=("-", "--", ":", "-.")[families.index(family) % 4],
                     marker="osD^v"[families.index(family) % 5],
@@ -110,6 +112,11 @@ class FusionReport(Report):
         figure.suptitle("Fused models: mean over all sets of so many tasks")
         return figure
 
+    @property
+    def _percent(self) -> bool:
+        return all(row.percent for row in self.rows)
 
-def _cell(pair: tuple[float, float] | None) -> str:
-    return "" if pair is None else f"{percent(pair[0])} ({percent(pair[1])})"
+    def _cell(self, pair: tuple[float, float] | None) -> str:
+        if pair is None:
+            return ""
+        return f"{score_text(pair[0], self._percent)} ({percent(pair[1])})"

@@ -3,12 +3,11 @@
 import csv
 import io
 import json
+import math
 import os
-import statistics
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ from fusionkit.bundles.bundle import Bundle
 from fusionkit.checkpoints.paths import is_remote, open_path, written_out
 from fusionkit.cli.table import Table
 from fusionkit.errors import FusionKitError
-from fusionkit.tasks.scores import Scores
+from fusionkit.tasks.scores import GAP, Scores
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -46,124 +45,20 @@ class Report(ABC):
         return self.table()._repr_html_()
 
     def plot(self, path: str | Path) -> None:
-        """Write the plot (PNG)."""
-        figure, buffer = self.figure(), io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=140)
-        replace_file(Path(path), buffer.getvalue())
+        """Write the plot: PNG, or what the suffix says (`.svg`: its text stays text)."""
+        write_figure(self.figure(), Path(path))
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """One way of keeping the family, measured.
+def write_figure(figure: "Figure", *paths: Path) -> None:
+    """Write a figure in the formats that the suffixes say; the same figure to the same bytes."""
+    from matplotlib import rc_context
 
-    Attributes:
-        name: how the recipe calls it.
-        settings: the codec as it would be constructed.
-        scores: what its tasks score.
-        nbytes: bytes on disk, all tasks.
-        ratio: T full checkpoints' bytes over `nbytes`.
-        bits_per_parameter: stored bits per compressed parameter; see `Bundle`.
-        encode_seconds: time to compress all tasks, calibration included.
-        switch_seconds: median time of `ReuseModule.switch`.
-        spread: standard deviation of the mean score over several calibrations, where there were.
-    """
-
-    name: str
-    settings: str
-    scores: Scores
-    nbytes: int
-    ratio: float
-    bits_per_parameter: float
-    encode_seconds: float | None = None
-    switch_seconds: float | None = None
-    spread: float | None = None
-
-
-def averaged(rows: Sequence[Comparison]) -> Comparison:
-    """One row for several that differ in a seed: the mean of each task's scores, and of the times.
-
-    Args:
-        rows: at least one; sizes are the last one's.
-    """
-    tasks = list(rows[0].scores.values)
-    values = {task: statistics.fmean(row.scores.values[task] for row in rows) for task in tasks}
-    spread = statistics.stdev(row.scores.mean for row in rows) if len(rows) > 1 else None
-    return replace(
-        rows[-1],
-        scores=replace(rows[-1].scores, values=values),
-        encode_seconds=statistics.fmean(row.encode_seconds or 0.0 for row in rows),
-        switch_seconds=statistics.fmean(row.switch_seconds or 0.0 for row in rows),
-        spread=spread,
-    )
-
-
-@dataclass
-class ComparisonReport(Report):
-    """Several ways of keeping one family, side by side."""
-
-    rows: list[Comparison] = field(default_factory=list)
-
-    def table(self) -> Table:
-        """The comparison as a table."""
-        columns = ("score", "share", "bundle", "× smaller", "bits/param", "encode s", "switch ms")
-        table = Table("Scores, shares and sizes", ("codec", *columns))
-        for row in self.rows:
-            table.add(
-                row.name,
-                percent(row.scores.mean)
-                + ("" if row.spread is None else f" ± {percent(row.spread)}"),
-                percent(row.scores.share),
-                size(row.nbytes),
-                f"{row.ratio:.1f}",
-                f"{row.bits_per_parameter:.3f}",
-                "" if row.encode_seconds is None else f"{row.encode_seconds:.1f}",
-                "" if row.switch_seconds is None else f"{row.switch_seconds * 1e3:.0f}",
-            )
-        return table
-
-    def flat(self) -> list[dict[str, Any]]:
-        """One flat row per codec, the tasks' scores as columns."""
-        flat = []
-        for row in self.rows:
-            record = asdict(row)
-            record.pop("scores")
-            tasks = {f"score/{task}": value for task, value in row.scores.values.items()}
-            flat.append(
-                {**record, "mean_score": row.scores.mean, "share": row.scores.share, **tasks}
-            )
-        return flat
-
-    def figure(self) -> "Figure":
-        """Score against size, one labelled point per codec."""
-        from adjustText import adjust_text
-
-        figure, axes = blank_figure(10, 6.5)
-        whole = [row for row in self.rows if row.encode_seconds is None]
-        packed = [row for row in self.rows if row.encode_seconds is not None]
-        for row in whole:
-            label = f"{row.name}: {100 * row.scores.mean:.1f}% at {row.bits_per_parameter:.0f} bits"
-            axes.axhline(
-                100 * row.scores.mean, linestyle="--", color="grey", linewidth=1, label=label
-            )
-        axes.legend(loc="lower right")
-        axes.set_xscale("log", base=2)
-        labels = []
-        for place, row in enumerate(packed):
-            point = (row.bits_per_parameter, 100 * row.scores.mean)
-            axes.scatter(*point, s=45, zorder=3, color=f"C{place % 10}")
-            labels.append(axes.text(*point, row.name, fontsize=8, zorder=4))
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.margins(x=0.15, y=0.12)
-        axes.set_xlabel(
-            "bits per parameter on disk, shared vector spread over the tasks (log scale)"
-        )
-        axes.set_ylabel("mean score over the tasks (%)")
-        axes.set_title("Score against size: upper left is better")
-        axes.grid(alpha=0.3)
-        arrows = {"arrowstyle": "-", "color": "grey", "linewidth": 0.6}
-        figure.draw_without_rendering()  # labels are moved apart on the final layout
-        adjust_text(labels, ax=axes, arrowprops=arrows, expand=(1.15, 1.5), time_lim=5)
-        return figure
+    for path in paths:
+        buffer, kind = io.BytesIO(), path.suffix.lower().lstrip(".") or "png"
+        dateless = {"Date": None} if kind == "svg" else None
+        with rc_context({"svg.fonttype": "none", "svg.hashsalt": "fusionkit"}):
+            figure.savefig(buffer, format=kind, dpi=140, metadata=dateless)
+        replace_file(path, buffer.getvalue())
 
 
 def blank_figure(width: float, height: float, panels: int = 1) -> "tuple[Figure, Any]":
@@ -177,15 +72,28 @@ def blank_figure(width: float, height: float, panels: int = 1) -> "tuple[Figure,
 
 
 def scores_table(scores: Scores, title: str) -> Table:
-    """Scores as a table, in percent."""
-    table = Table(title, ("task", "score", "fine-tuned", "share"), footer=1)
+    """Scores as a table, in percent where they lie in [0, 1]."""
+    columns = ("task", "metric", "score", "95%", "rows", "fine-tuned", "share")
+    table = Table(title, columns, words=2, footer=1)
+    if scores.limit:
+        table.note = f"Only a part of the rows was scored: {scores.limit}."
+    if scores.lower:
+        table.note = f"{table.note} {GAP}".strip()
     for row in scores.rows():
+        task = row["task"]
+        one = task in scores.values
+        parts = scores.of(task).facts.percent if one else scores.percent
         table.add(
-            row["task"],
-            percent(row["score"]),
-            percent(row["finetuned"]),
+            task,
+            row["metric"] + (" ↓" if one and scores.of(task).lower else ""),
+            score_text(row["score"], parts),
+            _ends(row["low"], row["high"], parts),
+            "" if row["rows"] is None else f"{row['rows']:,}",
+            score_text(row["finetuned"], parts),
             percent(row["share"]),
         )
+        for name, value in scores.of(task).others.items() if one else ():
+            table.add("", name, f"{value:#.4g}")
     return table
 
 
@@ -251,14 +159,19 @@ def checkpoint_bytes(bundle: Bundle) -> int:
 
 def write_rows(rows: Sequence[dict[str, Any]], folder: Path, name: str) -> list[Path]:
     """Write rows as `<name>.csv` and `<name>.json` into a folder, each whole or not at all."""
+    paths = [folder / f"{name}.csv", folder / f"{name}.json"]
+    replace_file(paths[0], csv_text(rows).encode())
+    replace_file(paths[1], (json.dumps(list(rows), indent=1) + "\n").encode())
+    return paths
+
+
+def csv_text(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows as CSV, the first one's keys above them."""
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else [])
     writer.writeheader()
     writer.writerows(rows)
-    paths = [folder / f"{name}.csv", folder / f"{name}.json"]
-    replace_file(paths[0], text.getvalue().encode())
-    replace_file(paths[1], (json.dumps(list(rows), indent=1) + "\n").encode())
-    return paths
+    return text.getvalue()
 
 
 def local_folder(path: str | Path) -> Path:
@@ -308,7 +221,21 @@ def show(*items: object) -> None:
 
 def percent(value: float | None) -> str:
     """A share as percent with two decimals, or nothing."""
-    return "" if value is None else f"{100 * value:.2f}"
+    return "" if value is None else f"{100 * value:.2f}%"
+
+
+def score_text(value: float | None, parts: bool) -> str:
+    """A score: as percent if it lies in [0, 1], else as it is; or nothing."""
+    if value is None or math.isnan(value):
+        return ""
+    return percent(value) if parts else f"{value:#.4g}"
+
+
+def _ends(low: float | None, high: float | None, parts: bool) -> str:
+    """An interval, or nothing."""
+    if low is None or high is None:
+        return ""
+    return f"{100 * low:.1f} to {100 * high:.1f}" if parts else f"{low:#.4g} to {high:#.4g}"
 
 
 def size(nbytes: float) -> str:

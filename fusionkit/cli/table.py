@@ -50,22 +50,29 @@ class Table:
     def _repr_html_(self) -> str:
         """The table as HTML: escaped, its style with it, in the colours of where it is shown."""
         line = "1px solid currentColor"
-        body = [_row("th", self.columns, self.words, f"border-bottom: {line}; ")]
+        head = _row(self.columns, self.words, f"border-bottom: {line}; ", heading=True)
+        body = []
         first_below = len(self.rows) - self.footer
         for place, row in enumerate(self.rows):
             above = f"border-top: {line}; " if self.footer and place == first_below else ""
-            body.append(_row("td", row, self.words, above))
+            body.append(_row(row, self.words, above))
         caption = f'<caption style="font-style: italic">{escape(self.title)}</caption>'
         style = "border-collapse: collapse; font-variant-numeric: tabular-nums"
         note = f"\n<p>{escape(self.note)}</p>" if self.note else ""
-        return f'<table style="{style}">\n{caption}\n' + "\n".join(body) + f"\n</table>{note}"
+        rows = "\n".join(body)
+        return (
+            f'<table style="{style}">\n{caption}\n<thead>\n{head}\n</thead>\n'
+            f"<tbody>\n{rows}\n</tbody>\n</table>{note}"
+        )
 
 
-def _row(tag: str, cells: Sequence[str], words: int, style: str) -> str:
-    """One row; the style of a notebook's own cells is set aside."""
-    found = [
-        f'<{tag} style="{style}padding: 0.2em 0.8em; '
-        f'text-align: {"left" if place < words else "right"}">{escape(cell)}</{tag}>'
-        for place, cell in enumerate(cells)
-    ]
+def _row(cells: Sequence[str], words: int, style: str, heading: bool = False) -> str:
+    """One row; the first cell heads it. The style of a notebook's own cells is set aside."""
+    found = []
+    for place, cell in enumerate(cells):
+        tag = "th" if heading or place == 0 else "td"
+        scope = ' scope="col"' if heading else ' scope="row"' if place == 0 else ""
+        own = f"{style}padding: 0.2em 0.8em; text-align: {'left' if place < words else 'right'}"
+        own += "" if heading or place else "; font-weight: normal"
+        found.append(f'<{tag}{scope} style="{own}">{escape(cell)}</{tag}>')
     return f"<tr>{''.join(found)}</tr>"

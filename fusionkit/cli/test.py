@@ -1,5 +1,6 @@
 """`fusionkit test`."""
 
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -8,7 +9,9 @@ from lightning.pytorch.cli import LightningArgumentParser
 from fusionkit.bundles.bundle import Bundle
 from fusionkit.cli import report
 from fusionkit.cli.recipe import RecipeCLI
+from fusionkit.registry import to_config
 from fusionkit.reuse.module import ReuseModule
+from fusionkit.tasks.score_file import score_file
 from fusionkit.tasks.scores import Scores
 from fusionkit.tasks.spread import Spread, TasksSpread
 
@@ -18,7 +21,7 @@ def run(args: list[str]) -> None:
     cli = TestCLI(args)
     scores = cli.test()
     report.show(report.scores_table(scores, cli.title()))
-    for path in report.write_rows(scores.rows(), cli.out, "scores"):
+    for path in cli.write(scores):
         report.show(f"written: {path}")
 
 
@@ -51,6 +54,15 @@ class TestCLI(EvaluationCLI):
         """What was evaluated."""
         source = self.model.source
         return repr(source.codec) if isinstance(source, Bundle) else "fine-tuned, uncompressed"
+
+    def write(self, scores: Scores) -> list[Path]:
+        """Write the scores; what is in the JSON can be given as `finetuned_scores`."""
+        source = self.model.source
+        codec = to_config(source.codec) if isinstance(source, Bundle) else None
+        paths = [self.out / "scores.csv", self.out / "scores.json"]
+        report.replace_file(paths[0], report.csv_text(scores.rows()).encode())
+        report.replace_file(paths[1], score_file(scores, self.title(), codec))
+        return paths
 
 
 def evaluate(

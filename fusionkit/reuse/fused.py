@@ -91,3 +91,20 @@ class Fused:
     def added_rows(self, task: str) -> Iterator[tuple[str, Tensor]]:
         """The rows that the task added to the vocabulary."""
         return self.family.added_rows(task)
+
+
+class Untuned(Fused):
+    """A family's base: every task is that, with the task's own head and exact tensors.
+
+    Args:
+        family: the tasks.
+    """
+
+    def __init__(self, family: Family) -> None:
+        self.family = family
+        self.tasks = family.tasks
+        self.vectors = {}
+        self.scale = 0.0
+
+    def tensor(self, task: str, name: str, base: Tensor, out: Tensor | None = None) -> None:  # type: ignore[override]
+        """The base's; see `TaskSource`."""

@@ -1,7 +1,6 @@
 """ReuseModule: one base model that becomes any task's model, and is evaluated by the Trainer."""
 
 from collections.abc import Callable, Collection, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,7 +9,6 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torchmetrics import Metric
 
 from fusionkit.bundles.bundle import Bundle
 from fusionkit.bundles.compress import compress
@@ -23,6 +21,7 @@ from fusionkit.checkpoints.stacks import split_tensors
 from fusionkit.codecs.base import DeltaCodec
 from fusionkit.errors import BundleError, FusionKitError
 from fusionkit.registry import to_config
+from fusionkit.reuse.evaluation import Evaluation
 from fusionkit.reuse.seen import Seen
 from fusionkit.reuse.sharded import ShardedBase, check_strategy, shard_with_base
 from fusionkit.reuse.switcher import Switcher
@@ -31,17 +30,9 @@ from fusionkit.task_vectors.processes import ALONE, Processes
 from fusionkit.task_vectors.task_source import TaskSource
 from fusionkit.task_vectors.workers import Progress
 from fusionkit.tasks.kinds import kinds_of
-from fusionkit.tasks.metrics import (
-    MetricChoice,
-    check_choice,
-    is_lower_better,
-    metric_of,
-    update,
-    value_of,
-)
+from fusionkit.tasks.metrics import MetricChoice, check_choice
+from fusionkit.tasks.score_file import known_scores
 from fusionkit.tasks.scores import Scores
-from fusionkit.tasks.spread import TasksSpread, real_rows, value_of_owner
-from fusionkit.tasks.task import Task
 
 
 class ReuseModule(LightningModule):
@@ -66,7 +57,10 @@ class ReuseModule(LightningModule):
         metric: what scores the tasks, if not what their kinds say: any of torchmetrics' by name,
             with its arguments, for all or per task; see `fusionkit.tasks.metrics.MetricChoice`.
         num_classes: classes per task, of a datamodule that does not say what its tasks are.
-        finetuned_scores: task name → the fine-tuned model's own score, to which scores are related.
+        finetuned_scores: task name → the fine-tuned model's own score, to which scores are
+            related; or the `scores.json` of 'fusionkit test' of the fine-tuned models.
+        base_scores: task name → the base's own score, which shares of metrics need that are better
+            the lower they are.
         cache_bytes: keep the decoded weights of the tasks used last, up to so many bytes on the
             model's device; to switch back to one of them is a copy.
         rename: regular expression → replacement, for names in all models; see `Family`.
@@ -90,7 +84,8 @@ class ReuseModule(LightningModule):
         base: str | Checkpoint | None = None,
         metric: MetricChoice = None,
         num_classes: dict[str, int] | None = None,
-        finetuned_scores: dict[str, float] | None = None,
+        finetuned_scores: dict[str, float] | str | None = None,
+        base_scores: dict[str, float] | None = None,
         cache_bytes: int = 0,
         rename: dict[str, str] | None = None,
         ignore: list[str] | None = None,
@@ -108,14 +103,13 @@ class ReuseModule(LightningModule):
         self.metric = metric
         self.num_classes = num_classes
         self.finetuned_scores = finetuned_scores
-        self._kinds: list[Task] = []
+        self.base_scores = base_scores
         self.bundle_path: Path | None = None
         if bundle is not None and not isinstance(bundle, Bundle):
             self.bundle_path = open_path(bundle)
         self.task: str | None = None
-        self._rows = 0
         self.scores: Scores | None = None
-        self.metrics = nn.ModuleList()
+        self.evaluation: Evaluation | None = None
         self.base_source = None if base is None else unquantized(open_for(model, base))
         if self.base_source is not None:
             load_base(model, self.base_source, self.private)
@@ -307,17 +301,14 @@ class ReuseModule(LightningModule):
                 "`fusionkit.calibrate(module, datamodule)`, or fine-tune by `fusionkit.Finetune`"
             )
         check_strategy(self.trainer, self.model)
-        tasks = self._evaluated()
+        self.evaluation = self._evaluation(stage)  # before checkpoints are opened, or compressed
+        tasks = self.evaluation.tasks
         if missing := [task for task in tasks if task not in self.tasks]:
             raise BundleError(
                 f"there is data for '{missing[0]}', but no such task among {', '.join(self.tasks)}"
             )
         if isinstance(self._source, Bundle):
             self._source.check(tasks)  # now, not after half of them
-        check_choice(self.metric, [*dict.fromkeys([*self.finetuned, *self.tasks, *tasks])])
-        kinds = kinds_of(self._datamodule, tasks, self.num_classes)
-        self._kinds = [kinds[task] for task in tasks]
-        self.metrics = nn.ModuleList(metric_of(self.metric, task, kinds[task]) for task in tasks)
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Score one batch, as its task says."""
@@ -349,27 +340,23 @@ class ReuseModule(LightningModule):
         task = self._evaluated()[dataloader_idx]
         if task != self.task:
             self.switch(task)
-        self._rows = 0 if batch_idx == 0 else self._rows
-        kind = self._kinds[dataloader_idx]
-        outputs = kind.predict(self, batch)
-        count = kind.count(batch)
-        real = real_rows(self._loader(dataloader_idx), self._rows, count)
-        self._rows += count
-        if real:
-            metric = cast(Metric, self.metrics[dataloader_idx])
-            update(metric, task, kind, outputs[:real], kind.first(batch, real))
+        assert self.evaluation is not None
+        self.evaluation.step(self, batch, batch_idx, dataloader_idx, self._loader(dataloader_idx))
 
     def _finish(self, stage: str) -> None:
-        tasks = self._evaluated()
-        metrics = [cast(Metric, metric) for metric in self.metrics]
-        spread = isinstance(self._datamodule, TasksSpread)
-        value = partial(value_of_owner, self) if spread else value_of
-        values = {task: value(each, task) for task, each in zip(tasks, metrics, strict=True)}
-        for metric in metrics:
-            metric.reset()
-        lower = {t for t, m in zip(tasks, metrics, strict=True) if is_lower_better(m)}
-        self.scores = Scores(values, self.finetuned_scores, frozenset(lower))
+        assert self.evaluation is not None
+        self.scores = self.evaluation.finish(self, self._datamodule, stage)
         self.log_dict(self.scores.logged(stage), rank_zero_only=True)
+
+    def _evaluation(self, stage: str) -> Evaluation:
+        """What scores the tasks."""
+        tasks = self._evaluated()
+        own = self._source.tasks if self._source is not None else ()
+        check_choice(self.metric, [*dict.fromkeys([*self.finetuned, *own, *tasks])])
+        known = known_scores(self.finetuned_scores, self.base_scores)
+        made = Evaluation(kinds_of(self._datamodule, tasks, self.num_classes), self.metric, known)
+        made.check(self.trainer, self._datamodule, "test" if stage == "test" else "val")
+        return made
 
     def _own_tensors(self) -> set[str]:
         """Names of the tensors that are a task's own."""

@@ -6,9 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.classification import BinaryAccuracy, MulticlassAccuracy
 
 from fusionkit.tasks.task import LabelledTask
+
+_TRIED = 32
+"""Classes of an example, at most."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,31 @@ class Classification(LabelledTask):
     def update(self, metric: Metric, outputs: Tensor, batch: Any) -> None:
         """With logits; of two classes, a metric of yes and no gets the second one's probability."""
         if type(metric).__name__.startswith("Binary"):
-            outputs = outputs.to(torch.float32).softmax(-1)[:, 1]
+            outputs = _second(outputs)
         metric.update(outputs, self.labels(batch))
+
+    def row_scores(self, metric: Metric, outputs: Tensor, batch: Any) -> Tensor | None:
+        """Of accuracy over all rows: 1 where a row is right, else 0."""
+        settings = vars(metric)
+        if settings.get("multidim_average") != "global" or settings.get("ignore_index") is not None:
+            return None
+        if type(metric) is BinaryAccuracy:
+            said = _second(outputs) > settings["threshold"]
+        elif type(metric) is MulticlassAccuracy and (metric.average, metric.top_k) == ("micro", 1):
+            said = outputs.argmax(-1)
+        else:
+            return None
+        right: Tensor = said == self.labels(batch)
+        return right.to(torch.float32)
+
+    def example(self) -> tuple[Tensor, Any] | None:
+        """Logits of some rows, two of each class, the first of each right."""
+        if not self.num_classes:
+            return None
+        labels = torch.arange(2 * min(self.num_classes, _TRIED)) % self.num_classes
+        said = labels.clone()
+        said[len(labels) // 2 :] = said[len(labels) // 2 :].roll(1)
+        return torch.eye(self.num_classes)[said], (None, labels)
 
     @property
     def metric_arguments(self) -> dict[str, Any]:
@@ -52,3 +78,8 @@ class Classification(LabelledTask):
     def head_size(self) -> int | None:
         """A logit per class."""
         return self.num_classes
+
+
+def _second(outputs: Tensor) -> Tensor:
+    """The second class's probability, `(B,)`."""
+    return outputs.to(torch.float32).softmax(-1)[:, 1]

@@ -5,7 +5,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric, PearsonCorrCoef, SpearmanCorrCoef
+from torchmetrics import (
+    MeanAbsoluteError,
+    MeanSquaredError,
+    Metric,
+    PearsonCorrCoef,
+    SpearmanCorrCoef,
+)
 
 from fusionkit.tasks.task import LabelledTask
 
@@ -36,6 +42,19 @@ class Regression(LabelledTask):
         """With numbers, float32 `(B,)`."""
         said = _numbers(outputs)
         metric.update(said, self.labels(batch).to(said))
+
+    def row_scores(self, metric: Metric, outputs: Tensor, batch: Any) -> Tensor | None:
+        """Of the mean squared or absolute error: a row's own."""
+        said = _numbers(outputs)
+        error = said - self.labels(batch).to(said)
+        if type(metric) is MeanSquaredError and metric.squared:
+            return error.square()
+        return error.abs() if type(metric) is MeanAbsoluteError else None
+
+    def example(self) -> tuple[Tensor, Any] | None:
+        """Numbers of some rows, and labels not far from them."""
+        labels = torch.linspace(0, 1, 8)
+        return labels[[1, 0, 3, 2, 4, 6, 5, 7]].reshape(-1, 1), (None, labels)
 
     @property
     def head_size(self) -> int:

@@ -6,16 +6,19 @@ place, and left out of the metrics: scores are those of one process, to the last
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 from torchmetrics import Metric
 
 from fusionkit.errors import DataError
 from fusionkit.tasks.metrics import value_of
 from fusionkit.tasks.wrapped import Wrapped
+
+Found = TypeVar("Found")
 
 Spread = Literal["rows", "tasks"]
 """What each of several processes evaluates: its share of every task's rows, or whole tasks."""
@@ -36,6 +39,35 @@ def real_rows(loader: Any, first: int, count: int) -> int:
     # The k-th row here is the (rank + k · processes)-th of all.
     own = -(-(total - sampler.rank) // sampler.num_replicas)
     return min(max(own - first, 0), count)
+
+
+def row_places(loader: Any, first: int, count: int) -> Tensor:
+    """Which of all rows a batch's are, `(count,)` int64.
+
+    Args:
+        loader: the dataloader, as the Trainer prepared it.
+        first: rows that this process had from it before the batch.
+        count: rows of the batch that are no repetitions.
+    """
+    own = torch.arange(first, first + count)
+    sampler = getattr(loader, "sampler", None)
+    if not isinstance(sampler, DistributedSampler):
+        return own
+    return sampler.rank + sampler.num_replicas * own
+
+
+def over_processes(own: Found, count: int) -> list[Found]:
+    """What each process has, in every process, in their order.
+
+    Args:
+        own: what this one has.
+        count: how many processes there are.
+    """
+    if count == 1:
+        return [own]
+    found: list[Any] = [None] * count
+    torch.distributed.all_gather_object(found, own)
+    return found
 
 
 class TasksSpread(Wrapped):

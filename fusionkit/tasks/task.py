@@ -46,6 +46,24 @@ class Task(ABC):
     def update(self, metric: Metric, outputs: Tensor, batch: Any) -> None:
         """Let a metric take in the outputs of a batch."""
 
+    def row_scores(self, metric: Metric, outputs: Tensor, batch: Any) -> Tensor | None:
+        """What each row adds to a metric that is a mean over rows.
+
+        Scores of the same rows by two models are then compared row by row, and how much of their
+        difference may be chance is known.
+
+        Returns:
+            `(B,)` floats, whose mean over all rows is the metric; None where it is no such mean.
+        """
+        return None
+
+    def example(self) -> tuple[Tensor, Any] | None:
+        """Outputs and their batch as the task's may be, of a few rows, to try a metric on.
+
+        None: that can't be known, and whether a metric is right shows in the first batch.
+        """
+        return None
+
     @property
     def metric_arguments(self) -> dict[str, Any]:
         """What a metric asked for by name is given, of its arguments that a recipe leaves out."""

@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from front import KINDS, STYLES
 from torch import Tensor
 
 import fusionkit
@@ -43,6 +42,29 @@ BITS = {"sst2": 0.08, "trec": 0.08, "banking77": 0.25}  # what eight tasks' 0.1 
 MATRIX = "bert.encoder.layer.3.intermediate.dense.weight"
 SCALES = (0.5, 0.7, 0.85, 0.93, 1.0, 1.07, 1.15, 1.3, 1.5)
 ROWS = 256
+
+STYLES = {  # kind: marker, colour (Okabe and Ito's, told apart by the colour-blind)
+    "Sketch": ("o", "#000000"),
+    "Sketch, directions alone": ("D", "#0072B2"),
+    "SVD": ("s", "#56B4E9"),
+    "DARE": ("^", "#D55E00"),
+    "ComPEFT": ("v", "#009E73"),
+    "BitDelta": ("P", "#CC79A7"),
+    "pruning": ("X", "#E69F00"),
+    "EMR": ("*", "#8C6D1F"),
+    "TALL-masks": ("<", "#7F7F7F"),
+    "TSV-Compress": (">", "#7F7F7F"),
+    "DBMS": ("h", "#7F7F7F"),
+    "one merged model": ("d", "#7F7F7F"),
+    "lossless": ("p", "#7F7F7F"),
+}
+KINDS = {
+    "TALLMask": "TALL-masks",
+    "TSVCompress": "TSV-Compress",
+    "MagnitudePrune": "pruning",
+    "Merged": "one merged model",
+    "Lossless": "lossless",
+}
 
 
 class Task:

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,10 @@ def test_compress_inspect_test_export(recipe: Path, files: Files, tmp_path: Path
     assert [row["task"] for row in rows] == [*TASKS, "mean"]
     assert f"{100 * float(rows[0]['score']):.2f}" in scores
     as_json = json.loads((tmp_path / "out/scores.json").read_text())
-    assert [row["score"] for row in as_json] == [float(row["score"]) for row in rows]
+    found = [*as_json["tasks"].values(), as_json["mean"]]
+    assert [row["score"] for row in found] == [float(row["score"]) for row in rows]
+    assert (as_json["model"], as_json["fusionkit"]) == (repr(bundle.codec), version("fusionkit"))
+    assert [row["rows"] for row in rows] == ["34", "41", "48", "123"]
     resolved = yaml.safe_load((tmp_path / "out/config.yaml").read_text())
     assert resolved["model"]["codec"]["class_path"] == "fusionkit.EMR"
 
@@ -85,15 +89,15 @@ def test_compare(recipe: Path, tmp_path: Path) -> None:
     recipe.write_text(yaml.safe_dump(content, sort_keys=False))
     table = run("compare", "--config", recipe)
     rows = list(csv.DictReader((tmp_path / "out/compare.csv").open()))
-    assert [row["name"] for row in rows] == ["fine-tuned", "emr", "dense", "peru"]
+    assert [row["name"] for row in rows] == ["fine-tuned", "base", "emr", "dense", "peru"]
     assert all(row["name"] in table for row in rows)
-    own, dense = rows[0], rows[2]
+    own, dense = rows[0], rows[3]
     assert float(own["share"]) == 1
     assert dense["mean_score"] == own["mean_score"]
     assert float(dense["bits_per_parameter"]) >= 32
     assert float(own["bits_per_parameter"]) == 32
     assert (tmp_path / "out/compare.png").read_bytes().startswith(b"\x89PNG")
-    assert len(json.loads((tmp_path / "out/compare.json").read_text())) == 4
+    assert len(json.loads((tmp_path / "out/compare.json").read_text())) == 5
 
 
 def test_compressed_on_the_fly_and_uncompressed(recipe: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from fusionkit import DBMS, EMR, Dense, Family, MagnitudePrune, Mean, ReuseModul
 from fusionkit.cli.fusion_report import FusionReport
 from fusionkit.cli.table import Table
 from fusionkit.errors import DataError, FamilyError, FusionKitError
-from fusionkit.reuse.fused import Fused
+from fusionkit.reuse.fused import Fused, Untuned
 
 CODECS = {"dense <fp32>": Dense("fp32"), "prune": MagnitudePrune(0.1)}
 
@@ -71,11 +71,12 @@ class Cells(HTMLParser):
         self.tags.add(tag)
         if tag == "tr":
             self.rows.append([])
-        if tag in ("td", "th"):
+        self.inside = tag in ("td", "th")
+        if self.inside:
             self.rows[-1].append("")
 
     def handle_data(self, data: str) -> None:
-        if self.rows and self.rows[-1] and data.strip():
+        if self.rows and self.inside and self.rows[-1] and data.strip():
             self.rows[-1][-1] += data
 
 
@@ -100,8 +101,13 @@ class TestCompare:
         codec, own = reuse.codec, {"ant": 0.5}
         reuse.finetuned_scores = own
         results = fusionkit.compare(reuse, Data(), CODECS)
-        assert [row.name for row in results.rows] == ["fine-tuned", *CODECS]
-        first, dense, _ = results.rows
+        assert [row.name for row in results.rows] == ["fine-tuned", "base", *CODECS]
+        first, low, dense, _ = results.rows
+        assert low.scores.values == {
+            task: pytest.approx(score(reuse, Untuned(reuse.family()), task)) for task in TASKS
+        }
+        assert (low.nbytes, low.total_nbytes) == (0, reuse.family().base.nbytes)
+        assert dense.total_nbytes == dense.nbytes + low.total_nbytes
         family = reuse.family()
         assert first.scores.values == {
             task: pytest.approx(score(reuse, family, task)) for task in TASKS
@@ -135,9 +141,8 @@ class TestCompare:
         results = fusionkit.compare(reuse, Data(), CODECS, out, verbose=True)
         assert "fine-tuned models, uncompressed" in capsys.readouterr().out
         assert {path.name for path in out.iterdir()} == {
-            "compare.csv",
-            "compare.json",
-            "compare.png",
+            *(f"compare.{kind}" for kind in ("csv", "json", "html", "png", "svg")),
+            *("compare_tasks.png", "compare_tasks.svg", "rows"),
         }
         with (out / "compare.csv").open() as file:
             rows = list(csv.DictReader(file))
@@ -149,7 +154,11 @@ class TestCompare:
         out = tmp_path / "new" / "out"
         results = fusionkit.compare(reuse, Data(), {}, out)
         rows = json.loads((out / "compare.json").read_text())
-        assert [row["name"] for row in rows] == [row.name for row in results.rows] == ["fine-tuned"]
+        assert (
+            [row["name"] for row in rows]
+            == [row.name for row in results.rows]
+            == ["fine-tuned", "base"]
+        )
         assert (out / "compare.png").is_file()
 
     def test_what_more_is_asked_for(self, reuse: ReuseModule) -> None:
@@ -173,14 +182,14 @@ class TestCompare:
             trainer=one,
             make_trainer=make,
         )
-        assert [row.name for row in results.rows] == ["fine-tuned", "prune", "DBMS prune"]
-        assert results.rows[2].settings == repr(DBMS(MagnitudePrune(0.1), EMR()))
-        assert results.rows[2].spread is not None
+        assert [row.name for row in results.rows] == ["fine-tuned", "base", "prune", "DBMS prune"]
+        assert results.rows[3].settings == repr(DBMS(MagnitudePrune(0.1), EMR()))
+        assert results.rows[3].spread is not None
         assert len(made) == 2
         assert all(each.state.fn == "fit" for each in made)
         assert one.state.fn == "test"
 
-    def test_an_error_has_no_share(self, reuse: ReuseModule) -> None:
+    def test_an_error_that_the_base_does_not_make(self, reuse: ReuseModule) -> None:
         reuse.metric = {"ant": "CalibrationError"}
         results = fusionkit.compare(
             reuse,
@@ -191,8 +200,11 @@ class TestCompare:
             trainer=trainer(),
             make_trainer=lambda: trainer(1),
         )
-        assert [row.scores.lower for row in results.rows] == [{"ant"}, {"ant"}]
-        assert [row.scores.share for row in results.rows] == [None, None]
+        assert [row.scores.lower for row in results.rows] == [{"ant"}] * 3
+        gap = [row.scores.values["ant"] for row in results.rows[:2]]
+        wanted = (gap[1] - results.rows[2].scores.values["ant"]) / (gap[1] - gap[0])
+        found = results.rows[2].scores.share_of("ant")
+        assert found == (pytest.approx(wanted) if gap[1] > gap[0] else None)
 
     def test_a_task_without_data(self, reuse: ReuseModule) -> None:
         with pytest.raises(DataError, match="no calibration data for task 'bee'"):
@@ -204,9 +216,11 @@ class TestCompare:
         results = fusionkit.compare(reuse, Data(), CODECS)
         html = results._repr_html_()
         cells = Cells(html)
-        assert [row[0] for row in cells.rows] == ["codec", "fine-tuned", *CODECS]
+        assert [row[0] for row in cells.rows] == ["codec", "fine-tuned", "base", *CODECS]
         assert cells.rows[1:] == [list(row) for row in results.table().rows]
-        assert cells.tags == {"table", "caption", "tr", "th", "td"}
+        assert cells.tags - {"p"} == {
+            *("table", "caption", "thead", "tbody", "tr", "th", "td"),
+        }
         assert "://" not in html
 
 

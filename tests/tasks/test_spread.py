@@ -32,8 +32,8 @@ LISTS = "fewer tasks than processes"
 
 def evaluate(
     case: str, spread: str, processes: int, metric: str = "Accuracy"
-) -> tuple[dict[str, float], dict[str, int]]:
-    """Scores, and the rows that were counted, over all processes."""
+) -> tuple[dict[str, float], dict[str, int], dict[str, Any]]:
+    """Scores, the rows that were counted, and their own scores in order, over all processes."""
     torch.manual_seed(0)
     base = TinyNet().eval()
     data: Any = Data(CASES[case])
@@ -54,7 +54,9 @@ def evaluate(
     finish = module._finish
 
     def look(stage: str) -> None:
-        for task, metric in zip(data.tasks, module.metrics, strict=True):
+        assert module.evaluation is not None
+        for task, scorer in zip(data.tasks, module.evaluation.scorers, strict=True):
+            metric = scorer.metrics[0]  # type: ignore[union-attr, index]
             metric.sync() if processes > 1 else None  # type: ignore[operator]
             values = [metric.tp, metric.fn]  # type: ignore[union-attr]
             counted[task] = int(sum(value.sum() for value in values))  # type: ignore[union-attr, misc]
@@ -65,7 +67,9 @@ def evaluate(
         module._finish = look  # type: ignore[method-assign]
     trainer.test(module, TasksSpread(data) if spread == "tasks" else data, verbose=False)
     assert module.scores is not None
-    return module.scores.values, counted
+    rows = {task: module.scores.of(task).row_scores for task in data.tasks}
+    own = {task: None if each is None else each.tolist() for task, each in rows.items()}
+    return module.scores.values, counted, own
 
 
 def evaluate_all(rank: int, count: int, out: Path) -> None:
@@ -92,9 +96,11 @@ def spread_out(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 @pytest.mark.parametrize("case", CASES)
 def test_scores_are_those_of_one_process(spread_out: Any, case: str, spread: str) -> None:
     """Rows that do not divide by the processes, fewer rows or tasks than there are, and more."""
-    scores, counted = spread_out[f"{case}, {spread}"]
+    scores, counted, own = spread_out[f"{case}, {spread}"]
     assert counted == CASES[case]  # every row, and none twice
-    assert scores == evaluate(case, "rows", 1)[0]
+    alone = evaluate(case, "rows", 1)
+    assert scores == alone[0]
+    assert own == alone[2]  # in the rows' order, whoever scored them
 
 
 def test_metrics_that_keep_lists(spread_out: Any) -> None:

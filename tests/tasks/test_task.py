@@ -5,16 +5,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import Trainer
+from mixed_tasks import KINDS, QUIET, Mixed, fine_tuned, module, outputs
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import f1_score, matthews_corrcoef
 from tiny_net import TinyNet
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import Metric
 
 import fusionkit
-from fusionkit import DBMS, Calibration, Finetune, MagnitudePrune, ReuseModule
+from fusionkit import DBMS, Calibration, Finetune, MagnitudePrune
 from fusionkit.errors import DataError, FusionKitError
 from fusionkit.tasks import batches
 from fusionkit.tasks.classification import Classification
@@ -23,75 +23,11 @@ from fusionkit.tasks.metrics import metric_of
 from fusionkit.tasks.only import only
 from fusionkit.tasks.regression import Regression
 from fusionkit.tasks.scores import Scores
-from fusionkit.tasks.task import Task
-
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "devices": 1,
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
-KINDS: dict[str, Task] = {"colour": Classification(3), "size": Regression()}
-
-
-class Mixed(LightningDataModule):
-    """A task of three classes, and one of a number per row; one batch has a repeated input."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tasks = list(KINDS)
-        self.kinds = KINDS
-        self.asked: list[str] = []
-
-    def rows(self, task: str) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(len(task))
-        tokens = torch.randint(0, 11, (24, 5), generator=generator)
-        if task == "colour":
-            return tokens, tokens[:, 0] % 3
-        return tokens, tokens.to(torch.float32).mean(1)
-
-    def train_dataloader(self) -> list[DataLoader[Any]]:
-        return self._loaders("train")
-
-    def test_dataloader(self) -> list[DataLoader[Any]]:
-        return self._loaders("test")
-
-    def _loaders(self, split: str) -> list[DataLoader[Any]]:
-        self.asked.append(split)
-        return [DataLoader(TensorDataset(*self.rows(task)), 7) for task in self.tasks]
 
 
 @pytest.fixture
 def tuned(base: TinyNet) -> dict[str, dict[str, Tensor]]:
-    """A fine-tune of each kind; the head of the one has a single output."""
-    found = {}
-    for seed, (task, kind) in enumerate(KINDS.items()):
-        model = TinyNet(kind.head_size or 0)
-        generator = torch.Generator().manual_seed(seed)
-        state = {
-            name: tensor + 0.3 * torch.randn(tensor.shape, generator=generator)
-            if tensor.is_floating_point() and not name.startswith(("head", "norm.running"))
-            else tensor
-            for name, tensor in base.state_dict().items()
-        }
-        state["decoder.weight"] = state["embed.weight"]
-        state["head.weight"] = torch.randn(model.head.weight.shape, generator=generator)
-        state["head.bias"] = torch.randn(model.head.bias.shape, generator=generator)
-        found[task] = state
-    return found
-
-
-def outputs(base: nn.Module, state: dict[str, Tensor], tokens: Tensor) -> Tensor:
-    model = TinyNet(state["head.weight"].shape[0]).eval()
-    model.load_state_dict(state)
-    with torch.no_grad():
-        return model(tokens)
-
-
-def module(base: nn.Module, tuned: Any, **settings: Any) -> ReuseModule:
-    return ReuseModule(base, finetuned=dict(tuned), private=["head.*"], **settings)
+    return fine_tuned(base)
 
 
 class TestRegression:
@@ -199,7 +135,7 @@ class TestMetrics:
         with pytest.raises(FusionKitError, match=said):
             self.scores(base, tuned, metric)
 
-    def test_an_error_has_no_share(
+    def test_an_error_has_a_share_where_the_base_is_known(
         self, base: TinyNet, tuned: dict[str, dict[str, Tensor]]
     ) -> None:
         own = {"colour": 1.0, "size": 0.5}
@@ -209,6 +145,11 @@ class TestMetrics:
         assert reuse.scores.lower == {"size"}
         assert reuse.scores.share_of("size") is reuse.scores.share is None
         assert reuse.scores.share_of("colour") == reuse.scores.values["colour"]
+        error, reuse.base_scores = reuse.scores.values["size"], {"colour": 0.3, "size": 100.5}
+        Trainer(**QUIET).test(reuse, datamodule=Mixed(), verbose=False)
+        shares = {task: reuse.scores.share_of(task) for task in KINDS}
+        assert shares["size"] == pytest.approx((100.5 - error) / (100.5 - 0.5))
+        assert reuse.scores.share == pytest.approx((shares["colour"] + shares["size"]) / 2)
 
     def test_one_that_is_for_something_else(
         self, base: TinyNet, tuned: dict[str, dict[str, Tensor]]
@@ -318,8 +259,7 @@ class TestScores:
         assert scores.rows()[-1]["finetuned"] == pytest.approx(0.25)
 
     def test_where_all_is_lost(self) -> None:
-        assert Scores({"a": 0.0}, {"a": 0.5}).rows()[-1] == {
-            "task": "mean", "score": 0.0, "finetuned": 0.5, "share": 0.0,
-        }  # fmt: skip
+        mean = Scores({"a": 0.0}, {"a": 0.5}).rows()[-1]
+        assert (mean["score"], mean["finetuned"], mean["share"]) == (0.0, 0.5, 0.0)
         assert Scores({"a": 0.0}, {"a": 0.0}).share is None
         assert Scores({"a": 0.5}, {"b": 0.5}).finetuned_mean is None
