@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def read_dataset_file(path: Path) -> Table:
     def load() -> Any:
         return datasets.load_dataset(kind, data_files=[str(path)], split="train")
 
-    return _table(str(path), _loaded(path, load))
+    return replace(_table(str(path), _loaded(path, load)), folder=path.parent)
 
 
 def _table(where: str, dataset: Any) -> Table:

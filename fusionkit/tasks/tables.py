@@ -10,7 +10,7 @@ import io
 import json
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ class Table:
         rows: a sequence of mappings by column; or a `datasets.Dataset`.
         lines: of a file, the line of each row.
         classes: column of class numbers → what the data set calls the classes.
+        folder: where paths in it start.
     """
 
     where: str
@@ -54,6 +55,7 @@ class Table:
     rows: Any
     lines: Sequence[int] | None = None
     classes: Mapping[str, list[str]] | None = None
+    folder: Path | None = None
 
     @property
     def headless(self) -> bool:
@@ -221,7 +223,7 @@ def _read_file(path: Path) -> Table:
         table = _csv_rows(path, text)
     if not table.rows:
         raise DataError(f"{path}: has no rows")
-    return table
+    return replace(table, folder=path.parent)
 
 
 def _text(path: Path) -> str:
