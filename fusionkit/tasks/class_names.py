@@ -6,7 +6,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from fusionkit.checkpoints.paths import open_path
+from fusionkit.checkpoints.model_folder import is_weights
+from fusionkit.checkpoints.paths import is_remote, open_path
 from fusionkit.errors import DataError
 
 Labels = str | Sequence[str]
@@ -156,23 +157,21 @@ def checked_labels(labels: Mapping[str, Labels] | None, tasks: Iterable[str]) ->
     return dict(labels or {})
 
 
-def head_names(model: Any) -> list[str] | None:
-    """The classes that a fine-tuned model's `config.json` names, in the order of its head's rows.
+def head_folder(model: Any) -> Path | None:
+    """The folder of a fine-tuned model, where its `config.json` says which classes there are.
 
     Args:
-        model: a model's folder, or a file in it.
-
-    Returns:
-        numbers, where the configuration says no more; None where there is none.
+        model: the folder, or its file of weights; of anything else nothing is known.
     """
-    if not isinstance(model, str | Path):
+    if not isinstance(model, str | Path) or is_remote(model):
         return None
     path = open_path(model)
+    folder = path.parent if is_weights(path) else path
     try:
-        content = json.loads(_file(path if path.is_dir() else path.parent).read_text("utf-8"))
+        content = json.loads(_file(folder).read_text(encoding="utf-8")) if folder.is_dir() else {}
     except (OSError, ValueError):
         return None
-    return _named_in(content) if isinstance(content, dict) else None
+    return folder if isinstance(content, dict) and _named_in(content) else None
 
 
 def _file(path: Path) -> Path:

@@ -7,7 +7,6 @@ from typing import Any, Literal
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from fusionkit.errors import DataError
 from fusionkit.tasks.class_names import Classes, Labels, checked_labels, class_names, classes_of
@@ -163,6 +162,8 @@ def is_class(path: Path) -> bool:
 
 
 def _holds_image(folder: Path) -> bool:
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
     return any(each.name.lower().endswith(IMG_EXTENSIONS) for each in folder.iterdir())
 
 
@@ -176,6 +177,8 @@ def _files_of(folder: Path, classes: Classes) -> list[tuple[str, int]]:
     Raises:
         DataError: a folder is none of the classes, or has no image.
     """
+    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
     places = {name: classes.place(name, str(folder / name)) for name in _class_names_in(folder)}
     try:
         rows: list[tuple[str, int]] = make_dataset(str(folder), places, IMG_EXTENSIONS)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from fusionkit.errors import DataError
-from fusionkit.tasks.class_names import Classes, class_names, classes_of, head_names
+from fusionkit.tasks.class_names import Classes, class_names, classes_of, head_folder
 
 
 def at(row: int) -> str:
@@ -81,13 +81,17 @@ class TestHead:
         self, tmp_path: Path, config: Any, names: list[str] | None
     ) -> None:
         (tmp_path / "config.json").write_text(json.dumps(config))
-        assert head_names(tmp_path) == names
-        assert head_names(str(tmp_path / "model.safetensors")) == names
+        for model in (tmp_path, str(tmp_path / "model.safetensors")):
+            assert head_folder(model) == (tmp_path if names else None)
         if names:
             assert class_names(str(tmp_path), "t") == names
 
+    def test_of_one_file_among_others(self, tmp_path: Path) -> None:
+        (tmp_path / "config.json").write_text('{"label_names": ["a", "b"]}')
+        assert head_folder(tmp_path / "cats.safetensors") is None  # the folder's is another's
+
     def test_of_what_names_none(self, tmp_path: Path) -> None:
-        assert head_names(tmp_path) is None
-        assert head_names({"a state": "dict"}) is None
+        for model in (tmp_path, tmp_path / "gone", {"a state": "dict"}, "s3://bucket/model"):
+            assert head_folder(model) is None
         with pytest.raises(DataError, match=r"expected JSON with a list 'labels', or a model's"):
             class_names(str(tmp_path), "t")
