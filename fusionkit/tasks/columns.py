@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from fusionkit.errors import DataError
-from fusionkit.tasks.tables import Table
+from fusionkit.tasks.table import Table
 
 _LABELS = ("label", "labels", "class", "category", "target", "score")
 _IMAGES = ("image", "img", "path", "file", "file_name", "filename", "image_path", "filepath")

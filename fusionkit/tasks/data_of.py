@@ -15,16 +15,8 @@ from fusionkit.tasks.class_names import head_folder
 from fusionkit.tasks.columns import has_images, label_column
 from fusionkit.tasks.data import Split, TaskData
 from fusionkit.tasks.image_files import class_folders, has_classes
-from fusionkit.tasks.tables import (
-    BINARY_FILES,
-    NAMES,
-    SAVED,
-    TEXT_FILES,
-    MissingSplitError,
-    Table,
-    file_in,
-    read_table,
-)
+from fusionkit.tasks.table import MissingSplitError, Table
+from fusionkit.tasks.table_files import BINARY_FILES, NAMES, SAVED, TEXT_FILES, file_in, read_table
 from fusionkit.tasks.transforms import preprocessing_of
 
 _SPLITS: tuple[Split, Split] = ("test", "train")

@@ -8,16 +8,17 @@ from typing import Any
 
 from fusionkit.errors import DataError, FusionKitError
 from fusionkit.tasks.data import Split
-from fusionkit.tasks.tables import SAVED, MissingSplitError, Table
+from fusionkit.tasks.table import MissingSplitError, Table
 
 
-def read_dataset(path: Path, split: Split, names: Sequence[str]) -> Table:
+def read_dataset(path: Path, split: Split, names: Sequence[str], saved: bool) -> Table:
     """Read one split of a folder, or of a data set on the hub.
 
     Args:
         path: the folder; where there is none, the data set's name, `ORG/NAME[:CONFIG]`.
         split: which.
         names: what it may be called; the first that is there counts.
+        saved: whether it is a folder that `save_to_disk` wrote.
 
     Raises:
         FusionKitError: `datasets` is not installed.
@@ -27,7 +28,7 @@ def read_dataset(path: Path, split: Split, names: Sequence[str]) -> Table:
     local = path.is_dir()
     datasets = _library(str(path))
     name, _, config = (str(path), "", "") if local else str(path).partition(":")
-    if local and any((path / each).is_file() for each in SAVED):
+    if saved:
         found = _loaded(path, lambda: datasets.load_from_disk(name))
     else:
         found = _loaded(path, lambda: datasets.load_dataset(name, config or None), hub=not local)

@@ -13,7 +13,8 @@ from fusionkit.tasks.class_names import Classes, Labels, checked_labels, class_n
 from fusionkit.tasks.classification import Classification
 from fusionkit.tasks.columns import image_column, label_column
 from fusionkit.tasks.data import Split, TaskData
-from fusionkit.tasks.tables import NAMES, MissingSplitError, Table, names_of_split, read_table
+from fusionkit.tasks.table import MissingSplitError, Table
+from fusionkit.tasks.table_files import NAMES, names_of_split, read_table
 from fusionkit.tasks.transforms import ImageTransform, Preprocessing, image_transform
 
 _UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)

@@ -16,7 +16,8 @@ from fusionkit.tasks.classification import Classification
 from fusionkit.tasks.columns import label_column, text_columns
 from fusionkit.tasks.data import Split, TaskData
 from fusionkit.tasks.regression import Regression
-from fusionkit.tasks.tables import MissingSplitError, Table, read_table
+from fusionkit.tasks.table import MissingSplitError, Table
+from fusionkit.tasks.table_files import read_table
 
 
 class TextData(TaskData):

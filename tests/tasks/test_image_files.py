@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fusionkit.errors import DataError
 from fusionkit.tasks.image_files import ImageClassification
-from fusionkit.tasks.tables import MissingSplitError
+from fusionkit.tasks.table import MissingSplitError
 from fusionkit.tasks.transforms import image_transform, preprocessing_of
 
 CONFIG = {

@@ -9,7 +9,8 @@ import pytest
 
 from fusionkit.errors import DataError, FusionKitError
 from fusionkit.tasks.columns import image_column, label_column, text_columns
-from fusionkit.tasks.tables import MissingSplitError, Table, read_table
+from fusionkit.tasks.table import MissingSplitError, Table
+from fusionkit.tasks.table_files import read_table
 
 ROWS = [
     {"text": "good, really", "label": "yes"},

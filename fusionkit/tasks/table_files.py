@@ -1,4 +1,4 @@
-"""Rows by column, a split at a time: files of text, Parquet, Arrow, Hugging Face data sets.
+"""A task's rows, a split at a time: files of text, Parquet, Arrow, Hugging Face data sets.
 
 A file of text is read by Python's own `csv` and `json`; everything else by `datasets`, which is
 imported when it is needed.
@@ -9,17 +9,15 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from difflib import get_close_matches
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fusionkit.errors import DataError
 from fusionkit.tasks.data import Split
+from fusionkit.tasks.table import HEADLESS, MissingSplitError, Table, quoted
 
-HEADLESS = (".tsv.gz", ".txt")
-"""Files of `label<TAB>text` lines: no header, no quotes."""
 TEXT_FILES = (*HEADLESS, ".csv", ".tsv", ".jsonl", ".json", ".csv.gz", ".jsonl.gz")
 BINARY_FILES = (".parquet", ".arrow")
 NAMES: dict[Split, tuple[str, ...]] = {
@@ -28,90 +26,8 @@ NAMES: dict[Split, tuple[str, ...]] = {
 }
 """What a split is called; of several that are there, the first counts."""
 
-_NOTHING = "has nothing in column '{}'; mend the row, or leave it out"
 SAVED = ("dataset_dict.json", "state.json")
 """Files of a folder that `save_to_disk` of `datasets` wrote."""
-
-
-class MissingSplitError(DataError):
-    """A task has rows, but none of this split."""
-
-
-@dataclass(frozen=True)
-class Table:
-    """The rows of one split.
-
-    Attributes:
-        where: how messages call it.
-        columns: the columns' names.
-        rows: a sequence of mappings by column; or a `datasets.Dataset`.
-        lines: of a file, the line of each row.
-        classes: column of class numbers → what the data set calls the classes.
-        folder: where paths in it start.
-    """
-
-    where: str
-    columns: tuple[str, ...]
-    rows: Any
-    lines: Sequence[int] | None = None
-    classes: Mapping[str, list[str]] | None = None
-    folder: Path | None = None
-
-    @property
-    def headless(self) -> bool:
-        """Whether its rows are `label<TAB>text` lines."""
-        return self.where.endswith(HEADLESS)
-
-    def at(self, row: int) -> str:
-        """How messages call a row."""
-        return f"{self.where}, " + (f"line {self.lines[row]}" if self.lines else f"row {row + 1}")
-
-    def column(self, name: str) -> list[Any]:
-        """A column's values.
-
-        Raises:
-            DataError: a row has none.
-        """
-        values = list(self.rows[name] if self.lines is None else (r.get(name) for r in self.rows))
-        if None in values:
-            raise DataError(f"{self.at(values.index(None))}: {_NOTHING.format(name)}")
-        return values
-
-    def labels(self, name: str) -> list[Any]:
-        """A column's labels: names or numbers; of classes that the data set names, their names.
-
-        Raises:
-            DataError: a row has none.
-        """
-        names = (self.classes or {}).get(name)
-        labels = self.column(name)
-        for row, label in enumerate(labels):
-            if label == "" or (names and label < 0):
-                hidden = " (-1: hidden, as of a contest's test rows)" if names else ""
-                raise DataError(
-                    f"{self.at(row)}: {_NOTHING.format(name)}{hidden}; `splits` chooses another "
-                    "split: {test: validation}, say"
-                )
-        return [names[label] for label in labels] if names else labels
-
-    def check_column(self, name: str, setting: str) -> str:
-        """Check that there is such a column; returns its name.
-
-        Args:
-            name: the column's.
-            setting: what chose it.
-
-        Raises:
-            DataError: there is none.
-        """
-        if name not in self.columns:
-            near = get_close_matches(name, self.columns, 1)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
-            raise DataError(
-                f"{self.where}: has no column '{name}' (`{setting}`){hint or ';'} it has "
-                f"{_quoted(self.columns)}"
-            )
-        return name
 
 
 def read_table(path: Path, split: Split, called: Mapping[str, str] | None = None) -> Table:
@@ -152,7 +68,7 @@ def read_table(path: Path, split: Split, called: Mapping[str, str] | None = None
         _check_hub_name(path)
     from fusionkit.tasks.hub_datasets import read_dataset
 
-    return read_dataset(path, split, names)
+    return read_dataset(path, split, names, any((path / name).is_file() for name in SAVED))
 
 
 def names_of_split(split: Split, called: Mapping[str, str] | None) -> tuple[str, ...]:
@@ -254,7 +170,7 @@ def _csv_rows(path: Path, text: str) -> Table:
     try:
         header = next(reader, [])
         if len(set(header)) < len(header):
-            raise DataError(f"{path}, line 1: names a column twice: {_quoted(header)}")
+            raise DataError(f"{path}, line 1: names a column twice: {quoted(header)}")
         for cells in filter(None, reader):
             if len(cells) != len(header):
                 raise DataError(
@@ -289,7 +205,3 @@ def _json_rows(path: Path, text: str) -> Table:
             )
     columns = dict.fromkeys(name for row in rows for name in row)
     return Table(str(path), tuple(columns), rows, range(1, len(rows) + 1) if whole else lines)
-
-
-def _quoted(names: Iterable[str]) -> str:
-    return ", ".join(f"'{name}'" for name in names)
