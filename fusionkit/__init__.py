@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from fusionkit.cli.sweep import sweep as sweep
     from fusionkit.reuse.module import ReuseModule as ReuseModule
     from fusionkit.tasks.classification import Classification as Classification
+    from fusionkit.tasks.data_of import data_of as data_of
     from fusionkit.tasks.finetune import Finetune as Finetune
     from fusionkit.tasks.only import only as only
     from fusionkit.tasks.regression import Regression as Regression
@@ -59,6 +60,7 @@ _LIGHTNING = {
     "fuse": "fusionkit.cli.fuse",
     "sweep": "fusionkit.cli.sweep",
     "Classification": "fusionkit.tasks.classification",
+    "data_of": "fusionkit.tasks.data_of",
     "Finetune": "fusionkit.tasks.finetune",
     "Regression": "fusionkit.tasks.regression",
     "ReuseModule": "fusionkit.reuse.module",

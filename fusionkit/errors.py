@@ -1,5 +1,7 @@
 """FusionKit's errors: one class per cause, each message says what, where and the mend."""
 
+from collections.abc import Sequence
+
 
 class FusionKitError(Exception):
     """Base class of every error that FusionKit raises on purpose."""
@@ -50,3 +52,9 @@ def listing(items: list[str], limit: int = 8) -> str:
     shown = "".join(f"\n  - {item}" for item in items[:limit])
     more = len(items) - limit
     return shown + (f"\n  - … and {more} more" if more > 0 else "")
+
+
+def in_line(names: Sequence[str], limit: int = 6) -> str:
+    """Names with commas between, at most `limit` of them, and how many were left out."""
+    more = len(names) - limit
+    return ", ".join(names[:limit]) + (f", … and {more} more" if more > 0 else "")

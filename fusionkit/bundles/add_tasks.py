@@ -11,12 +11,13 @@ from fusionkit.bundles.format import refuse_alike, task_file
 from fusionkit.bundles.manifest import TaskRecord
 from fusionkit.bundles.writer import BundleWriter
 from fusionkit.checkpoints.adapters.modules import Adapters
-from fusionkit.checkpoints.checkpoint import Checkpoint, Source
+from fusionkit.checkpoints.checkpoint import Checkpoint, Source, find_checkpoints
 from fusionkit.checkpoints.output_folder import disk_errors
 from fusionkit.checkpoints.stacks import rows_of
 from fusionkit.checkpoints.view import View
 from fusionkit.errors import BundleError, listing
 from fusionkit.task_vectors.family import Family
+from fusionkit.task_vectors.progress import followed
 from fusionkit.task_vectors.workers import Progress, Workers
 
 _SHARES = (
@@ -27,19 +28,20 @@ _SHARES = (
 
 def add_tasks(
     bundle: Bundle,
-    finetuned: Mapping[str, Source | Checkpoint],
+    finetuned: Mapping[str, Source | Checkpoint] | str,
     *,
     keep_shared: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> None:
     """Add tasks to a bundle on disk; the other tasks' files are not touched.
 
     Args:
         bundle: the bundle; its base must be at hand.
-        finetuned: task name → fine-tuned model.
+        finetuned: task name → fine-tuned model; or one path with a `*` that stands for the task's
+            name.
         keep_shared: needed where tasks share a vector (EMR, a merge): the new tasks are then
             encoded against the stored one, which was not computed with them in it.
-        progress: called after each tensor of each pass.
+        progress: called after each tensor of each pass; True shows a bar.
 
     Raises:
         BundleError: a task is there already, or one that looks the same, or the tasks share a
@@ -48,17 +50,19 @@ def add_tasks(
         FamilyError: a checkpoint does not fit the base.
     """
     bundle.check_writable()
+    finetuned = find_checkpoints(finetuned) if isinstance(finetuned, str) else finetuned
     present = sorted(set(finetuned) & set(bundle.tasks))
     if present:
         raise BundleError(f"{bundle.path}: has task '{present[0]}' already; remove it first")
     refuse_alike([*bundle.tasks, *finetuned])
     if bundle.tasks_share and not keep_shared:
         raise BundleError(f"{bundle.path}: {_SHARES}")
-    family = _family(bundle, finetuned, progress)
     with (
+        followed(progress, "adding") as callback,
         disk_errors(bundle.path),
         tempfile.TemporaryDirectory(prefix=".add.", dir=bundle.path) as temporary,
     ):
+        family = _family(bundle, finetuned, callback)
         folder = Path(temporary)
         shared = bundle.shared_parts if keep_shared else None
         names = bundle.manifest.base.tensors

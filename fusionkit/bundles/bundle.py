@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fusionkit.bundles.base import fitted, reopen_base
+from fusionkit.bundles.by_task import ByTask
 from fusionkit.bundles.format import INITIAL, MANIFEST, SHARED, task_file
 from fusionkit.bundles.manifest import Manifest
 from fusionkit.bundles.reader import BundleReader, decoding
@@ -22,7 +23,7 @@ from fusionkit.checkpoints.output_folder import disk_errors, new_folder
 from fusionkit.checkpoints.paths import copy_file, is_remote, open_path
 from fusionkit.checkpoints.stacks import row_name, split, unsplit
 from fusionkit.codecs.base import WHOLE, DeltaCodec, Parts
-from fusionkit.errors import BundleError
+from fusionkit.errors import BundleError, in_line
 from fusionkit.registry import from_config
 from fusionkit.task_vectors.task_source import own_tensor
 from fusionkit.task_vectors.vectors import difference
@@ -31,8 +32,10 @@ from fusionkit.task_vectors.workers import full_precision
 Decoded = TypeVar("Decoded")
 
 
-class Bundle:
+class Bundle(ByTask):
     """A family's compressed deltas on disk; opening one reads the manifest and nothing else.
+
+    It is a mapping of its tasks: `len(bundle)`, `"dogs" in bundle`, `bundle["dogs"]`.
 
     Args:
         path: the bundle's folder.
@@ -62,19 +65,17 @@ class Bundle:
         if not isinstance(codec, DeltaCodec):
             raise BundleError(f"{self.path / MANIFEST}: '{codec.id}' is no codec; compress again")
         self.codec: DeltaCodec = codec
-        self.roles = {name: tensor.role for name, tensor in self.manifest.base.tensors.items()}
-        self.space = self.manifest.base.space
-        self.stacks = self.manifest.base.stacks
-        self.tied = self.manifest.base.tied
-        self.rename = self.manifest.base.rename
+        record = self.manifest.base
+        self.roles = {name: tensor.role for name, tensor in record.tensors.items()}
+        self.space, self.stacks = record.space, record.stacks
+        self.tied, self.rename = record.tied, record.rename
         self.version = 0
         self._base_checked = False
         self._stored = BundleReader(self.path, self.manifest)
         self._initial: dict[str, Tensor] = {}
         self._base: Checkpoint | None = None
         if base is not None:
-            again = Checkpoint.of(base, dequantize=self.manifest.base.dequantized)
-            self._base = self._seen(again)
+            self._base = self._seen(Checkpoint.of(base, dequantize=record.dequantized))
 
     @classmethod
     def load(cls, path: str | Path, base: Source | Checkpoint | None = None) -> "Bundle":
@@ -89,7 +90,9 @@ class Bundle:
         return bundle
 
     def __repr__(self) -> str:
-        return f"Bundle({str(self.path)!r}, {self.codec!r}, {len(self.tasks)} tasks)"
+        size = f"{self.manifest.nbytes / 1e6:.1f} MB"
+        tasks = f"{len(self)} tasks ({in_line(self.tasks)}), {size}"
+        return f"Bundle({str(self.path)!r}, {self.codec!r}, {tasks})"
 
     @property
     def label(self) -> str:
@@ -104,10 +107,7 @@ class Bundle:
     @property
     def nbytes(self) -> int:
         """Bytes on disk: the manifest, the shared parts and every task's file."""
-        files = [record.file for record in self.manifest.tasks.values()]
-        if self.manifest.shared:
-            files.append(self.manifest.shared)
-        return (self.path / MANIFEST).stat().st_size + sum(file.bytes for file in files)
+        return (self.path / MANIFEST).stat().st_size + self.manifest.nbytes
 
     @property
     def bits_per_parameter(self) -> float:

@@ -4,6 +4,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,33 +14,36 @@ from fusionkit.bundles.journal import claim, identity, is_resumable, tidy
 from fusionkit.bundles.manifest import BaseRecord, Manifest
 from fusionkit.bundles.writer import BundleWriter
 from fusionkit.checkpoints.adapters.modules import Adapters
-from fusionkit.checkpoints.checkpoint import Checkpoint, Source
+from fusionkit.checkpoints.checkpoint import Checkpoint, Source, find_checkpoints
 from fusionkit.checkpoints.output_folder import disk_errors, new_folder
 from fusionkit.checkpoints.paths import is_remote, open_path
 from fusionkit.checkpoints.stacks import unsplit
 from fusionkit.codecs.base import DeltaCodec
+from fusionkit.codecs.named import codec_of
 from fusionkit.errors import BundleError, CodecError
 from fusionkit.registry import to_config
 from fusionkit.task_vectors.family import Family
 from fusionkit.task_vectors.processes import ALONE, Processes
+from fusionkit.task_vectors.progress import followed
 from fusionkit.task_vectors.workers import Progress, Workers
 
 
 def compress(
     base: Source | Checkpoint,
-    finetuned: Mapping[str, Source | Checkpoint],
-    codec: DeltaCodec,
+    finetuned: Mapping[str, Source | Checkpoint] | str,
+    codec: DeltaCodec | type[DeltaCodec] | str,
     out: str | Path | None = None,
     *,
     private: Sequence[str] = (),
     frozen: Sequence[str] = (),
     adapters: Adapters = "merged",
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     processes: Processes = ALONE,
     device: torch.device | str = "cpu",
     rename: Mapping[str, str] | None = None,
     ignore: Sequence[str] = (),
+    **settings: Any,
 ) -> Bundle:
     """Compress fine-tuned models of one base into a bundle.
 
@@ -50,8 +54,10 @@ def compress(
 
     Args:
         base: the base model: anything that `Checkpoint.of` reads.
-        finetuned: task name → fine-tuned model: anything that `Checkpoint.of` reads.
-        codec: how to compress.
+        finetuned: task name → fine-tuned model: anything that `Checkpoint.of` reads; or one path
+            with a `*` that stands for the task's name (`models/*/model.safetensors`).
+        codec: how to compress: a codec; or its id or class, with its settings at the end of the
+            call (`codec="svd", rank=16`).
         out: the folder to write; without one the bundle lives in a temporary folder that goes
             with the object.
         private: patterns of the tensors that are each task's own (heads): stored whole.
@@ -59,13 +65,14 @@ def compress(
         adapters: of PEFT adapters, compress the weights that they are `merged` into, or the
             adapter `modules` themselves; see `Family`.
         overwrite: replace `out` if it is there.
-        progress: called after each tensor of each pass.
+        progress: called after each tensor of each pass; True shows a bar.
         processes: among which the tensors are shared out, all calling this with the same
             arguments; the bundle is, to the byte, the one that one process alone writes.
         device: where to compute; what is stored is the same on every device but for the float32
             rounding of sums, products and decompositions, and the choices that hang on it.
         rename: regular expression → replacement, for names of tensors in all models; see `Family`.
         ignore: patterns of tensors that no one needs, in whichever model they are.
+        settings: the codec's own, where it is given by name.
 
     Returns:
         the bundle, opened, with the base at hand.
@@ -73,14 +80,18 @@ def compress(
     Raises:
         CheckpointError, FamilyError: a checkpoint can't be read, the checkpoints don't fit
             together, or hold NaN or infinite values.
-        CodecError, PluginError: the codec can't take these values, or is not registered.
+        CodecError, PluginError: the codec can't take these values, has no such setting, or is
+            not registered.
         BundleError: `out` exists, or can't be written; two tasks' names look the same.
         ProcessError: another of the processes failed, or has ended.
     """
-    with processes.together():
+    shown = progress and not (progress is True and processes.rank)
+    with processes.together(), followed(shown, "compressing") as callback:
+        codec = codec_of(codec, **settings)
         check_codec(codec)
+        finetuned = find_checkpoints(finetuned) if isinstance(finetuned, str) else finetuned
         refuse_alike(finetuned)
-        workers = Workers(processes, progress)
+        workers = Workers(processes, callback)
         family = Family(base, finetuned, private, frozen, adapters, workers, device, rename, ignore)
         if out is None:
             return temporary_bundle(family, codec)

@@ -311,6 +311,12 @@ class Manifest:
             temporary.unlink(missing_ok=True)
             raise
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts: what is shared, and every task's file."""
+        files = [record.file for record in self.tasks.values()]
+        return sum(file.bytes for file in [*files, *filter(None, [self.shared])])
+
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
         """Read and check a bundle's manifest.

@@ -83,6 +83,12 @@ class TaskWeights(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._names)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._names  # a mapping's own would make the tensor
+
+    def __repr__(self) -> str:
+        return f"TaskWeights({self._source.label!r}, {self._task!r}, {len(self)} tensors)"
+
     @cached_property
     def _exact(self) -> dict[str, Tensor]:
         return dict(self._source.exact(self._task))

@@ -247,7 +247,10 @@ class Checkpoint(Mapping[str, Tensor], metaclass=_Opening):
         return name in self.specs
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.label!r}, {len(self)} tensors)"
+        dtypes = sorted({str(spec.dtype).removeprefix("torch.") for spec in self.specs.values()})
+        count = sum(spec.numel for name, spec in self.specs.items() if name not in self.aliases)
+        size = f"{count:,} values in {' and '.join(dtypes)}, {self.nbytes / 1e6:.1f} MB"
+        return f"{type(self).__name__}({self.label!r}, {len(self)} tensors, {size})"
 
 
 class Copied(Checkpoint):

@@ -89,6 +89,7 @@ class RecipeCLI(LightningCLI):
         registry.load_all()
         import fusionkit.calibration.lorahub
         import fusionkit.tasks.digits
+        import fusionkit.tasks.image_files
         import fusionkit.tasks.images
         import fusionkit.tasks.texts  # noqa: F401
 

@@ -8,6 +8,7 @@ compressed or merged, and free to differ in shape or to be absent from the base.
 a task added to the base's vocabulary, in embeddings and heads; the rows before them have a role.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from typing import Self, TypeVar
@@ -19,7 +20,7 @@ from fusionkit.checkpoints.adapters.modules import Adapters
 from fusionkit.checkpoints.checkpoint import Checkpoint, Source, matches
 from fusionkit.checkpoints.stacks import split
 from fusionkit.checkpoints.vocabulary import CommonRows, common_rows, resized
-from fusionkit.errors import CheckpointError, FamilyError, listing
+from fusionkit.errors import CheckpointError, FamilyError, in_line, listing
 from fusionkit.task_vectors.checks import check_fit, check_patterns, warn_of_settings
 from fusionkit.task_vectors.opened import open_models
 from fusionkit.task_vectors.roles import Role, Roles, stacks_of, ties_of, touches
@@ -130,6 +131,13 @@ class Family:
         self.workers = workers.one_by_one() if self.base.serial else workers
         self.sizes = {name: self.base.specs[name].numel for name in self.names("delta")}
         self.parameters = sum(self.sizes.values())
+
+    def __repr__(self) -> str:
+        tasks = f"{len(self.tasks)} tasks ({in_line(self.tasks)})"
+        roles = Counter(self.roles.values())
+        counts = ", ".join(f"{count} {role}" for role, count in sorted(roles.items()))
+        private = len({name for names in self.private.values() for name in names})
+        return f"Family({self.base.label!r}, {tasks}, tensors: {counts}, {private} private)"
 
     @property
     def label(self) -> str:

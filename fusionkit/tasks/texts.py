@@ -1,33 +1,40 @@
 """Labelled texts."""
 
-import gzip
-import json
 import math
-import zlib
 from abc import abstractmethod
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fusionkit.checkpoints.paths import open_path, written_out
+from fusionkit.checkpoints.paths import written_out
 from fusionkit.errors import DataError
+from fusionkit.tasks.class_names import Classes, Labels, checked_labels, classes_of
 from fusionkit.tasks.classification import Classification
+from fusionkit.tasks.columns import label_column, text_columns
 from fusionkit.tasks.data import Split, TaskData
 from fusionkit.tasks.regression import Regression
+from fusionkit.tasks.table import MissingSplitError, Table
+from fusionkit.tasks.table_files import read_table
 
 
 class TextData(TaskData):
-    """Base of datamodules of texts from folders with `train.tsv.gz` and `test.tsv.gz`.
+    """Base of datamodules of texts: a folder of files for each task, or a Hugging Face data set.
+
+    Where a task's rows are, is: a folder with `train` and `test` files; or a path with `{split}`
+    in its name, which stands for either; or a file, whose rows are test rows; or a folder that
+    `datasets` saved, or would load; or, where nothing lies there, a data set's name on the hub,
+    `ORG/NAME` or `ORG/NAME:CONFIG`. Files are `.csv` and `.tsv` with a header, `.jsonl` and
+    `.json` (objects), `.txt` and `.tsv.gz` (`label<TAB>text` lines, neither header nor quotes),
+    and, with `pip install 'fusionkit[datasets]'`, `.parquet` and `.arrow`.
 
     Batches are mappings: what the tokenizer makes (`input_ids`, `attention_mask`, …), int64
     `(B, L)` padded to the longest of the batch, and `labels`, `(B,)`.
 
     Args:
-        tasks: task name → folder.
+        tasks: task name → where its rows are.
         tokenizer: folder or hub name of a Hugging Face tokenizer, or `package:NAME/FOLDER`.
         batch_size: rows per batch.
         max_length: tokens to which texts are cut.
@@ -35,6 +42,10 @@ class TextData(TaskData):
         limit: at most so many rows per task and split; all by default.
         num_workers: loading processes per dataloader.
         seed: of the draws.
+        text: column of the texts, or two, of pairs; by default as it is commonly called.
+        label: column of the labels; by default as it is commonly called.
+        splits: `train` and `test` → what they are called; by default so, or `validation` for
+            `test` where there is no other.
     """
 
     def __init__(
@@ -47,23 +58,54 @@ class TextData(TaskData):
         limit: int | None = None,
         num_workers: int = 0,
         seed: int = 0,
+        text: str | list[str] | None = None,
+        label: str | None = None,
+        splits: dict[str, str] | None = None,
     ) -> None:
         super().__init__(tasks, batch_size, val_fraction, limit, num_workers, seed)
         self.max_length = max_length
+        self.text = text
+        self.label = label
+        self.splits = dict(splits or {})
         self._tokenizer_path = written_out(tokenizer)
         self._tokenizer: Any = None
 
     @abstractmethod
-    def labelled(self, task: str, path: Path) -> tuple[list[Any], list[Sequence[str]]]:
-        """A file's rows: their labels as numbers; and their texts, each one or a pair.
+    def labelled(self, task: str, table: Table) -> tuple[list[Any], list[Sequence[str]]]:
+        """A table's rows: their labels as numbers; and their texts, each one or a pair.
 
         Raises:
-            DataError: a line can't be read so.
+            DataError: a row can't be read so.
         """
+
+    def table(self, task: str, split: Split) -> Table:
+        """One split's rows as they lie there.
+
+        Raises:
+            DataError: they can't be read.
+        """
+        return read_table(self.paths[task], split, self.splits)
+
+    def texts(self, table: Table) -> list[Sequence[str]]:
+        """A table's texts, each one or a pair.
+
+        Raises:
+            DataError: it has no such columns, or they hold something else.
+        """
+        names = text_columns(table, self.text, label_column(table, self.label))
+        columns = [table.column(name) for name in names]
+        for name, column in zip(names, columns, strict=True):
+            for row, text in enumerate(column):
+                if not isinstance(text, str):
+                    raise DataError(
+                        f"{table.at(row)}: expected a text in column '{name}', got "
+                        f"{type(text).__name__}; `text` chooses another column"
+                    )
+        return list(zip(*columns, strict=True))
 
     def read(self, task: str, split: Split) -> Dataset[dict[str, Any]]:
         """All rows, tokenized once."""
-        labels, texts = self.labelled(task, self.paths[task] / f"{split}.tsv.gz")
+        labels, texts = self.labelled(task, self.table(task, split))
         columns = [list(column) for column in zip(*texts, strict=True)]
         tokens = self.tokenizer(*columns, truncation=True, max_length=self.max_length)
         return _Rows(
@@ -94,82 +136,85 @@ class TextData(TaskData):
 
 
 class TextClassification(TextData):
-    """Labelled texts, `label<TAB>text` lines; see `TextData`.
+    """Labelled texts; see `TextData` for what can be read, and how.
+
+    Labels are names of classes, or whole numbers, which are the classes' own from 0 on.
 
     Args:
-        tasks: task name → folder.
+        tasks: task name → where its rows are.
         tokenizer: folder or hub name of a Hugging Face tokenizer, or `package:NAME/FOLDER`.
-        labels: task name → JSON file `{"labels": [...]}`, the class names in the order of the
-            head's rows; by default the training rows' labels, sorted.
+        labels: task name → its classes, in the order of the head's rows: names; or a JSON file
+            `{"labels": [...]}`, or a fine-tuned model's folder whose `config.json` names them. By
+            default what the data set calls its classes, or the labels of the training rows, of the
+            test rows where there are no others, sorted.
         batch_size: rows per batch.
         max_length: tokens to which texts are cut.
         val_fraction: share of the training rows kept for validation, in [0, 1).
         limit: at most so many rows per task and split; all by default.
         num_workers: loading processes per dataloader.
         seed: of the draws.
+        text: column of the texts, or two, of pairs; by default as it is commonly called.
+        label: column of the labels; by default as it is commonly called.
+        splits: `train` and `test` → what they are called.
 
     Attributes:
+        labels: task name → its classes' names.
         num_classes: task name → number of classes.
 
     Raises:
-        DataError: a file is missing, a line has no tab, or a label is not known.
+        DataError: rows are missing or malformed, there is no such column, or a label is not known.
     """
 
     def __init__(
         self,
         tasks: dict[str, str],
         tokenizer: str,
-        labels: dict[str, str] | None = None,
+        labels: dict[str, str | list[str]] | None = None,
         batch_size: int = 64,
         max_length: int = 64,
         val_fraction: float = 0.1,
         limit: int | None = None,
         num_workers: int = 0,
         seed: int = 0,
+        text: str | list[str] | None = None,
+        label: str | None = None,
+        splits: dict[str, str] | None = None,
     ) -> None:
-        super().__init__(
-            tasks, tokenizer, batch_size, max_length, val_fraction, limit, num_workers, seed
-        )
-        if unknown := sorted(set(labels or {}) - set(tasks)):
-            raise DataError(f"`labels` names tasks that `tasks` lacks: {', '.join(unknown)}")
-        self.labels = {task: self._labels(task, (labels or {}).get(task)) for task in self.tasks}
+        size = (batch_size, max_length, val_fraction, limit, num_workers, seed)
+        super().__init__(tasks, tokenizer, *size, text, label, splits)
+        heads = checked_labels(labels, tasks)
+        self._classes = {task: self._classes_of(task, heads.get(task)) for task in self.tasks}
+        self.labels = {task: classes.names for task, classes in self._classes.items()}
         self.num_classes = {task: len(names) for task, names in self.labels.items()}
         self.kinds = {task: Classification(count) for task, count in self.num_classes.items()}
 
-    def labelled(self, task: str, path: Path) -> tuple[list[int], list[Sequence[str]]]:
+    def labelled(self, task: str, table: Table) -> tuple[list[int], list[Sequence[str]]]:
         """Places among the task's classes, and texts."""
-        rows = _read_rows(path)
-        places = {name: place for place, name in enumerate(self.labels[task])}
-        for number, (label, _) in enumerate(rows, start=1):
-            if label not in places:
-                known = ", ".join(list(places)[:8])
-                raise DataError(
-                    f"{path}, line {number}: label '{label}' is not among the {len(places)} of "
-                    f"task '{task}' ({known}…); check `labels`"
-                )
-        return [places[label] for label, _ in rows], [(text,) for _, text in rows]
+        classes = self._classes[task]
+        labels = table.labels(label_column(table, self.label))
+        places = [classes.place(label, table.at(row)) for row, label in enumerate(labels)]
+        return places, self.texts(table)
 
-    def _labels(self, task: str, path: str | None) -> list[str]:
-        if path is None:
-            return sorted({label for label, _ in _read_rows(self.paths[task] / "train.tsv.gz")})
+    def _classes_of(self, task: str, head: Labels | None) -> Classes:
         try:
-            names = json.loads(open_path(path).read_text(encoding="utf-8"))["labels"]
-            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-                raise TypeError("'labels' is not a list of strings")  # noqa: TRY301
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{path}: expected JSON with a list 'labels' (task '{task}'): {error}"
-            ) from error
-        return names
+            table = self.table(task, "train")
+        except MissingSplitError:
+            table = self.table(task, "test")
+        name = label_column(table, self.label)
+        text_columns(table, self.text, name)  # now, not when they are tokenized
+        named = (table.classes or {}).get(name)
+        gzipped = table.where.endswith(".tsv.gz")
+        return classes_of(task, table.labels(name), table.at, head, named, numbers=not gzipped)
 
 
 class TextRegression(TextData):
-    """Texts or pairs of texts with a number each: `number<TAB>text[<TAB>text]`; see `TextData`.
+    """Texts or pairs of texts with a number each; see `TextData` for what can be read, and how.
 
-    A file has pairs if its first line has two texts. Labels are float32.
+    A `.tsv.gz` or `.txt` file, `number<TAB>text[<TAB>text]`, has pairs if its first line has two
+    texts. Labels are float32.
 
     Args:
-        tasks: task name → folder.
+        tasks: task name → where its rows are.
         tokenizer: folder or hub name of a Hugging Face tokenizer, or `package:NAME/FOLDER`.
         batch_size: rows per batch.
         max_length: tokens to which texts are cut.
@@ -177,9 +222,12 @@ class TextRegression(TextData):
         limit: at most so many rows per task and split; all by default.
         num_workers: loading processes per dataloader.
         seed: of the draws.
+        text: column of the texts, or two, of pairs; by default as it is commonly called.
+        label: column of the numbers; by default as it is commonly called.
+        splits: `train` and `test` → what they are called.
 
     Raises:
-        DataError: a file is missing, or a line is not a number and its texts.
+        DataError: rows are missing, or a row is not a number and its texts.
     """
 
     def __init__(
@@ -192,29 +240,31 @@ class TextRegression(TextData):
         limit: int | None = None,
         num_workers: int = 0,
         seed: int = 0,
+        text: str | list[str] | None = None,
+        label: str | None = None,
+        splits: dict[str, str] | None = None,
     ) -> None:
-        super().__init__(
-            tasks, tokenizer, batch_size, max_length, val_fraction, limit, num_workers, seed
-        )
+        size = (batch_size, max_length, val_fraction, limit, num_workers, seed)
+        super().__init__(tasks, tokenizer, *size, text, label, splits)
         self.kinds = {task: Regression() for task in self.tasks}
 
-    def labelled(self, task: str, path: Path) -> tuple[list[float], list[Sequence[str]]]:
+    def labelled(self, task: str, table: Table) -> tuple[list[float], list[Sequence[str]]]:
         """Numbers, and texts or pairs."""
+        labels, texts = table.labels(label_column(table, self.label)), self.texts(table)
+        if table.headless:
+            texts = [text.split("\t") for (text,) in texts]
         numbers: list[float] = []
-        texts: list[Sequence[str]] = []
-        for line, (label, text) in enumerate(_read_rows(path), start=1):
-            parts = text.split("\t")
+        for row, (label, parts) in enumerate(zip(labels, texts, strict=True)):
             try:
                 number = float(label)
-            except ValueError:
+            except (TypeError, ValueError):
                 number = math.nan
-            if not math.isfinite(number) or len(parts) != len(texts[0] if texts else parts[:2]):
+            if not math.isfinite(number) or len(parts) != len(texts[0][:2]):
                 raise DataError(
-                    f"{path}, line {line}: expected a number and as many texts as in the first "
-                    f"line, one or two, with tabs between; got '{label}' and {len(parts)} texts"
+                    f"{table.at(row)}: expected a number and as many texts as in the first "
+                    f"row, one or two; got '{label}' and {len(parts)} texts"
                 )
             numbers.append(number)
-            texts.append(parts)
         return numbers, texts
 
 
@@ -227,21 +277,3 @@ class _Rows(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self._rows[index]
-
-
-def _read_rows(path: Path) -> list[tuple[str, str]]:
-    """`(label, text)` of every line; no quoting, so that any text but a line break can stand."""
-    try:
-        with gzip.open(path, "rt", encoding="utf-8", newline="\n") as file:
-            lines = file.read().removesuffix("\n").split("\n")
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file; check the path") from error
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not a whole gzip file of UTF-8 text ({error})") from error
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        label, tab, text = line.partition("\t")
-        if not tab:
-            raise DataError(f"{path}, line {number}: expected 'label<TAB>text', got no tab")
-        rows.append((label, text))
-    return rows

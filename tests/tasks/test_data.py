@@ -222,6 +222,36 @@ class TestTextClassification:
         data = TextClassification({"t": str(texts(tmp_path / "t", test=rows))}, tokenizer)
         assert sorted(labels_of(data.test_dataloader()[0])) == [0, 0, 1]
 
+    def test_a_csv_file_and_its_heads_classes(self, tmp_path: Path, tokenizer: str) -> None:
+        (tmp_path / "head").mkdir()
+        (tmp_path / "head" / "config.json").write_text('{"id2label": {"0": "b", "1": "a"}}')
+        path = tmp_path / "t.csv"
+        path.write_text("premise,hypothesis,stance\none,two words,b\nthree,four,a\n")
+        data = TextClassification(
+            {"t": str(path)}, tokenizer, {"t": str(tmp_path / "head")}, label="stance"
+        )
+        (batch,) = data.test_dataloader()[0]
+        said = [data.tokenizer.decode(ids, skip_special_tokens=True) for ids in batch["input_ids"]]
+        assert dict(zip(said, batch["labels"].tolist(), strict=True)) == {
+            "three four": 1,
+            "one two words": 0,
+        }
+        with pytest.raises(DataError, match=r"t\.csv: is one file, and its rows are test rows"):
+            data.train_dataloader()
+
+    def test_a_column_that_is_not_there(self, tmp_path: Path) -> None:
+        path = tmp_path / "t.csv"
+        path.write_text("text,label\nx,a\n")
+        for wrong in ({"label": "lable"}, {"text": "txet"}):
+            with pytest.raises(DataError, match=r"t\.csv: has no column .* did you mean"):
+                TextClassification({"t": str(path)}, "unused", **wrong)  # type: ignore[arg-type]
+
+    def test_numbers_are_no_texts(self, tmp_path: Path, tokenizer: str) -> None:
+        path = tmp_path / "t.jsonl"
+        path.write_text('{"text": 3, "label": 0}\n')
+        with pytest.raises(DataError, match=r"line 1: expected a text in column 'text', got int"):
+            TextClassification({"t": str(path)}, tokenizer).test_dataloader()
+
     def test_label_not_known(self, tmp_path: Path, tokenizer: str) -> None:
         folder = texts(tmp_path / "t", test=[("a", "x"), ("zebra", "y")])
         data = TextClassification({"t": str(folder)}, tokenizer)
@@ -237,7 +267,7 @@ class TestTextClassification:
             TextClassification({"t": str(folder)}, "unused")
 
     def test_missing_file(self, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match=r"train\.tsv\.gz: no such file"):
+        with pytest.raises(DataError, match=r"no test rows there: expected .* it holds nothing"):
             TextClassification({"t": str(tmp_path)}, "unused")
 
     @pytest.mark.parametrize(
@@ -305,6 +335,15 @@ class TestTextRegression:
         place = batch["labels"].tolist().index(4.5)
         text = data.tokenizer.decode(batch["input_ids"][place]).replace(" [PAD]", "")
         assert text == "[CLS] a cat sits [SEP] a cat [SEP]"
+
+    def test_pairs_of_a_csv_file(self, tmp_path: Path, tokenizer: str) -> None:
+        path = tmp_path / "t.csv"
+        path.write_text("sentence1,sentence2,score\na cat,a dog,2.5\n")
+        ((batch,),) = (
+            [*loader] for loader in TextRegression({"t": str(path)}, tokenizer).test_dataloader()
+        )
+        assert batch["labels"].tolist() == [2.5]
+        assert batch["token_type_ids"].sum() == 3  # of the second text and its end
 
     def test_single_texts(self, tmp_path: Path, tokenizer: str) -> None:
         folder = self.write(tmp_path / "t", "-1e-3\tone text\n2\tanother\n")

@@ -1,0 +1,89 @@
+"""Which of a table's columns are meant: as a setting says, or as data sets commonly call them."""
+
+from collections.abc import Sequence
+
+from fusionkit.errors import DataError
+from fusionkit.tasks.table import Table
+
+_LABELS = ("label", "labels", "class", "category", "target", "score")
+_IMAGES = ("image", "img", "path", "file", "file_name", "filename", "image_path", "filepath")
+_TEXTS = ("text", "sentence", "content")
+_PAIRS = (
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("text1", "text2"),
+)
+
+
+def label_column(table: Table, given: str | None) -> str:
+    """The column of the labels.
+
+    Args:
+        table: the rows.
+        given: what a setting says.
+
+    Raises:
+        DataError: there is no such column, or it can't be told.
+    """
+    if given is not None:
+        return table.check_column(given, "label")
+    found = next((name for name in _LABELS if name in table.columns), None)
+    return found or _untold(table, "labels", "label")
+
+
+def text_columns(table: Table, given: str | Sequence[str] | None, label: str) -> list[str]:
+    """The column of the texts, or those of the first and the second.
+
+    Args:
+        table: the rows.
+        given: what a setting says.
+        label: the column of the labels.
+
+    Raises:
+        DataError: there is no such column, or it can't be told.
+    """
+    if given is not None:
+        names = [given] if isinstance(given, str) else list(given)
+        if not 1 <= len(names) <= 2:
+            raise DataError(f"expected one column of texts (`text`), or two, got {len(names)}")
+        return [table.check_column(name, "text") for name in names]
+    for pair in _PAIRS:
+        if {*pair} <= {*table.columns}:
+            return list(pair)
+    for name in _TEXTS:
+        if name in table.columns and name != label:
+            return [name]
+    row = table.rows[0]
+    strings = [name for name in table.columns if name != label and isinstance(row.get(name), str)]
+    return strings if len(strings) == 1 else [_untold(table, "texts", "text")]
+
+
+def image_column(table: Table, given: str | None) -> str:
+    """The column of the images, or of their paths.
+
+    Args:
+        table: the rows.
+        given: what a setting says.
+
+    Raises:
+        DataError: there is no such column, or it can't be told.
+    """
+    if given is not None:
+        return table.check_column(given, "image")
+    found = next((name for name in _IMAGES if name in table.columns), None)
+    return found or _untold(table, "images or their paths", "image")
+
+
+def has_images(table: Table) -> bool:
+    """Whether a table has a column that is called as images, or their paths, are."""
+    return any(name in table.columns for name in _IMAGES)
+
+
+def _untold(table: Table, what: str, setting: str) -> str:
+    names = ", ".join(f"'{name}'" for name in table.columns)
+    raise DataError(
+        f"{table.where}: which column has the {what} can't be told from their names, {names}; "
+        f"say it in `{setting}`"
+    )
