@@ -15,7 +15,7 @@ from fusionkit.bundles.bundle import Bundle
 from fusionkit.calibration.calibrate import EPOCHS, calibrate
 from fusionkit.calibration.settings import Calibration
 from fusionkit.cli import report
-from fusionkit.cli.compress import progress_bar
+from fusionkit.cli.progress import progress_bar
 from fusionkit.cli.recipe import quiet
 from fusionkit.cli.report import Comparison, ComparisonReport
 from fusionkit.cli.test import EvaluationCLI, evaluate, plain_trainer
