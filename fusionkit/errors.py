@@ -43,6 +43,10 @@ class ProcessError(FusionKitError):
     """Another process of a distributed run failed, or has ended."""
 
 
+class UsageError(FusionKitError):
+    """A command line has an option that there is not, or a value that the option does not take."""
+
+
 class DataError(FusionKitError):
     """A data set can't be read: a missing file, array or label, or a malformed row."""
 

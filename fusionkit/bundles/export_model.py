@@ -7,11 +7,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from fusionkit.bundles.bundle import Bundle
 from fusionkit.bundles.export_folder import export_folder
+from fusionkit.bundles.model_file import write_model_file
+from fusionkit.bundles.weights import TaskWeights
 from fusionkit.checkpoints.path_text import beside
 from fusionkit.checkpoints.paths import copy_file, is_remote, open_path, refuse_existing
 from fusionkit.errors import BundleError
@@ -36,8 +36,9 @@ def export_task(
         bundle: the bundle, its base at hand.
         task: one of its tasks.
         out: `.safetensors` (tied tensors are written once, under the first name, as Hugging Face
-            does) or `.pt`, `.pth`, `.bin` (a state dict with every name); or, without a suffix, a
-            folder that `from_pretrained` loads, see `export_folder`; a URL, too.
+            does; a tensor at a time is in memory) or `.pt`, `.pth`, `.bin` (a state dict with every
+            name); or, without a suffix, a folder that `from_pretrained` loads, see `export_folder`;
+            a URL, too.
         dtype: `fp32`, `fp16` or `bf16` for all floating-point tensors; by default the base's.
         overwrite: replace the file or folder if it is there.
         max_shard_size: of a folder's files, in bytes or as `5GB`, `500MiB`.
@@ -62,23 +63,22 @@ def export_task(
             "one without a suffix, for a folder"
         )
     refuse_existing(out, overwrite, "choose another name, or set overwrite")
-    state = bundle.state_dict(task, DTYPES[dtype] if dtype else None)
+    target = DTYPES[dtype] if dtype else None
+    weights = TaskWeights(bundle, task, target)
     out.parent.mkdir(parents=True, exist_ok=True)
     remote = is_remote(out)
     with TemporaryDirectory(prefix="fusionkit-") if remote else nullcontext(out.parent) as folder:
         temporary = Path(folder) / beside(out, "tmp").name
         try:
             if out.suffix == ".safetensors":
-                tied = bundle.manifest.base.tied
-                once = {name: t.contiguous() for name, t in state.items() if name not in tied}
-                save_file(once, temporary, metadata={"format": "pt", "task": task})
+                write_model_file(weights.items(), temporary, {"format": "pt", "task": task})
             else:
-                torch.save(state, temporary)
+                torch.save(bundle.state_dict(task, target), temporary)
             if remote:
                 copy_file(temporary, out)
             else:
                 os.replace(temporary, out)
-        except (OSError, SafetensorError, RuntimeError) as error:  # torch's and safetensors' too
+        except (OSError, RuntimeError) as error:  # torch's too
             raise BundleError(f"{out}: could not be written ({error})") from error
         finally:
             temporary.unlink(missing_ok=True)

@@ -27,7 +27,7 @@ Pieces = Callable[[slice], Tensor]
 """Reads some neighbouring entries of one tensor, flattened, in its own dtype; not to be changed,
 and valid until the next call."""
 
-_PIECE = 1 << 20
+PIECE = 1 << 20
 """Entries that are compared at once."""
 
 
@@ -370,7 +370,7 @@ def same_values(one: Checkpoint, name: str, two: Checkpoint, other: str) -> bool
     if one is two and one.aliases.get(name, name) == one.aliases.get(other, other):
         return True
     first, second = one.pieces(name), two.pieces(other)
-    places = (slice(at, min(at + _PIECE, spec.numel)) for at in range(0, spec.numel, _PIECE))
+    places = (slice(at, min(at + PIECE, spec.numel)) for at in range(0, spec.numel, PIECE))
     return all(torch.equal(_bytes(first(place)), _bytes(second(place))) for place in places)
 
 

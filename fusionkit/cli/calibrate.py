@@ -2,7 +2,7 @@
 
 from fusionkit.calibration.calibrate import EPOCHS, calibrate
 from fusionkit.cli import report
-from fusionkit.cli.compress import take_bundle
+from fusionkit.cli.compress_recipe import take_bundle
 from fusionkit.cli.training import TrainingCLI
 
 

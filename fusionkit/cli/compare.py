@@ -16,7 +16,6 @@ from fusionkit.calibration.calibrate import EPOCHS, calibrate
 from fusionkit.calibration.settings import Calibration
 from fusionkit.cli import report
 from fusionkit.cli.comparison import CALIBRATED, Comparison, ComparisonReport, averaged
-from fusionkit.cli.compress import progress_bar
 from fusionkit.cli.html_report import WITHOUT_PLOTLY, page, plotly_is_there
 from fusionkit.cli.kept_rows import (
     KeptRows,
@@ -25,6 +24,7 @@ from fusionkit.cli.kept_rows import (
     inputs_of,
     related,
 )
+from fusionkit.cli.progress import progress_bar
 from fusionkit.cli.recipe import quiet
 from fusionkit.cli.test import EvaluationCLI, evaluate, plain_trainer
 from fusionkit.codecs.base import DeltaCodec

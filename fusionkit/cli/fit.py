@@ -39,7 +39,7 @@ class FitCLI(TrainingCLI):
             BundleError: it is there.
         """
         out = Path(self.config["out"]) / FINETUNED
-        refuse_existing(out, self.config["overwrite"], "replace it with --overwrite true")
+        refuse_existing(out, self.config["overwrite"], "replace it with --overwrite")
         if is_there(out) and not any((out / file).is_file() for file in KINDS):
             raise BundleError(f"{out}: exists and is no fine-tune; give another --out")
 

@@ -1,52 +1,88 @@
 """The command line: one verb a file, `fusionkit/cli/<verb>.py`, imported when it is asked for."""
 
 import sys
+import warnings
 from importlib import import_module
+from importlib.metadata import version
 
-from fusionkit.errors import FusionKitError
+from fusionkit.cli.words import meant
+from fusionkit.errors import FusionKitError, UsageError
 
-OVERVIEW = """usage: fusionkit VERB [options]      (fusionkit VERB --help says more)
-
-with a recipe (--config R.yaml; every setting can be overridden on the command line):
-  compress   compress fine-tuned checkpoints into a bundle
-  calibrate  compress, with a few scalars per task learned on a few rows
-  test       score every task, from a bundle or compressed on the fly
-  compare    score several codecs over the same checkpoints: table, CSV, plot
-  sweep      sizes and weight errors of codecs over their settings, without data
-  fit        fine-tune one task: in full, a LoRA, a linearized LoRA, or (IA)³
-  fuse       train families of adapters, fuse every set of tasks: table, CSV, plot
-
-on a bundle:
-  inspect    show what a bundle holds
-  export     write one task's whole model to a file, or its delta as a PEFT adapter
-
-without input:
-  demo       the whole way on a small family of vision models, made on the spot
-  codecs     list the installed codecs and merges
-"""
-
-VERBS = (
-    *("compress", "calibrate", "test", "compare", "sweep", "fit", "fuse"),
-    *("inspect", "export", "demo", "codecs"),
-)
+GROUPS = {
+    "on models (BASE FINETUNED…: paths, globs, names on a hub), or a recipe (--config R.yaml)": {
+        "compress": "compress fine-tuned models into a bundle",
+    },
+    "with a recipe (--config R.yaml; every setting can be overridden on the command line)": {
+        "calibrate": "compress, with a few scalars per task learned on a few rows",
+        "test": "score every task, from a bundle or compressed on the fly",
+        "compare": "score several codecs over the same checkpoints: table, CSV, plot",
+        "sweep": "sizes and weight errors of codecs over their settings, without data",
+        "fit": "fine-tune one task: in full, a LoRA, a linearized LoRA, or (IA)³",
+        "fuse": "train families of adapters, fuse every set of tasks: table, CSV, plot",
+    },
+    "on a bundle": {
+        "inspect": "show what a bundle holds",
+        "export": "write one task's whole model to a file, or its delta as a PEFT adapter",
+        "add": "add fine-tuned models to a bundle",
+        "remove": "take tasks out of a bundle",
+    },
+    "without input": {
+        "demo": "the whole way on a small family of vision models, made on the spot",
+        "codecs": "list the installed codecs and merges; of one, its settings and how to use it",
+    },
+}
 """What `fusionkit` can do: each a file of that name, whose `run` takes the arguments after it."""
+
+VERBS = tuple(verb for verbs in GROUPS.values() for verb in verbs)
 
 
 def main(args: list[str] | None = None) -> None:
     """Run `fusionkit VERB …`; bad input ends with one clear message and exit code 1."""
     args = sys.argv[1:] if args is None else args
+    if args[:1] == ["help"]:
+        args = [*args[1:2], "--help"]
     if not args or args[0] in ("-h", "--help"):
-        print(OVERVIEW, end="")
+        print(overview(), end="")
+        return
+    if args[0] == "--version":
+        print(f"fusionkit {version('fusionkit')}")
         return
     verb, rest = args[0], args[1:]
     if verb not in VERBS:
-        print(f"fusionkit: no verb '{verb}'\n\n{OVERVIEW}", file=sys.stderr, end="")
+        what = f"fusionkit: no verb '{verb}'{meant(verb, VERBS)}"
+        print(f"{what}\n\n{overview()}", file=sys.stderr, end="")
         sys.exit(2)
+    if "" not in sys.path and "." not in sys.path:
+        sys.path.append("")  # class paths of recipes may be in the folder where one is
+    warnings.formatwarning = _note
     try:
         import_module(f"fusionkit.cli.{verb}").run(rest)
     except FusionKitError as error:
         print(f"fusionkit {verb}: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt:
         print(f"fusionkit {verb}: interrupted; nothing was left half-written", file=sys.stderr)
         sys.exit(130)
+
+
+def overview() -> str:
+    """All verbs, each in a line."""
+    groups = [
+        f"{title}:\n" + "".join(f"  {verb:<9}  {what}\n" for verb, what in verbs.items())
+        for title, verbs in GROUPS.items()
+    ]
+    usage = "usage: fusionkit VERB …      (fusionkit VERB --help says more; fusionkit --version)"
+    return "\n".join([usage + "\n", *groups])
+
+
+def _note(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
+) -> str:
+    """A warning as a user reads it: what, not where in which file; of other libraries as ever."""
+    if issubclass(category, UserWarning) and "/fusionkit" in filename.replace("\\", "/"):
+        return f"note: {message}\n"
+    return f"{filename}:{lineno}: {category.__name__}: {message}\n"

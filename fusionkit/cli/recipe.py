@@ -21,9 +21,12 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from fusionkit import registry
 from fusionkit.calibration.settings import Calibration
 from fusionkit.cli import report
+from fusionkit.cli.words import with_values
 from fusionkit.errors import DataError, FusionKitError
 from fusionkit.reuse.module import ReuseModule
 
+FLAGS = ("overwrite", "dbms", "calibrated")
+"""The options of recipes that may stand alone."""
 _MENDS = {
     r"Parser key \"model\".*class_path 'lightning\S*\.LightningModule'": (
         "`model` has no class_path: give one that trains, such as Finetune, and its settings as "
@@ -120,7 +123,7 @@ class RecipeCLI(LightningCLI):
         Raises:
             FusionKitError: `--out` is a URL.
         """
-        self.config = parser.parse_args(args)
+        self.config = parser.parse_args(with_values(args, FLAGS))
         self.config["out"] = str(report.local_folder(self.config["out"]))
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -139,13 +142,22 @@ class RecipeCLI(LightningCLI):
         """ReuseModule's."""
         parser.add_lightning_class_args(ReuseModule, "model")
 
-    def instantiate_classes(self) -> None:
-        """Build model and data; a Trainer only for the verbs that evaluate."""
+    def parts_of(self, config: Any, whole: bool = False) -> Any:
+        """What a recipe's settings are, built; themselves, but for the classes that they name.
+
+        Args:
+            config: the recipe, parsed.
+            whole: build model and data, too.
+        """
         try:
-            self.config_init = self.parser.instantiate_classes(self.config)
+            return self.parser.instantiate_classes(config, instantiate_groups=whole)
         except ValueError as error:
             # The parser reports a constructor's own error as a value of the wrong type.
             raise _cause(error) from error
+
+    def instantiate_classes(self) -> None:
+        """Build model and data; a Trainer only for the verbs that evaluate."""
+        self.config_init = self.parts_of(self.config, whole=True)
         self.model: Any = self.config_init["model"]
         self.datamodule: LightningDataModule | None = self.config_init.get("data")
         if self.needs_trainer:

@@ -21,8 +21,8 @@ from fusionkit.bundles.weight_error import base_energy, weight_error
 from fusionkit.checkpoints.adapters.modules import Adapters
 from fusionkit.checkpoints.checkpoint import Checkpoint, Source
 from fusionkit.cli import report
-from fusionkit.cli.compress import progress_bar
 from fusionkit.cli.launch import device_of
+from fusionkit.cli.progress import progress_bar
 from fusionkit.cli.recipe import RecipeCLI
 from fusionkit.cli.sweep_report import SweepReport, Swept, TaskCost
 from fusionkit.codecs.base import DeltaCodec

@@ -375,7 +375,7 @@ class ReuseModule(LightningModule):
         if self.codec is not None and to_config(self.codec) != to_config(bundle.codec):
             raise BundleError(
                 f"{path}: was made with {bundle.codec!r}, but `codec` is {self.codec!r}; compress "
-                "again (--overwrite true), or leave `codec` out"
+                "again (--overwrite), or leave `codec` out"
             )
         return bundle
 

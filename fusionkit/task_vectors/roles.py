@@ -17,7 +17,7 @@ from fusionkit.checkpoints.stacks import rows_of
 
 Role = Literal["delta", "exact", "frozen"]
 
-_BUFFERS = ("*running_mean", "*running_var", "*num_batches_tracked")
+BUFFERS = ("*running_mean", "*running_var", "*num_batches_tracked")
 
 
 def stacks_of(
@@ -102,7 +102,7 @@ class Roles:
             return "frozen"
         if not any(touches(each, name, self._space) for each in self._finetuned):
             return "frozen"
-        is_buffer = name in self._buffers or matches(name, _BUFFERS)
+        is_buffer = name in self._buffers or matches(name, BUFFERS)
         floats = self._base.specs[name].dtype.is_floating_point
         return "delta" if floats and not is_buffer else "exact"
 

@@ -73,7 +73,7 @@ class TestBeforeAnythingRuns:
     def test_the_verbs(self, store: Any, dbms: Path, verb: str) -> None:
         before = contents(store)
         shown = run(verb, "--config", dbms, "--model.bundle", URL, code=1)
-        assert f"{URL}: exists; replace it with --overwrite true" in shown
+        assert f"{URL}: exists; replace it with --overwrite" in shown
         own = ["--model.bundle", DATA, "--overwrite", "true"]
         shown = run(verb, "--config", dbms, *own, code=1)
         assert "exists and is not a folder with manifest.json" in shown
@@ -91,7 +91,7 @@ class TestBeforeAnythingRuns:
     def test_on_the_local_disk(self, dbms: Path, tmp_path: Path) -> None:
         (tmp_path / "bundle").mkdir()
         shown = run("calibrate", "--config", dbms, code=1)
-        assert "exists; replace it with --overwrite true" in shown
+        assert "exists; replace it with --overwrite" in shown
 
 
 def test_a_url_that_is_free_or_may_be_replaced(store: Any, dbms: Path) -> None:

@@ -375,7 +375,7 @@ class TestOut:
         run("fit", "--config", recipe)
         before = (tmp_path / "out/finetuned/adapter_model.safetensors").read_bytes()
         output = run("fit", "--config", recipe, "--model.seed=2", code=1)
-        assert "exists; replace it with --overwrite true" in output
+        assert "exists; replace it with --overwrite" in output
         adapter = tmp_path / "out/finetuned/adapter_model.safetensors"
         assert adapter.read_bytes() == before
         run("fit", "--config", recipe, "--model.seed=2", "--overwrite=true")

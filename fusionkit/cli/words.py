@@ -1,0 +1,59 @@
+"""The words of a command line: options and what is not one; and what a mistyped word meant."""
+
+from collections.abc import Collection, Iterable, Sequence
+from difflib import get_close_matches
+
+_TRUTHS = ("true", "false")
+
+
+def meant(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'rank'?`, where one of the known words is close; else nothing.
+
+    Args:
+        word: what was written.
+        known: what could have been.
+    """
+    names = {name.lower(): name for name in known}
+    close = get_close_matches(word.lower(), names, n=1, cutoff=0.6)
+    return f"; did you mean '{names[close[0]]}'?" if close else ""
+
+
+def with_values(args: Sequence[str], flags: Collection[str]) -> list[str]:
+    """A command line whose flags all have a value: `--overwrite` becomes `--overwrite=true`.
+
+    Args:
+        args: the command line.
+        flags: names of the options that may stand alone.
+    """
+    found: list[str] = []
+    rest = list(args)
+    while rest:
+        word = rest.pop(0)
+        if word.removeprefix("--") in flags and word.startswith("--"):
+            told = rest.pop(0).lower() if rest and rest[0].lower() in _TRUTHS else "true"
+            word = f"{word}={told}"
+        found.append(word)
+    return found
+
+
+def divided(args: Sequence[str], alone: Collection[str] = ()) -> tuple[list[str], list[str]]:
+    """What is no option, and the options, each with the value after it as `--name=value`.
+
+    Args:
+        args: the command line, after `with_values`.
+        alone: options without a value, such as `--help`.
+    """
+    plain: list[str] = []
+    options: list[str] = []
+    rest = list(args)
+    while rest:
+        word = rest.pop(0)
+        if word == "--":
+            return plain + rest, options
+        if not word.startswith("--"):
+            plain.append(word)
+        elif "=" in word or word in alone or not rest:
+            options.append(word)
+        else:
+            options.append(f"{word}={rest.pop(0)}")
+    return plain, options
