@@ -27,7 +27,7 @@ def codec_of(codec: DeltaCodec | type[DeltaCodec] | str, **settings: Any) -> Del
         codec = _class_of(codec)
     if not (isinstance(codec, type) and issubclass(codec, DeltaCodec)):
         if not isinstance(codec, DeltaCodec):
-            raise CodecError(f"expected a DeltaCodec, its class or its id, got {codec!r}")
+            raise CodecError(f"expected a DeltaCodec, got {codec!r}; its id or class will do, too")
         if settings:
             raise CodecError(
                 f"{', '.join(settings)}: is no argument, and {codec!r} has its settings already; "

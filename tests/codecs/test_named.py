@@ -26,8 +26,8 @@ def test_one_that_is_made() -> None:
     ("name", "settings", "said"),
     [
         ("svd", {"rnak": 3}, "SVD has no setting 'rnak'; did you mean 'rank'"),
-        (3, {}, "expected a DeltaCodec, its class or its id, got 3"),
-        (int, {}, "expected a DeltaCodec, its class or its id"),
+        (3, {}, "expected a DeltaCodec, got 3; its id or class will do"),
+        (int, {}, "expected a DeltaCodec, got <class 'int'>"),
         ("svd", {"rank": -1}, "rank"),
     ],
 )
