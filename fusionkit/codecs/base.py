@@ -84,6 +84,8 @@ class Encoder:
 class DeltaCodec(Plugin, ABC):
     """Base class of codecs; a subclass is a frozen dataclass that sets `id`."""
 
+    cost: ClassVar[str] = ""
+    """What a task takes, in bits, as a formula that 'fusionkit codecs ID' shows."""
     group: ClassVar[str] = "fusionkit.codecs"
     unscalable: ClassVar[str | None] = None
     """Why decoded deltas may not be scaled or added to others', where they may not."""

@@ -56,6 +56,9 @@ class DBMS(DeltaCodec):
     """
 
     id: ClassVar[str] = "dbms"
+    cost: ClassVar[str] = (
+        "what its codec takes, and two scalars; of the shift, shared by all: 4.1 P"
+    )
     codec: DeltaCodec
     shift: DeltaCodec | None = None
     grid: tuple[float, ...] = (0.0, 1.0, 2.0)

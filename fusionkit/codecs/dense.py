@@ -19,6 +19,7 @@ class Dense(TensorCodec):
     """
 
     id: ClassVar[str] = "dense"
+    cost: ClassVar[str] = "b P bits in a dtype of b bits"
     dtype: ValueDtype = "fp16"
 
     def encode_tensor(self, delta: Tensor, name: str) -> Parts:

@@ -33,6 +33,7 @@ class EMR(DeltaCodec):
     """
 
     id: ClassVar[str] = "emr"
+    cost: ClassVar[str] = "P bits (a mask) and a scalar; shared by all: b P in a dtype of b bits"
     rescale: Literal["l1", "l1_mean", "l2", "none"] = "l1"
     scope: Literal["model", "tensor"] = "model"
     dtype: ValueDtype = "fp16"

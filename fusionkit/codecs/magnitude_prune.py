@@ -40,6 +40,10 @@ class MagnitudePrune(DeltaCodec):
     """
 
     id: ClassVar[str] = "magnitude_prune"
+    cost: ClassVar[str] = (
+        "d P (b + log2(1/d) + 1.4) bits, about, at density d in a dtype of b bits; "
+        "with a merge, shared by all: b P"
+    )
     density: float = 0.1
     scope: Literal["model", "tensor"] = "model"
     merge: Merge | None = None

@@ -26,6 +26,7 @@ class Merged(DeltaCodec):
     """
 
     id: ClassVar[str] = "merged"
+    cost: ClassVar[str] = "nothing; shared by all: b P bits in a dtype of b bits"
     merge: Merge = field(default_factory=Mean)
     dtype: ValueDtype = "fp16"
 

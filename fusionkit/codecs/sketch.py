@@ -58,6 +58,7 @@ class Sketch(DeltaCodec):
     """
 
     id: ClassVar[str] = "sketch"
+    cost: ClassVar[str] = "bits × P of all compressed parameters P, as asked for"
     learned: ClassVar[tuple[str, ...]] = (_GAINS,)
     bits: float | None = None
     bytes: int | None = None

@@ -65,6 +65,9 @@ class SVD(TensorCodec):
     """
 
     id: ClassVar[str] = "svd"
+    cost: ClassVar[str] = (
+        "a matrix of m × n: b r (m + n) bits at rank r in a dtype of b bits; a vector of n: b n"
+    )
     rank: int | dict[str, int] | None = None
     energy: float | None = None
     ratio: float | None = None

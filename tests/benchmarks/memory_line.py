@@ -141,9 +141,9 @@ def main(megabytes: int = 860, tasks: int = 2, at: str | None = None) -> None:
         for way, command in ways(tasks).items():
             megabyte, seconds = peak(command, folder)
             call = first.setdefault(way.partition(":")[0], megabyte)
+            times = megabyte / call
             print(
-                flush=True,
-                end=f"{way:<44} {megabyte:7.0f} MB  {megabyte / call:5.2f} × call  {seconds:5.0f} s\n",
+                f"{way:<44} {megabyte:7.0f} MB  {times:5.2f} × call  {seconds:5.0f} s", flush=True
             )
 
 

@@ -114,6 +114,17 @@ def test_codecs_lists_what_is_installed() -> None:
         assert name in listing
 
 
+@pytest.mark.parametrize("name", ["SVD", "svd", "fusionkit.SVD"])
+def test_all_of_one_codec(name: str) -> None:
+    text = run("codecs", name)
+    assert "--rank" in text
+    assert "number of singular directions" in text
+    assert "b r (m + n) bits" in text
+    assert "--codec svd" in text
+    assert "class_path: fusionkit.SVD" in text
+    assert "did you mean 'svd'" in run("codecs", "svdd", code=1)
+
+
 def test_help_is_short_and_complete(capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(["--help"])
     overview = capsys.readouterr().out
