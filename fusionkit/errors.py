@@ -1,6 +1,7 @@
 """FusionKit's errors: one class per cause, each message says what, where and the mend."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 
 
 class FusionKitError(Exception):
@@ -62,3 +63,15 @@ def in_line(names: Sequence[str], limit: int = 6) -> str:
     """Names with commas between, at most `limit` of them, and how many were left out."""
     more = len(names) - limit
     return ", ".join(names[:limit]) + (f", … and {more} more" if more > 0 else "")
+
+
+def meant(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'rank'?`, where one of the known words is close; else nothing.
+
+    Args:
+        word: what was written.
+        known: what could have been.
+    """
+    names = {name.lower(): name for name in known}
+    close = get_close_matches(word.lower(), names, n=1, cutoff=0.6)
+    return f"; did you mean '{names[close[0]]}'?" if close else ""

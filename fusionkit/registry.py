@@ -17,7 +17,7 @@ from functools import lru_cache
 from importlib.metadata import Distribution, EntryPoint, entry_points
 from typing import Any, ClassVar, TypeVar, cast
 
-from fusionkit.errors import PluginError, listing
+from fusionkit.errors import PluginError, listing, meant
 
 GROUPS = ("fusionkit.codecs", "fusionkit.merges")
 """The entry-point groups; a config from a file can name nothing outside them."""
@@ -77,6 +77,33 @@ def load(group: str, name: str) -> type[Plugin]:
             f"'{getattr(found, 'id', None)}'; the two must agree"
         )
     return found
+
+
+def named(group: str, name: str) -> type[Plugin]:
+    """The class that is registered under an id, or that has this name or path.
+
+    Args:
+        group: of codecs, or merges.
+        name: `svd`, `SVD` or `fusionkit.SVD`.
+
+    Raises:
+        PluginError: there is none, or it can't be used.
+    """
+    ids, plain = names(group), name.rpartition(".")[2]
+    for each in (plain, _id_of(plain)):
+        if each in ids:
+            return load(group, each)
+    failures = load_all()
+    usable = [each for each in ids if f"{group}:{each}" not in failures]
+    classes = {load(group, each).__name__: each for each in usable}
+    if plain in classes:
+        return load(group, classes[plain])
+    kind = group.rpartition(".")[2].removesuffix("s")
+    known = ", ".join(f"{own} ({each})" for own, each in classes.items())
+    raise PluginError(
+        f"no {kind} '{name}'{meant(plain, [*classes, *ids])}\ninstalled: {known}; "
+        "'fusionkit codecs' says what each does"
+    )
 
 
 def load_all() -> dict[str, PluginError]:
@@ -156,6 +183,12 @@ def from_config(config: Mapping[str, Any]) -> Plugin:
         return found(**arguments)
     except TypeError as error:
         raise PluginError(f"'{name}' can't be made from its settings: {error}") from error
+
+
+def _id_of(name: str) -> str:
+    """The id that a class of this name would have, at a guess: `MagnitudePrune` → its words."""
+    words = "".join(f"_{c.lower()}" if c.isupper() and i else c.lower() for i, c in enumerate(name))
+    return words if any(c.islower() for c in name) else name.lower()
 
 
 def _entry_point(group: str, name: str) -> EntryPoint:

@@ -6,8 +6,8 @@ from typing import Any, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from fusionkit.cli.words import divided, meant, with_values
-from fusionkit.errors import UsageError
+from fusionkit.cli.words import divided, with_values
+from fusionkit.errors import UsageError, meant
 
 _ALONE = ("--help", "-h")
 

@@ -7,14 +7,14 @@ from fusionkit.cli import report
 from fusionkit.cli.arguments import call
 from fusionkit.cli.help import options_help
 from fusionkit.cli.line import DEFAULT_CODEC
-from fusionkit.cli.named_codec import CODECS, class_path, plugin_named
+from fusionkit.cli.named_codec import CODECS, class_path
 from fusionkit.cli.table import Table
 
 
 def run(args: list[str]) -> None:
     """List the installed codecs and merges, or say all of one."""
     if args and not args[0].startswith("-"):
-        print(told(plugin_named(args[0])))
+        print(told(registry.named(CODECS, args[0])))
     else:
         call(codecs, args)
 

@@ -5,13 +5,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, get_type_hints
 
+from fusionkit import registry
 from fusionkit.checkpoints.adapters.modules import Adapters
 from fusionkit.cli.help import kind_of, option, options_help
-from fusionkit.cli.named_codec import plugin_named, settings_of, with_classes
+from fusionkit.cli.named_codec import CODECS, settings_of, with_classes
 from fusionkit.cli.named_models import located, named_models
-from fusionkit.cli.words import divided, meant, with_values
+from fusionkit.cli.words import divided, with_values
 from fusionkit.codecs.base import DeltaCodec
-from fusionkit.errors import UsageError
+from fusionkit.errors import UsageError, meant
 
 DEFAULT_CODEC = "sketch"
 _OF_DEFAULT = {"bits": 0.1}
@@ -79,7 +80,7 @@ def parse_line(verb: str, args: Sequence[str], own: Callable[..., Any]) -> Line:
     flags = [name for name, hint in types.items() if hint is bool]
     words, options = divided(with_values(args, flags))
     codec_name = _codec_in(options)
-    plugin = plugin_named(codec_name)
+    plugin = registry.named(CODECS, codec_name)
     settings = settings_of(plugin)
     _refuse_unknown(verb, options, types, plugin.__name__, settings)
     rest = [each for each in options if not each.startswith("--codec=")]
@@ -106,7 +107,7 @@ def line_help(verb: str, summary: str, args: Sequence[str], own: Callable[..., A
         args: the command line after the verb.
         own: a function whose parameters are the verb's own options.
     """
-    plugin = plugin_named(_codec_in(divided(args, ("--help", "-h", "--help-all"))[1]))
+    plugin = registry.named(CODECS, _codec_in(divided(args, ("--help", "-h", "--help-all"))[1]))
     lines = [
         f"usage: fusionkit {verb} BASE FINETUNED… [--codec CODEC] [--SETTING VALUE…] [options]",
         f"       fusionkit {verb} --config R.yaml [--model.SETTING VALUE…]",

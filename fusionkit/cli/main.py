@@ -5,8 +5,7 @@ import warnings
 from importlib import import_module
 from importlib.metadata import version
 
-from fusionkit.cli.words import meant
-from fusionkit.errors import FusionKitError, UsageError
+from fusionkit.errors import FusionKitError, UsageError, meant
 
 GROUPS = {
     "on models (BASE FINETUNED…: paths, globs, names on a hub), or a recipe (--config R.yaml)": {

@@ -5,38 +5,8 @@ from dataclasses import fields
 from typing import Any, cast, get_args, get_type_hints
 
 from fusionkit import registry
-from fusionkit.cli.words import meant
-from fusionkit.errors import PluginError
 
 CODECS = registry.GROUPS[0]
-
-
-def plugin_named(name: str, group: str = CODECS) -> type[registry.Plugin]:
-    """The class that is installed under an id, or that has this name or path.
-
-    Args:
-        name: `svd`, `SVD` or `fusionkit.SVD`.
-        group: of codecs, or merges.
-
-    Raises:
-        PluginError: there is none, or it can't be used.
-    """
-    ids = registry.names(group)
-    plain = name.rpartition(".")[2]
-    for each in (plain, _id_of(plain)):
-        if each in ids:
-            return registry.load(group, each)
-    failures = registry.load_all()
-    usable = [each for each in ids if f"{group}:{each}" not in failures]
-    classes = {registry.load(group, each).__name__: each for each in usable}
-    if plain in classes:
-        return registry.load(group, classes[plain])
-    kind = group.rpartition(".")[2].removesuffix("s")
-    known = ", ".join(f"{own} ({name})" for name, own in classes.items())
-    raise PluginError(
-        f"no {kind} '{name}'{meant(plain, [*classes, *ids])}\ninstalled: {known}; "
-        "'fusionkit codecs' says what each does"
-    )
 
 
 def settings_of(plugin: type[registry.Plugin]) -> dict[str, Any]:
@@ -58,7 +28,7 @@ def with_classes(options: Sequence[str], settings: Mapping[str, Any]) -> list[st
         hint = settings.get(name.removeprefix("--").removeprefix("codec."))
         group = group_of(hint)
         if group and equals and value and value[0] not in "{[" and value not in ("null", "None"):
-            value = class_path(plugin_named(value, group))
+            value = class_path(registry.named(group, value))
         found.append(f"{name}{equals}{value}")
     return found
 
@@ -92,9 +62,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, registry.Plugin):
         return as_config(value)
     return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
-
-
-def _id_of(name: str) -> str:
-    """The id that a class of this name would have, at a guess: `MagnitudePrune` → its words."""
-    words = "".join(f"_{c.lower()}" if c.isupper() and i else c.lower() for i, c in enumerate(name))
-    return words if any(c.islower() for c in name) else name.lower()

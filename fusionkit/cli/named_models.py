@@ -7,8 +7,7 @@ from pathlib import Path
 
 from fusionkit.checkpoints.path_text import expanded, one_form
 from fusionkit.checkpoints.paths import is_remote, open_path
-from fusionkit.cli.words import meant
-from fusionkit.errors import CheckpointError, FamilyError
+from fusionkit.errors import CheckpointError, FamilyError, meant
 
 _NAMED = re.compile(r"([^/=]+)=(.+)", re.DOTALL)
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?:@[\w.-]+)?")

@@ -3,8 +3,7 @@
 from fusionkit.bundles.bundle import Bundle
 from fusionkit.cli import report
 from fusionkit.cli.arguments import call
-from fusionkit.cli.words import meant
-from fusionkit.errors import BundleError
+from fusionkit.errors import BundleError, meant
 
 
 def run(args: list[str]) -> None:

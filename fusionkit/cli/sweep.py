@@ -238,7 +238,7 @@ class _SweptFamily(Family):
         self._answers: dict[Callable[[TaskVectors], Any], tuple[dict[str, Any], float]] = {}
         self.spared = 0.0
 
-    def told(self, progress: Progress) -> Self:
+    def told(self, progress: Progress | None) -> Self:
         """The same family, its answers shared, with a callback of its own.
 
         Args:

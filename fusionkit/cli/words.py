@@ -1,21 +1,8 @@
-"""The words of a command line: options and what is not one; and what a mistyped word meant."""
+"""The words of a command line: options, and what is not one."""
 
-from collections.abc import Collection, Iterable, Sequence
-from difflib import get_close_matches
+from collections.abc import Collection, Sequence
 
 _TRUTHS = ("true", "false")
-
-
-def meant(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'rank'?`, where one of the known words is close; else nothing.
-
-    Args:
-        word: what was written.
-        known: what could have been.
-    """
-    names = {name.lower(): name for name in known}
-    close = get_close_matches(word.lower(), names, n=1, cutoff=0.6)
-    return f"; did you mean '{names[close[0]]}'?" if close else ""
 
 
 def with_values(args: Sequence[str], flags: Collection[str]) -> list[str]:

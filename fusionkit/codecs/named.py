@@ -1,14 +1,11 @@
 """A codec by its id or its class's name, as calls in Python may have it."""
 
-from difflib import get_close_matches
 from inspect import signature
 from typing import Any
 
 from fusionkit import registry
 from fusionkit.codecs.base import DeltaCodec
-from fusionkit.errors import CodecError, PluginError
-
-_GROUP = DeltaCodec.group
+from fusionkit.errors import CodecError, meant
 
 
 def codec_of(codec: DeltaCodec | type[DeltaCodec] | str, **settings: Any) -> DeltaCodec:
@@ -24,7 +21,8 @@ def codec_of(codec: DeltaCodec | type[DeltaCodec] | str, **settings: Any) -> Del
         CodecError: it is no codec, has no such setting, or can't have the value.
     """
     if isinstance(codec, str):
-        codec = _class_of(codec)
+        found: Any = registry.named(DeltaCodec.group, codec)
+        codec = found
     if not (isinstance(codec, type) and issubclass(codec, DeltaCodec)):
         if not isinstance(codec, DeltaCodec):
             raise CodecError(f"expected a DeltaCodec, got {codec!r}; its id or class will do, too")
@@ -36,8 +34,7 @@ def codec_of(codec: DeltaCodec | type[DeltaCodec] | str, **settings: Any) -> Del
         return codec
     known = list(signature(codec).parameters)
     if unknown := [name for name in settings if name not in known]:
-        near = get_close_matches(unknown[0], known, 1)
-        hint = f"; did you mean '{near[0]}'?" if near else ";"
+        hint = meant(unknown[0], known) or ";"
         raise CodecError(
             f"{codec.__name__} has no setting '{unknown[0]}'{hint} it has {', '.join(known)}"
         )
@@ -45,22 +42,3 @@ def codec_of(codec: DeltaCodec | type[DeltaCodec] | str, **settings: Any) -> Del
         return codec(**settings)
     except TypeError as error:
         raise CodecError(f"{codec.__name__} can't be made so: {error}") from error
-
-
-def _class_of(name: str) -> type[DeltaCodec]:
-    ids = registry.names(_GROUP)
-    if name in ids:
-        return _loaded(name)
-    failures = registry.load_all()
-    classes = {_loaded(each).__name__: each for each in ids if f"{_GROUP}:{each}" not in failures}
-    if name in classes:
-        return _loaded(classes[name])
-    near = get_close_matches(name.lower(), ids, 1)
-    hint = f"; did you mean '{near[0]}'?" if near else ";"
-    raise PluginError(f"no codec '{name}' is installed{hint} there are {', '.join(ids)}")
-
-
-def _loaded(name: str) -> type[DeltaCodec]:
-    found = registry.load(_GROUP, name)
-    assert issubclass(found, DeltaCodec)
-    return found

@@ -2,13 +2,12 @@
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from fusionkit.checkpoints.model_folder import is_weights
 from fusionkit.checkpoints.paths import is_remote, open_path
-from fusionkit.errors import DataError
+from fusionkit.errors import DataError, meant
 
 Labels = str | Sequence[str]
 """A task's classes: names in the order of its head's rows, or a file or folder that has them."""
@@ -53,8 +52,7 @@ class Classes:
             return self._places[name]
         if name.isdecimal() and int(name) < len(self.names):
             return int(name)
-        near = get_close_matches(name, self.names, 1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
+        hint = meant(name, self.names)
         raise DataError(
             f"{at}: label '{name}' is not among the {len(self.names)} of task '{self.task}' "
             f"({_shown(self.names)}){hint or ';'} check `labels`, their names in the order of the "

@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from fusionkit.checkpoints.paths import open_path
-from fusionkit.errors import DataError
+from fusionkit.errors import DataError, meant
 from fusionkit.tasks.class_names import head_folder
 from fusionkit.tasks.columns import has_images, label_column
 from fusionkit.tasks.data import Split, TaskData
@@ -195,8 +194,7 @@ def _check_settings(datamodule: Any, arguments: Mapping[str, Any]) -> None:
     """
     known = list(inspect.signature(datamodule).parameters)
     if unknown := [name for name in arguments if name not in known]:
-        near = get_close_matches(unknown[0], known, 1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
+        hint = meant(unknown[0], known)
         raise DataError(
             f"{datamodule.__name__} has no setting '{unknown[0]}'{hint or ';'} it has "
             f"{', '.join(known[1:])}"

@@ -2,11 +2,10 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from fusionkit.errors import DataError
+from fusionkit.errors import DataError, meant
 
 HEADLESS = (".tsv.gz", ".txt")
 """Files of `label<TAB>text` lines: no header, no quotes."""
@@ -85,8 +84,7 @@ class Table:
             DataError: there is none.
         """
         if name not in self.columns:
-            near = get_close_matches(name, self.columns, 1)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
+            hint = meant(name, self.columns)
             raise DataError(
                 f"{self.where}: has no column '{name}' (`{setting}`){hint or ';'} it has "
                 f"{quoted(self.columns)}"

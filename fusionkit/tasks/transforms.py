@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +9,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from fusionkit.checkpoints.paths import is_there, open_path, written_out
-from fusionkit.errors import DataError, FusionKitError
+from fusionkit.errors import DataError, FusionKitError, meant
 
 Preprocessing = str | dict[str, Any]
 """A model whose own preprocessing is meant, by its folder or name, or timm's data config."""
@@ -93,8 +92,7 @@ def preprocessing_of(model: nn.Module) -> Preprocessing:
 def _of_timm(config: Mapping[str, Any]) -> ImageTransform:
     for key in config:
         if key not in _KEYS:
-            near = get_close_matches(key, _KEYS, 1)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
+            hint = meant(key, _KEYS)
             raise DataError(
                 f"`preprocessing` knows no '{key}'{hint or ';'} there are {', '.join(_KEYS)}"
             )
