@@ -155,8 +155,8 @@ def _held(
         return Held(name.removeprefix(ADDED), "added", 1, count, nbytes)
     if tensor is None or tensor.role != "delta":
         values = bundle.task_parts(task, name).values()
-        kind = "private" if tensor is None else tensor.role
-        return Held(name, kind, 1, sum(part.numel() for part in values), nbytes)
+        role = "private" if tensor is None else tensor.role
+        return Held(name, role, 1, sum(part.numel() for part in values), nbytes)
     shape = torch.Size(tensor.shape)
     kind = record.kinds.get(name) or ("matrix" if len(shape) > 1 else "vector")
     return Held(name, str(kind), 1, shape.numel(), nbytes, errors.get(name))
