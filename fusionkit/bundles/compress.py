@@ -85,7 +85,7 @@ def compress(
         BundleError: `out` exists, or can't be written; two tasks' names look the same.
         ProcessError: another of the processes failed, or has ended.
     """
-    shown = progress and not (progress is True and processes.rank)
+    shown = None if progress is True and processes.rank else progress
     with processes.together(), followed(shown, "compressing") as callback:
         codec = codec_of(codec, **settings)
         check_codec(codec)
