@@ -139,7 +139,7 @@ def test_compare_with_and_without(dbms: Path, tmp_path: Path) -> None:
     shown = run("compare", "--config", dbms)
     with (tmp_path / "out/compare.csv").open() as file:
         rows = {row["name"]: row for row in csv.DictReader(file)}
-    assert list(rows) == ["fine-tuned", "prune", "DBMS prune", "own"]
+    assert list(rows) == ["fine-tuned", "base", "prune", "DBMS prune", "own"]
     assert rows["prune"]["spread"] == ""
     assert float(rows["DBMS prune"]["spread"]) >= 0
     assert float(rows["DBMS prune"]["bits_per_parameter"]) > float(
@@ -163,7 +163,7 @@ def test_compare_with_a_strategy_of_its_own(dbms: Path, tmp_path: Path) -> None:
     dbms.write_text(yaml.safe_dump(content, sort_keys=False))
     assert run("compare", "--config", dbms).count("epoch 1") == 2
     rows = json.loads((tmp_path / "out/compare.json").read_text())
-    assert [row["name"] for row in rows] == ["fine-tuned", "own"]
+    assert [row["name"] for row in rows] == ["fine-tuned", "base", "own"]
 
 
 def test_a_recipe_of_another_codec(dbms: Path) -> None:

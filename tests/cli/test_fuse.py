@@ -409,16 +409,16 @@ class TestReport:
             *("family", "fused by", "1 task", "2 tasks", "3 tasks", "mean of 2 to 3")
         ]
         assert table.rows == [
-            ("A", "single", "60.00 (100.00)", "", "", ""),
-            ("A", "mean", "", "30.00 (50.00)", "20.00 (40.00)", "25.00 (45.00)"),
-            ("B", "single", "100.00 (100.00)", "", "", ""),
-            ("B", "mean", "", "90.00 (95.00)", "", "90.00 (95.00)"),
+            ("A", "single", "60.00% (100.00%)", "", "", ""),
+            ("A", "mean", "", "30.00% (50.00%)", "20.00% (40.00%)", "25.00% (45.00%)"),
+            ("B", "single", "100.00% (100.00%)", "", "", ""),
+            ("B", "mean", "", "90.00% (95.00%)", "", "90.00% (95.00%)"),
         ]
 
     def test_two_tasks(self) -> None:
         table = FusionReport(list(self.ROWS[-2:])).table()
         assert table.columns[-1] == "mean of 2 to 2"
-        assert [row[-1] for row in table.rows] == ["", "90.00 (95.00)"]
+        assert [row[-1] for row in table.rows] == ["", "90.00% (95.00%)"]
 
     def test_plot(self, tmp_path: Path) -> None:
         many = [
