@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fusionkit.checkpoints.architecture import Architecture
 from fusionkit.task_vectors.moments import Moments
 
-_DAMPING = 0.3
+_DAMPING = 1.0
 """How much a direction counts that no token has shown, over the mean of all: few rows don't show
 all that others will."""
 _LONGEST = 4096

@@ -42,6 +42,9 @@ class Sketch(DeltaCodec):
 
     Two gains a matrix, of its directions and of its sketch, are 1; `fusionkit calibrate` learns
     them, and gives more bits to the matrices that the outputs feel more (`family.sensitivities`).
+    Without a sketch it goes further: the directions that are kept, and how finely, are those of
+    √w Lᵀ δ R, where L and R are factors of the second moments of what each linear layer sees
+    (`family.moments`; K-FAC's metric). A task has as many bytes as it has without data.
 
     Args:
         bits: per compressed parameter, all that `Bundle.bits_per_parameter` counts: codes, headers

@@ -209,7 +209,7 @@ def metrics_of(family: Family, layout: Layout) -> Metrics | None:
     felt = [_felt(family.sensitivities.get(task, {}), layout) for task in family.tasks]
 
     def metric(task: int, name: str) -> Metric:
-        known = family.moments[family.tasks[task]].get(name, UNKNOWN)
+        known = family.moments.get(family.tasks[task], {}).get(name, UNKNOWN)
         sides = (side if side is None else side.to(family.device) for side in known)
         return Metric(float(felt[task][layout.names[name]]) ** 0.5, Moments(*sides))
 
