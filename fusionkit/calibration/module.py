@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fusionkit.bundles.bundle import Bundle
 from fusionkit.calibration.data import CalibrationData
-from fusionkit.calibration.moments import sensitivities
+from fusionkit.calibration.moments import felt
 from fusionkit.calibration.objective import head_of, loss, outputs
 from fusionkit.calibration.progress import TaskProgress, Values, load_state, state_of
 from fusionkit.calibration.settings import Calibration
@@ -157,13 +157,15 @@ class CalibrationModule(LightningModule, ABC):
                 "tensors; set adapters: merged"
             )
         self.kinds = [kinds[task] for task in self.family.tasks]
-        if data is not None and self.codec.uses_sensitivities:
+        moments = self.codec.uses_moments
+        if data is not None and (self.codec.uses_sensitivities or moments):
             self.eval()
             self.reuse.to(self.device)  # where the Trainer will have it
             batches = partial(data.batches, device=self.device)
-            told = sensitivities(self.reuse, self.family, self.kinds, batches, self.settings)
+            told = felt(self.reuse, self.family, self.kinds, batches, self.settings, moments)
             # Of the same rows in every process; the first one's, to the last bit.
-            self.family.sensitivities = self.trainer.strategy.broadcast(told)
+            told = self.trainer.strategy.broadcast(told)
+            self.family.sensitivities, self.family.moments = told
         start = self.prepare()
         ends = torch.tensor([0, *(len(values) for values in start)]).cumsum(0).tolist()
         self.progress = [

@@ -1,38 +1,55 @@
-"""How much a task's outputs feel each tensor: the gradients' second moments, on a few rows."""
+"""How much a task's outputs feel each tensor, and which directions of it, on a few rows."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fusionkit.calibration.objective import head_of, outputs
 from fusionkit.calibration.settings import Calibration
+from fusionkit.calibration.token_moments import TokenMoments
 from fusionkit.errors import DataError
 from fusionkit.reuse.module import ReuseModule
 from fusionkit.task_vectors.family import Family
+from fusionkit.task_vectors.moments import Moments
 from fusionkit.tasks.task import Task
 
 _DRAWS = 4
 """Backward passes over each batch."""
 
 
-def sensitivities(
+class Felt(NamedTuple):
+    """What was found.
+
+    Attributes:
+        sensitivities: task → tensor's name → its sensitivity; 0 where nothing depends on it.
+        moments: task → matrix's name → its moments; empty where they weren't asked for.
+    """
+
+    sensitivities: dict[str, dict[str, float]]
+    moments: dict[str, dict[str, Moments]]
+
+
+def felt(
     reuse: ReuseModule,
     family: Family,
     kinds: Sequence[Task],
     batches: Callable[[str], Iterable[Any]],
     settings: Calibration,
-) -> dict[str, dict[str, float]]:
-    """E ‖∂f/∂W‖² / entries of each tensor W that is compressed, at each task's own weights.
+    moments: bool = False,
+) -> Felt:
+    """How much each tensor W that is compressed is felt, at each task's own weights.
 
     f is what the fine-tuned model says of a row: noise of variance v in the entries of W, each by
-    itself, changes it by v E ‖∂f/∂W‖², summed over the outputs. The squares of all rows and
-    outputs are had from one gradient: E ‖Σ ε ∂f/∂W‖² = Σ ‖∂f/∂W‖², where the ε are independent,
-    of mean 0 and variance 1. Memory beside the model is a batch's activations and one tensor's
-    gradient; of stacks of experts, a copy, too.
+    itself, changes it by v E ‖∂f/∂W‖², summed over the outputs; W's sensitivity is E ‖∂f/∂W‖² over
+    its entries. The squares of all rows and outputs are had from one gradient:
+    E ‖Σ ε ∂f/∂W‖² = Σ ‖∂f/∂W‖², where the ε are independent, of mean 0 and variance 1. Memory
+    beside the model is a batch's activations and one tensor's gradient; of stacks of experts, a
+    copy, too. The moments are had in the same passes: see `TokenMoments`.
 
     Args:
         reuse: its model is given each task's weights.
@@ -40,18 +57,17 @@ def sensitivities(
         kinds: of what kind each task is; says how the model is called.
         batches: a task's name → batches of its rows, on the model's device.
         settings: how many rows, what draws, and whether the outputs or the features are meant.
-
-    Returns:
-        task → tensor's name → its sensitivity; 0 where nothing depends on it.
+        moments: whether they are wanted, too.
 
     Raises:
         DataError: a gradient is not finite.
     """
-    found = {}
+    found = Felt({}, {})
     try:
         for task, kind in zip(family.tasks, kinds, strict=True):
             reuse.place(task, family, deltas=True)
-            found[task] = _of_task(reuse, family, task, kind, batches(task), settings)
+            own = _of_task(reuse, family, task, kind, batches(task), settings, moments)
+            found.sensitivities[task], found.moments[task] = own
     finally:
         reuse.switch(None)
     return found
@@ -64,7 +80,8 @@ def _of_task(
     kind: Task,
     batches: Iterable[Any],
     settings: Calibration,
-) -> dict[str, float]:
+    moments: bool,
+) -> tuple[dict[str, float], dict[str, Moments]]:
     """One task's, whose weights the model has."""
     seen, specs = reuse.seen(family), family.base.specs
     tensors, sums = seen.tensors, dict.fromkeys(family.sizes, 0.0)
@@ -82,6 +99,7 @@ def _of_task(
             leaves[name] = tensors[name].detach().requires_grad_()
             hook = partial(take, name)
             leaves[name].register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+    tokens = TokenMoments(leaves, len(family.tasks), frozenset(family.tied.values()))
     features = settings.objective == "features"
     head = head_of(reuse.model, family.private[task]) if features else None
     generator, rows = torch.Generator().manual_seed(settings.seed), 0
@@ -89,12 +107,14 @@ def _of_task(
         if rows >= settings.rows:
             break
         rows += kind.count(batch)
-        with torch.enable_grad():
+        watched = tokens.watching(reuse.model) if moments else nullcontext()
+        with watched, torch.enable_grad():
             said = outputs(reuse.model, seen.live(leaves), batch, kind, head)
         for draw in range(_DRAWS if said.requires_grad else 0):
             signs = torch.randn(said.shape, generator=generator).to(said)
             again = draw + 1 < _DRAWS
             torch.autograd.backward(said, signs, again, inputs=[*leaves.values()])
+        tokens.flush()
     for name, value in sums.items():
         if not math.isfinite(value):
             raise DataError(
@@ -102,4 +122,5 @@ def _of_task(
                 "look at its rows, and at the fine-tuned model's outputs on them"
             )
     draws = max(rows * _DRAWS, 1)
-    return {name: value / draws / max(family.sizes[name], 1) for name, value in sums.items()}
+    told = {name: value / draws / max(family.sizes[name], 1) for name, value in sums.items()}
+    return told, tokens.found()

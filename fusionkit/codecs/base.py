@@ -109,6 +109,11 @@ class DeltaCodec(Plugin, ABC):
         """Whether `prepare` looks at `family.sensitivities`, which calibration then measures."""
         return False
 
+    @property
+    def uses_moments(self) -> bool:
+        """Whether `prepare` looks at `family.moments`, and at the sensitivities beside them."""
+        return False
+
     @abstractmethod
     def prepare(self, family: Family, shared: SharedParts | None = None) -> Encoder:
         """Take what must be known of the whole family, and return what encodes its tensors.

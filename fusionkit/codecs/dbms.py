@@ -84,6 +84,11 @@ class DBMS(DeltaCodec):
         """As what encodes the shift and the residuals."""
         return self.codec.uses_sensitivities or self.direction.uses_sensitivities
 
+    @property
+    def uses_moments(self) -> bool:
+        """Likewise."""
+        return self.codec.uses_moments or self.direction.uses_moments
+
     def at(self, scalars: Mapping[str, Scalars]) -> DeltaCodec:
         """What encodes at scalars that are known; they are no setting, and it is recorded as this.
 

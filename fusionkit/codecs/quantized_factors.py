@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fusionkit.checkpoints.adapters.lowrank import LowRank
 from fusionkit.codecs.decomposition import Spectral
+from fusionkit.codecs.whitening import ALIKE, Metric
 
 Doubles = NDArray[np.float64]
 
@@ -73,7 +74,12 @@ class QuantizedFactors(NamedTuple):
 
 
 def quantize(
-    matrix: Tensor, leading: Spectral, theta: float, exponent: float, power: float
+    matrix: Tensor,
+    leading: Spectral,
+    theta: float,
+    exponent: float,
+    power: float,
+    metric: Metric = ALIKE,
 ) -> QuantizedFactors:
     """Round the leading singular directions of a matrix, and fit their gains.
 
@@ -82,22 +88,26 @@ def quantize(
 
     Args:
         matrix: float32 `(rows, columns)`.
-        leading: those of its singular directions that are kept, at least one.
+        leading: those of its singular directions, as the metric sees it, that are kept, at least
+            one.
         theta: the error per entry at which bits are bought.
         exponent: e; steps grow with σ^(e − ½).
         power: p; all is multiplied by (‖δ‖² / ‖δ̂‖²)^p, for what was left out.
+        metric: how errors are felt.
     """
     s = leading.s.to(torch.float64)
     wanted = math.sqrt(12 * theta / float(s[-1])) * (s / s[-1]) ** (exponent - 0.5)
-    wanted = torch.maximum(wanted, (s / min(matrix.shape)).sqrt() / _WIDEST)
+    columns = metric.back(leading.u, leading.v)
+    squares = [side.to(torch.float64).square().mean(0) for side in columns]
+    wanted = torch.maximum(wanted, (s * torch.maximum(*squares)).sqrt() / _WIDEST)
     step = float(np.float32(float(wanted.min())))
     steps = (torch.log2(wanted / step) * _STEPS).round().clamp(0, 255).to(torch.uint8)
     sizes = step * torch.exp2(steps.to(torch.float64) / _STEPS)
     root = (s.sqrt() / sizes).to(torch.float32)
-    left, right = (_rounded(factor * root) for factor in (leading.u, leading.v))
+    left, right = (_rounded(column * root) for column in columns)
     # A code of 64 is a gain of 1.
     plain = QuantizedFactors(left, right, step, steps, torch.full_like(steps, _GAINS))
-    gains = _fitted(matrix, plain.product())
+    gains = _fitted(metric.seen(matrix), metric.product(plain.product()))
     if power:
         a, b = plain.product()
         dense = (a * gains.to(a)) @ b.mT

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -14,7 +15,8 @@ from fusionkit.codecs.base import WHOLE_MODEL, DeltaCodec, Encoded, Encoder, Par
 from fusionkit.codecs.rotation import rotate, rotate_sparse
 from fusionkit.codecs.sketch_codes import Codes
 from fusionkit.codecs.sketch_encoder import How, encode_tensor, measure, sides
-from fusionkit.codecs.sketch_plan import Target, layout_of, plans_of
+from fusionkit.codecs.sketch_plan import Target, layout_of, metrics_of, plans_of
+from fusionkit.codecs.whitening import ALIKE
 from fusionkit.errors import CodecError
 from fusionkit.registry import to_config
 from fusionkit.task_vectors.family import Family
@@ -40,6 +42,9 @@ class Sketch(DeltaCodec):
 
     Two gains a matrix, of its directions and of its sketch, are 1; `fusionkit calibrate` learns
     them, and gives more bits to the matrices that the outputs feel more (`family.sensitivities`).
+    Without a sketch it goes further: the directions that are kept, and how finely, are those of
+    √w Lᵀ δ R, where L and R are factors of the second moments of what each linear layer sees
+    (`family.moments`; K-FAC's metric). A task has as many bytes as it has without data.
 
     Args:
         bits: per compressed parameter, all that `Bundle.bits_per_parameter` counts: codes, headers
@@ -87,15 +92,22 @@ class Sketch(DeltaCodec):
 
     @property
     def uses_sensitivities(self) -> bool:
-        """A sketch has its bits where they are felt; directions alone are the same without."""
+        """A sketch has its bits where they are felt."""
         return self.sketch
 
+    @property
+    def uses_moments(self) -> bool:
+        """Directions alone are those that are felt most."""
+        return not self.sketch
+
     def prepare(self, family: Family, shared: SharedParts | None = None) -> Encoder:
-        """One pass for all singular values, from which every tensor's bytes follow."""
+        """A pass for all singular values, from which every tensor's bytes follow; two with data."""
         how = How.sketched() if self.sketch else How.directions_alone()
         layout = layout_of(family)
         target = Target(self.bits, self.bytes, self.noise, self.share)
-        plans = plans_of(family, layout, family.each(measure), target, how, to_config(self))
+        metrics = None if self.sketch else metrics_of(family, layout)
+        felt = family.each(partial(measure, metrics=metrics)) if metrics else None
+        plans = plans_of(family, layout, family.each(measure), target, how, to_config(self), felt)
 
         def encode(vectors: TaskVectors) -> Encoded:
             at, place = layout.names[vectors.name], layout.matrices.get(vectors.name, 0)
@@ -104,7 +116,10 @@ class Sketch(DeltaCodec):
                 allowed = plan.of(at)
                 codes = None
                 if allowed.nbytes:
-                    codes = encode_tensor(vectors, task, allowed, place, self._rotation, how)
+                    metric = metrics(task, vectors.name) if metrics else ALIKE
+                    codes = encode_tensor(
+                        vectors, task, allowed, place, self._rotation, how, metric
+                    )
                 own.append({} if codes is None else {_CODES: codes})
             return Encoded(vectors.name, tasks=own)
 

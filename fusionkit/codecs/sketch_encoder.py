@@ -38,6 +38,7 @@ from fusionkit.codecs.sketch_codes import (
     runs_of,
     write,
 )
+from fusionkit.codecs.whitening import ALIKE, Metric, Metrics
 from fusionkit.task_vectors.vectors import TaskVectors
 
 _GRAM_LIMIT = 2048
@@ -90,8 +91,8 @@ def sides(shape: torch.Size) -> tuple[int, int]:
     return (rows, columns) if min(rows, columns) > 1 else (1, shape.numel())
 
 
-def measure(vectors: TaskVectors) -> Measured:
-    """Energies and squared singular values of one tensor, of each task."""
+def measure(vectors: TaskVectors, metrics: Metrics = lambda task, name: ALIKE) -> Measured:
+    """Energies and squared singular values of one tensor, of each task, as they are felt."""
     rows, columns = sides(vectors.shape)
     base = 0.0
     if rows > 1:
@@ -101,16 +102,24 @@ def measure(vectors: TaskVectors) -> Measured:
     energies, squares = [], []
     for task in range(len(vectors)):
         unit, normal = _normal(vectors[task].view(rows, columns))
-        energies.append(energy(normal) * unit**2)
+        metric = metrics(task, vectors.name)
+        seen = metric.seen(normal)
+        energies.append(energy(seen) * unit**2)
         if rows == 1 or not unit:
             squares.append(np.empty(0))
         else:
-            squares.append(_squares(vectors, task, unit, normal).cpu().numpy() * unit**2)
+            squares.append(_squares(vectors, task, unit, seen, metric).cpu().numpy() * unit**2)
     return Measured(base, energies, squares)
 
 
 def encode_tensor(
-    vectors: TaskVectors, task: int, allowed: Allowance, place: int, seed: int, how: How
+    vectors: TaskVectors,
+    task: int,
+    allowed: Allowance,
+    place: int,
+    seed: int,
+    how: How,
+    metric: Metric,
 ) -> Tensor | None:
     """One task's codes of one tensor.
 
@@ -121,6 +130,7 @@ def encode_tensor(
         place: of the tensor, among its task's gains.
         seed: of the rotations.
         how: what is made of it.
+        metric: how errors in it are felt.
 
     Returns:
         uint8 `(n,)`, n at most what is allowed; None if so few bytes hold nothing of it.
@@ -132,14 +142,16 @@ def encode_tensor(
     if rows == 1:
         return _sketched(matrix, unit, None, place, PLAIN, allowed.nbytes)
     theta = allowed.theta / unit / unit
-    leading = _leading(vectors, task, unit, matrix, allowed.rank) if allowed.rank else None
+    leading = None
+    if allowed.rank:
+        leading = _leading(vectors, task, unit, metric.seen(matrix), metric, allowed.rank)
     if not how.sketch:
         assert leading is not None
-        return _directions(matrix, unit, leading, theta, place, how, allowed.nbytes)
+        return _directions(matrix, unit, leading, theta, place, how, allowed.nbytes, metric)
     for rank in range(allowed.rank, -1, -1):
         factors, rest = None, matrix
         if rank and leading is not None:
-            factors = quantize(matrix, leading.first(rank), theta, how.exponent, how.power)
+            factors = quantize(matrix, leading.first(rank), theta, how.exponent, how.power, metric)
             left, right = factors.product()
             rest = torch.addmm(matrix, left, right.mT, alpha=-1)
             factors = factors.scaled(unit)
@@ -156,13 +168,20 @@ def encode_tensor(
 
 
 def _directions(
-    matrix: Tensor, unit: float, leading: Spectral, theta: float, place: int, how: How, limit: int
+    matrix: Tensor,
+    unit: float,
+    leading: Spectral,
+    theta: float,
+    place: int,
+    how: How,
+    limit: int,
+    metric: Metric,
 ) -> Tensor | None:
     """Codes of the directions alone, rounded as finely as fits; None: no step is coarse enough."""
     best, low, high = None, 0.0, math.inf
     theta = max(theta, finest(float(leading.s[-1]), matrix.shape))
     for tries in range(_TRIES):
-        factors = quantize(matrix, leading, theta, how.exponent, how.power).scaled(unit)
+        factors = quantize(matrix, leading, theta, how.exponent, how.power, metric).scaled(unit)
         codes = write(NOTHING, place, factors, None)
         over = len(codes) - limit
         if over > 0:
@@ -229,20 +248,22 @@ def _normal(delta: Tensor) -> tuple[float, Tensor]:
     return unit, delta / unit if unit else delta
 
 
-def _squares(vectors: TaskVectors, task: int, unit: float, normal: Tensor) -> Tensor:
+def _squares(vectors: TaskVectors, task: int, unit: float, seen: Tensor, metric: Metric) -> Tensor:
     product = vectors.low_rank(task)
     if product is not None:
-        return svd_product(product).s.to(torch.float64).div_(unit).square_()
-    if min(normal.shape) <= _GRAM_LIMIT:
-        return squared_singular_values(normal)
-    return svd_randomized(normal, _LEADING, _ITERATIONS).s.to(torch.float64).square_()
+        return svd_product(metric.product(product)).s.to(torch.float64).div_(unit).square_()
+    if min(seen.shape) <= _GRAM_LIMIT:
+        return squared_singular_values(seen)
+    return svd_randomized(seen, _LEADING, _ITERATIONS).s.to(torch.float64).square_()
 
 
-def _leading(vectors: TaskVectors, task: int, unit: float, normal: Tensor, rank: int) -> Spectral:
-    """The leading directions of a matrix that was divided by `unit`."""
+def _leading(
+    vectors: TaskVectors, task: int, unit: float, seen: Tensor, metric: Metric, rank: int
+) -> Spectral:
+    """The leading directions, as seen, of a matrix that was divided by `unit`."""
     product = vectors.low_rank(task)
     if product is not None:
-        found = svd_product(product)
+        found = svd_product(metric.product(product))
         return found._replace(s=found.s / unit).first(rank)
-    small = min(normal.shape) <= _GRAM_LIMIT
-    return (svd_gram(normal, rank) if small else svd_randomized(normal, rank)).first(rank)
+    small = min(seen.shape) <= _GRAM_LIMIT
+    return (svd_gram(seen, rank) if small else svd_randomized(seen, rank)).first(rank)

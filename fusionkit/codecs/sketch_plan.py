@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -15,13 +15,13 @@ from fusionkit.codecs.quantized_factors import Doubles
 from fusionkit.codecs.sign_sketch import MOST
 from fusionkit.codecs.sketch_codes import FIXED_BYTES
 from fusionkit.codecs.sketch_encoder import How, Measured, sides
+from fusionkit.codecs.whitening import Metric, Metrics
 from fusionkit.registry import Config
 from fusionkit.task_vectors.family import Family
+from fusionkit.task_vectors.moments import UNKNOWN, Moments
 
 _NOISY = 0.04
 """Error energy over base energy that is felt: there a divergence of 0.01 on text classifiers."""
-_OF_MANIFEST = 10
-"""The part of a budget in bits that is left for the manifest, at most."""
 _LEAST_FELT = 0.01
 """How little of the mean a tensor is felt at least: a few rows may not reach all experts, say."""
 _OF_MANIFEST = 10
@@ -69,8 +69,11 @@ def plans_of(
     target: Target,
     how: How,
     codec: Config,
+    felt: Mapping[str, Measured] | None = None,
 ) -> list[Plan]:
     """Each task's plan; warns of what is asked for and can't be good.
+
+    What data tell moves a task's bytes among its own tensors, and none to another task.
 
     Args:
         family: what is compressed.
@@ -79,6 +82,7 @@ def plans_of(
         target: what is asked for.
         how: what is made of a matrix.
         codec: as the manifest records it.
+        felt: what a pass saw of each as data have told that it is felt; for bits or bytes only.
     """
     budgets = _Budgets(family, layout, measured, target, how, codec)
     warned = family.workers.processes.rank == 0
@@ -91,6 +95,12 @@ def plans_of(
         spectra, plans = budgets.spectra(budget), budgets.plans(budget)
         if warned and not any(map(_stores, plans)) and any(own.energy for own in spectra):
             _warn_of_headers(budgets)
+        if felt is not None:
+            spectra = replace(budgets, measured=felt).spectra(budget)
+            plans = [
+                Division([own], target.share).within(plan.total)[0]
+                for own, plan in zip(spectra, plans, strict=True)
+            ]
     if warned and how.sketch and budgets.base:
         _warn_of_noise(budgets, plans, spectra)
     return plans
@@ -190,6 +200,20 @@ class _Budgets:
         value = float(f"{math.ceil(budget / parts / unit) * unit:.3g}")
         name = "bytes" if self.target.nbytes else "bits"
         return name, int(value) if self.target.nbytes else value, int(value * parts)
+
+
+def metrics_of(family: Family, layout: Layout) -> Metrics | None:
+    """How errors in each task's tensors are felt; None where no data have told."""
+    if not family.moments:
+        return None
+    felt = [_felt(family.sensitivities.get(task, {}), layout) for task in family.tasks]
+
+    def metric(task: int, name: str) -> Metric:
+        known = family.moments.get(family.tasks[task], {}).get(name, UNKNOWN)
+        sides = (side if side is None else side.to(family.device) for side in known)
+        return Metric(float(felt[task][layout.names[name]]) ** 0.5, Moments(*sides))
+
+    return metric
 
 
 def _felt(sensitivities: Mapping[str, float], layout: Layout) -> Doubles:

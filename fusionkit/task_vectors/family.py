@@ -22,6 +22,7 @@ from fusionkit.checkpoints.stacks import split
 from fusionkit.checkpoints.vocabulary import CommonRows, common_rows, resized
 from fusionkit.errors import CheckpointError, FamilyError, in_line, listing
 from fusionkit.task_vectors.checks import check_fit, check_patterns, warn_of_settings
+from fusionkit.task_vectors.moments import Moments
 from fusionkit.task_vectors.opened import open_models
 from fusionkit.task_vectors.roles import Role, Roles, stacks_of, ties_of, touches
 from fusionkit.task_vectors.vectors import Change, ChangedVectors, Located, TaskVectors
@@ -62,6 +63,7 @@ class Family:
         device: see above.
         sensitivities: task → tensor's name → how much the task's outputs feel noise in an entry
             of it; empty, but where data have told: then codecs may give more bits to such.
+        moments: task → matrix's name → the same by directions; empty as well.
         beside: task → key → bytes of what a bundle keeps of it beside its tensors, whole: rows that
             it added, files beside its weights. Filled by who writes a bundle.
         version: always the same, as its tasks are.
@@ -126,6 +128,7 @@ class Family:
         self._changes: tuple[Callable[[TaskVectors], Sequence[Change | None]], ...] = ()
         self.device = torch.device(device)
         self.sensitivities: Mapping[str, Mapping[str, float]] = {}
+        self.moments: Mapping[str, Mapping[str, Moments]] = {}
         self.beside: Mapping[str, Mapping[str, int]] = {}
         workers = workers or Workers()
         self.workers = workers.one_by_one() if self.base.serial else workers
