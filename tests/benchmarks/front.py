@@ -34,7 +34,8 @@ def points(tables: Iterable[Path]) -> list[Mark]:
                 codec = re.match(r"\w*", row["settings"])[0]  # type: ignore[index]
                 if codec in LEFT_OUT:
                     continue
-                calibrated = codec == "DBMS" or row["name"].endswith(", calibrated")
+                of_dbms = codec == "DBMS" and "grid=(1.0,)" not in row["settings"]
+                calibrated = of_dbms or row["name"].endswith(", calibrated")
                 without_seed = re.sub(r"\bseed=\d+", "seed=0", row["settings"])
                 alike[without_seed, calibrated].append(row)
     found = []
