@@ -61,14 +61,14 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "training 'base' (base)" in first
     rows = {row["name"]: row for row in csv.DictReader((tmp_path / "out/compare.csv").open())}
     names = list(yaml.safe_load((recipes_folder() / "demo.yaml").read_text())["codecs"])
-    assert list(rows) == ["fine-tuned", *names]
+    assert list(rows) == ["fine-tuned", "base", *names]
     own = float(rows["fine-tuned"]["mean_score"])
     assert float(rows["dense fp16"]["mean_score"]) == pytest.approx(own, abs=0.01)
     assert all(float(rows[n]["bits_per_parameter"]) < 17 for n in names)
     assert (tmp_path / "out/compare.png").stat().st_size > 10_000
     lora = {r["name"]: r for r in csv.DictReader((tmp_path / "out/lora/compare.csv").open())}
     names = list(yaml.safe_load((recipes_folder() / "demo_lora.yaml").read_text())["codecs"])
-    assert list(lora) == ["fine-tuned", *names]
+    assert list(lora) == ["fine-tuned", "base", *names]
     sizes = [int(lora[f"PERU-LoRA {q}"]["nbytes"]) for q in (1, 2, 4)]
     assert sizes == sorted(sizes)
     trained = {path: path.stat().st_mtime_ns for path in cache.rglob("*.safetensors")}
