@@ -1,5 +1,6 @@
 """The command line: one verb a file, `fusionkit/cli/<verb>.py`, imported when it is asked for."""
 
+import os
 import sys
 import warnings
 from importlib import import_module
@@ -56,9 +57,13 @@ def main(args: list[str] | None = None) -> None:
     warnings.formatwarning = _note
     try:
         import_module(f"fusionkit.cli.{verb}").run(rest)
+        sys.stdout.flush()
     except FusionKitError as error:
         print(f"fusionkit {verb}: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
+    except BrokenPipeError:  # who reads what is printed has seen enough, as `| head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except KeyboardInterrupt:
         print(f"fusionkit {verb}: interrupted; nothing was left half-written", file=sys.stderr)
         sys.exit(130)

@@ -199,6 +199,20 @@ def test_unknown_verb() -> None:
 
 
 @pytest.mark.slow
+def test_who_reads_may_stop_reading() -> None:
+    """As `fusionkit codecs SVD | head -1` does."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    call = [PROGRAM, "codecs", "SVD"]
+    done = subprocess.run(
+        call, stdout=writes, stderr=subprocess.PIPE, text=True, timeout=240, check=False
+    )
+    os.close(writes)
+    assert done.returncode == 1
+    assert done.stderr == ""
+
+
+@pytest.mark.slow
 def test_two_processes_report_once_what_one_reports(recipe: Path, tmp_path: Path) -> None:
     """Started by the program, as Lightning does."""
     run("compress", "--config", recipe)
