@@ -23,8 +23,8 @@ from fusionkit.codecs.base import DeltaCodec
 from fusionkit.registry import to_config
 from fusionkit.reuse.module import ReuseModule
 from fusionkit.task_vectors.family import Family
+from fusionkit.tasks.facts import Facts
 from fusionkit.tasks.limits import limit_of
-from fusionkit.tasks.metric_facts import Facts
 from fusionkit.tasks.scores import Measured, Scores
 
 FOLDER = "rows"

@@ -27,10 +27,7 @@ def label_column(table: Table, given: str | None) -> str:
     Raises:
         DataError: there is no such column, or it can't be told.
     """
-    if given is not None:
-        return table.check_column(given, "label")
-    found = next((name for name in _LABELS if name in table.columns), None)
-    return found or _untold(table, "labels", "label")
+    return _column(table, given, _LABELS, "labels", "label")
 
 
 def text_columns(table: Table, given: str | Sequence[str] | None, label: str) -> list[str]:
@@ -70,15 +67,20 @@ def image_column(table: Table, given: str | None) -> str:
     Raises:
         DataError: there is no such column, or it can't be told.
     """
-    if given is not None:
-        return table.check_column(given, "image")
-    found = next((name for name in _IMAGES if name in table.columns), None)
-    return found or _untold(table, "images or their paths", "image")
+    return _column(table, given, _IMAGES, "images or their paths", "image")
 
 
 def has_images(table: Table) -> bool:
     """Whether a table has a column that is called as images, or their paths, are."""
     return any(name in table.columns for name in _IMAGES)
+
+
+def _column(table: Table, given: str | None, usual: Sequence[str], what: str, setting: str) -> str:
+    """The column that a setting names, else the first that is called as is usual."""
+    if given is not None:
+        return table.check_column(given, setting)
+    found = next((name for name in usual if name in table.columns), None)
+    return found or _untold(table, what, setting)
 
 
 def _untold(table: Table, what: str, setting: str) -> str:

@@ -1,8 +1,7 @@
-"""What is known of a metric: how it is called, which way is better, and in what bounds it lies."""
+"""What torchmetrics says of a metric, as `Facts`; of a sum or quotient, what follows."""
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,39 +9,14 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.metric import CompositionalMetric
 
+from fusionkit.tasks.facts import Facts
+
 _OPERATORS: dict[Any, tuple[str, Callable[[float, float], float]]] = {
     torch.add: ("+", lambda a, b: a + b),
     torch.sub: ("-", lambda a, b: a - b),
     torch.mul: ("*", lambda a, b: a * b),
     torch.true_divide: ("/", lambda a, b: a / b if b else math.nan),
 }
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What a metric says of itself, or what follows for one that is composed of others.
-
-    Attributes:
-        name: its class, or a formula of such.
-        higher_is_better: which way is better; None where it doesn't say.
-        low: the least that it can be; None where it doesn't say.
-        high: the most.
-    """
-
-    name: str
-    higher_is_better: bool | None = None
-    low: float | None = None
-    high: float | None = None
-
-    @property
-    def percent(self) -> bool:
-        """Whether it lies in [0, 1], and so may be told in percent."""
-        return self.low is not None and self.high is not None and 0 <= self.low <= self.high <= 1
-
-    @property
-    def within_one(self) -> bool:
-        """Whether it lies in [-1, 1], so that a mean with others that do means something."""
-        return self.low is not None and self.high is not None and -1 <= self.low <= self.high <= 1
 
 
 def facts_of(metric: Metric) -> Facts:

@@ -13,7 +13,8 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
 from fusionkit.errors import FusionKitError
-from fusionkit.tasks.metric_facts import Facts, facts_of
+from fusionkit.tasks.facts import Facts
+from fusionkit.tasks.metric_facts import facts_of
 from fusionkit.tasks.task import Task
 
 MetricChoice = str | dict[str, Any] | Callable[[int], Metric] | None

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusionkit.tasks.metric_facts import Facts
+from fusionkit.tasks.facts import Facts
 from fusionkit.tasks.resample import Interval, interval, resampled_means
 
 GAP = (

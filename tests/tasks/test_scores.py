@@ -24,7 +24,8 @@ from torchmetrics.text import Perplexity
 
 from fusionkit.errors import DataError, FusionKitError
 from fusionkit.tasks.classification import Classification
-from fusionkit.tasks.metric_facts import Facts, facts_of
+from fusionkit.tasks.facts import Facts
+from fusionkit.tasks.metric_facts import facts_of
 from fusionkit.tasks.metrics import metric_of, metrics_of
 from fusionkit.tasks.regression import Regression
 from fusionkit.tasks.resample import RESAMPLES, interval, resampled_means
