@@ -23,7 +23,7 @@ GREEDY: Mapping[str, Any] = {
 }
 """Settings of `generate` where others are not given."""
 
-_FLAT = ("cer", "edit", "mer", "wer", "wil", "wip")
+_FLAT = {f"torchmetrics.text.{name}" for name in ("cer", "edit", "mer", "wer", "wil", "wip")}
 """Modules of torchmetrics whose metrics take one reference a text, and no list."""
 
 
@@ -106,7 +106,7 @@ class Generation(Task):
     def update(self, metric: Metric, outputs: Tensor, batch: Any) -> None:
         """With texts, and a list of references for each."""
         references: Sequence[Any] = batch["references"]
-        if type(metric).__module__.rpartition(".")[2] in _FLAT:
+        if any(each.__module__ in _FLAT for each in type(metric).__mro__):
             references = [first for first, *_ in references]
         metric.update(self.texts(outputs), references)
 

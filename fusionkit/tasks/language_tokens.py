@@ -193,17 +193,13 @@ class LanguageTokens:
         """
         if len(tokens) <= room:
             return tokens
-        over = f"{at}: its prompt has {len(tokens)} tokens, and there is room for {max(room, 0)}"
-        if room < 1:
-            raise DataError(
-                f"{over} beside the answer's; a larger `max_length` (so far "
-                f"{self.max_length}) gives it room"
-            )
-        if self.cut is None:
-            raise DataError(
-                f"{over} (`max_length` {self.max_length}, less the answer's); `cut: left` leaves "
-                "out its beginning, or give a larger `max_length`, up to the model's context"
-            )
+        over = (
+            f"{at}: has {len(tokens)} tokens, and `max_length`, {self.max_length}, has room for "
+            + ("no more" if room == self.max_length else f"{max(room, 0)} beside the answer's")
+        )
+        if room < 1 or self.cut is None:
+            cut = "`cut: left` leaves out its beginning, or " if room >= 1 else ""
+            raise DataError(f"{over}; {cut}give a larger `max_length`, up to the model's context")
         return tokens[-room:]
 
     def _known_template(self, at: str) -> str:
