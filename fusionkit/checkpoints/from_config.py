@@ -53,6 +53,34 @@ def from_record(record: Mapping[str, Any], label: str) -> Architecture | None:
     return built(config, label) if isinstance(config, Mapping) else None
 
 
+def model_of(config: Mapping[str, Any], label: str, **settings: Any) -> nn.Module:
+    """Build a class's module from its configuration, in memory where the caller's context has it.
+
+    Args:
+        config: the content of `config.json`.
+        label: what messages call it.
+        settings: of transformers' classes: `dtype`, `attn_implementation`.
+
+    Raises:
+        CheckpointError: it is of no library that is known, or can't be built here.
+    """
+    try:
+        if _builder(config) is not None:
+            return made(config, **settings)
+    except ImportError as error:
+        missing = (error.name or "what it needs").partition(".")[0]
+        raise CheckpointError(f"{label}: needs {missing}; pip install {missing}") from error
+    except Exception as error:  # classes raise what they like over a configuration
+        raise CheckpointError(
+            f"{label}: its class can't be built here ({type(error).__name__}: {error}); write the "
+            "task's model with 'fusionkit export', and load it by its own code"
+        ) from error
+    raise CheckpointError(
+        f"{label}: its {CONFIG} names no class of transformers, diffusers or timm; build the model "
+        "yourself, and give it to fusionkit.ReuseModule, or to fusionkit.switch"
+    )
+
+
 def built(config: Mapping[str, Any], label: str) -> Architecture | None:
     """Build a class from its configuration; None, and a warning, where that can't be.
 
@@ -98,13 +126,13 @@ def _say_missing(library: str) -> None:
     )
 
 
-def made(config: Mapping[str, Any], outputs: int | None = None) -> nn.Module:
+def made(config: Mapping[str, Any], outputs: int | None = None, **settings: Any) -> nn.Module:
     """A model of a configuration's class, its weights drawn at random.
 
     Args:
         config: the content of `config.json`.
-        outputs: of a head over it, in place of the one that it has, be it without; None: the class
-            as it is.
+        outputs: of a classifier's head over it; None: the class as it is.
+        settings: of transformers' classes: `dtype`, `attn_implementation`.
 
     Raises:
         ValueError: no library has such a class. Classes raise what they like beside.
@@ -113,13 +141,10 @@ def made(config: Mapping[str, Any], outputs: int | None = None) -> nn.Module:
     build = _builder(config)
     if build is None:
         raise ValueError("it has none of 'model_type', 'architecture' and '_class_name'")
-    return build(config, outputs)
+    return build(config, outputs, **settings if build is _of_transformers else {})
 
 
-_Builder = Callable[[Mapping[str, Any], int | None], nn.Module]
-
-
-def _builder(config: Mapping[str, Any]) -> _Builder | None:
+def _builder(config: Mapping[str, Any]) -> Callable[..., nn.Module] | None:
     if "_class_name" in config:
         return _of_diffusers
     if config.get("model_type"):
@@ -127,7 +152,7 @@ def _builder(config: Mapping[str, Any]) -> _Builder | None:
     return _of_timm if "architecture" in config else None
 
 
-def _of_transformers(config: Mapping[str, Any], outputs: int | None) -> nn.Module:
+def _of_transformers(config: Mapping[str, Any], outputs: int | None, **settings: Any) -> nn.Module:
     import transformers
     from transformers import AutoConfig, PreTrainedModel
 
@@ -136,21 +161,22 @@ def _of_transformers(config: Mapping[str, Any], outputs: int | None) -> nn.Modul
     own = {} if outputs is None else {"num_labels": outputs}
     with TemporaryDirectory(prefix="fusionkit-") as folder:  # as transformers itself reads it
         (Path(folder) / CONFIG).write_text(json.dumps(plain), encoding="utf-8")
-        settings = AutoConfig.from_pretrained(folder, trust_remote_code=False, **own)
+        made = AutoConfig.from_pretrained(folder, trust_remote_code=False, **own)
     kind: Any = None
     said = config.get("architectures") or ()
     for name in [said] if isinstance(said, str) else said:
         if outputs is None or _CLASSIFIES in str(name):
             kind = kind or getattr(transformers, str(name), None)
     if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
-        return cast(nn.Module, kind(settings))
+        known: Any = kind
+        return cast(nn.Module, known._from_config(made, **settings) if settings else known(made))
     if config.get("auto_map"):
         raise ValueError("it needs code of its own")
     for each in ("AutoModel",) if outputs is None else _CLASSIFIERS:
         auto: Any = getattr(transformers, each)
-        if outputs is None or type(settings) in auto._model_mapping:
-            return cast(nn.Module, auto.from_config(settings))
-    raise ValueError(f"transformers has no classifier of a {type(settings).__name__}")
+        if outputs is None or type(made) in auto._model_mapping:
+            return cast(nn.Module, auto.from_config(made, **settings))
+    raise ValueError(f"transformers has no classifier of a {type(made).__name__}")
 
 
 _CLASSIFIES = "Classification"
