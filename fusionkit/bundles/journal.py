@@ -19,7 +19,6 @@ from fusionkit.bundles.part_file import Entry
 from fusionkit.bundles.part_writer import PartWriter
 from fusionkit.bundles.side_files import folder_of, side_files
 from fusionkit.checkpoints.checkpoint import Checkpoint
-from fusionkit.checkpoints.output_folder import LOCK
 from fusionkit.codecs.base import DeltaCodec
 from fusionkit.registry import to_config
 from fusionkit.task_vectors.family import Family
@@ -148,7 +147,7 @@ def claim(folder: Path, identity: str) -> None:
     for path in folder.iterdir() if known != identity else ():
         if path.is_dir():
             shutil.rmtree(path)
-        elif path.name != LOCK:
+        else:
             path.unlink()
 
 
