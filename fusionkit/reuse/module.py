@@ -33,6 +33,7 @@ from fusionkit.tasks.kinds import kinds_of
 from fusionkit.tasks.metrics import MetricChoice, check_choice
 from fusionkit.tasks.score_file import known_scores
 from fusionkit.tasks.scores import Scores
+from fusionkit.tasks.split_model import SplitModel
 
 
 class ReuseModule(LightningModule):
@@ -248,10 +249,16 @@ class ReuseModule(LightningModule):
         Args:
             task: one of the family's.
             family: where the tensors are.
-            deltas: the weights that codecs compress, too; or its head and its buffers alone.
+            deltas: the weights that codecs compress, too; or its head and its buffers, and of
+                those weights the ones after a language model's layers.
         """
+        left_out: set[str] = set()
+        if not deltas:
+            split = SplitModel.of(self.model)
+            after = self.seen(family).used_as(split.outside) if split else set()
+            left_out = set(family.names("delta")) - after
         self.task = None
-        self._switcher.become(task, family, set() if deltas else set(family.names("delta")))
+        self._switcher.become(task, family, left_out)
 
     def shard(self, mesh: DeviceMesh) -> None:
         """Shard the model, and the base's weights beside it, over several processes (FSDP2).

@@ -81,6 +81,15 @@ class Seen:
         copies = {alias: of[name] for alias, name in self.apart.items() if name in of}
         return {self._names[n]: each for n, each in {**of, **copies}.items() if n in self._names}
 
+    def used_as(self, live: Set[str]) -> set[str]:
+        """The source's names of tensors of which the model's own, or a copy, has one of some names.
+
+        Args:
+            live: the model's own names.
+        """
+        copies = {name for alias, name in self.apart.items() if self._names.get(alias) in live}
+        return copies | {name for name, there in self._names.items() if there in live}
+
     def live_name(self, name: str) -> str:
         """What the model calls a tensor; as the source does, if it has no such tensor."""
         return self._names.get(name, name)
