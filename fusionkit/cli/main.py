@@ -25,6 +25,7 @@ GROUPS = {
         "export": "write one task's whole model to a file, or its delta as a PEFT adapter",
         "add": "add fine-tuned models to a bundle",
         "remove": "take tasks out of a bundle",
+        "lm_eval": "lm-eval's own command, with a bundle's task as its model",
     },
     "without input": {
         "demo": "the whole way on a small family of vision models, made on the spot",

@@ -95,6 +95,7 @@ class RecipeCLI(LightningCLI):
         import fusionkit.tasks.image_files
         import fusionkit.tasks.images
         import fusionkit.tasks.language_data
+        import fusionkit.tasks.lm_eval
         import fusionkit.tasks.texts  # noqa: F401
 
         quieten()

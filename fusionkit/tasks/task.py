@@ -75,6 +75,10 @@ class Task(ABC):
         """
         return None
 
+    def beside(self, metric: Metric) -> Mapping[str, float]:
+        """What else is known with a metric that has taken in batches: name → number."""
+        return {}
+
     def example(self) -> tuple[Tensor, Any] | None:
         """Outputs and their batch as the task's may be, of a few rows, to try a metric on.
 
