@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from fusionkit.errors import DataError
 from fusionkit.tasks.language_metrics import (
     BitsPerByte,
     Perplexity,
@@ -37,6 +38,7 @@ class LanguageModeling(Task):
             logits `(B, L - 1, vocabulary)`, of what is to come after each token; 0 where that does
             not count.
         """
+        check_context(model, batch["input_ids"].shape[1])
         logits: Tensor = model(**self.inputs(batch)).logits
         said = logits[:, :-1]
         counted = self.targets(batch) != IGNORED
@@ -118,6 +120,7 @@ class TextToText(LanguageModeling):
         Returns:
             logits `(B, T, vocabulary)`; 0 where a token does not count.
         """
+        check_context(model, max(batch["input_ids"].shape[1], batch["labels"].shape[1]))
         logits: Tensor = model(**self.inputs(batch), labels=batch["labels"]).logits
         counted = batch["labels"] != IGNORED
         return logits if counted.all() else logits.where(counted[..., None], 0)
@@ -126,6 +129,20 @@ class TextToText(LanguageModeling):
         """The labels as they are."""
         labels: Tensor = batch["labels"]
         return labels
+
+
+def check_context(model: Any, tokens: int) -> None:
+    """Check that a model reads so many tokens.
+
+    Raises:
+        DataError: they are more than it was made for.
+    """
+    most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if isinstance(most, int) and tokens > most:
+        raise DataError(
+            f"rows of {tokens} tokens are longer than the model's context, {most}; give "
+            f"`max_length: {most}`, and `cut: left` where prompts are longer"
+        )
 
 
 def token_nats(logits: Tensor, targets: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fusionkit.errors import DataError
+from fusionkit.tasks.columns import has_labels
 from fusionkit.tasks.data import Split
 from fusionkit.tasks.table import MissingSplitError, Table, quoted
 from fusionkit.tasks.table_files import names_of_split, read_table, text_of
@@ -99,6 +100,12 @@ def form_of(columns: Iterable[str]) -> Form | None:
     """What rows with some columns are; None where they are nothing for a language model."""
     there = set(columns)
     return next((form for form, names in _COLUMNS.items() if there.issuperset(names)), None)
+
+
+def is_language(columns: Sequence[str]) -> bool:
+    """Whether rows are for a language model, and not texts with labels."""
+    form = form_of(columns)
+    return form is not None and (form != "texts" or not has_labels(columns))
 
 
 def plain_file(path: Path, split: Split, called: Mapping[str, str] | None = None) -> Path | None:

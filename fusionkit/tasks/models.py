@@ -13,7 +13,7 @@ from torch import nn
 from fusionkit.checkpoints.paths import written_out
 from fusionkit.errors import CheckpointError, DataError, FusionKitError
 
-_ENDINGS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 """How transformers calls the classes of models that generate."""
 
 
@@ -113,6 +113,14 @@ def tokenizer_of(path: str) -> Any:
         ) from error
 
 
+def config_of(model: str | Path | None) -> Any:
+    """The configuration of a model of transformers; None where there is none to be had."""
+    try:
+        return None if model is None else _read_config(str(model))
+    except FusionKitError:
+        return None
+
+
 def _config(path: str) -> Any:
     """A model's configuration, of a language model that generates.
 
@@ -120,13 +128,10 @@ def _config(path: str) -> Any:
         FusionKitError: transformers is not installed.
         CheckpointError: there is none, or it is an encoder's.
     """
-    transformers = _transformers("a language model")
-    place, file = _place(path)
-    with _named(path):
-        config = transformers.AutoConfig.from_pretrained(place, **file)
+    config = _read_config(path)
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
 
-    generates = any(name.endswith(_ENDINGS) for name in config.architectures or [])
+    generates = any(name.endswith(LANGUAGE_MODELS) for name in config.architectures or [])
     encoder = config.model_type in MASKED and not getattr(config, "is_decoder", False)
     if encoder and not generates and not getattr(config, "is_encoder_decoder", False):
         raise CheckpointError(
@@ -135,6 +140,13 @@ def _config(path: str) -> Any:
             "fusionkit.tasks.models.sequence_classifier"
         )
     return config
+
+
+def _read_config(path: str) -> Any:
+    transformers = _transformers("a language model")
+    place, file = _place(path)
+    with _named(path), _quiet():
+        return transformers.AutoConfig.from_pretrained(place, **file)
 
 
 def _built(head: str, path: str, pretrained: bool, **settings: Any) -> nn.Module:

@@ -11,7 +11,7 @@ from torchmetrics import Metric
 from fusionkit.tasks import batches
 from fusionkit.tasks.classification import Classification
 from fusionkit.tasks.language_metrics import NormalizedAccuracy
-from fusionkit.tasks.language_modeling import IGNORED, token_nats
+from fusionkit.tasks.language_modeling import IGNORED, check_context, token_nats
 
 _NEVER = -1e9
 """The log-likelihood of a choice that a row has not: finite, so that differences stay numbers."""
@@ -38,6 +38,7 @@ class MultipleChoice(Classification):
         """
         shape = batch["input_ids"].shape
         flat = {name: batch[name].flatten(0, 1) for name in ("input_ids", "attention_mask")}
+        check_context(model, shape[-1])
         targets = batch["answers"].flatten(0, 1)[:, 1:]
         first = int((targets != IGNORED).any(0).int().argmax())  # before it are prompts alone
         logits = model(**flat).logits[:, first:-1]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fusionkit import EMR, Bundle, Checkpoint, Dense, Family, compress
 from fusionkit.checkpoints import gguf_file
 from fusionkit.errors import CheckpointError
+from fusionkit.tasks.models import causal_lm
 
 gguf = pytest.importorskip("gguf")
 transformers = pytest.importorskip("transformers")
@@ -115,6 +116,15 @@ def check(path: Path, left_out: frozenset[str] = frozenset()) -> None:
     for name in ours:
         assert ours.specs[name].dtype == theirs[name].dtype == torch.float32
         assert torch.equal(ours[name], theirs[name]), name
+
+
+def test_a_base_by_config(tmp_path: Path) -> None:
+    """What a recipe calls a base says what the model that was written says."""
+    model, path = llama(), tmp_path / "m.gguf"
+    write(model, path, "llama", "F32")
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(causal_lm(str(path))(ids).logits, model(ids).logits)
 
 
 @pytest.mark.parametrize("quantised", ["Q8_0", "Q4_0", "Q5_1", "F16", "BF16", "F32"])
