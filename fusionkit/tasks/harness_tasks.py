@@ -76,10 +76,12 @@ def task_manager(names: Sequence[str], include_path: Sequence[str], metadata: An
         metadata: for the tasks.
 
     Raises:
-        DataError: there is no such folder.
+        DataError: there is no such folder, or file.
     """
     from lm_eval.tasks import TaskManager
 
+    for name in names:
+        _check_file(name)
     folders = [written_out(each) for each in include_path]
     for folder in folders:
         if not Path(folder).is_dir():
@@ -137,16 +139,9 @@ def _loaded(manager: Any, name: str) -> dict[str, Any]:
     """One task, or a group's or a tag's."""
     spec = written_out(name)
     if name not in manager.task_index and not Path(spec).is_file():
-        if name.endswith((".yaml", ".yml")) or "/" in name:
-            raise DataError(f"{name}: no such file; expected the YAML file of an lm-eval task")
         raise DataError(
             f"lm-eval has no task '{name}'{meant(name, manager.all_tasks)}; 'lm_eval ls tasks' "
             "lists all; give a YAML file's path, or its folder as `include_path`, for your own"
-        )
-    if name not in manager.task_index and "group" in _content(spec):
-        raise DataError(
-            f"{name}: is a group of tasks, which lm-eval finds by name: give "
-            f"'{_content(spec)['group']}', and as `include_path` its folder, {Path(spec).parent}"
         )
     try:
         found = dict(manager.load([spec]))
@@ -159,6 +154,18 @@ def _loaded(manager: Any, name: str) -> dict[str, Any]:
     except Exception as error:  # tasks are programs, and raise what they like
         raise DataError(_unloadable(name, error)) from error
     return {"groups": {}, "group_map": {}, **found}
+
+
+def _check_file(name: str) -> None:
+    """Check that what looks like a file is one of a task."""
+    path = Path(written_out(name))
+    if name.endswith((".yaml", ".yml")) and not path.is_file():
+        raise DataError(f"{name}: no such file; expected the YAML file of an lm-eval task")
+    if path.is_file() and "group" in (content := _content(path)):
+        raise DataError(
+            f"{name}: is a group of tasks, which lm-eval finds by name: give "
+            f"'{content['group']}', and as `include_path` its folder, {path.parent}"
+        )
 
 
 def _unloadable(name: str, error: Exception) -> str:

@@ -221,8 +221,9 @@ class TestBadInput:
     def test_no_file(self, family: Family) -> None:
         with pytest.raises(DataError, match=r"nowhere\.yaml: no such file"):
             family.scores(family.folder / "nowhere.yaml")
+        path = choices(family.folder / "c.yaml")
         with pytest.raises(DataError, match=r"include_path: .* is no folder"):
-            family.scores("c", include_path=str(family.folder / "c"))
+            family.scores(path, include_path=str(path))
 
     def test_a_file_that_is_no_task(self, family: Family) -> None:
         path = choices(family.folder / "c.yaml", output_type="multiplechoice")
