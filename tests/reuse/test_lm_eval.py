@@ -55,8 +55,8 @@ def test_its_command_knows_it(bundle: Bundle, tmp_path: Path) -> None:
     path = choices(tmp_path / "c.yaml")
     arguments = f"bundle={bundle.path},task=7"
     text = run("lm_eval", "--model_args", arguments, "--tasks", path, "--device", "cpu")
-    acc = own_figures(exported(bundle, "7", tmp_path / "exported"), path)["acc"]
-    assert f"|{acc:>6}|".replace(" ", "") in text.replace(" ", "")
+    found = own_figures(exported(bundle, "7", tmp_path / "exported"), path)
+    assert f"|brier_score|↓  |{found['brier_score']:.4f}|" in text
     told = run("lm_eval", "--model_args", f"bundle={bundle.path}", "--tasks", path, code=2)
     assert "say which task" in told
 
