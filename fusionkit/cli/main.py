@@ -11,11 +11,13 @@ from fusionkit.errors import FusionKitError, UsageError, meant
 GROUPS = {
     "on models (BASE FINETUNED…: paths, globs, names on a hub), or a recipe (--config R.yaml)": {
         "compress": "compress fine-tuned models into a bundle",
+        "test": "score every task, from a bundle or compressed on the fly",
+        "validate": "the same on the validation rows",
+        "predict": "what each task's model says of each row, as CSV or Parquet",
+        "compare": "score several codecs over the same checkpoints: table, CSV, plot",
     },
     "with a recipe (--config R.yaml; every setting can be overridden on the command line)": {
         "calibrate": "compress, with a few scalars per task learned on a few rows",
-        "test": "score every task, from a bundle or compressed on the fly",
-        "compare": "score several codecs over the same checkpoints: table, CSV, plot",
         "sweep": "sizes and weight errors of codecs over their settings, without data",
         "fit": "fine-tune one task: in full, a LoRA, a linearized LoRA, or (IA)³",
         "fuse": "train families of adapters, fuse every set of tasks: table, CSV, plot",
