@@ -56,6 +56,7 @@ class CompareCLI(EvaluationCLI):
     """
 
     verb = "compare"
+    sections = ("model", "calibration")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """`--codecs`, and what else to make of each."""
