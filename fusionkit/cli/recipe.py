@@ -28,7 +28,10 @@ from fusionkit.cli.recipe_parser import RecipeParser
 from fusionkit.errors import DataError, FusionKitError
 from fusionkit.reuse.module import ReuseModule
 
-_DATA = tuple(f"fusionkit.tasks.{name}" for name in ("digits", "image_files", "images", "texts"))
+_DATA = tuple(
+    f"fusionkit.tasks.{name}"
+    for name in ("digits", "image_files", "images", "language_data", "texts")
+)
 """The modules that have datamodules."""
 
 
