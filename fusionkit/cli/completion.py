@@ -110,10 +110,11 @@ def script(shell: str, verbs: Sequence[str]) -> str:
 
 
 def _help(verb: str) -> str:
-    """All of a verb's help."""
+    """All of a verb's help: of a line, and of a recipe."""
     text = io.StringIO()
-    with redirect_stdout(text), suppress(SystemExit):
-        import_module(f"fusionkit.cli.{verb}").run(["--help-all"])
+    for asked in ("--help", "--help-all"):
+        with redirect_stdout(text), suppress(SystemExit):
+            import_module(f"fusionkit.cli.{verb}").run([asked])
     return text.getvalue()
 
 
