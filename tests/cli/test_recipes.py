@@ -24,11 +24,11 @@ from fusionkit.cli.sweep import SweepCLI
 from fusionkit.cli.test import TestCLI
 from fusionkit.tasks import digits
 
-RECIPES = sorted(recipes_folder().rglob("*.yaml"))
-TEXT = recipes_folder() / "text"
+TEXT = TESTS / "recipes"
+RECIPES = [*sorted(recipes_folder().glob("*.yaml")), *sorted(TEXT.glob("*.yaml"))]
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda p: str(p.relative_to(recipes_folder())))
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parts[-3]}/{path.stem}")
 def test_recipe_parses_and_says_how_to_run_it(path: Path) -> None:
     text = path.read_text()
     content = yaml.safe_load(text)
@@ -46,8 +46,14 @@ def test_recipe_parses_and_says_how_to_run_it(path: Path) -> None:
     assert cli is SweepCLI or parsed.config["data"]["class_path"]
     header = re.split(r"^\w+:", text, maxsplit=1, flags=re.MULTILINE)[0]
     assert all(line.startswith("#") for line in header.splitlines())
-    assert "fusionkit" in header
     assert "# Expect: " in header
+    folder = "recipes" if path.parent == recipes_folder() else "tests/recipes"
+    assert f" --config {folder}/{path.name}" in header
+
+
+def test_what_runs_after_the_demo_needs_nothing_else() -> None:
+    for path in recipes_folder().glob("*.yaml"):
+        assert "../" not in path.read_text(), path
 
 
 @pytest.mark.slow
