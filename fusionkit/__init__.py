@@ -42,6 +42,10 @@ if TYPE_CHECKING:
     from fusionkit.merges.task_arithmetic import TaskArithmetic as TaskArithmetic
     from fusionkit.merges.ties import TIES as TIES
     from fusionkit.merges.weighted import Weighted as Weighted
+    from fusionkit.reuse.beside import processor as processor
+    from fusionkit.reuse.beside import tokenizer as tokenizer
+    from fusionkit.reuse.loaded import load as load
+    from fusionkit.reuse.loaded import switch as switch
     from fusionkit.reuse.module import ReuseModule as ReuseModule
     from fusionkit.task_vectors.family import Family as Family
     from fusionkit.task_vectors.vectors import TaskVectors as TaskVectors
@@ -76,6 +80,7 @@ _PLACES = {
     "fuse": "fusionkit.cli.fuse",
     "in_blocks": "fusionkit.merges.base",
     "LinearizedLoRA": "fusionkit.codecs.linearized_lora",
+    "load": "fusionkit.reuse.loaded",
     "LowRank": "fusionkit.checkpoints.adapters.lowrank",
     "MagnitudePrune": "fusionkit.codecs.magnitude_prune",
     "Mean": "fusionkit.merges.mean",
@@ -85,6 +90,7 @@ _PLACES = {
     "Normalized": "fusionkit.merges.normalized",
     "only": "fusionkit.tasks.only",
     "Parts": "fusionkit.codecs.base",
+    "processor": "fusionkit.reuse.beside",
     "Regression": "fusionkit.tasks.regression",
     "RestoringCodec": "fusionkit.codecs.base",
     "ReuseModule": "fusionkit.reuse.module",
@@ -92,12 +98,14 @@ _PLACES = {
     "Sketch": "fusionkit.codecs.sketch",
     "SVD": "fusionkit.codecs.svd",
     "sweep": "fusionkit.cli.sweep",
+    "switch": "fusionkit.reuse.loaded",
     "Task": "fusionkit.tasks.task",
     "TaskArithmetic": "fusionkit.merges.task_arithmetic",
     "TaskVectors": "fusionkit.task_vectors.vectors",
     "TensorCodec": "fusionkit.codecs.base",
     "TensorMerge": "fusionkit.merges.base",
     "TIES": "fusionkit.merges.ties",
+    "tokenizer": "fusionkit.reuse.beside",
     "Weighted": "fusionkit.merges.weighted",
     "WHOLE_MODEL": "fusionkit.codecs.base",
 }

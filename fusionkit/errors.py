@@ -98,5 +98,17 @@ def meant(word: str, known: Iterable[str]) -> str:
         known: what could have been.
     """
     names = {name.lower(): name for name in known}
-    close = get_close_matches(word.lower(), names, n=1, cutoff=0.6)
+    close = get_close_matches(word.lower(), names, n=3, cutoff=0.6)
+    close.sort(key=lambda name: sorted(name) != sorted(word.lower()))  # letters changed places
     return f"; did you mean '{names[close[0]]}'?" if close else ""
+
+
+def lacks(place: str, task: str, tasks: Sequence[str]) -> str:
+    """That a bundle, or a family, has no such task, and which it has.
+
+    Args:
+        place: what lacks it.
+        task: its name, as it was asked for.
+        tasks: those that are there.
+    """
+    return f"{place} has no task '{task}'{meant(task, tasks)}; it has {in_line(tasks, 20)}"

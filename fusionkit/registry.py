@@ -58,7 +58,7 @@ def load(group: str, name: str) -> type[Plugin]:
         PluginError: it is not installed, does not import, is claimed by two distributions, or
             calls itself by another id.
     """
-    point = _entry_point(group, name)
+    point = entry_point(group, name)
     try:
         found = point.load()
     except Exception as error:
@@ -134,8 +134,31 @@ def origin(plugin: type[Plugin]) -> tuple[str, str]:
             f"{plugin.__module__}.{plugin.__qualname__} is not what '{plugin.id}' is registered as "
             f"in {plugin.group}"
         )
-    distribution = _entry_point(plugin.group, plugin.id).dist
-    return _name_and_version(distribution) if distribution else ("", "")
+    return distribution_of(entry_point(plugin.group, plugin.id))
+
+
+def entry_point(group: str, name: str) -> EntryPoint:
+    """Where the class is that is registered under a name; nothing is imported.
+
+    Raises:
+        PluginError: it is not installed, or is claimed by two distributions.
+    """
+    points = [point for point in _entry_points(group) if point.name == name]
+    # The same distribution can be seen twice (an editable install beside its source folder).
+    claims = {(p.value, _name_and_version(p.dist)[0] if p.dist else ""): p for p in points}
+    if not claims:
+        raise PluginError(f"no '{name}' in {group} is installed{_installed(group)}")
+    if len(claims) > 1:
+        raise PluginError(
+            f"'{name}' in {group} is claimed by "
+            f"{' and '.join(_distribution(p) for p in claims.values())}; uninstall one"
+        )
+    return next(iter(claims.values()))
+
+
+def distribution_of(point: EntryPoint) -> tuple[str, str]:
+    """The distribution and version that an entry point is of."""
+    return _name_and_version(point.dist) if point.dist else ("", "")
 
 
 def to_config(plugin: Plugin) -> Config:
@@ -189,20 +212,6 @@ def _id_of(name: str) -> str:
     """The id that a class of this name would have, at a guess: `MagnitudePrune` → its words."""
     words = "".join(f"_{c.lower()}" if c.isupper() and i else c.lower() for i, c in enumerate(name))
     return words if any(c.islower() for c in name) else name.lower()
-
-
-def _entry_point(group: str, name: str) -> EntryPoint:
-    points = [point for point in _entry_points(group) if point.name == name]
-    # The same distribution can be seen twice (an editable install beside its source folder).
-    claims = {(p.value, _name_and_version(p.dist)[0] if p.dist else ""): p for p in points}
-    if not claims:
-        raise PluginError(f"no '{name}' in {group} is installed{_installed(group)}")
-    if len(claims) > 1:
-        raise PluginError(
-            f"'{name}' in {group} is claimed by "
-            f"{' and '.join(_distribution(p) for p in claims.values())}; uninstall one"
-        )
-    return next(iter(claims.values()))
 
 
 def _entry_points(group: str) -> tuple[EntryPoint, ...]:

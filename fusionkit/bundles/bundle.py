@@ -23,7 +23,7 @@ from fusionkit.checkpoints.output_folder import disk_errors, new_folder
 from fusionkit.checkpoints.paths import copy_file, is_remote, open_path
 from fusionkit.checkpoints.stacks import row_name, split, unsplit
 from fusionkit.codecs.base import WHOLE, DeltaCodec, Parts
-from fusionkit.errors import BundleError, in_line
+from fusionkit.errors import BundleError, in_line, lacks
 from fusionkit.registry import from_config
 from fusionkit.task_vectors.task_source import own_tensor
 from fusionkit.task_vectors.vectors import difference
@@ -367,7 +367,7 @@ class Bundle(ByTask):
 
     def _known(self, task: str) -> str:
         if task not in self.manifest.tasks:
-            raise BundleError(f"{self.path}: has no task '{task}'; it has {', '.join(self.tasks)}")
+            raise BundleError(lacks(f"{self.path}:", task, self.tasks))
         return task
 
     def _decoded(

@@ -132,9 +132,14 @@ def base_folder(bundle: Bundle) -> Path | None:
         return None
 
 
+def base_files(bundle: Bundle) -> Mapping[str, Path]:
+    """The files beside the base's weights."""
+    return side_files(base_folder(bundle))
+
+
 def files_of(bundle: Bundle, task: str) -> Mapping[str, bytes | Path]:
     """The files beside a task's weights: its own, and the base's where it has none."""
-    merged: dict[str, bytes | Path] = dict(side_files(base_folder(bundle)))
+    merged: dict[str, bytes | Path] = dict(base_files(bundle))
     merged.update(stored_files(bundle, task))
     return {name: content for name, content in merged.items() if content != _ABSENT}
 

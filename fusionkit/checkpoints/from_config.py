@@ -53,6 +53,37 @@ def from_record(record: Mapping[str, Any], label: str) -> Architecture | None:
     return built(config, label) if isinstance(config, Mapping) else None
 
 
+def model_of(config: Mapping[str, Any], label: str, **settings: Any) -> nn.Module:
+    """Build a class's module from its configuration, in memory where the caller's context has it.
+
+    Args:
+        config: the content of `config.json`.
+        label: what messages call it.
+        settings: of transformers' classes: `dtype`, `attn_implementation`.
+
+    Raises:
+        CheckpointError: it is of no library that is known, or can't be built here.
+    """
+    build = _builder(config)
+    try:
+        if build is _of_transformers:
+            return _of_transformers(config, **settings)
+        if build is not None:
+            return build(config)
+    except ImportError as error:
+        missing = (error.name or "what it needs").partition(".")[0]
+        raise CheckpointError(f"{label}: needs {missing}; pip install {missing}") from error
+    except Exception as error:  # classes raise what they like over a configuration
+        raise CheckpointError(
+            f"{label}: its class can't be built here ({type(error).__name__}: {error}); write the "
+            "task's model with 'fusionkit export', and load it by its own code"
+        ) from error
+    raise CheckpointError(
+        f"{label}: its {CONFIG} names no class of transformers, diffusers or timm; build the model "
+        "yourself, and give it to fusionkit.ReuseModule, or to fusionkit.switch"
+    )
+
+
 def built(config: Mapping[str, Any], label: str) -> Architecture | None:
     """Build a class from its configuration; None, and a warning, where that can't be.
 
@@ -107,7 +138,7 @@ def _builder(config: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], nn.Modu
     return _of_timm if "architecture" in config else None
 
 
-def _of_transformers(config: Mapping[str, Any]) -> nn.Module:
+def _of_transformers(config: Mapping[str, Any], **settings: Any) -> nn.Module:
     import transformers
     from transformers import AutoConfig, AutoModel, PreTrainedModel
 
@@ -121,11 +152,12 @@ def _of_transformers(config: Mapping[str, Any]) -> nn.Module:
     for name in [said] if isinstance(said, str) else said:
         kind = kind or getattr(transformers, str(name), None)
     if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
-        return cast(nn.Module, kind(made))
+        known: Any = kind
+        return cast(nn.Module, known._from_config(made, **settings) if settings else known(made))
     if config.get("auto_map"):
         raise ValueError("it needs code of its own")
     make: Any = AutoModel.from_config
-    return cast(nn.Module, make(made))
+    return cast(nn.Module, make(made, **settings))
 
 
 def _of_diffusers(config: Mapping[str, Any]) -> nn.Module:

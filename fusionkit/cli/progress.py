@@ -2,7 +2,7 @@
 
 from contextlib import AbstractContextManager
 
-from fusionkit.cli import report
+from fusionkit.cli.terminal import main_process
 from fusionkit.task_vectors.progress import followed
 from fusionkit.task_vectors.workers import Progress
 
@@ -14,4 +14,4 @@ def progress_bar(what: str, shown: bool = True) -> AbstractContextManager[Progre
         what: what is done.
         shown: it is to be seen at all.
     """
-    return followed(shown and report.main_process(), what)
+    return followed(shown and main_process(), what)

@@ -6,13 +6,12 @@ LightningModule that trains), `data` any LightningDataModule, `trainer` the Ligh
 """
 
 import logging
-import re
 import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, Trainer
@@ -21,55 +20,9 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from fusionkit import registry
 from fusionkit.calibration.settings import Calibration
 from fusionkit.cli import report
-from fusionkit.cli.words import with_values
+from fusionkit.cli.recipe_parser import RecipeParser
 from fusionkit.errors import DataError, FusionKitError
 from fusionkit.reuse.module import ReuseModule
-
-FLAGS = ("overwrite", "dbms", "calibrated")
-"""The options of recipes that may stand alone."""
-_MENDS = {
-    r"Parser key \"model\".*class_path 'lightning\S*\.LightningModule'": (
-        "`model` has no class_path: give one that trains, such as Finetune, and its settings as "
-        "init_args\nA recipe of fine-tuned checkpoints and a codec is for 'fusionkit calibrate', "
-        "or for 'fusionkit compress'"
-    ),
-    r"'model' does not accept option 'calibration": (
-        "`calibration` is a section of its own, beside `model`: --calibration.rows, say"
-    ),
-    r"^(Option 'spread' is not|unrecognized arguments: --spread\b)": (
-        "`spread` is read by 'fusionkit test' and 'fusionkit compare' alone; leave it out here"
-    ),
-}
-"""What the parser says → what to do about it."""
-
-
-class _Parser(LightningArgumentParser):
-    """Says what to do where a recipe is not as it should be; names the installed codecs."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        for said, mend in _MENDS.items():
-            if re.search(said, message, re.DOTALL):
-                super().error(mend, ex)
-        if "codec" in message or "merge" in message:
-            message += _installed()
-        super().error(message, ex)
-        raise AssertionError  # super().error never returns
-
-
-def _installed() -> str:
-    """The installed codecs and merges, and those that can't be used."""
-    failures = registry.load_all()
-    found = {
-        group: [
-            registry.load(group, name).__name__
-            for name in registry.names(group)
-            if f"{group}:{name}" not in failures
-        ]
-        for group in registry.GROUPS
-    }
-    kinds = "; ".join(f"{group}: {', '.join(names)}" for group, names in found.items())
-    unusable = [f"\nnot usable: {n.rpartition(':')[2]}: {why}" for n, why in failures.items()]
-    return f"\ninstalled ({kinds})" + "".join(unusable)
 
 
 class RecipeCLI(LightningCLI):
@@ -80,6 +33,7 @@ class RecipeCLI(LightningCLI):
     """
 
     verb = ""
+    parser: RecipeParser
     needs_trainer = True
     trainer_settings: ClassVar[dict[str, Any]] = {
         "logger": False,
@@ -105,7 +59,7 @@ class RecipeCLI(LightningCLI):
             save_config_callback=None,
             trainer_defaults=self.trainer_settings,
             seed_everything_default=0,
-            parser_class=_Parser,
+            parser_class=RecipeParser,
             parser_kwargs={
                 "prog": f"fusionkit {self.verb}",
                 "usage": f"fusionkit {self.verb} --config R.yaml [--model.… --data.… --trainer.…]",
@@ -123,7 +77,7 @@ class RecipeCLI(LightningCLI):
         Raises:
             FusionKitError: `--out` is a URL.
         """
-        self.config = parser.parse_args(with_values(args, FLAGS))
+        self.config = parser.parse_args(args)
         self.config["out"] = str(report.local_folder(self.config["out"]))
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

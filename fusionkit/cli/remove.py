@@ -3,7 +3,7 @@
 from fusionkit.bundles.bundle import Bundle
 from fusionkit.cli import report
 from fusionkit.cli.arguments import call
-from fusionkit.errors import BundleError, meant
+from fusionkit.errors import BundleError, lacks
 
 
 def run(args: list[str]) -> None:
@@ -24,10 +24,7 @@ def remove(bundle: str, tasks: list[str]) -> None:
     opened = Bundle.load(bundle)
     for task in tasks:
         if task not in opened.tasks:
-            raise BundleError(
-                f"{bundle}: has no task '{task}'{meant(task, opened.tasks)}; it has "
-                f"{', '.join(opened.tasks)}"
-            )
+            raise BundleError(lacks(f"{bundle}:", task, opened.tasks))
     if set(tasks) == set(opened.tasks):
         raise BundleError(f"{bundle}: no task would be left; delete the folder instead")
     for task in dict.fromkeys(tasks):

@@ -5,18 +5,17 @@ import io
 import json
 import math
 import os
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from fusionkit.bundles.bundle import Bundle
 from fusionkit.checkpoints.paths import is_remote, open_path, written_out
 from fusionkit.cli.table import Table
+from fusionkit.cli.terminal import main_process
+from fusionkit.cli.terminal import show as show  # noqa: PLC0414
 from fusionkit.errors import FusionKitError, of_extra
 from fusionkit.tasks.scores import GAP, Scores
 
@@ -196,12 +195,6 @@ def local_folder(path: str | Path) -> Path:
     return open_path(path)
 
 
-def main_process() -> bool:
-    """Whether this is the only process, or the one of several that reports."""
-    module = sys.modules.get("lightning.pytorch.utilities.rank_zero")  # whoever spreads has it
-    return module is None or not module.rank_zero_only.rank
-
-
 def replace_file(path: Path, content: bytes) -> None:
     """Write a file to a temporary name and rename it; of several processes, in one.
 
@@ -215,17 +208,6 @@ def replace_file(path: Path, content: bytes) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(content)
     os.replace(temporary, path)
-
-
-def show(*items: object) -> None:
-    """Print to the terminal, of several processes from one; a pipe gets lines of table width."""
-    if not main_process():
-        return
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=140)
-    for item in items:
-        console.print(item, highlight=False, markup=False, soft_wrap=isinstance(item, str))
 
 
 def percent(value: float | None) -> str:

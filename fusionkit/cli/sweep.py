@@ -121,6 +121,7 @@ class SweepCLI(RecipeCLI):
 
     def _made(self, name: str, config: Any) -> list[DeltaCodec]:
         """One codec if it can be made as it is; or one for each combination of what lists hold."""
+        config = self.parser.values.value(config, DeltaCodec, f"codecs.{name}")
         parser = ArgumentParser(exit_on_error=False)
         parser.add_argument("--codec", type=DeltaCodec)
         try:

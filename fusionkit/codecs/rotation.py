@@ -32,6 +32,7 @@ Gaussian numbers. All other matrices come as near to Gaussian as their spectrum 
 """
 
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
@@ -224,6 +225,9 @@ def _over(count: int, unit: int, entries: int, run: Callable[[int, int], None]) 
         part.result()
 
 
+_own = threading.local()
+
+
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, "fusionkit")
@@ -242,12 +246,25 @@ def _between(target: Tensor) -> NDArray[np.float32]:
 
     Columns are written a line of the cache at a time, which is slow in memory that is not there.
     """
-    return _flat(torch.empty_like(target) if target.numel() <= _CACHED else target)
+    if target.numel() > _CACHED:
+        return _flat(target)
+    kept: Tensor | None = getattr(_own, "between", None)
+    if kept is None or kept.numel() < target.numel():
+        kept = _own.between = torch.empty(target.numel())
+    return kept[: target.numel()].numpy()
 
 
 def _work(floats: int) -> NDArray[np.float32]:
-    """Two panels; PyTorch's memory begins at a line of the cache, NumPy's need not."""
-    return torch.empty(2, floats).numpy()
+    """Two panels, the thread's own from call to call, as memory that is new costs more than work.
+
+    PyTorch's memory begins at a line of the cache, NumPy's need not.
+    """
+    kept: Tensor | None = getattr(_own, "work", None)
+    if kept is None or kept.numel() < 2 * floats:
+        kept = torch.empty(2 * floats)
+        if kept.numel() <= _CACHED:
+            _own.work = kept
+    return kept[: 2 * floats].view(2, floats).numpy()
 
 
 def _target(shape: torch.Size, device: torch.device, out: Tensor | None) -> Tensor:

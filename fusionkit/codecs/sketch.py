@@ -135,7 +135,7 @@ class Sketch(DeltaCodec):
     def decode(self, parts: Parts, shape: torch.Size) -> Tensor:
         """The directions' product and the sketch rotated back; differentiable in the gains."""
         codes, device = _read(parts, shape)
-        gains = parts[_GAINS][codes.place]
+        gains = _gains(parts, codes)
         if not gains.requires_grad:
             return self._sum(codes, gains, shape, device)
         of_factors, of_sketch = gains.to(torch.float32)
@@ -151,7 +151,7 @@ class Sketch(DeltaCodec):
     def added(self, parts: Parts, base: Tensor, out: Tensor | None = None) -> Tensor:
         """Base plus delta, with no pass over memory for either sum."""
         codes, device = _read(parts, base.shape)
-        gains, start = parts[_GAINS][codes.place], base.to(torch.float32)
+        gains, start = _gains(parts, codes), base.to(torch.float32)
         if out is None or out.is_contiguous():
             return self._sum(codes, gains, base.shape, device, start, out)
         return out.copy_(self._sum(codes, gains, base.shape, device, start))
@@ -210,6 +210,13 @@ class Sketch(DeltaCodec):
 def _read(parts: Parts, shape: torch.Size) -> tuple[Codes, torch.device]:
     stored = parts[_CODES]
     return sketch_codes.read(stored.cpu(), *sides(shape)), stored.device
+
+
+def _gains(parts: Parts, codes: Codes) -> Tensor:
+    """A matrix's gains, float `(2,)`; what is not rotated, as it is no matrix, has none: ones."""
+    if codes.form == sketch_codes.PLAIN:
+        return torch.ones(2)
+    return parts[_GAINS][codes.place]
 
 
 def _plain(codes: Codes, product: LowRank | None, base: Tensor | None, out: Tensor) -> None:

@@ -1,6 +1,7 @@
 """A live model as a source of tasks sees it: under its names, with its ties."""
 
 from collections.abc import Mapping
+from typing import TypeVar
 
 from torch import Tensor, nn
 
@@ -12,6 +13,8 @@ from fusionkit.checkpoints.stacks import joined, rows_of, split_tensors, whole_n
 from fusionkit.checkpoints.view import View
 from fusionkit.errors import BundleError, listing
 from fusionkit.task_vectors.task_source import TaskSource
+
+Said = TypeVar("Said")
 
 
 class Seen:
@@ -73,7 +76,7 @@ class Seen:
             if name in self._names
         }
 
-    def places(self, of: Mapping[str, int]) -> dict[str, int]:
+    def places(self, of: Mapping[str, Said]) -> dict[str, Said]:
         """Something by a tensor's name → by the model's own, for all that it has of the tensor."""
         copies = {alias: of[name] for alias, name in self.apart.items() if name in of}
         return {self._names[n]: each for n, each in {**of, **copies}.items() if n in self._names}

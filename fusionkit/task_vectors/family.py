@@ -20,7 +20,7 @@ from fusionkit.checkpoints.adapters.modules import Adapters
 from fusionkit.checkpoints.checkpoint import Checkpoint, Source, matches
 from fusionkit.checkpoints.stacks import split
 from fusionkit.checkpoints.vocabulary import CommonRows, common_rows, resized
-from fusionkit.errors import CheckpointError, FamilyError, in_line, listing
+from fusionkit.errors import CheckpointError, FamilyError, in_line, lacks, listing
 from fusionkit.task_vectors.checks import check_fit, check_patterns, warn_of_settings
 from fusionkit.task_vectors.moments import Moments
 from fusionkit.task_vectors.opened import open_models
@@ -342,7 +342,7 @@ class Family:
 
     def _checkpoint(self, task: str) -> Checkpoint:
         if task not in self.finetuned:
-            raise FamilyError(f"{self.label} has no task '{task}'; it has {', '.join(self.tasks)}")
+            raise FamilyError(lacks(self.label, task, self.tasks))
         return self.finetuned[task]
 
     def _tuned(self, task: str, name: str) -> Tensor:

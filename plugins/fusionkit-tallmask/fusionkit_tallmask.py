@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,7 +15,6 @@ from fusionkit import (
     Merge,
     MergeTensor,
     Parts,
-    ReuseModule,
     SharedParts,
     TaskArithmetic,
     TaskVectors,
@@ -24,6 +23,9 @@ from fusionkit.codecs.merged import SharedVector, decode_shared
 from fusionkit.codecs.packing import pack_bits, unpack_bits
 from fusionkit.codecs.values import ValueDtype
 from fusionkit.errors import CodecError
+
+if TYPE_CHECKING:
+    from fusionkit import ReuseModule
 
 Threshold = float | dict[str, float]
 """λ; or λ per task."""
@@ -146,7 +148,7 @@ class Consensus(Merge):
 
 
 def choose_thresholds(
-    module: ReuseModule,
+    module: "ReuseModule",
     datamodule: Any,
     trainer: Any,
     codec: TALLMask | None = None,

@@ -28,6 +28,7 @@ CODECS = {
     "Post-Pruning 10%": fusionkit.MagnitudePrune(0.1),
     "PERU-FFT 10%": fusionkit.MagnitudePrune(0.1, merge=fusionkit.TaskArithmetic()),
     "SVD 16": fusionkit.SVD(rank=16),
+    "Sketch 0.1": fusionkit.Sketch(bits=0.1),
 }
 
 

@@ -306,7 +306,11 @@ class TestCommand:
             (["--grid.rank", "[]"], "SVD: a setting's list is empty; give it a value to try", 1),
             (["--grid.rank", "[1, two]"], "codecs: SVD: ", 2),
             (["--grid.energy", "[0.5]"], "--model.codec.SETTING null takes out", 1),
-            (["--codecs", "{a: {class_path: SDV}}"], "codecs: a: ", 2),
+            (
+                ["--codecs", "{a: {class_path: SDV}}"],
+                "codecs.a: no codec 'SDV'; did you mean 'svd'?",
+                2,
+            ),
             (["--codecs", "{a: {class_path: SVD, init_args: {rnak: [1]}}}"], "rnak", 2),
             (
                 ["--codecs", "{SVD: {class_path: EMR}}", "--grid.rank", "[1]"],

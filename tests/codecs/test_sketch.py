@@ -234,6 +234,22 @@ def test_directions_alone_are_factors(tmp_path: Path) -> None:
     assert sketched.factors("t0", "w") is None
 
 
+def test_vectors_have_no_gains(tmp_path: Path) -> None:
+    """Neither a matrix's beside them, nor, where only biases were tuned, one that is not there."""
+    base, tuned = family({"bias": (4000,), "w": (160, 96)})
+    codec = Sketch(noise=1e-4)
+    codes = fusionkit.compress(base, tuned, codec).task_parts("t0", "bias")
+    gains = torch.tensor([[2.0, 3.0]], requires_grad=True)
+    found = codec.decode({**codes, "gains": gains}, torch.Size((4000,)))
+    assert not found.requires_grad
+    assert torch.equal(found, codec.decode({**codes, "gains": torch.ones(1, 2)}, found.shape))
+
+    base, tuned = family({"bias": (4000,), "other": (4000,)})
+    delta = delta_of(base, tuned["t0"])
+    bundle = fusionkit.compress(base, tuned, codec, tmp_path / "bundle")
+    assert (decoded(bundle, "t0", base) - delta).norm() < 0.2 * delta.norm()
+
+
 def test_gains_scale_the_directions_and_the_sketch() -> None:
     base, tuned = family({"w": (160, 96)})
     codec = Sketch(bits=1.0)

@@ -1,0 +1,176 @@
+"""What lies beside a task's weights, as transformers' own objects: tokenizer, processor, settings.
+
+Each is the task's own where the bundle has one, and else the base's.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from fusionkit.bundles.bundle import Bundle
+from fusionkit.bundles.config import GENERATION, config_of, fitted_config, write_json
+from fusionkit.bundles.side_files import base_files, files_of
+from fusionkit.checkpoints.architecture import is_transformers
+from fusionkit.checkpoints.checkpoint import Checkpoint, Source
+from fusionkit.checkpoints.from_config import CONFIG, built
+from fusionkit.errors import BundleError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_OF_TASKS = (
+    *("id2label", "label2id", "problem_type", "tie_word_embeddings"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id"),
+)
+"""Keys of a configuration that may differ among tasks of one class, sizes apart."""
+
+
+def opened(bundle: str | Path | Bundle, base: Source | Checkpoint | None = None) -> Bundle:
+    """A bundle, opened unless it is that already; with another place of its base, if one is given.
+
+    Raises:
+        BundleError: there is none.
+    """
+    if isinstance(bundle, Bundle):
+        return bundle if base is None else Bundle(bundle.path, base)
+    return Bundle(bundle, base)
+
+
+def tokenizer(
+    bundle: str | Path | Bundle,
+    task: str | None = None,
+    *,
+    base: Source | Checkpoint | None = None,
+    **settings: Any,
+) -> "PreTrainedTokenizerBase":
+    """A task's tokenizer, with its chat template: the task's own where it has one, or the base's.
+
+    Args:
+        bundle: as of `fusionkit.load`.
+        task: one of its tasks; None: the base.
+        base: as of `fusionkit.load`.
+        settings: given to `AutoTokenizer.from_pretrained`: `padding_side="left"`.
+
+    Raises:
+        BundleError: neither the task nor the base has a tokenizer, the bundle has no such task, or
+            its base can't be found.
+    """
+    from transformers import AutoTokenizer
+
+    return _made(AutoTokenizer, opened(bundle, base), task, "tokenizer", settings)
+
+
+def processor(
+    bundle: str | Path | Bundle,
+    task: str | None = None,
+    *,
+    base: Source | Checkpoint | None = None,
+    **settings: Any,
+) -> Any:
+    """A task's image processor, feature extractor, or what joins one with a tokenizer.
+
+    Args:
+        bundle: as of `fusionkit.load`.
+        task: one of its tasks; None: the base.
+        base: as of `fusionkit.load`.
+        settings: given to `AutoProcessor.from_pretrained`.
+
+    Raises:
+        BundleError: as of `tokenizer`.
+    """
+    from transformers import AutoProcessor
+
+    return _made(AutoProcessor, opened(bundle, base), task, "processor", settings)
+
+
+def config_for(bundle: Bundle, task: str | None) -> dict[str, Any]:
+    """The configuration of a task's class; None: of the base's.
+
+    Raises:
+        BundleError: none is known.
+    """
+    config = config_of(bundle, _files(bundle, task))
+    if config is None:
+        raise BundleError(
+            f"{bundle.path}: no {CONFIG} is known of its base ({bundle.base.label}), so that no "
+            "model can be built; give the base's folder as `base` (--base), or build the model "
+            "yourself and give it to fusionkit.switch"
+        )
+    return config
+
+
+def tell(model: nn.Module, bundle: Bundle, task: str | None) -> None:
+    """Tell a model of transformers what a task's configuration says: labels, tokens, generation.
+
+    Args:
+        model: with the task's weights.
+        bundle: the bundle.
+        task: one of its tasks; None: the base.
+    """
+    inner: Any = getattr(model, "_orig_mod", model)
+    files = _files(bundle, task)
+    config = config_of(bundle, files)
+    if not is_transformers(inner) or config is None or "model_type" not in config:
+        return
+    known = built(config, str(bundle.path))
+    if known is not None:
+        live = Checkpoint.of(inner)
+        apart = any(a in live and a not in live.aliases for a in known.tied)
+        config = fitted_config(config, known, live, apart)
+    made = type(inner.config).from_dict(config)
+    for key in _OF_TASKS:
+        if hasattr(made, key) and getattr(inner.config, key, None) != getattr(made, key):
+            setattr(inner.config, key, getattr(made, key))
+    if isinstance(getattr(inner, "num_labels", None), int):
+        inner.num_labels = made.num_labels
+    if inner.can_generate():
+        from transformers import GenerationConfig
+
+        said = files.get(GENERATION)
+        inner.generation_config = (
+            GenerationConfig.from_model_config(inner.config)
+            if said is None
+            else GenerationConfig.from_dict(_json(said))
+        )
+
+
+def _files(bundle: Bundle, task: str | None) -> Mapping[str, bytes | Path]:
+    return base_files(bundle) if task is None else files_of(bundle, task)
+
+
+def _json(said: bytes | Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(said if isinstance(said, bytes) else said.read_bytes())
+    return found
+
+
+def _made(kind: Any, bundle: Bundle, task: str | None, what: str, settings: dict[str, Any]) -> Any:
+    whose = f"{bundle.path}: {'its base' if task is None else f'task {task!r}'}"
+    with _folder(bundle, task) as folder:
+        try:
+            made = kind.from_pretrained(folder, **settings)
+        except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
+            reason = str(error).partition("\n")[0][:200]
+            raise BundleError(
+                f"{whose} has no {what} that transformers can load ({reason}); give a base that "
+                f"has one beside its weights (`base`, --base), or load the {what} yourself"
+            ) from error
+    made.name_or_path = str(bundle.path)
+    return made
+
+
+@contextmanager
+def _folder(bundle: Bundle, task: str | None) -> Iterator[str]:
+    """A temporary folder with a task's files beside its weights."""
+    files = _files(bundle, task)
+    with TemporaryDirectory(prefix="fusionkit-") as folder:
+        for name, content in files.items():
+            data = content if isinstance(content, bytes) else content.read_bytes()
+            (Path(folder) / name).write_bytes(data)
+        if CONFIG not in files and (config := config_of(bundle, files)):
+            write_json(Path(folder) / CONFIG, config)
+        yield folder

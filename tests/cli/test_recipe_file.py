@@ -1,0 +1,120 @@
+"""A recipe's file: variables, paths from its folder, modules beside it."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from program import PROGRAM, run
+from tiny_net import TASKS, TESTS, Files
+
+import fusionkit
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Another folder to work in than the recipe's."""
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def local(recipe: Path, files: Files) -> Path:
+    """The recipe with its models in a folder beside it, by relative paths."""
+    models = recipe.parent / "models"
+    models.mkdir()
+    for name, path in {"base": files.base, **files.finetuned}.items():
+        path.rename(models / f"{name}.safetensors")
+    content = yaml.safe_load(recipe.read_text())
+    content["model"]["base"] = "./models/base.safetensors"
+    content["model"]["finetuned"] = {task: f"models/{task}.safetensors" for task in TASKS}
+    content["model"]["bundle"], content["out"] = "made/bundle", "made/out"
+    recipe.write_text(yaml.safe_dump(content))
+    return recipe
+
+
+def test_variables(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole value, or a part; of any type; what is not set is told with its key."""
+    monkeypatch.setenv("CODEC", "svd")
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("PLACE", str(tmp_path))
+    content = yaml.safe_load(recipe.read_text())
+    content["model"]["codec"] = {"class_path": "${CODEC}", "init_args": {"rank": "${RANK}"}}
+    content["model"]["bundle"] = "${PLACE}/there"
+    content["out"] = "$${PLACE}"
+    recipe.write_text(yaml.safe_dump(content))
+    run("compress", "--config", recipe)
+    assert fusionkit.Bundle.load(tmp_path / "there").codec == fusionkit.SVD(rank=2)
+    monkeypatch.delenv("RANK")
+    said = run("compress", "--config", recipe, "--overwrite", code=1)
+    assert said == (
+        f"fusionkit compress: {recipe}: model.codec.init_args.rank: ${{RANK}}: the environment "
+        "variable 'RANK' is not set; set it (export RANK=…), or write the value out\n"
+    )
+
+
+def test_paths_from_the_recipes_folder(recipe: Path, files: Files, elsewhere: Path) -> None:
+    """What is read; what is written goes by the working directory."""
+    run("compress", "--config", local(recipe, files))
+    assert fusionkit.Bundle.load(elsewhere / "made/bundle").tasks == TASKS
+    run("test", "--config", recipe)
+    assert (elsewhere / "made/out/scores.csv").is_file()
+    assert not (recipe.parent / "made").exists()
+
+
+def test_a_pattern_from_the_recipes_folder(recipe: Path, files: Files, elsewhere: Path) -> None:
+    content = yaml.safe_load(local(recipe, files).read_text())
+    content["model"]["base"] = "../base/model.safetensors"
+    content["model"]["finetuned"] = "models/*.safetensors"
+    (recipe.parent / "base").mkdir()
+    own = recipe.parent / "recipes"
+    own.mkdir()
+    (recipe.parent / "models/base.safetensors").rename(recipe.parent / "base/model.safetensors")
+    (recipe.parent / "models").rename(own / "models")
+    (own / "recipe.yaml").write_text(yaml.safe_dump(content))
+    run("compress", "--config", own / "recipe.yaml")
+    assert fusionkit.Bundle.load(elsewhere / "made/bundle").tasks == TASKS
+
+
+def test_the_working_directory_comes_first(recipe: Path, files: Files, elsewhere: Path) -> None:
+    """Where the recipe's folder has nothing; of two the one is not guessed."""
+    local(recipe, files)
+    (recipe.parent / "models").rename(elsewhere / "models")
+    run("compress", "--config", recipe)
+    (recipe.parent / "models").mkdir()
+    (recipe.parent / "models/base.safetensors").write_bytes(b"another")
+    said = run("compress", "--config", recipe, "--overwrite", code=1)
+    assert "model.base: ./models/base.safetensors is there twice" in said
+    assert "write the one that is meant as an absolute path" in said
+
+
+def test_names_beside_the_recipe_are_no_paths(recipe: Path, elsewhere: Path) -> None:
+    """Only what has a `/` is one: an id, a task or a dtype may be a file's name, too."""
+    (recipe.parent / "emr").mkdir()
+    content = yaml.safe_load(recipe.read_text())
+    content["model"]["codec"] = "emr"
+    recipe.write_text(yaml.safe_dump(content))
+    run("compress", "--config", recipe)
+
+
+@pytest.mark.slow
+def test_modules_of_both_folders_can_be_imported(recipe: Path, tmp_path: Path) -> None:
+    """By the installed program: of the recipe's folder, and of the working directory."""
+    here = tmp_path / "here"
+    here.mkdir()
+    (here / "mine.py").write_text((tmp_path / "tiny.py").read_text())
+    content = yaml.safe_load(recipe.read_text().replace("tiny.Data", "mine.Data"))
+    del content["model"]["bundle"]
+    recipe.write_text(yaml.safe_dump(content))
+    done = subprocess.run(
+        [PROGRAM, "test", "--config", "../recipe.yaml"],
+        cwd=here,
+        env={**os.environ, "PYTHONPATH": f"{TESTS}:{TESTS.parent}"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
