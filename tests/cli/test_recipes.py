@@ -29,7 +29,9 @@ RECIPES = [*sorted(recipes_folder().glob("*.yaml")), *sorted(TEXT.glob("*.yaml")
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parts[-3]}/{path.stem}")
-def test_recipe_parses_and_says_how_to_run_it(path: Path) -> None:
+def test_recipe_parses_and_says_how_to_run_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = TESTS.parent
+    monkeypatch.chdir(root)  # where it is to be run
     text = path.read_text()
     content = yaml.safe_load(text)
     cli: type[RecipeCLI] = CompareCLI if "codecs" in content else TestCLI
@@ -42,7 +44,7 @@ def test_recipe_parses_and_says_how_to_run_it(path: Path) -> None:
         def instantiate_classes(self) -> None:
             pass
 
-    parsed = ParseOnly([f"--config={path}"])
+    parsed = ParseOnly([f"--config={path.relative_to(root)}"])
     assert cli is SweepCLI or parsed.config["data"]["class_path"]
     header = re.split(r"^\w+:", text, maxsplit=1, flags=re.MULTILINE)[0]
     assert all(line.startswith("#") for line in header.splitlines())
