@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fusionkit.bundles.base import fitted, reopen_base
 from fusionkit.bundles.by_task import ByTask
+from fusionkit.bundles.changing import changing, current
 from fusionkit.bundles.format import INITIAL, MANIFEST, SHARED, task_file
 from fusionkit.bundles.manifest import Manifest
 from fusionkit.bundles.reader import BundleReader, decoding
@@ -19,7 +20,7 @@ from fusionkit.bundles.weights import TaskWeights
 from fusionkit.checkpoints.adapters.lowrank import LowRank
 from fusionkit.checkpoints.adapters.with_start import WithStart
 from fusionkit.checkpoints.checkpoint import Checkpoint, Source
-from fusionkit.checkpoints.output_folder import disk_errors, new_folder
+from fusionkit.checkpoints.output_folder import new_folder
 from fusionkit.checkpoints.paths import copy_file, is_remote, open_path
 from fusionkit.checkpoints.stacks import row_name, split, unsplit
 from fusionkit.codecs.base import WHOLE, DeltaCodec, Parts
@@ -60,7 +61,7 @@ class Bundle(ByTask):
 
     def __init__(self, path: str | Path, base: Source | Checkpoint | None = None) -> None:
         self.path = open_path(path)
-        self.manifest = Manifest.read(self.path)
+        self.manifest = current(self.path)
         codec = from_config(self.manifest.codec)
         if not isinstance(codec, DeltaCodec):
             raise BundleError(f"{self.path / MANIFEST}: '{codec.id}' is no codec; compress again")
@@ -341,14 +342,14 @@ class Bundle(ByTask):
         """Remove a task; the other tasks' files are not touched.
 
         Raises:
-            BundleError: the bundle has no such task, or it is the last one.
+            BundleError: there is no such task, or no other; or as `changing`.
         """
         self.check_writable()
         tasks = dict(self.manifest.tasks)
         del tasks[self._known(task)]
         if not tasks:
             raise BundleError(f"{self.path}: '{task}' is the last task; delete the folder instead")
-        with disk_errors(self.path):
+        with changing(self.path, self.manifest):
             self.update(replace(self.manifest, tasks=tasks))
             (self.path / task_file(task)).unlink(missing_ok=True)
 

@@ -47,7 +47,7 @@ def evaluate(
                 outputs, count = kind.predict(module, batch), kind.count(batch)
                 total += float(kind.loss(outputs, batch)) * count
                 rows += count
-                update(metric, task, kind, outputs, batch)
+                update(metric, task, kind, kind.answers(module.model, batch, outputs), batch)
             losses.append(total / rows)
             scores.append(sign * value_of(metric, task))
     module.train(training)

@@ -23,6 +23,8 @@ GROUPS = {
     "on a bundle": {
         "inspect": "show what a bundle holds",
         "export": "write one task's whole model to a file, or its delta as a PEFT adapter",
+        "chat": "talk to a task's language model, and switch among them",
+        "generate": "have a task's language model answer the prompts of a file",
         "add": "add fine-tuned models to a bundle",
         "remove": "take tasks out of a bundle",
     },

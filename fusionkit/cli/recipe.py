@@ -48,6 +48,7 @@ class RecipeCLI(LightningCLI):
         import fusionkit.tasks.digits
         import fusionkit.tasks.image_files
         import fusionkit.tasks.images
+        import fusionkit.tasks.language_data
         import fusionkit.tasks.texts  # noqa: F401
 
         quieten()

@@ -58,7 +58,7 @@ class Evaluation(nn.Module):
         """Score a batch; rows that fill up a process's share do not count.
 
         Args:
-            model: the task's.
+            model: the task's, itself.
             batch: its rows.
             batch_idx: how many batches of the task were before.
             place: of the task's dataloader.
@@ -67,7 +67,7 @@ class Evaluation(nn.Module):
         self._rows = 0 if batch_idx == 0 else self._rows
         scorer = self._all[place]
         kind = scorer.kind
-        outputs, count = kind.predict(model, batch), kind.count(batch)
+        outputs, count = kind.answers(model, batch), kind.count(batch)
         real = real_rows(loader, self._rows, count)
         if real:
             places = row_places(loader, self._rows, real)

@@ -341,7 +341,8 @@ class ReuseModule(LightningModule):
         if task != self.task:
             self.switch(task)
         assert self.evaluation is not None
-        self.evaluation.step(self, batch, batch_idx, dataloader_idx, self._loader(dataloader_idx))
+        loader = self._loader(dataloader_idx)
+        self.evaluation.step(self.model, batch, batch_idx, dataloader_idx, loader)
 
     def _finish(self, stage: str) -> None:
         assert self.evaluation is not None

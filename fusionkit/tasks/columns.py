@@ -75,6 +75,11 @@ def has_images(table: Table) -> bool:
     return any(name in table.columns for name in _IMAGES)
 
 
+def has_labels(columns: Sequence[str]) -> bool:
+    """Whether one of some columns is called as labels are."""
+    return any(name in columns for name in _LABELS)
+
+
 def _column(table: Table, given: str | None, usual: Sequence[str], what: str, setting: str) -> str:
     """The column that a setting names, else the first that is called as is usual."""
     if given is not None:

@@ -14,12 +14,24 @@ from fusionkit.tasks.class_names import head_folder
 from fusionkit.tasks.columns import has_images, label_column
 from fusionkit.tasks.data import Split, TaskData
 from fusionkit.tasks.image_files import class_folders, has_classes
+from fusionkit.tasks.language_rows import PLAIN_FILES, is_language, plain_file
+from fusionkit.tasks.models import LANGUAGE_MODELS, config_of
 from fusionkit.tasks.table import MissingSplitError, Table
-from fusionkit.tasks.table_files import BINARY_FILES, NAMES, SAVED, TEXT_FILES, file_in, read_table
+from fusionkit.tasks.table_files import (
+    BINARY_FILES,
+    NAMES,
+    SAVED,
+    TEXT_FILES,
+    file_in,
+    read_table,
+    text_of,
+)
 from fusionkit.tasks.transforms import preprocessing_of
 
 _SPLITS: tuple[Split, Split] = ("test", "train")
 """Either is looked at for what a task is."""
+Model = str | Path | nn.Module | None
+"""A base model: its folder, its name on a hub, or itself."""
 Spec = str | Path | Sequence[str | Path] | Mapping[str, str | Path]
 """Where tasks' rows are: a folder of tasks, `task=path`, several of either, or task → path."""
 
@@ -27,7 +39,7 @@ Spec = str | Path | Sequence[str | Path] | Mapping[str, str | Path]
 def data_of(
     spec: Spec,
     *,
-    model: str | Path | nn.Module | None = None,
+    model: Model = None,
     heads: Mapping[str, Any] | None = None,
     labels: Mapping[str, str | Sequence[str]] | None = None,
     text: str | Sequence[str] | None = None,
@@ -41,8 +53,9 @@ def data_of(
     Args:
         spec: a folder that holds a task in each of its folders and files, called as they are; or
             one task, as `task=path`, or a path that names it; or several of these in a list; or
-            task → path. A path is one of those of `TextClassification`, `ImageClassification` or
-            `ImageArrays`: local, or the name of a Hugging Face data set (`ORG/NAME:CONFIG`).
+            task → path. A path is one of those of `TextClassification`, `ImageClassification`,
+            `ImageArrays` or `LanguageData`: local, or the name of a Hugging Face data set
+            (`ORG/NAME:CONFIG`).
         model: the base model: its tokenizer, or how it wants its images, are taken from its folder
             or its name on a hub; of images also from a live model of timm.
         heads: task → fine-tuned model. Where its folder's `config.json` names its classes, labels
@@ -77,7 +90,7 @@ def data_of(
 def data_recipe(
     spec: Spec,
     *,
-    model: str | Path | nn.Module | None = None,
+    model: Model = None,
     heads: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
@@ -97,7 +110,7 @@ def data_recipe(
     """
     tasks = tasks_of(spec)
     given = {key: _plain(value) for key, value in settings.items() if value is not None}
-    kinds = {task: _kind(open_path(path), given) for task, path in tasks.items()}
+    kinds = {task: _kind(open_path(path), given, model) for task, path in tasks.items()}
     kind = next(iter(kinds.values()))
     if other := next((task for task, each in kinds.items() if each != kind), None):
         first = next(iter(kinds))
@@ -114,6 +127,8 @@ def data_recipe(
         labels = {task: str(folder) for task, folder in folders.items() if folder}
         labels.update(given.pop("labels", {}))
         given["labels"] = {task: labels[task] for task in tasks if task in labels}
+    if kind == _LANGUAGE and _writes(model) == "encoder-decoder":
+        given.setdefault("encoder_decoder", True)
     arguments |= {key: value for key, value in given.items() if value != {}}
     _check_settings(_class(kind), arguments)
     return {"class_path": kind, "init_args": arguments}
@@ -144,26 +159,31 @@ _TEXTS = "fusionkit.tasks.texts.TextClassification"
 _NUMBERS = "fusionkit.tasks.texts.TextRegression"
 _IMAGES = "fusionkit.tasks.image_files.ImageClassification"
 _ARRAYS = "fusionkit.tasks.images.ImageArrays"
+_LANGUAGE = "fusionkit.tasks.language_data.LanguageData"
 _SAID = {
     _TEXTS: "labelled texts",
     _NUMBERS: "texts with numbers",
     _IMAGES: "images",
     _ARRAYS: "arrays of images",
+    _LANGUAGE: "rows for a language model",
 }
 """What the messages call the kinds, which are datamodules' class paths."""
 _WHAT = {
     _TEXTS: ("tokenizer", "texts need the model's tokenizer"),
     _NUMBERS: ("tokenizer", "texts need the model's tokenizer"),
     _IMAGES: ("preprocessing", "images need what their model makes of them"),
+    _LANGUAGE: ("tokenizer", "texts need the model's tokenizer"),
 }
 """Kind → the setting that is the base model's, and why it is needed."""
 
 
-def _kind(path: Path, given: Mapping[str, Any]) -> str:
-    """Of what kind a task is: its datamodule's class path."""
+def _kind(path: Path, given: Mapping[str, Any], model: Model) -> str:
+    """Of what kind a task is, for some model: its datamodule's class path."""
     if path.suffix == ".npz":
         return _ARRAYS
     splits = given.get("splits")
+    if "label" not in given and _is_plain(path, splits, model):
+        return _LANGUAGE
     table: Table | None = None
     for split in _SPLITS:
         try:
@@ -177,8 +197,32 @@ def _kind(path: Path, given: Mapping[str, Any]) -> str:
     assert table is not None
     if "image" in given or ("text" not in given and has_images(table)):
         return _IMAGES
+    if "columns" in given or ("label" not in given and is_language(table.columns)):
+        return _LANGUAGE
     label = label_column(table, given.get("label"))
     return _NUMBERS if _are_numbers(table, label) else _TEXTS
+
+
+def _is_plain(path: Path, splits: Mapping[str, str] | None, model: Model) -> bool:
+    """Whether a task is a text; the lines of a `.txt` may be labels and texts, too."""
+    for split in _SPLITS:
+        try:
+            file = plain_file(path, split, splits)
+        except MissingSplitError:
+            continue
+        if file is not None:
+            labelled = file.suffix != ".gz" and "\t" in text_of(file).partition("\n")[0]
+            return not labelled or bool(_writes(model))
+    return False
+
+
+def _writes(model: Model) -> str:
+    """Whether a model is a language model, `causal` or `encoder-decoder`; else nothing."""
+    config = getattr(model, "config", None) if isinstance(model, nn.Module) else config_of(model)
+    known = getattr(config, "architectures", None) or []
+    if not any(str(name).endswith(LANGUAGE_MODELS) for name in known):
+        return ""
+    return "encoder-decoder" if getattr(config, "is_encoder_decoder", False) else "causal"
 
 
 def _class(path: str) -> Any:
@@ -212,9 +256,7 @@ def _are_numbers(table: Table, label: str) -> bool:
     return fractions
 
 
-def _from_model(
-    kind: str, model: str | Path | nn.Module | None, tasks: Mapping[str, str], reason: str
-) -> Any:
+def _from_model(kind: str, model: Model, tasks: Mapping[str, str], reason: str) -> Any:
     """What a datamodule needs of the base model.
 
     Raises:
@@ -256,6 +298,7 @@ def _is_task(folder: Path) -> bool:
     names = [name for each in NAMES.values() for name in each]
     return (
         file_in(folder, names) is not None
+        or any((folder / f"{name}{ending}").is_file() for name in names for ending in PLAIN_FILES)
         or has_classes(folder)
         or any((folder / name).is_dir() for name in names)
         or any(path.name in SAVED for path in folder.iterdir())
@@ -265,14 +308,15 @@ def _is_task(folder: Path) -> bool:
 
 
 def _may_be_task(path: Path) -> bool:
-    known = (*TEXT_FILES, *BINARY_FILES, ".npz")
+    known = (*TEXT_FILES, *PLAIN_FILES, *BINARY_FILES, ".npz")
     return not path.name.startswith(".") and (path.is_dir() or path.name.endswith(known))
 
 
 def _name(path: Path) -> str:
     """What a path's task is called: its last name, without ending or configuration."""
     name = path.name.partition(":")[0]
-    ending = next((e for e in (*TEXT_FILES, *BINARY_FILES, ".npz") if name.endswith(e)), "")
+    known = (*TEXT_FILES, *PLAIN_FILES, *BINARY_FILES, ".npz")
+    ending = next((ending for ending in known if name.endswith(ending)), "")
     return name.removesuffix(ending)
 
 

@@ -185,7 +185,7 @@ class Finetune(LightningModule):
         loss = kind.loss(outputs, batch)
         self.log("val/loss", loss, batch_size=kind.count(batch), prog_bar=True, sync_dist=True)
         assert self.metric is not None
-        update(self.metric, str(self.task), kind, outputs, batch)
+        update(self.metric, str(self.task), kind, kind.answers(self.model, batch, outputs), batch)
         self.log("val/score", self.metric, prog_bar=True)
         return None
 

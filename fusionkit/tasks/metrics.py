@@ -179,7 +179,7 @@ def _made(choice: MetricChoice, task: str, kind: Task) -> Metric | MetricCollect
         return kind.metric()
     given = {**(settings.get("init_args") or {}), **(settings.get("dict_kwargs") or {})}
     if not callable(made):
-        made = _named(made)
+        made = kind.metrics.get(str(made)) or _named(made, kind)
     if isinstance(made, Metric | MetricCollection):
         return made.clone()
     try:
@@ -198,7 +198,7 @@ def _made(choice: MetricChoice, task: str, kind: Task) -> Metric | MetricCollect
     return metric
 
 
-def _named(path: Any) -> Any:
+def _named(path: Any, kind: Task) -> Any:
     place, _, leaf = str(path).rpartition(".")
     for package in [place] if place else [f"torchmetrics{each}" for each in _PACKAGES]:
         try:
@@ -208,7 +208,7 @@ def _named(path: Any) -> Any:
                 raise FusionKitError(f"metric '{path}' fails to import: {error}") from error
         except AttributeError:
             continue
-    near = get_close_matches(leaf, torchmetrics.__all__, 3)
+    near = get_close_matches(leaf, [*kind.metrics, *torchmetrics.__all__], 3)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     raise FusionKitError(
         f"there is no metric '{path}' in torchmetrics{hint or '; give its name, or an import path'}"

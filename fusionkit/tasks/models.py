@@ -5,12 +5,16 @@ timm needs no help from here: `timm.create_model` and its classes are class path
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
 
 from fusionkit.checkpoints.paths import written_out
-from fusionkit.errors import CheckpointError, FusionKitError
+from fusionkit.errors import CheckpointError, DataError, FusionKitError
+
+LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+"""How transformers calls the classes of models that generate."""
 
 
 def sequence_classifier(path: str, num_labels: int = 2, pretrained: bool = True) -> nn.Module:
@@ -28,26 +32,174 @@ def sequence_classifier(path: str, num_labels: int = 2, pretrained: bool = True)
         FusionKitError: transformers, or the package that `path` names, is not installed.
         CheckpointError: there is no such model.
     """
+    return _built("SequenceClassification", path, pretrained, num_labels=num_labels)
+
+
+def causal_lm(
+    path: str, pretrained: bool = True, dtype: str = "auto", attention: str | None = None
+) -> nn.Module:
+    """A Hugging Face language model that writes on what it has read (Llama, GPT-2, Qwen, …).
+
+    Args:
+        path: a local folder, a `.gguf` file, a hub name, or `package:NAME/FOLDER` of an installed
+            package.
+        pretrained: load the weights; otherwise the architecture alone is built.
+        dtype: of the weights: `float32`, `bfloat16`, …; `auto`: as they are stored.
+        attention: transformers' `attn_implementation`: `sdpa`, `eager`, `flash_attention_2`, …
+
+    Returns:
+        the model, in eval mode; it returns an object with `logits` `(B, L, vocabulary)`.
+
+    Raises:
+        FusionKitError: transformers, gguf, or the package that `path` names, is not installed.
+        CheckpointError: there is no such model, or it is an encoder, or an encoder-decoder.
+    """
+    config = _config(path)
+    if getattr(config, "is_encoder_decoder", False):
+        raise CheckpointError(
+            f"{path}: {config.model_type} is an encoder-decoder, and no causal language model; "
+            "build it by fusionkit.tasks.models.seq2seq_lm"
+        )
+    return _built("CausalLM", path, pretrained, dtype=dtype, attn_implementation=attention)
+
+
+def seq2seq_lm(
+    path: str, pretrained: bool = True, dtype: str = "auto", attention: str | None = None
+) -> nn.Module:
+    """A Hugging Face language model whose decoder answers what its encoder has read (T5, BART, …).
+
+    Args:
+        path: as of `causal_lm`.
+        pretrained: load the weights; otherwise the architecture alone is built.
+        dtype: as of `causal_lm`.
+        attention: as of `causal_lm`.
+
+    Returns:
+        the model, in eval mode; it returns an object with `logits` `(B, T, vocabulary)`.
+
+    Raises:
+        FusionKitError: transformers, gguf, or the package that `path` names, is not installed.
+        CheckpointError: there is no such model, or it is no encoder-decoder.
+    """
+    config = _config(path)
+    if not getattr(config, "is_encoder_decoder", False):
+        raise CheckpointError(
+            f"{path}: {config.model_type} is no encoder-decoder; build it by "
+            "fusionkit.tasks.models.causal_lm"
+        )
+    return _built("Seq2SeqLM", path, pretrained, dtype=dtype, attn_implementation=attention)
+
+
+def tokenizer_of(path: str) -> Any:
+    """A Hugging Face tokenizer.
+
+    Args:
+        path: a local folder, a `.gguf` file, a hub name, or `package:NAME/FOLDER` of an installed
+            package.
+
+    Raises:
+        FusionKitError: transformers, or the package that `path` names, is not installed.
+        DataError: there is none.
+    """
+    transformers = _transformers("a tokenizer")
+    place, file = _place(path)
     try:
-        from transformers import AutoConfig, AutoModelForSequenceClassification
-    except ImportError as error:
-        raise FusionKitError(
-            "sequence_classifier needs transformers; pip install 'fusionkit[text]'"
-        ) from error
-    folder = written_out(path)
-    model_class: Any = AutoModelForSequenceClassification
-    try:
-        if not pretrained:
-            config = AutoConfig.from_pretrained(folder, num_labels=num_labels)
-            return cast(nn.Module, model_class.from_config(config)).eval()
         with _quiet():
-            model = model_class.from_pretrained(folder, num_labels=num_labels)
+            return transformers.AutoTokenizer.from_pretrained(place, **file)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DataError(
+            f"{path}: no tokenizer there; expected a folder with tokenizer.json or the like, as "
+            f"`save_pretrained` of a tokenizer writes it, or a hub name ({_said(error)})"
+        ) from error
+
+
+def config_of(model: str | Path | None) -> Any:
+    """The configuration of a model of transformers; None where there is none to be had."""
+    try:
+        return None if model is None else _read_config(str(model))
+    except FusionKitError:
+        return None
+
+
+def _config(path: str) -> Any:
+    """A model's configuration, of a language model that generates.
+
+    Raises:
+        FusionKitError: transformers is not installed.
+        CheckpointError: there is none, or it is an encoder's.
+    """
+    config = _read_config(path)
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
+
+    generates = any(name.endswith(LANGUAGE_MODELS) for name in config.architectures or [])
+    encoder = config.model_type in MASKED and not getattr(config, "is_decoder", False)
+    if encoder and not generates and not getattr(config, "is_encoder_decoder", False):
+        raise CheckpointError(
+            f"{path}: {config.model_type} is an encoder, which writes no text; give a causal or an "
+            "encoder-decoder language model, or use it by "
+            "fusionkit.tasks.models.sequence_classifier"
+        )
+    return config
+
+
+def _read_config(path: str) -> Any:
+    transformers = _transformers("a language model")
+    place, file = _place(path)
+    with _named(path), _quiet():
+        return transformers.AutoConfig.from_pretrained(place, **file)
+
+
+def _built(head: str, path: str, pretrained: bool, **settings: Any) -> nn.Module:
+    """A model of transformers' `AutoModelFor…`, in eval mode."""
+    transformers = _transformers("a Hugging Face model")
+    model_class: Any = getattr(transformers, f"AutoModelFor{head}")
+    given = {name: value for name, value in settings.items() if value is not None}
+    place, file = _place(path)
+    with _named(path), _quiet():
+        if pretrained:
+            model = model_class.from_pretrained(place, **file, **given)
+        else:
+            own = {name: given.pop(name) for name in ("num_labels",) if name in given}
+            config = transformers.AutoConfig.from_pretrained(place, **file, **own)
+            if given.get("dtype") == "auto":
+                given["dtype"] = config.dtype
+            model = model_class.from_config(config, **given)
+    return cast(nn.Module, model).eval()
+
+
+def _place(path: str) -> tuple[str, dict[str, str]]:
+    """What `from_pretrained` takes: a folder or name; of a GGUF file its folder, and the file."""
+    place = written_out(path)
+    if not place.endswith(".gguf"):
+        return place, {}
+    return str(Path(place).parent), {"gguf_file": Path(place).name}
+
+
+def _transformers(what: str) -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise FusionKitError(f"{what} needs transformers; pip install 'fusionkit[text]'") from error
+    return transformers
+
+
+@contextmanager
+def _named(path: str) -> Iterator[None]:
+    """Say of what fails that no such model is there."""
+    try:
+        yield
+    except ImportError as error:
+        raise FusionKitError(f"{path}: can't be read ({_said(error)})") from error
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{path}: no Hugging Face model there; expected a folder with config.json and weights, "
-            f"or a hub name ({str(error).splitlines()[0]})"
+            f"or a hub name ({_said(error)})"
         ) from error
-    return cast(nn.Module, model).eval()
+
+
+def _said(error: BaseException) -> str:
+    """The first line that an error has."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 @contextmanager

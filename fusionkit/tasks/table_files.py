@@ -130,7 +130,7 @@ def _read_file(path: Path) -> Table:
     if not path.name.endswith(TEXT_FILES):
         known = ", ".join((*TEXT_FILES, *BINARY_FILES))
         raise DataError(f"{path}: expected a file of rows, whose name ends in one of {known}")
-    text = _text(path)
+    text = text_of(path)
     if path.name.endswith(HEADLESS):
         table = _labelled_lines(path, text)
     elif ".json" in path.name:
@@ -142,7 +142,12 @@ def _read_file(path: Path) -> Table:
     return replace(table, folder=path.parent)
 
 
-def _text(path: Path) -> str:
+def text_of(path: Path) -> str:
+    """A file's text, unpacked where it is gzipped.
+
+    Raises:
+        DataError: it is not UTF-8.
+    """
     try:
         content = path.read_bytes()
         return (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig")

@@ -38,13 +38,31 @@ class Task(ABC):
             float32, no axes; 0 where they say the same.
         """
 
+    def answers(self, model: Any, batch: Any, outputs: Tensor | None = None) -> Tensor:
+        """What is scored of a model on a batch: its outputs, where a kind doesn't say otherwise.
+
+        Args:
+            model: the model itself.
+            batch: one of the task's.
+            outputs: its outputs, where they are known.
+
+        Returns:
+            `(B, …)`: one entry of the first axis per row.
+        """
+        return self.predict(model, batch) if outputs is None else outputs
+
     @abstractmethod
     def metric(self) -> Metric:
         """The metric by which tasks of this kind are scored, where no other is asked for."""
 
     @abstractmethod
     def update(self, metric: Metric, outputs: Tensor, batch: Any) -> None:
-        """Let a metric take in the outputs of a batch."""
+        """Let a metric take in what is scored of a batch: `answers`."""
+
+    @property
+    def metrics(self) -> Mapping[str, type[Metric]]:
+        """Metrics of the kind's own, by the names that recipes may call them."""
+        return {}
 
     def row_scores(self, metric: Metric, outputs: Tensor, batch: Any) -> Tensor | None:
         """What each row adds to a metric that is a mean over rows.

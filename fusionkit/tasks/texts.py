@@ -15,6 +15,7 @@ from fusionkit.tasks.class_names import Classes, Labels, checked_labels, classes
 from fusionkit.tasks.classification import Classification
 from fusionkit.tasks.columns import label_column, text_columns
 from fusionkit.tasks.data import Split, TaskData
+from fusionkit.tasks.models import tokenizer_of
 from fusionkit.tasks.regression import Regression
 from fusionkit.tasks.table import MissingSplitError, Table
 from fusionkit.tasks.table_files import read_table
@@ -119,9 +120,7 @@ class TextData(TaskData):
     def tokenizer(self) -> Any:
         """The tokenizer, loaded on first use."""
         if self._tokenizer is None:
-            from transformers import AutoTokenizer
-
-            self._tokenizer = AutoTokenizer.from_pretrained(self._tokenizer_path)
+            self._tokenizer = tokenizer_of(self._tokenizer_path)
         return self._tokenizer
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:

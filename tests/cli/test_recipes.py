@@ -25,7 +25,11 @@ from fusionkit.cli.test import TestCLI
 from fusionkit.tasks import digits
 
 TEXT = TESTS / "recipes"
-RECIPES = [*sorted(recipes_folder().glob("*.yaml")), *sorted(TEXT.glob("*.yaml"))]
+RECIPES = [
+    *sorted(recipes_folder().glob("*.yaml")),
+    *sorted(TEXT.glob("*.yaml")),
+    *sorted(TEXT.glob("lm/*.yaml")),
+]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parts[-3]}/{path.stem}")
@@ -49,8 +53,7 @@ def test_recipe_parses_and_says_how_to_run_it(path: Path, monkeypatch: pytest.Mo
     header = re.split(r"^\w+:", text, maxsplit=1, flags=re.MULTILINE)[0]
     assert all(line.startswith("#") for line in header.splitlines())
     assert "# Expect: " in header
-    folder = "recipes" if path.parent == recipes_folder() else "tests/recipes"
-    assert f" --config {folder}/{path.name}" in header
+    assert f" --config {path.relative_to(root)}" in header
 
 
 def test_what_runs_after_the_demo_needs_nothing_else() -> None:

@@ -1,5 +1,6 @@
 """A datamodule from one line: what it finds, and that real models run on it."""
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule
 from PIL import Image
+from tiny_language import ANSWERED, QUESTION, TEXT, causal, encoder_decoder, jsonl
 from tiny_tasks import trainer
 
 import fusionkit
@@ -17,6 +19,9 @@ from fusionkit.errors import DataError
 from fusionkit.tasks.data_of import data_of, data_recipe, tasks_of
 from fusionkit.tasks.image_files import ImageClassification
 from fusionkit.tasks.images import ImageArrays
+from fusionkit.tasks.language_data import LanguageData
+from fusionkit.tasks.language_modeling import LanguageModeling, TextToText
+from fusionkit.tasks.multiple_choice import MultipleChoice
 from fusionkit.tasks.texts import TextClassification, TextRegression
 
 CONFIG = {"input_size": [3, 32, 32]}
@@ -150,6 +155,49 @@ class TestKinds:
         made = instantiate(parser.parse_object({"data": recipe})).data
         assert made.labels == {"pets": ["dog", "cat"]}
         assert made.limit == 4
+
+
+class TestLanguage:
+    """What a language model is scored on; with any other, `.txt` is labelled lines."""
+
+    def test_each_in_one_datamodule(self, tmp_path: Path, bert: Path) -> None:
+        llama = causal(tmp_path / "llama")
+        plain = tmp_path / "tasks" / "plain"
+        plain.mkdir(parents=True)
+        (plain / "test.txt.gz").write_bytes(gzip.compress(TEXT.encode()))
+        jsonl(tmp_path / "tasks" / "choices.jsonl", [QUESTION])
+        jsonl(tmp_path / "tasks" / "answers" / "test.jsonl", [ANSWERED])
+        csv(tmp_path / "tasks" / "tabs.txt", "no\ta tab in each line\nyes\tthis has one\n")
+        csv(tmp_path / "tasks" / "texts.csv", "text,source\na good one,x\n")
+        made: Any = data_of(tmp_path / "tasks", model=llama, max_length=32)
+        assert type(made) is LanguageData
+        assert {task: type(kind) for task, kind in made.kinds.items()} == {
+            "answers": LanguageModeling,
+            "choices": MultipleChoice,
+            "plain": LanguageModeling,
+            "tabs": LanguageModeling,
+            "texts": LanguageModeling,
+        }
+        tabs = tmp_path / "tasks" / "tabs.txt"
+        assert type(data_of(tabs, model=bert)) is TextClassification
+        assert type(data_of(csv(tmp_path / "cr.csv"), model=llama)) is TextClassification
+
+    def test_an_encoder_decoder(self, tmp_path: Path) -> None:
+        path = jsonl(tmp_path / "answers.jsonl", [ANSWERED])
+        made: Any = data_of(path, model=encoder_decoder(tmp_path / "t5"))
+        assert made.kinds == {"answers": TextToText()}
+
+    def test_a_bundle_is_scored(self, tmp_path: Path) -> None:
+        from fusionkit.tasks.models import causal_lm
+
+        llama = causal(tmp_path / "llama")
+        model = causal_lm(str(llama))
+        state: Any = {name: tensor + 0.01 for name, tensor in model.state_dict().items()}
+        data = data_of(jsonl(tmp_path / "q.jsonl", [QUESTION]), model=model)
+        module = fusionkit.ReuseModule(model, finetuned={"q": state}, codec=fusionkit.SVD(2))
+        trainer().test(module, data, verbose=False)
+        assert module.scores
+        assert module.scores.mean in {0.0, 1.0}
 
 
 class TestModels:

