@@ -83,7 +83,11 @@ class Published:
         with new_folder(open_path(path), overwrite, known_by=MANIFEST) as folder:
             for name in _files(self.manifest, chosen):
                 copy_file(fetched(self.path / name), folder / name)
-            replace(self.manifest, tasks={task: known[task] for task in chosen}).write(folder)
+            if tasks is None:
+                copy_file(self.path / MANIFEST, folder / MANIFEST)
+            else:
+                chosen_records = {task: known[task] for task in chosen}
+                replace(self.manifest, tasks=chosen_records).write(folder)
 
     def push_to_hub(
         self,
