@@ -26,6 +26,8 @@ from fusionkit.cli.kept_rows import (
 )
 from fusionkit.cli.progress import progress_bar
 from fusionkit.cli.recipe import quiet
+from fusionkit.cli.scored_line import recipe_args
+from fusionkit.cli.scored_options import Compared
 from fusionkit.cli.test import EvaluationCLI, evaluate, plain_trainer
 from fusionkit.codecs.base import DeltaCodec
 from fusionkit.codecs.dbms import DBMS
@@ -40,7 +42,10 @@ _CALIBRATION = Calibration()
 
 def run(args: list[str]) -> None:
     """Score several codecs over the same checkpoints; writes table and plot to `--out`."""
-    cli = CompareCLI(args)
+    recipe = recipe_args("compare", (CompareCLI.__doc__ or "").partition("\n")[0], args, Compared)
+    if recipe is None:
+        return
+    cli = CompareCLI(recipe)
     results, out = cli.compare(), cli.out
     report.show(results)
     report.show(f"written: {out / 'compare.csv'}, {out / 'compare.json'}")
@@ -50,7 +55,7 @@ def run(args: list[str]) -> None:
 
 
 class CompareCLI(EvaluationCLI):
-    """Score several codecs over the recipe's checkpoints: one table, CSV, JSON, plots, a page.
+    """Score several codecs over the same checkpoints: one table, CSV, JSON, plots, a page.
 
     Whatever `--out` has of the same inputs already is not measured again.
     """

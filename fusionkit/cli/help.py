@@ -37,10 +37,11 @@ def option(name: str, meaning: str) -> list[str]:
 
 
 def meanings_of(source: Callable[..., Any]) -> dict[str, str]:
-    """What a docstring's `Args:` says of each parameter."""
+    """What a docstring's `Args:` says of each parameter; a class's, those above it, too."""
     from docstring_parser import parse
 
-    found = parse(getdoc(source) or "").params
+    sources = reversed(source.__mro__) if isinstance(source, type) else [source]
+    found = [param for each in sources for param in parse(getdoc(each) or "").params]
     return {each.arg_name: " ".join((each.description or "").split()) for each in found}
 
 

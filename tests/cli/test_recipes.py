@@ -24,11 +24,15 @@ from fusionkit.cli.sweep import SweepCLI
 from fusionkit.cli.test import TestCLI
 from fusionkit.tasks import digits
 
-RECIPES = sorted(recipes_folder().rglob("*.yaml"))
+RECIPES = [
+    path
+    for folder in (recipes_folder(), TESTS / "recipes")
+    for path in sorted(folder.rglob("*.yaml"))
+]
 TEXT = recipes_folder() / "text"
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda p: str(p.relative_to(recipes_folder())))
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: f"{p.parent.name}/{p.name}")
 def test_recipe_parses_and_says_how_to_run_it(path: Path) -> None:
     text = path.read_text()
     content = yaml.safe_load(text)
