@@ -50,7 +50,8 @@ def run(args: list[str]) -> None:
     results, out = cli.compare(), cli.out
     report.show(results)
     report.show(f"written: {out / 'compare.csv'}, {out / 'compare.json'}")
-    report.show(f"plots: {out / 'compare.png'}, {out / 'compare_tasks.png'} (and .svg)")
+    plots = f"plots: {out / 'compare.png'}, {out / 'compare_tasks.png'} (and .svg)"
+    report.show(plots if report.plots_are_there() else report.WITHOUT_PLOTS)
     page = out / "compare.html"
     report.show(f"report: {page}" if plotly_is_there() else WITHOUT_PLOTLY)
 
@@ -62,6 +63,7 @@ class CompareCLI(EvaluationCLI):
     """
 
     verb = "compare"
+    sections = ("model", "calibration")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """`--codecs`, and what else to make of each."""
@@ -192,15 +194,16 @@ def compare(
 
 
 def write_report(results: ComparisonReport, folder: Path) -> None:
-    """Write what a comparison's rows look like: plots as PNG and SVG, and, with plotly, a page.
+    """Write what a comparison's rows look like, as far as what draws it is installed.
 
     Args:
         results: the rows.
         folder: for `compare.png`, `compare_tasks.png`, their SVGs and `compare.html`.
     """
-    pictures = {"compare": results.figure(), "compare_tasks": results.heat_map()}
-    for name, figure in pictures.items():
-        report.write_figure(figure, folder / f"{name}.png", folder / f"{name}.svg")
+    if report.plots_are_there():
+        pictures = {"compare": results.figure(), "compare_tasks": results.heat_map()}
+        for name, figure in pictures.items():
+            report.write_figure(figure, folder / f"{name}.png", folder / f"{name}.svg")
     if plotly_is_there():
         report.replace_file(folder / "compare.html", page(results).encode())
 

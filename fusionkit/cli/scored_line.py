@@ -32,7 +32,7 @@ from fusionkit.tasks.class_names import named_classes
 from fusionkit.tasks.data_of import data_recipe
 from fusionkit.tasks.kinds import kinds_of
 
-_HELP = ("--help", "-h", "--help-all")
+_HELP = ("--help", "-h")
 _SEVERAL = ("data", "task", "labels", "codecs")
 _RECIPES = ("model.", "data.", "trainer.", "calibration.")
 """What the options of a recipe begin with; a line takes them, too."""
@@ -57,6 +57,8 @@ def recipe_args(
     Raises:
         FusionKitError: the line can't be understood, or models and data don't fit together.
     """
+    if "--help-all" in args:
+        return list(args)  # all is what a recipe takes
     line = gathered(args, _SEVERAL)
     words, options = divided(line, (*_HELP, "--print_config"))
     if any(_is_of_recipe(each, words) for each in options):

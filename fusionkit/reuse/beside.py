@@ -39,7 +39,7 @@ def opened(bundle: str | Path | Bundle, base: Source | Checkpoint | None = None)
     """
     if isinstance(bundle, Bundle):
         return bundle if base is None else Bundle(bundle.path, base)
-    return Bundle(bundle, base)
+    return Bundle.from_pretrained(bundle, base)
 
 
 def tokenizer(

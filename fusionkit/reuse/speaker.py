@@ -218,6 +218,6 @@ def open_speaker(
         device: where to run; None: see above.
         settings: as of `Speaker`.
     """
-    source = Bundle(bundle, base)
+    source = Bundle.from_pretrained(bundle, base)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return Speaker(source, task or source.tasks[0], device=device, **settings)
