@@ -1,18 +1,17 @@
 """Add tasks to a bundle: the other tasks' files are not touched."""
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from glob import escape
 from pathlib import Path
 
 from fusionkit.bundles.bundle import Bundle
+from fusionkit.bundles.changing import changing
 from fusionkit.bundles.format import refuse_alike, task_file
 from fusionkit.bundles.manifest import TaskRecord
 from fusionkit.bundles.writer import BundleWriter
 from fusionkit.checkpoints.adapters.modules import Adapters
 from fusionkit.checkpoints.checkpoint import Checkpoint, Source, find_checkpoints
-from fusionkit.checkpoints.output_folder import disk_errors
 from fusionkit.checkpoints.stacks import rows_of
 from fusionkit.checkpoints.view import View
 from fusionkit.errors import BundleError, listing
@@ -45,7 +44,8 @@ def add_tasks(
 
     Raises:
         BundleError: a task is there already, or one that looks the same, or the tasks share a
-            vector and `keep_shared` is not set.
+            vector and `keep_shared` is not set; or another run changes the bundle, or has since it
+            was opened.
         CheckpointError: a checkpoint can't be read.
         FamilyError: a checkpoint does not fit the base.
     """
@@ -59,11 +59,9 @@ def add_tasks(
         raise BundleError(f"{bundle.path}: {_SHARES}")
     with (
         followed(progress, "adding") as callback,
-        disk_errors(bundle.path),
-        tempfile.TemporaryDirectory(prefix=".add.", dir=bundle.path) as temporary,
+        changing(bundle.path, bundle.manifest) as folder,
     ):
         family = _family(bundle, finetuned, callback)
-        folder = Path(temporary)
         shared = bundle.shared_parts if keep_shared else None
         names = bundle.manifest.base.tensors
         writer = BundleWriter(folder, family, bundle.codec, resumable=False, names=names)

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 
+from fusionkit.bundles.hub import base_in_cache
 from fusionkit.bundles.manifest import BaseRecord
 from fusionkit.checkpoints.checkpoint import Checkpoint
 from fusionkit.checkpoints.conformed import conformed
@@ -19,7 +20,7 @@ def reopen_base(record: BaseRecord) -> Checkpoint:
     """
     try:
         return Checkpoint.of(
-            record.source,
+            base_in_cache(record.source),
             record.strip_prefix,
             record.add_prefix,
             record.variant,
@@ -50,7 +51,7 @@ def fitted(base: Checkpoint, record: BaseRecord) -> Checkpoint:
     wanted = {rows[n][0] if n in rows else n for n in record.tensors} | record.tied.keys()
     best = renamed(base, wanted, record.rename, record.ignore)
     lacking = _lacking(best, wanted)
-    for way in (_by_class, _as_stored) if lacking else ():
+    for way in (_by_class, _as_stored, _by_record) if lacking else ():
         try:
             seen = renamed(way(base, record), wanted, record.rename, record.ignore)
         except CheckpointError:  # it can't be of that class
@@ -65,6 +66,11 @@ def fitted(base: Checkpoint, record: BaseRecord) -> Checkpoint:
 def _by_class(base: Checkpoint, record: BaseRecord) -> Checkpoint:
     if base.architecture is not None:
         return base  # it says itself what it is
+    return conformed(base, from_record(record.architecture, base.label))
+
+
+def _by_record(base: Checkpoint, record: BaseRecord) -> Checkpoint:
+    """Of another class than the bundle's base, as a classifier is over a bare encoder."""
     return conformed(base, from_record(record.architecture, base.label))
 
 

@@ -12,15 +12,17 @@ from torch import Tensor
 
 from fusionkit.bundles.base import fitted, reopen_base
 from fusionkit.bundles.by_task import ByTask
-from fusionkit.bundles.format import INITIAL, MANIFEST, SHARED, task_file
+from fusionkit.bundles.changing import changing, current
+from fusionkit.bundles.format import INITIAL, MANIFEST, task_file
+from fusionkit.bundles.hub import in_cache
 from fusionkit.bundles.manifest import Manifest
+from fusionkit.bundles.published import Published
 from fusionkit.bundles.reader import BundleReader, decoding
 from fusionkit.bundles.weights import TaskWeights
 from fusionkit.checkpoints.adapters.lowrank import LowRank
 from fusionkit.checkpoints.adapters.with_start import WithStart
 from fusionkit.checkpoints.checkpoint import Checkpoint, Source
-from fusionkit.checkpoints.output_folder import disk_errors, new_folder
-from fusionkit.checkpoints.paths import copy_file, is_remote, open_path
+from fusionkit.checkpoints.paths import is_remote, open_path
 from fusionkit.checkpoints.stacks import row_name, split, unsplit
 from fusionkit.codecs.base import WHOLE, DeltaCodec, Parts
 from fusionkit.errors import BundleError, in_line, lacks
@@ -32,7 +34,7 @@ from fusionkit.task_vectors.workers import full_precision
 Decoded = TypeVar("Decoded")
 
 
-class Bundle(ByTask):
+class Bundle(ByTask, Published):
     """A family's compressed deltas on disk; opening one reads the manifest and nothing else.
 
     It is a mapping of its tasks: `len(bundle)`, `"dogs" in bundle`, `bundle["dogs"]`.
@@ -60,7 +62,7 @@ class Bundle(ByTask):
 
     def __init__(self, path: str | Path, base: Source | Checkpoint | None = None) -> None:
         self.path = open_path(path)
-        self.manifest = Manifest.read(self.path)
+        self.manifest = current(self.path)
         codec = from_config(self.manifest.codec)
         if not isinstance(codec, DeltaCodec):
             raise BundleError(f"{self.path / MANIFEST}: '{codec.id}' is no codec; compress again")
@@ -315,24 +317,13 @@ class Bundle(ByTask):
                 state.setdefault(alias, state[name])
         return state
 
-    def save(self, path: str | Path, overwrite: bool = False) -> None:
-        """Copy the bundle to another folder.
-
-        Raises:
-            BundleError: the folder exists (and `overwrite` is not set), or the disk is full.
-        """
-        with new_folder(open_path(path), overwrite, known_by=MANIFEST) as folder:
-            shared = [SHARED] if self.manifest.shared else []
-            for name in (MANIFEST, *shared, *map(task_file, self.tasks)):
-                copy_file(self.path / name, folder / name)
-
     def check_writable(self) -> None:
         """Check that tasks can be added and removed.
 
         Raises:
-            BundleError: the bundle is not on the local disk.
+            BundleError: the bundle is not on the local disk, or in Hugging Face's cache.
         """
-        if is_remote(self.path):
+        if is_remote(self.path) or in_cache(self.path):
             raise BundleError(
                 f"{self.path}: can only be read where it is; save it to a local folder to change it"
             )
@@ -341,14 +332,14 @@ class Bundle(ByTask):
         """Remove a task; the other tasks' files are not touched.
 
         Raises:
-            BundleError: the bundle has no such task, or it is the last one.
+            BundleError: there is no such task, or no other; or as `changing`.
         """
         self.check_writable()
         tasks = dict(self.manifest.tasks)
         del tasks[self._known(task)]
         if not tasks:
             raise BundleError(f"{self.path}: '{task}' is the last task; delete the folder instead")
-        with disk_errors(self.path):
+        with changing(self.path, self.manifest):
             self.update(replace(self.manifest, tasks=tasks))
             (self.path / task_file(task)).unlink(missing_ok=True)
 

@@ -1,5 +1,10 @@
-"""What an interrupted run has written, so that the next one goes on from there."""
+"""What an interrupted run has written, so that the next one goes on from there.
 
+The first line tells the run. Each line after it is a record behind a digest of itself and of all
+lines before: one that was altered, moved or half written is not believed, nor is any after it.
+"""
+
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -14,7 +19,6 @@ from fusionkit.bundles.part_file import Entry
 from fusionkit.bundles.part_writer import PartWriter
 from fusionkit.bundles.side_files import folder_of, side_files
 from fusionkit.checkpoints.checkpoint import Checkpoint
-from fusionkit.checkpoints.output_folder import LOCK
 from fusionkit.codecs.base import DeltaCodec
 from fusionkit.registry import to_config
 from fusionkit.task_vectors.family import Family
@@ -56,6 +60,7 @@ class Journal:
         self._writers = writers
         self._due: list[Record] = []
         self._bytes = 0
+        self._last = ""
 
     def resume(self) -> list[Record]:
         """Bring the writers to where an interrupted run was; the records of what is there."""
@@ -74,7 +79,8 @@ class Journal:
         if not kept:
             for writer in self._writers:
                 writer.clear()
-        lines = [json.dumps(self._identity), *map(_line, kept)]
+        self._last = self._identity
+        lines = [json.dumps(self._identity), *map(self._line, kept)]
         self._path.write_text("\n".join(lines) + "\n")
         return kept
 
@@ -90,18 +96,24 @@ class Journal:
         for writer in self._writers:
             writer.flush()
         with self._path.open("a") as file:
-            file.writelines(_line(record) + "\n" for record in self._due)
+            file.writelines(self._line(record) + "\n" for record in self._due)
         self._due, self._bytes = [], 0
+
+    def _line(self, record: Record) -> str:
+        text = _text(record)
+        self._last = _digest(self._last, text)
+        return f"{self._last} {text}"
 
     def _read(self) -> list[Record]:
         if _identity(self._path) != self._identity:
             return []
-        records = []
-        for line in self._path.read_text().splitlines()[1:]:
-            try:
-                name, files, sums = json.loads(line)
-            except ValueError:
-                break  # the last line, half written
+        records, last = [], self._identity
+        for line in self._path.read_bytes().split(b"\n")[1:]:
+            digest, _, text = line.decode(errors="replace").partition(" ")
+            last = _digest(last, text)
+            if digest != last:
+                break
+            name, files, sums = json.loads(text)
             entries = [[Entry(*entry) for entry in each] for each in files]
             records.append(Record(name, entries, _tensor(sums)))
         return records
@@ -119,7 +131,7 @@ def identity(family: Family, codec: DeltaCodec, processes: Processes) -> str:
     for task, checkpoint in checkpoints.items():
         beside = side_files(folder_of(checkpoint.files)).values()
         stats = [(path, path.stat()) for path in dict.fromkeys((*checkpoint.files, *beside))]
-        files = [[str(path.absolute()), stat.st_size, stat.st_mtime] for path, stat in stats]
+        files = [[str(path.absolute()), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
         read[task] = [checkpoint.strip_prefix, checkpoint.add_prefix, *files]
     patterns = [family.private_patterns, family.frozen_patterns, bool(family.space)]
     if family.rename or family.ignore:
@@ -135,7 +147,7 @@ def claim(folder: Path, identity: str) -> None:
     for path in folder.iterdir() if known != identity else ():
         if path.is_dir():
             shutil.rmtree(path)
-        elif path.name != LOCK:
+        else:
             path.unlink()
 
 
@@ -148,13 +160,17 @@ def tidy(folder: Path) -> None:
 
 def _identity(path: Path) -> object:
     try:
-        with path.open() as file:
+        with path.open("rb") as file:
             return json.loads(file.readline())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 
-def _line(record: Record) -> str:
+def _digest(before: str, text: str) -> str:
+    return hashlib.sha256(f"{before}\n{text}".encode()).hexdigest()[:16]
+
+
+def _text(record: Record) -> str:
     sums = record.sums
     coded = None
     if sums is not None:

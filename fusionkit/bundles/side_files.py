@@ -25,21 +25,18 @@ from fusionkit.checkpoints.paths import open_path
 from fusionkit.codecs.base import WHOLE
 from fusionkit.errors import BundleError, FusionKitError
 
-_KINDS = (
-    (CONFIG,),
-    (GENERATION,),
-    (
-        "tokenizer*.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "vocab.*",
-        "merges.txt",
-        "*.model",
-        "sentencepiece*",
-        "chat_template.*",
-    ),
-    ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
+TOKENIZER = (
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "sentencepiece*",
+    "chat_template.*",
 )
+PROCESSOR = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+_KINDS = ((CONFIG,), (GENERATION,), TOKENIZER, PROCESSOR)
 """Patterns of files by kind: of a kind, a model has its own files or another's, never a mixture."""
 _WEIGHTS = re.compile(r"(model|pytorch_model|diffusion_pytorch_model|adapter_model)\b.*")
 _VOLATILE = ("_name_or_path", "name_or_path", "transformers_version", "_diffusers_version")
@@ -128,6 +125,15 @@ def base_folder(bundle: Bundle) -> Path | None:
         path = open_path(source)
         found = folder_of([path]) if path.is_file() else path
         return found if found and (found / CONFIG).is_file() else None
+    except (FusionKitError, OSError, ValueError):
+        return None
+
+
+def base_file(bundle: Bundle) -> Path | None:
+    """The file that a bundle's base was read from, if it is one, and there."""
+    try:
+        path = bundle.base.files[0] if bundle.base.files else open_path(bundle.manifest.base.source)
+        return path if path.is_file() else None
     except (FusionKitError, OSError, ValueError):
         return None
 

@@ -64,12 +64,9 @@ def model_of(config: Mapping[str, Any], label: str, **settings: Any) -> nn.Modul
     Raises:
         CheckpointError: it is of no library that is known, or can't be built here.
     """
-    build = _builder(config)
     try:
-        if build is _of_transformers:
-            return _of_transformers(config, **settings)
-        if build is not None:
-            return build(config)
+        if _builder(config) is not None:
+            return made(config, **settings)
     except ImportError as error:
         missing = (error.name or "what it needs").partition(".")[0]
         raise CheckpointError(f"{label}: needs {missing}; pip install {missing}") from error
@@ -97,13 +94,12 @@ def built(config: Mapping[str, Any], label: str) -> Architecture | None:
 @lru_cache(maxsize=32)
 def _built(text: str, label: str) -> Architecture | None:
     config: dict[str, Any] = json.loads(text)
-    build = _builder(config)
-    if build is None:
+    if _builder(config) is None:
         return None
     try:
         with warnings.catch_warnings(), torch.device("meta"):
             warnings.simplefilter("ignore")
-            model = build(config)
+            model = made(config)
     except ImportError as error:
         _say_missing((error.name or "what it needs").partition(".")[0])
         return None
@@ -130,7 +126,25 @@ def _say_missing(library: str) -> None:
     )
 
 
-def _builder(config: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], nn.Module] | None:
+def made(config: Mapping[str, Any], outputs: int | None = None, **settings: Any) -> nn.Module:
+    """A model of a configuration's class, its weights drawn at random.
+
+    Args:
+        config: the content of `config.json`.
+        outputs: of a classifier's head over it; None: the class as it is.
+        settings: of transformers' classes: `dtype`, `attn_implementation`.
+
+    Raises:
+        ValueError: no library has such a class. Classes raise what they like beside.
+        ImportError: the library that has it is not installed.
+    """
+    build = _builder(config)
+    if build is None:
+        raise ValueError("it has none of 'model_type', 'architecture' and '_class_name'")
+    return build(config, outputs, **settings if build is _of_transformers else {})
+
+
+def _builder(config: Mapping[str, Any]) -> Callable[..., nn.Module] | None:
     if "_class_name" in config:
         return _of_diffusers
     if config.get("model_type"):
@@ -138,43 +152,58 @@ def _builder(config: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], nn.Modu
     return _of_timm if "architecture" in config else None
 
 
-def _of_transformers(config: Mapping[str, Any], **settings: Any) -> nn.Module:
+def _of_transformers(config: Mapping[str, Any], outputs: int | None, **settings: Any) -> nn.Module:
     import transformers
-    from transformers import AutoConfig, AutoModel, PreTrainedModel
+    from transformers import AutoConfig, PreTrainedModel
 
     # Quantised weights are another matter: the class is that of the model before.
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    own = {} if outputs is None else {"num_labels": outputs}
     with TemporaryDirectory(prefix="fusionkit-") as folder:  # as transformers itself reads it
         (Path(folder) / CONFIG).write_text(json.dumps(plain), encoding="utf-8")
-        made = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        made = AutoConfig.from_pretrained(folder, trust_remote_code=False, **own)
     kind: Any = None
     said = config.get("architectures") or ()
     for name in [said] if isinstance(said, str) else said:
-        kind = kind or getattr(transformers, str(name), None)
+        if outputs is None or _CLASSIFIES in str(name):
+            kind = kind or getattr(transformers, str(name), None)
     if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
         known: Any = kind
         return cast(nn.Module, known._from_config(made, **settings) if settings else known(made))
     if config.get("auto_map"):
         raise ValueError("it needs code of its own")
-    make: Any = AutoModel.from_config
-    return cast(nn.Module, make(made, **settings))
+    for each in ("AutoModel",) if outputs is None else _CLASSIFIERS:
+        auto: Any = getattr(transformers, each)
+        if outputs is None or type(made) in auto._model_mapping:
+            return cast(nn.Module, auto.from_config(made, **settings))
+    raise ValueError(f"transformers has no classifier of a {type(made).__name__}")
 
 
-def _of_diffusers(config: Mapping[str, Any]) -> nn.Module:
+_CLASSIFIES = "Classification"
+"""In the name of a class that has a head with some outputs."""
+_CLASSIFIERS = ("AutoModelForSequenceClassification", "AutoModelForImageClassification")
+"""What has such a head over any encoder."""
+
+
+def _of_diffusers(config: Mapping[str, Any], outputs: int | None) -> nn.Module:
     import diffusers
 
+    if outputs is not None:
+        raise ValueError("a model of diffusers has no head")
     kind = getattr(diffusers, str(config["_class_name"]))
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
     return cast(nn.Module, kind.from_config(plain))
 
 
-def _of_timm(config: Mapping[str, Any]) -> nn.Module:
+def _of_timm(config: Mapping[str, Any], outputs: int | None) -> nn.Module:
     import timm
 
     settings = dict(config.get("model_args") or {})
     for key in ("num_classes", "global_pool"):
         if config.get(key) is not None:
             settings.setdefault(key, config[key])
+    if outputs is not None:
+        settings["num_classes"] = outputs
     try:
         made = timm.create_model(config["architecture"], pretrained=False, **settings)
     except TypeError:  # of a class that has no choice of pooling

@@ -4,6 +4,7 @@ Transformers' own code gives config, names and layouts, the package gguf the val
 loaded when such a file is opened.
 """
 
+import json
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -12,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fusionkit.checkpoints.architecture import Architecture
 from fusionkit.checkpoints.checkpoint import Checkpoint, Source, TensorSpec, reading
+from fusionkit.checkpoints.conformed import with_ties
 from fusionkit.checkpoints.paths import is_remote, open_path
 from fusionkit.checkpoints.quantized import DEQUANTIZE
 from fusionkit.errors import CheckpointError, listing
@@ -24,7 +27,7 @@ _OTHERWISE = (
 )
 
 
-def open_gguf(source: Source, dequantize: bool) -> "GGUFFile | None":
+def open_gguf(source: Source, dequantize: bool) -> Checkpoint | None:
     """Open a GGUF file; None of any other source.
 
     Args:
@@ -38,7 +41,8 @@ def open_gguf(source: Source, dequantize: bool) -> "GGUFFile | None":
         return None
     if not dequantize:
         raise CheckpointError(f"{path} is quantised (GGUF), and {DEQUANTIZE}")
-    return GGUFFile(path, str(source))
+    opened = GGUFFile(path, str(source))
+    return with_ties(opened, opened.architecture.tied)
 
 
 class GGUFFile(Checkpoint):
@@ -56,6 +60,7 @@ class GGUFFile(Checkpoint):
     """
 
     dequantized = True
+    architecture: Architecture
 
     def __init__(self, path: Path, label: str) -> None:
         if is_remote(path):
@@ -75,7 +80,7 @@ class GGUFFile(Checkpoint):
         self.label, self.files, self.nbytes = label, (path,), path.stat().st_size
         self._path = path
         try:
-            config = reader.load_gguf_checkpoint(str(path))["config"]
+            config = _short(reader.load_gguf_checkpoint(str(path))["config"])
             file = gguf.GGUFReader(path)
             model = _model(config)
             kind = reader.read_field(file, "general.architecture")[0]
@@ -93,6 +98,7 @@ class GGUFFile(Checkpoint):
             name = name or self._names.get(tensor.name.removesuffix(".weight"))  # stacks of experts
             if name:
                 self._stored.setdefault(name, []).append(_Stored.of(tensor))
+        self.architecture = Architecture.of(model, {"config": _said(model)})
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         self._check(shapes, model)
         self.specs = {
@@ -192,6 +198,22 @@ def _is_gguf(path: Path) -> bool:
         return False
     with path.open("rb") as file:
         return file.read(4) == _MAGIC
+
+
+def _said(model: Any) -> dict[str, Any]:
+    """A model's configuration as its `config.json` would have it."""
+    said: dict[str, Any] = json.loads(model.config.to_json_string())
+    return {**said, "architectures": [type(model).__name__]}
+
+
+def _short(value: Any) -> Any:
+    """What a configuration says, its numbers as they were before they were stored in float32."""
+    import numpy as np
+
+    if isinstance(value, dict):
+        return {key: _short(each) for key, each in value.items()}
+    stored = isinstance(value, float) and float(np.float32(value)) == value
+    return float(str(np.float32(value))) if stored else value
 
 
 def _model(config: dict[str, Any]) -> nn.Module:

@@ -80,12 +80,20 @@ def part(value: Tensor, like: Tensor) -> Tensor:
 def open_for(model: nn.Module, source: Source) -> Checkpoint:
     """Open the weights of a model; what the file does not say of its class, the model does.
 
+    A file of another class than the model's, as that of a bare encoder is of a classifier, is seen
+    as the model's class reads it.
+
     Args:
         model: the model.
         source: anything that `Checkpoint.of` reads.
     """
-    opened = Checkpoint.of(source)
-    return opened if opened.architecture else conformed(opened, LiveModel(model).architecture)
+    opened, known = Checkpoint.of(source), LiveModel(model).architecture
+    if opened.architecture is None:
+        return conformed(opened, known)
+    if any(name in opened for name in known.shapes):
+        return opened
+    seen = conformed(opened.as_stored, known)
+    return seen if any(name in seen for name in known.shapes) else opened
 
 
 def load_base(model: nn.Module, base: Checkpoint, private: list[str]) -> None:

@@ -2,21 +2,15 @@
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from uuid import uuid4
 
-from filelock import FileLock, Timeout
-
-from fusionkit.checkpoints.path_text import beside
 from fusionkit.checkpoints.paths import is_remote, is_there, open_path, refuse_existing, upload
+from fusionkit.checkpoints.sole_writer import partial, put, sole_writer, unfinished
 from fusionkit.errors import BundleError, FusionKitError, ProcessError
 
 _MEND = "choose another folder, or set overwrite to replace it"
-_PARTIAL = "partial"
-LOCK = "lock"
-"""Held by the run that fills a folder."""
 
 
 def check_replaceable(path: str | Path, overwrite: bool, known_by: str, mend: str = _MEND) -> None:
@@ -65,45 +59,18 @@ def new_folder(path: Path, overwrite: bool, known_by: str, keep: bool = False) -
         return
     with disk_errors(path, keep):
         path.parent.mkdir(parents=True, exist_ok=True)
-        folder = beside(path, _PARTIAL if keep else f"{uuid4().hex[:8]}.tmp")
-        folder.mkdir(exist_ok=keep)
-        with _locked(folder) if keep else nullcontext():
+        with sole_writer(path, known_by):
+            check_replaceable(path, overwrite, known_by)  # as it may have come meanwhile
+            folder = partial(path) if keep else unfinished(path)
+            folder.mkdir(exist_ok=keep)
             try:
                 yield folder
-                _rename(folder, path)
+                put(folder, path)
             except BaseException as error:
                 told = isinstance(error, FusionKitError) and not isinstance(error, ProcessError)
                 if told or not keep:
                     shutil.rmtree(folder, ignore_errors=True)
                 raise
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    lock = FileLock(folder / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise BundleError(f"{folder}: another run is writing there; wait for it to end") from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _rename(folder: Path, path: Path) -> None:
-    (folder / LOCK).unlink(missing_ok=True)
-    if not path.exists():
-        folder.rename(path)
-        return
-    old = beside(path, f"{uuid4().hex[:8]}.old")
-    path.rename(old)
-    try:
-        folder.rename(path)
-    except BaseException:
-        old.rename(path)
-        raise
-    shutil.rmtree(old)
 
 
 @contextmanager

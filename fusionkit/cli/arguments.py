@@ -1,5 +1,6 @@
 """Verbs without a recipe: their options are a function's parameters."""
 
+import re
 from collections.abc import Callable
 from inspect import signature
 from typing import Any, get_type_hints
@@ -10,6 +11,8 @@ from fusionkit.cli.words import divided, with_values
 from fusionkit.errors import UsageError, meant
 
 _ALONE = ("--help", "-h")
+_OPTION = re.compile(r"^--([A-Za-z][A-Za-z-]*)")
+"""An option's name, whose words may be joined by `-` as well as by `_`."""
 
 
 def call(
@@ -32,9 +35,11 @@ def call(
     Raises:
         UsageError: an option is unknown, or has a value of another type; or one lacks.
     """
+    args = ["--help" if each == "--help-all" else each for each in args]  # it is all there is
     hints = get_type_hints(function)
     names = [name for name in signature(function).parameters if name not in (positional, several)]
     flags = [name for name in names if hints[name] is bool]
+    args = [_OPTION.sub(lambda found: "--" + found[1].replace("-", "_"), each) for each in args]
     words, options = divided(with_values(args, flags), _ALONE)
     for option in options:
         name = option.partition("=")[0].lstrip("-")

@@ -1,15 +1,18 @@
 """`fusionkit compress BASE FINETUNED…`: the models that the line names, streamed."""
 
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from fusionkit.bundles.compress import compress
 from fusionkit.bundles.format import MANIFEST
 from fusionkit.checkpoints.output_folder import check_replaceable
 from fusionkit.cli import report
-from fusionkit.cli.line import Line, as_list, line_help, parse_line
+from fusionkit.cli.line import line_help, models_in, parse_line
 from fusionkit.cli.named_codec import as_config
 from fusionkit.cli.named_models import task_of
 from fusionkit.cli.progress import progress_bar
+from fusionkit.codecs.base import DeltaCodec
+from fusionkit.errors import in_line
 from fusionkit.task_vectors.found_roles import FoundRoles, find_roles
 
 MEND = "replace it with --overwrite"
@@ -42,28 +45,23 @@ def compress_line(args: list[str]) -> None:
             is there already.
     """
     line = parse_line("compress", args, options)
-    out = str(line.own["out"] or f"{task_of(line.base)}.bundle")
+    assert line.codec is not None
+    base, finetuned, left_out = models_in("compress", line.words)
+    out = str(line.own["out"] or f"{task_of(base)}.bundle")
     if not line.own["print_config"]:
         check_replaceable(out, line.own["overwrite"], known_by=MANIFEST, mend=MEND)
-    how = line.how
-    told: dict[str, Any] = {
-        "private": as_list(how.private),
-        "frozen": as_list(how.frozen),
-        "adapters": how.adapters,
-        "rename": how.rename or {},
-        "ignore": as_list(how.ignore),
-    }
-    found = find_roles(line.base, line.finetuned, **told, rounded=not line.codec.restores)
+    told = line.how.told
+    found = find_roles(base, finetuned, **told, rounded=not line.codec.restores)
     told["private"] += found.private
     told["frozen"] += found.frozen
     if line.own["print_config"]:
-        print(_recipe(line, out, told), end="")
+        print(_recipe({"base": base, "finetuned": finetuned, **told}, line.codec, out), end="")
         return
-    _tell(line, found)
+    tell(finetuned, left_out, found)
     with progress_bar("compressing") as callback:
         bundle = compress(
-            line.base,
-            line.finetuned,
+            base,
+            finetuned,
             line.codec,
             out,
             overwrite=line.own["overwrite"],
@@ -77,38 +75,39 @@ def compress_line(args: list[str]) -> None:
     )
 
 
-def _tell(line: Line, found: FoundRoles) -> None:
-    """Say what was found, a line each."""
-    count = len(line.finetuned)
-    report.show(f"{count} task{'s' * (count > 1)}: {', '.join(line.finetuned)}")
+def tell(finetuned: Collection[str], left_out: Sequence[str], found: FoundRoles) -> None:
+    """Say what was found, a line each.
+
+    Args:
+        finetuned: the tasks.
+        left_out: what globs found, and is no model.
+        found: which tensors are private, and which frozen.
+    """
+    count = len(finetuned)
+    report.show(f"{count} task{'s' * (count > 1)}: {', '.join(finetuned)}")
     said = (
-        (("left out, no model, or the base itself",), line.left_out),
-        (("private, as the base lacks them", "stored whole"), found.lacked),
-        (("private, as their shapes are not the base's", "stored whole"), found.reshaped),
-        (("frozen, as they equal the base's in every task", "not stored"), found.equal),
-        (("frozen, as no task has any of its own", "not stored"), found.absent),
+        ("left out, no model, or the base itself", left_out),
+        ("private, as the base lacks them, stored whole", found.lacked),
+        ("private, as their shapes are not the base's, stored whole", found.reshaped),
+        ("frozen, as they equal the base's in every task, not stored", found.equal),
+        ("frozen, as no task has any of its own, not stored", found.absent),
     )
     for words, patterns in said:
         if patterns:
-            report.show(f"{', '.join(words)}: {_few(patterns)}")
+            report.show(f"{words}: {in_line(patterns)}")
 
 
-def _few(items: tuple[str, ...], limit: int = 6) -> str:
-    more = len(items) - limit
-    return ", ".join(items[:limit]) + (f" and {more} more" if more > 0 else "")
+def as_model(told: Mapping[str, Any], codec: DeltaCodec | None) -> dict[str, Any]:
+    """What a line says of models as a recipe's section `model`; what says nothing is left out."""
+    model = {name: value for name, value in told.items() if value and value != "merged"}
+    return model if codec is None else {**model, "codec": as_config(codec)}
 
 
-def _recipe(line: Line, out: str, told: dict[str, Any]) -> str:
+def _recipe(told: Mapping[str, Any], codec: DeltaCodec, out: str) -> str:
     """The recipe that makes the same bundle."""
     import yaml
 
-    model = {
-        "base": line.base,
-        "finetuned": line.finetuned,
-        **{name: value for name, value in told.items() if value and value != "merged"},
-        "codec": as_config(line.codec),
-        "bundle": out,
-    }
+    model = {**as_model(told, codec), "bundle": out}
     head = (
         "# fusionkit compress --config THIS.yaml\n"
         "# For 'fusionkit test', add model.model (the network), data and trainer.\n"

@@ -1,6 +1,7 @@
 """What codecs keep against what they take: one colour a method, one marker a dtype, the front."""
 
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -170,7 +171,7 @@ def draw_front(
     axes.xaxis.set_major_locator(LogLocator(base=2, numticks=20))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("bits per parameter on disk, shared parts spread over the tasks (log scale)")
-    axes.set_ylabel(axis.label)
+    axes.set_ylabel(textwrap.fill(axis.label, 70))
     axes.set_title(title)
     axes.grid(alpha=0.25)
     figure.legend(

@@ -1,7 +1,7 @@
 """A verb over models that its command line names: `fusionkit VERB BASE FINETUNED… [--codec …]`."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, get_type_hints
 
@@ -12,11 +12,9 @@ from fusionkit.cli.named_codec import CODECS, settings_of, with_classes
 from fusionkit.cli.named_models import located, named_models
 from fusionkit.cli.words import divided, with_values
 from fusionkit.codecs.base import DeltaCodec
-from fusionkit.errors import UsageError, meant
+from fusionkit.errors import CodecError, UsageError, meant
 
 DEFAULT_CODEC = "sketch"
-_OF_DEFAULT = {"bits": 0.1}
-"""What the default codec is given, where nothing else says how much to keep."""
 
 
 @dataclass
@@ -33,12 +31,23 @@ class How:
         ignore: pattern of tensors that no one needs, or a list.
     """
 
-    codec: str = DEFAULT_CODEC
+    codec: str | None = DEFAULT_CODEC
     private: list[str] | str | None = None
     frozen: list[str] | str | None = None
     adapters: Adapters = "merged"
     rename: dict[str, str] | None = None
     ignore: list[str] | str | None = None
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What `Family` is told of the models."""
+        return {
+            "private": as_list(self.private),
+            "frozen": as_list(self.frozen),
+            "adapters": self.adapters,
+            "rename": self.rename or {},
+            "ignore": as_list(self.ignore),
+        }
 
 
 @dataclass(frozen=True)
@@ -46,56 +55,116 @@ class Line:
     """A line, understood.
 
     Attributes:
-        base: the base's path.
-        finetuned: task → path.
-        codec: the codec.
-        how: what else was said.
-        left_out: what globs found, and is no model.
-        own: the verb's own options.
+        words: what is no option: models.
+        codec: the codec; None where there is none.
+        called: how tables call it.
+        how: what else was said of the models.
+        own: the verb's own options, and whether each was given.
+        given: names of all options that were given.
+        passed: options that are not the line's, but a recipe's (`--trainer.devices=2`).
     """
 
-    base: str
-    finetuned: dict[str, str]
-    codec: DeltaCodec
+    words: list[str]
+    codec: DeltaCodec | None
+    called: str
     how: How
-    left_out: tuple[str, ...]
     own: Mapping[str, Any]
+    given: frozenset[str]
+    passed: list[str]
 
 
-def parse_line(verb: str, args: Sequence[str], own: Callable[..., Any]) -> Line:
-    """Understand a line; nothing is read of the models yet but where they are.
+def parse_line(
+    verb: str,
+    args: Sequence[str],
+    own: Callable[..., Any],
+    how: type[How] = How,
+    passes: Sequence[str] = (),
+) -> Line:
+    """Understand a line; nothing is looked at yet.
 
     Args:
         verb: how the errors call it.
         args: the command line after the verb.
-        own: a function whose parameters are the verb's own options.
+        own: a function, or a dataclass, whose parameters are the verb's own options.
+        how: what else may be said; its default is the default codec.
+        passes: what options begin with that are a recipe's, as `trainer.`.
 
     Raises:
-        UsageError: an option is unknown, or of the wrong type; or no model is named.
+        UsageError: an option is unknown, or of the wrong type.
         PluginError, CodecError: the codec is unknown, or does not take its settings.
-        CheckpointError, FamilyError: nothing is at a path; two tasks have one name.
     """
-    types = {**get_type_hints(own), **get_type_hints(How)}
+    types = {**get_type_hints(own), **get_type_hints(how)}
     types.pop("return", None)
     flags = [name for name, hint in types.items() if hint is bool]
     words, options = divided(with_values(args, flags))
-    codec_name = _codec_in(options)
-    plugin = registry.named(CODECS, codec_name)
-    settings = settings_of(plugin)
-    _refuse_unknown(verb, options, types, plugin.__name__, settings)
+    passed = [each for each in options if each[2:].startswith(tuple(passes))] if passes else []
+    options = [each for each in options if each not in passed]
+    codec_name = _codec_in(options, how)
+    plugin = None if codec_name is None else registry.named(CODECS, codec_name)
+    settings = {} if plugin is None else settings_of(plugin)
+    _refuse_unknown(verb, options, types, plugin, settings)
     rest = [each for each in options if not each.startswith("--codec=")]
-    told, values = _parsed(with_classes(rest, settings), types, plugin, own)
+    told, values = _parsed(with_classes(rest, settings), types, plugin, (own, how))
+    make = _made if codec_name == DEFAULT_CODEC else _as_told
+    codec, called = (None, "") if plugin is None else make(plugin, values)
+    said = how(codec_name, **{n: told[n] for n in get_type_hints(how) if n in told})
+    extra = {name: told[name] for name in get_type_hints(own) if name in told}
+    given = frozenset(map(_first, options))
+    return Line(words, codec, called, said, extra, given, passed)
+
+
+def models_in(verb: str, words: Sequence[str]) -> tuple[str, dict[str, str], list[str]]:
+    """The base and the fine-tuned models that a line names; nothing is read of them yet.
+
+    Args:
+        verb: how the errors call it.
+        words: of the line.
+
+    Returns:
+        the base's path; task → path; and what globs found, and is no model.
+
+    Raises:
+        UsageError: there are too few.
+        CheckpointError, FamilyError: nothing is at a path; two tasks have one name.
+    """
     if len(words) < 2:
         raise UsageError(
             f"expected a base and fine-tuned models: fusionkit {verb} BASE FINETUNED… [options]; "
             f"got {f'{words[0]!r} alone' if words else 'neither'}"
         )
     base = located(words[0])
-    finetuned, left_out = named_models(words[1:], base)
-    codec: Any = plugin(**_with_default(plugin.id, values))
-    how = How(codec_name, **{name: told[name] for name in get_type_hints(How) if name != "codec"})
-    extra = {name: told[name] for name in get_type_hints(own) if name in told}
-    return Line(base, finetuned, codec, how, tuple(left_out), extra)
+    return base, *named_models(words[1:], base)
+
+
+def codec_of(text: str) -> tuple[str, DeltaCodec]:
+    """A codec of a list: `svd`, or `svd:rank=32:dtype=int4`.
+
+    What a codec needs, and is not given, is what it usually has (`DeltaCodec.usual`).
+
+    Returns:
+        how tables call it (`SVD 32 int4`), and the codec.
+
+    Raises:
+        UsageError, PluginError, CodecError: it is unknown, or does not take its settings.
+    """
+    name, *said = text.split(":")
+    plugin: Any = registry.named(CODECS, name)
+    settings = settings_of(plugin)
+    options = [f"--{each}" for each in said]
+    for each in said:
+        if "=" not in each:
+            raise UsageError(f"{text}: expected CODEC:SETTING=VALUE:…, got '{each}'")
+    _refuse_unknown("codecs", options, {}, plugin, settings)
+    _, values = _parsed(with_classes(options, settings), {}, plugin, (), complete=False)
+    codec, called = _made(plugin, values)
+    return called, codec
+
+
+def _shown(setting: tuple[str, Any]) -> str:
+    name, value = setting
+    if isinstance(value, registry.Plugin):
+        return type(value).__name__
+    return str(value) if isinstance(value, str | float) or type(value) is int else f"{name}={value}"
 
 
 def line_help(verb: str, summary: str, args: Sequence[str], own: Callable[..., Any]) -> str:
@@ -107,7 +176,8 @@ def line_help(verb: str, summary: str, args: Sequence[str], own: Callable[..., A
         args: the command line after the verb.
         own: a function whose parameters are the verb's own options.
     """
-    plugin = registry.named(CODECS, _codec_in(divided(args, ("--help", "-h", "--help-all"))[1]))
+    options = divided(args, ("--help", "-h", "--help-all"))[1]
+    plugin = registry.named(CODECS, _codec_in(options, How) or DEFAULT_CODEC)
     lines = [
         f"usage: fusionkit {verb} BASE FINETUNED… [--codec CODEC] [--SETTING VALUE…] [options]",
         f"       fusionkit {verb} --config R.yaml [--model.SETTING VALUE…]",
@@ -138,51 +208,73 @@ def as_list(patterns: list[str] | str | None) -> list[str]:
     return [patterns] if isinstance(patterns, str) else list(patterns or [])
 
 
-def _codec_in(options: Sequence[str]) -> str:
+def _codec_in(options: Sequence[str], how: type[How]) -> str | None:
     """The codec that a line names."""
     said = [each.partition("=")[2] for each in options if each.startswith("--codec=")]
-    return said[-1] if said else DEFAULT_CODEC
+    return said[-1] if said else how().codec
 
 
-def _with_default(name: str, values: dict[str, Any]) -> dict[str, Any]:
-    if name == DEFAULT_CODEC and not {"bits", "bytes", "noise"} & values.keys():
-        return {**_OF_DEFAULT, **values}
-    return values
+def _as_told(plugin: Any, values: dict[str, Any]) -> tuple[Any, str]:
+    """A codec, and how tables call it."""
+    return plugin(**values), " ".join([plugin.__name__, *map(_shown, values.items())])
+
+
+def _made(plugin: Any, values: dict[str, Any]) -> tuple[Any, str]:
+    """A codec as told, or else with what it usually has beside."""
+    try:
+        return _as_told(plugin, values)
+    except (CodecError, TypeError):
+        if not plugin.usual:
+            raise
+        return _as_told(plugin, {**plugin.usual, **values})
 
 
 def _refuse_unknown(
     verb: str,
     options: Sequence[str],
     types: Mapping[str, Any],
-    codec: str,
+    plugin: type[registry.Plugin] | None,
     settings: Mapping[str, Any],
 ) -> None:
+    of = f" of {plugin.__name__}" if plugin else ""
     for each in options:
         name = each.partition("=")[0].lstrip("-")
         first = name.removeprefix("codec.").partition(".")[0]
         if first in settings or (name.partition(".")[0] in types and first == name):
             continue
+        has = [f"{plugin.__name__} has {_options(settings)}"] if plugin and settings else []
+        has += [f"'fusionkit {verb}' has {_options(types)}"] if types else []
         raise UsageError(
-            f"no option '{name}' of {codec}{meant(first, [*settings, *types])}\n"
-            f"{codec} has {', '.join(f'--{each}' for each in settings)}; 'fusionkit {verb}' has "
-            + ", ".join(f"--{each}" for each in types)
+            f"no option '{name}'{of}{meant(first, [*settings, *types])}\n{'; '.join(has)}"
         )
 
 
+def _options(names: Iterable[str]) -> str:
+    return ", ".join(f"--{each}" for each in names)
+
+
 def _parsed(
-    options: Sequence[str], types: Mapping[str, Any], plugin: Any, own: Callable[..., Any]
+    options: Sequence[str],
+    types: Mapping[str, Any],
+    plugin: type[registry.Plugin] | None,
+    others: Sequence[Callable[..., Any]],
+    complete: bool = True,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the options say: of the verb's own, and those of the codec's settings that are given."""
     from jsonargparse import ArgumentError, ArgumentParser
 
-    types_of = settings_of(plugin)
+    types_of = {} if plugin is None else settings_of(plugin)
     clashing = types_of.keys() & types.keys()
+    apart = types_of.keys() - clashing
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_function_arguments(own, as_group=False)
-    parser.add_class_arguments(How, skip={"codec"}, as_group=False)
-    parser.add_class_arguments(plugin, as_group=False, skip={*clashing}, fail_untyped=False)
-    others = types_of.keys() - clashing
-    parser.add_class_arguments(plugin, "codec", skip={*others}, as_group=True)
+    for each in others:
+        if isinstance(each, type):
+            parser.add_class_arguments(each, skip={"codec"}, as_group=False)
+        else:
+            parser.add_function_arguments(each, as_group=False)
+    if plugin is not None:
+        parser.add_class_arguments(plugin, as_group=False, skip={*clashing}, fail_untyped=False)
+        parser.add_class_arguments(plugin, "codec", skip={*apart}, as_group=True)
     plain = [
         each if _first(each) in clashing else each.replace("--codec.", "--", 1) for each in options
     ]
@@ -195,13 +287,20 @@ def _parsed(
         raise UsageError(_wrong(str(error), plain, {**types_of, **types})) from error
     given = {_first(each) for each in plain}
     nested = made.pop("codec", {})
-    values = {n: nested[n] for n in clashing & given}
-    values |= {name: made[name] for name in others & given}
+    values = {n: (nested if n in clashing else made)[n] for n in types_of if n in given}
+    if plugin is not None and complete:
+        _refuse_lacking(plugin, values, types_of, clashing)
+    return {name: value for name, value in made.items() if name in types}, values
+
+
+def _refuse_lacking(
+    plugin: Any, values: Collection[str], types: Mapping[str, Any], clashing: Collection[str]
+) -> None:
+    """Refuse a codec without a setting that it needs."""
     for field in fields(plugin):
         if field.default is field.default_factory is MISSING and field.name not in values:
             name = f"codec.{field.name}" if field.name in clashing else field.name
-            raise UsageError(f"{plugin.__name__} needs --{name}: {kind_of(types_of[field.name])}")
-    return {name: value for name, value in made.items() if name in types}, values
+            raise UsageError(f"{plugin.__name__} needs --{name}: {kind_of(types[field.name])}")
 
 
 def _first(option: str) -> str:

@@ -1,24 +1,42 @@
-"""`fusionkit test`."""
+"""`fusionkit test`: of a bundle or models that the command line names, or of a recipe."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
 from fusionkit.bundles.bundle import Bundle
 from fusionkit.cli import report
+from fusionkit.cli.named_loggers import logged_as
 from fusionkit.cli.recipe import RecipeCLI
+from fusionkit.cli.scored_line import recipe_args
 from fusionkit.registry import to_config
 from fusionkit.reuse.module import ReuseModule
 from fusionkit.tasks.score_file import score_file
 from fusionkit.tasks.scores import Scores
 from fusionkit.tasks.spread import Spread, TasksSpread
 
+Stage = Literal["test", "validate"]
+"""Which rows are scored: a datamodule's test rows, or its validation rows."""
+
 
 def run(args: list[str]) -> None:
-    """Score every task of a recipe; writes scores.csv and scores.json to `--out`."""
-    cli = TestCLI(args)
+    """Score every task; writes scores.csv and scores.json to `--out`."""
+    score(TestCLI, args)
+
+
+def score(verb: "type[TestCLI]", args: list[str]) -> None:
+    """Score every task of a line or a recipe, show the scores and write them.
+
+    Args:
+        verb: what scores.
+        args: the command line after the verb.
+    """
+    recipe = recipe_args(verb.verb, (verb.__doc__ or "").partition("\n")[0], args)
+    if recipe is None:
+        return
+    cli = verb(recipe)
     scores = cli.test()
     report.show(report.scores_table(scores, cli.title()))
     for path in cli.write(scores):
@@ -40,15 +58,19 @@ class EvaluationCLI(RecipeCLI):
 
 
 class TestCLI(EvaluationCLI):
-    """Score every task of the recipe, from its bundle or compressed on the fly."""
+    """Score every task, from a bundle, compressed on the fly, or as it is."""
 
     verb = "test"
+    stage: Stage = "test"
     __test__ = False  # not a test case, whatever pytest thinks of the name
 
     def test(self) -> Scores:
         """Evaluate; the results are for the caller to show."""
         self.save_config()
-        return evaluate(self.model, self.datamodule, self.trainer, self.config["spread"])
+        spread = self.config["spread"]
+        codec = self.model.source.codec if self.model.bundle_path else self.model.codec
+        with logged_as(self.trainer, type(codec).__name__ if codec else "fine-tuned"):
+            return evaluate(self.model, self.datamodule, self.trainer, spread, self.stage)
 
     def title(self) -> str:
         """What was evaluated."""
@@ -66,18 +88,24 @@ class TestCLI(EvaluationCLI):
 
 
 def evaluate(
-    module: ReuseModule, datamodule: Any, trainer: Trainer, spread: Spread = "rows"
+    module: ReuseModule,
+    datamodule: Any,
+    trainer: Trainer,
+    spread: Spread = "rows",
+    stage: Stage = "test",
 ) -> Scores:
     """Score every task of a datamodule.
 
     Args:
         module: what is scored.
-        datamodule: the tasks' test rows.
+        datamodule: the tasks' rows.
         trainer: evaluates.
         spread: what each of several processes evaluates.
+        stage: which rows: those for testing, or for validation.
     """
     data = TasksSpread(datamodule) if spread == "tasks" else datamodule
-    trainer.test(module, datamodule=data, verbose=False)
+    run = trainer.test if stage == "test" else trainer.validate
+    run(module, datamodule=data, verbose=False)
     assert module.scores is not None
     return module.scores
 

@@ -1,6 +1,7 @@
 """The words of a command line: options, and what is not one."""
 
-from collections.abc import Collection, Sequence
+import json
+from collections.abc import Collection, Mapping, Sequence
 
 _TRUTHS = ("true", "false")
 
@@ -44,3 +45,38 @@ def divided(args: Sequence[str], alone: Collection[str] = ()) -> tuple[list[str]
         else:
             options.append(f"{word}={rest.pop(0)}")
     return plain, options
+
+
+def gathered(args: Sequence[str], several: Collection[str]) -> list[str]:
+    """A command line whose options that take several words have them as one JSON list.
+
+    `--data a b --task c` becomes `--data=["a", "b"] --task=["c"]`. A `-` within the name of any
+    option becomes `_`.
+
+    Args:
+        args: the command line.
+        several: names of those options; each takes all words up to the next option.
+    """
+    found: list[str] = []
+    lists: dict[str, list[str]] = {}
+    taking: list[str] | None = None
+    for place, word in enumerate(args):
+        if word == "--":
+            return [*found, *_lists(lists), *args[place:]]
+        if not word.startswith("--"):
+            (found if taking is None else taking).append(word)
+            continue
+        name, equals, value = word[2:].partition("=")
+        name = name.replace("-", "_")
+        taking = None
+        if name not in several:
+            found.append(f"--{name}{equals}{value}")
+        elif equals:
+            lists.setdefault(name, []).append(value)
+        else:
+            taking = lists.setdefault(name, [])
+    return [*found, *_lists(lists)]
+
+
+def _lists(lists: Mapping[str, list[str]]) -> list[str]:
+    return [f"--{name}={json.dumps(words)}" for name, words in lists.items()]

@@ -163,10 +163,13 @@ class Spectra:
         What is small enough to be left out whole is still not: it is the sketch's noise that is
         to be so small.
         """
+
+        def quiet(bits: float) -> bool:
+            plan = self.plan(bits)
+            return plan.error <= error and bool(plan.nbytes.any())
+
         least = _bisect(lambda bits: self._spent(bits).errors.sum() <= error, _LEAST, _GREATEST)
-        if self.plan(least).error <= error:
-            return least
-        return _bisect(lambda bits: self.plan(bits).error <= error, least, _GREATEST)
+        return least if quiet(least) else _bisect(quiet, least, _GREATEST)
 
     def _spent(self, bits: float) -> "_Spent":
         """What all tensors take if none is left out."""

@@ -23,7 +23,7 @@ one whose tensors come back as they were, rather than as base plus delta, from `
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -87,6 +87,8 @@ class DeltaCodec(Plugin, ABC):
     cost: ClassVar[str] = ""
     """What a task takes, in bits, as a formula that 'fusionkit codecs ID' shows."""
     group: ClassVar[str] = "fusionkit.codecs"
+    usual: ClassVar[dict[str, Any]] = {}
+    """Settings that a list of codecs (`--codecs svd,emr`) gives it, where it can't do without."""
     unscalable: ClassVar[str | None] = None
     """Why decoded deltas may not be scaled or added to others', where they may not."""
     restores: ClassVar[bool] = False

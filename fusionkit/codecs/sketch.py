@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -64,6 +64,7 @@ class Sketch(DeltaCodec):
 
     id: ClassVar[str] = "sketch"
     cost: ClassVar[str] = "bits × P of all compressed parameters P, as asked for"
+    usual: ClassVar[dict[str, Any]] = {"bits": 0.1}
     learned: ClassVar[tuple[str, ...]] = (_GAINS,)
     bits: float | None = None
     bytes: int | None = None

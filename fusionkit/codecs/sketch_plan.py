@@ -246,7 +246,14 @@ def _warn_of_noise(budgets: _Budgets, plans: Sequence[Plan], spectra: Sequence[S
     wanted = [own.plan(own.bits_for(error)) for own in spectra]
     mend = f"noise={_NOISY}"
     if budgets.target.noise is None and not any(_is_noisy(plan, base) for plan in wanted):
-        mend = budgets.enough(lambda plans: not any(_is_noisy(p, base) for p in plans), error)
+        stored = [_stores(plan) for plan in wanted]
+
+        def good(plans: list[Plan]) -> bool:
+            return not any(_is_noisy(plan, base) for plan in plans) and all(
+                _stores(plan) for plan, needed in zip(plans, stored, strict=True) if needed
+            )
+
+        mend = budgets.enough(good, error)
     for task, plan, quiet, felt in zip(budgets.family.tasks, plans, wanted, noisy, strict=True):
         if not felt:
             continue

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -68,6 +68,7 @@ class SVD(TensorCodec):
     cost: ClassVar[str] = (
         "a matrix of m × n: b r (m + n) bits at rank r in a dtype of b bits; a vector of n: b n"
     )
+    usual: ClassVar[dict[str, Any]] = {"rank": 16}
     rank: int | dict[str, int] | None = None
     energy: float | None = None
     ratio: float | None = None

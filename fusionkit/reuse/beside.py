@@ -4,8 +4,9 @@ Each is the task's own where the bundle has one, and else the base's.
 """
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from fnmatch import fnmatchcase
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from torch import nn
 
 from fusionkit.bundles.bundle import Bundle
 from fusionkit.bundles.config import GENERATION, config_of, fitted_config, write_json
-from fusionkit.bundles.side_files import base_files, files_of
+from fusionkit.bundles.side_files import PROCESSOR, TOKENIZER, base_file, base_files, files_of
 from fusionkit.checkpoints.architecture import is_transformers
 from fusionkit.checkpoints.checkpoint import Checkpoint, Source
 from fusionkit.checkpoints.from_config import CONFIG, built
@@ -38,7 +39,7 @@ def opened(bundle: str | Path | Bundle, base: Source | Checkpoint | None = None)
     """
     if isinstance(bundle, Bundle):
         return bundle if base is None else Bundle(bundle.path, base)
-    return Bundle(bundle, base)
+    return Bundle.from_pretrained(bundle, base)
 
 
 def tokenizer(
@@ -62,7 +63,7 @@ def tokenizer(
     """
     from transformers import AutoTokenizer
 
-    return _made(AutoTokenizer, opened(bundle, base), task, "tokenizer", settings)
+    return _made(AutoTokenizer, opened(bundle, base), task, "tokenizer", TOKENIZER, settings)
 
 
 def processor(
@@ -85,7 +86,8 @@ def processor(
     """
     from transformers import AutoProcessor
 
-    return _made(AutoProcessor, opened(bundle, base), task, "processor", settings)
+    patterns = (*PROCESSOR, *TOKENIZER)
+    return _made(AutoProcessor, opened(bundle, base), task, "processor", patterns, settings)
 
 
 def config_for(bundle: Bundle, task: str | None) -> dict[str, Any]:
@@ -148,23 +150,41 @@ def _json(said: bytes | Path) -> dict[str, Any]:
     return found
 
 
-def _made(kind: Any, bundle: Bundle, task: str | None, what: str, settings: dict[str, Any]) -> Any:
+def _made(
+    kind: Any,
+    bundle: Bundle,
+    task: str | None,
+    what: str,
+    patterns: Collection[str],
+    settings: dict[str, Any],
+) -> Any:
     whose = f"{bundle.path}: {'its base' if task is None else f'task {task!r}'}"
-    with _folder(bundle, task) as folder:
+    mend = (
+        f"give a base that has one beside its weights (`base`, --base), or load the {what} yourself"
+    )
+    file = base_file(bundle)
+    place: AbstractContextManager[dict[str, str]]
+    if any(fnmatchcase(name, each) for name in _files(bundle, task) for each in patterns):
+        place = _folder(bundle, task)
+    elif file is not None and file.suffix == ".gguf":
+        found = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+        place = nullcontext(found)
+    else:  # some classes would come without a vocabulary then
+        raise BundleError(f"{whose} has no {what}: none of {', '.join(patterns)}; {mend}")
+    with place as told:
         try:
-            made = kind.from_pretrained(folder, **settings)
-        except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
+            made = kind.from_pretrained(**told, **settings)
+        except Exception as error:  # what classes raise over their files is of any kind
             reason = str(error).partition("\n")[0][:200]
             raise BundleError(
-                f"{whose} has no {what} that transformers can load ({reason}); give a base that "
-                f"has one beside its weights (`base`, --base), or load the {what} yourself"
+                f"{whose} has no {what} that transformers can load ({reason}); {mend}"
             ) from error
     made.name_or_path = str(bundle.path)
     return made
 
 
 @contextmanager
-def _folder(bundle: Bundle, task: str | None) -> Iterator[str]:
+def _folder(bundle: Bundle, task: str | None) -> Iterator[dict[str, str]]:
     """A temporary folder with a task's files beside its weights."""
     files = _files(bundle, task)
     with TemporaryDirectory(prefix="fusionkit-") as folder:
@@ -173,4 +193,4 @@ def _folder(bundle: Bundle, task: str | None) -> Iterator[str]:
             (Path(folder) / name).write_bytes(data)
         if CONFIG not in files and (config := config_of(bundle, files)):
             write_json(Path(folder) / CONFIG, config)
-        yield folder
+        yield {"pretrained_model_name_or_path": folder}

@@ -1,6 +1,6 @@
 """A live model as a source of tasks sees it: under its names, with its ties."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import TypeVar
 
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from fusionkit.checkpoints.checkpoint import Checkpoint
 from fusionkit.checkpoints.in_memory import state_of
 from fusionkit.checkpoints.live_model import aliases, untie
-from fusionkit.checkpoints.names import matched, replaced, unwrapped
+from fusionkit.checkpoints.names import matched, prefix_over, replaced, unwrapped
 from fusionkit.checkpoints.stacks import joined, rows_of, split_tensors, whole_names
 from fusionkit.checkpoints.view import View
 from fusionkit.errors import BundleError, listing
@@ -35,7 +35,7 @@ class Seen:
         own = {rows[name][0] if name in rows else name for name in source.roles} | private
         state = state_of(model)
         after = replaced(state, source.rename, type(model).__name__)
-        self._names = {name: after[there] for name, there in matched(after, own).items()}
+        self._names = {name: after[there] for name, there in _found(after, own).items()}
         tied = {(a, b) for a, b in aliases(model).items()}
         here = {there: name for name, there in self._names.items()}
         pairs = {(here[a], here[b]) for a, b in _unwrapped_pairs(model, tied)}
@@ -97,6 +97,14 @@ class Seen:
                 f"{listing(lacking)}\nbuild the model that the bundle was made for; if it is the "
                 "same one under other names, compress again with `rename`"
             )
+
+
+def _found(names: Mapping[str, str], own: Set[str]) -> dict[str, str]:
+    """A source's names → a model's, which may have the source's model as a part of it."""
+    found = matched(names, own)
+    if 2 * len(found.keys() & own) > len(own) or not (prefix := prefix_over(sorted(own), names)):
+        return found
+    return {name.removeprefix(prefix): name for name in names}
 
 
 def _unwrapped_pairs(model: nn.Module, pairs: set[tuple[str, str]]) -> set[tuple[str, str]]:

@@ -18,6 +18,7 @@ from fusionkit.checkpoints.adapters.finding import (
 )
 from fusionkit.checkpoints.adapters.merged import MergedAdapter
 from fusionkit.checkpoints.adapters.modules import Adapters, AdapterSpace, open_space
+from fusionkit.checkpoints.architecture import Architecture
 from fusionkit.checkpoints.checkpoint import Checkpoint, Source, matches
 from fusionkit.checkpoints.conformed import conformed, with_ties
 from fusionkit.checkpoints.in_memory import LiveModel
@@ -72,6 +73,8 @@ def open_models(
     def fitted(checkpoint: Checkpoint, wanted: Collection[str], shorter: bool) -> Checkpoint:
         if checkpoint.architecture is None and known is not None:
             checkpoint = conformed(checkpoint, known)
+        elif known is not None and not any(name in wanted for name in checkpoint):
+            checkpoint = _within(checkpoint, known, wanted)
         return renamed(checkpoint, wanted, rename, ignore, shorter)
 
     start = fitted(start, next(iter(whole.values()), ()), shorter=True)
@@ -84,6 +87,15 @@ def open_models(
         for task, each in found.items()
     }
     return Opened(start, opened, None)
+
+
+def _within(checkpoint: Checkpoint, known: Architecture, wanted: Collection[str]) -> Checkpoint:
+    """A model of another class than the one that is known, which may be a part of it.
+
+    So is a bare encoder of a classifier, whose own tensors have a prefix.
+    """
+    seen = conformed(checkpoint.as_stored, known)
+    return seen if any(name in wanted for name in seen) else checkpoint
 
 
 def _refuse_empty(model: Checkpoint) -> None:

@@ -172,6 +172,22 @@ def head_folder(model: Any) -> Path | None:
     return folder if isinstance(content, dict) and _named_in(content) else None
 
 
+def named_classes(config: bytes | Path | None) -> list[str] | None:
+    """The classes that a model's `config.json` names, in the order of its head's rows.
+
+    Args:
+        config: its content, or the file.
+
+    Returns:
+        their names; numbers, where it says how many there are alone; None where it says neither.
+    """
+    try:
+        content = json.loads(config.read_bytes() if isinstance(config, Path) else config or b"{}")
+        return _named_in(content) if isinstance(content, dict) else None
+    except (OSError, ValueError):
+        return None
+
+
 def _file(path: Path) -> Path:
     """What names the classes of a folder's model, or the file itself."""
     labels = path / "labels.json"

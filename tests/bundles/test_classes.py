@@ -335,17 +335,33 @@ def test_a_fine_tune_that_computes_otherwise_is_told_of(tmp_path: Path) -> None:
         compress(tmp_path / "base", {"t": tmp_path / "tuned"}, Dense())
 
 
-def test_a_live_model_of_other_names_is_never_switched_in_part(tmp_path: Path) -> None:
-    """Whose body lies deeper, or higher, than the bundle's: it is another model."""
+def test_a_live_model_over_the_bundle_s_is_switched_whole(tmp_path: Path) -> None:
+    """Its body lies deeper than the bundle's, as of a classifier over a bare encoder."""
     encoder = llama().model
     tuned = moved(encoder)
     for name, model in (("base", encoder), ("tuned", tuned)):
         model.save_pretrained(tmp_path / name)  # type: ignore[operator]
     bundle = compress(tmp_path / "base", {"t": tmp_path / "tuned"}, Dense("fp32"))
     whole = llama()
+    with pytest.raises(WrongBaseError, match="other"):
+        ReuseModule(moved(whole), bundle)
     whole.model.load_state_dict(encoder.state_dict())
+    head = whole.lm_head.weight.clone()
+    module = ReuseModule(whole, bundle)
+    module.switch("t")
+    for name, tensor in tuned.state_dict().items():
+        assert torch.equal(whole.model.state_dict()[name], tensor)
+    assert torch.equal(whole.lm_head.weight, head)
+    module.switch(None)
+    assert torch.equal(whole.model.norm.weight, encoder.norm.weight)  # type: ignore[union-attr]
+
+
+def test_a_live_model_that_the_bundle_s_is_over_is_never_switched_in_part(tmp_path: Path) -> None:
+    """Its body lies higher than the bundle's, whose head has no place in it."""
+    base = llama()
+    bundle = compress(base, {"t": moved(base)}, Dense("fp32"))
     with pytest.raises(WrongBaseError, match="is missing"):
-        ReuseModule(whole, bundle)
+        ReuseModule(base.model, bundle)
 
 
 @pytest.mark.parametrize("live", [True, False])

@@ -1,9 +1,12 @@
 """An interrupted compress goes on from the tensors that it wrote; the bundle is the same."""
 
 import os
+import re
+import shutil
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from checks import contents
@@ -16,7 +19,6 @@ from torch import Tensor
 from fusionkit import DBMS, EMR, Bundle, Dense, MagnitudePrune, Mean, Sketch
 from fusionkit.bundles import journal, part_writer
 from fusionkit.bundles.compress import compress
-from fusionkit.checkpoints.output_folder import LOCK
 from fusionkit.codecs.base import DeltaCodec
 from fusionkit.errors import BundleError, FamilyError
 from fusionkit.task_vectors.family import Family
@@ -143,6 +145,43 @@ def test_a_line_half_written_is_left_out(files: Files, tmp_path: Path) -> None:
     assert contents(out) == contents(tmp_path / "one")
 
 
+@pytest.mark.parametrize("codec", [EMR(), Dense()], ids=["EMR", "dense"])
+def test_a_damaged_journal_is_not_believed(files: Files, tmp_path: Path, codec: DeltaCodec) -> None:
+    """Whatever is done to it, the bundle is the one that is written from the start."""
+    run(files, codec, tmp_path / "one")
+    with pytest.raises(KeyboardInterrupt):
+        run(files, codec, tmp_path / "two", 3)
+    random = np.random.default_rng(0)
+    for trial in range(12):
+        out = tmp_path / f"trial {trial}"
+        shutil.copytree(partial(tmp_path / "two"), partial(out))
+        path = partial(out) / journal.JOURNAL
+        path.write_bytes(mangled(path.read_bytes(), random))
+        run(files, codec, out)
+        assert contents(out) == contents(tmp_path / "one"), trial
+
+
+def mangled(data: bytes, random: np.random.Generator) -> bytes:
+    """Bytes changed, or lines repeated, left out, swapped or changed with a number."""
+    first, *lines, _ = data.split(b"\n")
+    i, j = random.integers(len(lines), size=2)
+    match random.integers(5):
+        case 0:
+            changed = bytearray(data)
+            for at in random.integers(len(first) + 1, len(data), 3):
+                changed[at] = random.integers(256)
+            return bytes(changed)
+        case 1:
+            lines.insert(i, lines[j])
+        case 2:
+            del lines[i]
+        case 3:
+            lines[i], lines[j] = lines[j], lines[i]
+        case 4:
+            lines[i] = re.sub(rb"\d+", str(random.integers(99)).encode(), lines[i], count=1)
+    return b"\n".join([first, *lines, b""])
+
+
 def test_bad_input_leaves_nothing_to_go_on_from(files: Files, tmp_path: Path) -> None:
     state = load_file(files.finetuned["cat"])
     state["hidden.bias"][1] = torch.nan
@@ -154,8 +193,7 @@ def test_bad_input_leaves_nothing_to_go_on_from(files: Files, tmp_path: Path) ->
 
 def test_two_runs_do_not_write_one_folder(files: Files, tmp_path: Path) -> None:
     out = tmp_path / "b"
-    partial(out).mkdir()
-    with FileLock(partial(out) / LOCK), pytest.raises(BundleError, match="another run is writing"):
+    with FileLock(tmp_path / ".b.lock"), pytest.raises(BundleError, match="another run is writing"):
         run(files, Dense(), out)
     run(files, Dense(), out)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import fusionkit
 from fusionkit import EMR, Bundle, Checkpoint, Dense, Family, compress
 from fusionkit.checkpoints import gguf_file
 from fusionkit.errors import CheckpointError
@@ -108,11 +109,11 @@ def read_by_transformers(path: Path) -> nn.Module:
     return model
 
 
-def check(path: Path, left_out: frozenset[str] = frozenset()) -> None:
+def check(path: Path) -> None:
     """Check that a file is the model that transformers reads from it, to the bit."""
     theirs = read_by_transformers(path).state_dict()
     ours = Checkpoint.of(path, dequantize=True)
-    assert set(ours) == set(theirs) - left_out
+    assert set(ours) == set(theirs)
     for name in ours:
         assert ours.specs[name].dtype == theirs[name].dtype == torch.float32
         assert torch.equal(ours[name], theirs[name]), name
@@ -138,9 +139,27 @@ def test_it_is_the_model_that_transformers_reads(quantised: str, tmp_path: Path)
         torch.testing.assert_close(ours[name], tensor, rtol=0.01, atol=far)
 
 
-def test_a_tied_head_is_left_out_as_in_files(tmp_path: Path) -> None:
+def test_a_tied_head_is_there_and_tied(tmp_path: Path) -> None:
     write(llama(tied=True), tmp_path / "m.gguf", "llama")
-    check(tmp_path / "m.gguf", frozenset({"lm_head.weight"}))
+    check(tmp_path / "m.gguf")
+    ours = Checkpoint.of(tmp_path / "m.gguf", dequantize=True)
+    assert ours.aliases == {"lm_head.weight": "model.embed_tokens.weight"}
+
+
+def test_its_class_and_settings_are_known(tmp_path: Path) -> None:
+    model = llama(tied=True)
+    write(model, tmp_path / "m.gguf", "llama")
+    ours = Checkpoint.of(tmp_path / "m.gguf", dequantize=True)
+    assert ours.architecture is not None
+    said = ours.architecture.record["config"]
+    assert said["architectures"] == ["LlamaForCausalLM"]
+    assert said["rms_norm_eps"] == 1e-6  # stored as float32
+    tuned = {name: tensor + 0.1 for name, tensor in ours.items()}
+    tuned["lm_head.weight"] = tuned["model.embed_tokens.weight"]
+    bundle = compress(ours, {"t": tuned}, Dense("fp32"), tmp_path / "b")
+    loaded: Any = fusionkit.load(bundle, "t")
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    torch.testing.assert_close(loaded.state_dict(), tuned, rtol=1e-6, atol=1e-6)
 
 
 def test_stacks_of_experts_are_put_together(tmp_path: Path) -> None:

@@ -115,5 +115,16 @@ def test_a_file_of_the_same_bytes_with_text_in_it(tmp_path: Path) -> None:
     assert "dense fp16</text>" in (tmp_path / "a.svg").read_text()
 
 
+def test_what_height_means_is_read_whole() -> None:
+    """Where shares of scores and of gaps are in one plot, that takes two lines."""
+    said = "kept of the fine-tuned score; of errors, part of the base's gap closed (%)"
+    said += ", loss on a log scale"
+    figure = drawn(field(3), Axis(said, True, True))
+    box = figure.axes[0].yaxis.label.get_window_extent()
+    assert box.y0 >= 0
+    assert box.y1 <= figure.bbox.height
+    assert box.x0 >= 0
+
+
 def test_no_codec() -> None:
     assert drawn([], Axis("kept (%)"), {"fine-tuned": 1.0}).axes

@@ -179,7 +179,7 @@ def test_compiled_code_and_addresses_outlive_a_switch(tmp_path: Path) -> None:
 
 def test_each_task_has_its_own_tokenizer_and_generation(tmp_path: Path) -> None:
     bundle = family("llama, tied", tmp_path)
-    with pytest.raises(BundleError, match="task 'same' has no tokenizer"):
+    with pytest.raises(BundleError, match="task 'same' has no tokenizer: none of tokenizer"):
         fusionkit.tokenizer(bundle, "same")
     for name, words in (("base", "abc"), ("more", "xyz")):
         vocabulary = {word: place for place, word in enumerate(["<unk>", *words])}

@@ -49,7 +49,7 @@ def test_scores(tmp_path: Path, known: dict[str, Any], name: str, family: str) -
     assert len(known) == 5
     for task, wanted in known.items():
         for row, column in {"fine-tuned": family, "base": "base"}.items():
-            said = digits(rows[row]["tasks"][task]["score"], wanted["metric"])
+            said = digits(rows[row][f"score/{task}"], wanted["metric"])
             assert said == wanted[column], (task, row)
 
 
