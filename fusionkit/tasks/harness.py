@@ -13,11 +13,9 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
-from fusionkit.errors import DataError, FusionKitError, in_line
+from fusionkit.errors import DataError, FusionKitError, in_line, of_extra
 from fusionkit.tasks.harness_tasks import HarnessTasks, load_tasks, task_manager
 from fusionkit.tasks.models import tokenizer_of
-
-INSTALL = "pip install 'fusionkit[harness]'"
 
 
 @dataclass(frozen=True)
@@ -72,13 +70,10 @@ class Harness:
             asked: for each of FusionKit's tasks, names of lm-eval's, or paths of YAML files.
 
         Raises:
-            FusionKitError: lm-eval is not installed.
+            MissingExtraError: lm-eval is not installed.
             DataError: as of `load_tasks`.
         """
-        try:
-            import lm_eval  # noqa: F401
-        except ImportError as error:
-            raise FusionKitError(f"lm-eval's tasks need lm_eval; {INSTALL}") from error
+        of_extra("lm_eval", "harness", "what lm-eval scores")
         own = self.settings
         lacking = [tuple(names) for names in asked if tuple(names) not in self._tasks]
         if lacking:

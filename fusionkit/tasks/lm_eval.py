@@ -108,7 +108,7 @@ class LMEval(LightningDataModule):
         """Task name → of what kind it is; lm-eval's tasks are loaded on first use.
 
         Raises:
-            FusionKitError: lm-eval is not installed.
+            MissingExtraError: lm-eval is not installed.
             DataError: lm-eval has no such task, or its data set can't be had.
         """
         found = self._harness.load([self._names[task] for task in self.tasks])

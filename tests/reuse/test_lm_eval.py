@@ -100,4 +100,4 @@ def test_models_that_write_nothing(tmp_path: Path) -> None:
 
 def test_lm_eval_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    assert "needs lm_eval" in run("lm_eval", "ls", "tasks", code=1)
+    assert "pip install 'fusionkit[harness]'" in run("lm_eval", "ls", "tasks", code=1)
