@@ -15,10 +15,10 @@ def run(args: list[str]) -> None:
     Raises:
         MissingExtraError: lm-eval is not installed.
     """
-    command = of_extra("lm_eval.__main__", "harness", "this verb").cli_evaluate
+    of_extra("lm_eval", "harness", "this verb")
     import_module("fusionkit.reuse.lm_eval")
     told = any(each.partition("=")[0] in ("--model", "-M", "--config", "-C") for each in args)
     if args and args[0] not in _OWN and not told:
         args = [*args, "--model", "fusionkit"]
     sys.argv = ["lm_eval", *args]
-    command()
+    import_module("lm_eval.__main__").cli_evaluate()
