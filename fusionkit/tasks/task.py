@@ -64,6 +64,15 @@ class Task(ABC):
         """Metrics of the kind's own, by the names that recipes may call them."""
         return {}
 
+    def predictions(self, outputs: Tensor, batch: Any) -> list[dict[str, Any]]:
+        """What is predicted of each row, as JSON has it: columns of a table of predictions.
+
+        Args:
+            outputs: what is scored of the batch: `answers`.
+            batch: one of the task's.
+        """
+        return [{"outputs": row} for row in outputs.float().tolist()]
+
     def row_scores(self, metric: Metric, outputs: Tensor, batch: Any) -> Tensor | None:
         """What each row adds to a metric that is a mean over rows.
 
