@@ -115,8 +115,8 @@ def _of_bundle(verb: str, line: Line) -> dict[str, Any]:
     if given and not own["base"]:
         base = {"class_path": "fusionkit.Checkpoint.of", "init_args": {"source": base, **given}}
     named = {task: named_classes(files_of(bundle, task).get(CONFIG)) for task in tasks}
-    labels = {task: names for task, names in named.items() if names}
-    sections = _sections(line, tasks, own["base"] or record.source, labels, {})
+    heads = {task: list(names) for task, names in named.items() if names}
+    sections = _sections(line, tasks, own["base"] or record.source, heads)
     sections["model"] |= {"base": base, "bundle": line.words[0]}
     if bundle.manifest.private:
         sections["model"]["private"] = bundle.manifest.private
@@ -141,7 +141,7 @@ def _of_models(verb: str, line: Line) -> dict[str, Any]:
     base, finetuned, left_out = models_in(verb, line.words)
     tasks = chosen(list(finetuned), line.own["task"])
     finetuned = {task: finetuned[task] for task in tasks}
-    sections = _sections(line, tasks, base, {}, finetuned)
+    sections = _sections(line, tasks, base, finetuned)
     told = line.how.told
     with torch.device("meta"):
         model = _built(sections["model"]["model"])
@@ -163,20 +163,18 @@ def _sections(
     line: Line,
     tasks: list[str],
     base: str,
-    labels: Mapping[str, Any],
-    heads: Mapping[str, str],
+    heads: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The recipe, as far as it does not depend on where the tasks come from."""
     own = line.own
     data, beside = paired(tasks, own["data"] or ())
     path = base.removeprefix("hf://")  # transformers takes names
     builder = {"class_path": own["model"]} if own["model"] else None
-    given = {**labels, **labels_of(tasks, own["labels"] or ())}
     recipe = data_recipe(
         data,
         model=path if builder is None or is_there(f"{base}/{CONFIG}") else _built(builder),
         heads=heads,
-        labels=given or None,
+        labels=labels_of(tasks, own["labels"] or ()) or None,
         splits={"test": own["split"]} if own["split"] else None,
         **{name: own[name] for name in _OF_DATA},
     )

@@ -99,7 +99,7 @@ def data_recipe(
     Args:
         spec: see `data_of`, as for what follows.
         model: see there.
-        heads: see there.
+        heads: see there; or, in place of a model, the list of its classes' names.
         settings: see there; None is as if it were not given.
 
     Returns:
@@ -123,8 +123,11 @@ def data_recipe(
         setting, reason = _WHAT[kind]
         arguments[setting] = given.pop(setting, None) or _from_model(kind, model, tasks, reason)
     if kind in (_TEXTS, _IMAGES):
-        folders = {task: head_folder(head) for task, head in (heads or {}).items()}
-        labels = {task: str(folder) for task, folder in folders.items() if folder}
+        labels = {
+            task: head if isinstance(head, list) else str(head_folder(head) or "")
+            for task, head in (heads or {}).items()
+        }
+        labels = {task: names for task, names in labels.items() if names}
         labels.update(given.pop("labels", {}))
         given["labels"] = {task: labels[task] for task in tasks if task in labels}
     if kind == _LANGUAGE and _writes(model) == "encoder-decoder":
