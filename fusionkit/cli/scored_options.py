@@ -13,7 +13,8 @@ class Named:
     Args:
         data: a folder that holds each task's rows, in a folder or a file called as the task; or
             TASK=PATH for each; files (csv, json, parquet, text, npz), folders of images, or
-            names of data sets on the Hub.
+            names of data sets on the Hub; or lm_eval:NAME, lm-eval's task of that name or YAML
+            file.
         task: take these tasks alone.
         split: what the data call the rows to take (validation, say); by default test.
         limit: at most so many rows of each task.

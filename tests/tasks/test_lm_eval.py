@@ -1,5 +1,6 @@
 """Tasks of lm-eval: its own figures, to the last digit, in FusionKit's tables."""
 
+import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from harness_tasks import KINDS, choices, exported, generated, group, offline, own_figures, rolling
+from program import run
 from tiny_language import CHAT, causal, encoder_decoder
 from torch import nn
 
@@ -70,6 +72,11 @@ def scored(module: ReuseModule, tasks: Any, metric: Any = None, **settings: Any)
 def figures(scores: Scores, task: str) -> dict[str, float]:
     measured = scores.of(task)
     return {measured.facts.name: scores.values[task], **measured.others}
+
+
+def known_scores_of(folder: Path) -> dict[str, float]:
+    tasks = json.loads((folder / "scores.json").read_text())["tasks"]
+    return {task: each["score"] for task, each in tasks.items()}
 
 
 class TestFigures:
@@ -186,6 +193,21 @@ class TestTables:
         model = exported(family.bundle, "one", family.folder / "exported")
         assert figures(scores, "one") == own_figures(model, both)
         assert scores.of("one").rows == 50
+
+    def test_in_one_line(self, family: Family) -> None:
+        paths = [choices(family.folder / "c.yaml"), rolling(family.folder / "r.yaml")]
+        out = family.folder / "out"
+        asked = f"lm_eval:{paths[0]}"
+        line = ("test", family.bundle.path, "--out", out, "--limit", 9, "--data")
+        run(*line, asked)
+        found = known_scores_of(out)
+        assert found == family.scores(paths[0], limit=9).values
+        run(*line, f"one={asked},{paths[1]}", f"two=lm_eval:{paths[1]}")
+        mixed = known_scores_of(out)
+        assert mixed["one"] == found["one"]
+        assert mixed["two"] == family.scores(paths[1], limit=9).values["two"]
+        told = run(*line, asked, "--split", "train", code=1)
+        assert "LMEval has no setting 'splits'" in told
 
     def test_codecs_are_compared_by_them(self, family: Family) -> None:
         module = ReuseModule(causal_lm(str(family.base)), finetuned=dict(family.models))
