@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fusionkit.checkpoints.checkpoint import Checkpoint as Checkpoint
     from fusionkit.cli.compare import compare as compare
     from fusionkit.cli.fuse import fuse as fuse
+    from fusionkit.cli.predict import predict as predict
     from fusionkit.cli.sweep import sweep as sweep
     from fusionkit.codecs.base import WHOLE_MODEL as WHOLE_MODEL
     from fusionkit.codecs.base import DeltaCodec as DeltaCodec
@@ -91,6 +92,7 @@ _PLACES = {
     "only": "fusionkit.tasks.only",
     "Parts": "fusionkit.codecs.base",
     "processor": "fusionkit.reuse.beside",
+    "predict": "fusionkit.cli.predict",
     "Regression": "fusionkit.tasks.regression",
     "RestoringCodec": "fusionkit.codecs.base",
     "ReuseModule": "fusionkit.reuse.module",

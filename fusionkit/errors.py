@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from importlib import import_module
+from typing import Any
 
 
 class FusionKitError(Exception):
@@ -50,6 +52,29 @@ class UsageError(FusionKitError):
 
 class DataError(FusionKitError):
     """A data set can't be read: a missing file, array or label, or a malformed row."""
+
+
+class MissingExtraError(FusionKitError):
+    """Something is asked for that a package does which only one of FusionKit's extras installs."""
+
+
+def of_extra(module: str, extra: str, what: str) -> Any:
+    """A module that one of FusionKit's extras installs, imported.
+
+    Args:
+        module: its name.
+        extra: of FusionKit's distribution.
+        what: what needs it, as the message calls it.
+
+    Raises:
+        MissingExtraError: it is not installed; says which line installs it.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise MissingExtraError(
+            f"{what} needs more: {error}; pip install 'fusionkit[{extra}]'"
+        ) from error
 
 
 def listing(items: list[str], limit: int = 8) -> str:

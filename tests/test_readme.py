@@ -1,6 +1,8 @@
-"""What the README shows, run."""
+"""What README and guides show, run."""
 
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,14 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from program import run
 from safetensors.torch import save_file
 from tiny_net import TinyNet
 
 import fusionkit
-from fusionkit.cli import main as cli
+from fusionkit.cli import demo
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-BLOCKS = dict.fromkeys(re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+GUIDES = "".join(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))
+BLOCKS = dict.fromkeys(re.findall(r"```python\n(.*?)```", GUIDES, re.DOTALL))
 
 
 def block(marker: str) -> str:
@@ -48,7 +54,7 @@ def test_the_codec_of_thirty_lines(
     assert len(text.splitlines()) <= 30
     (tmp_path / "my_package.py").write_text(text)
     (tmp_path / "test_my_package.py").write_text(block("class TestTernary"))
-    line = re.search(r"\[project.entry-points.*?\n(ternary = .*?)\n", README)
+    line = re.search(r"\[project.entry-points.*?\n(ternary = .*?)\n", GUIDES)
     assert line
     entry = line.group(1).replace('"', "")  # TOML quotes, the installed file does not
     info = tmp_path / "my_package-1.dist-info"
@@ -74,18 +80,66 @@ def test_the_codec_of_thirty_lines(
     assert re.search(r"\b[3-9]\d passed", done.stdout), done.stdout
 
 
-def test_every_command_of_the_readme_exists() -> None:
-    verbs = set(re.findall(r"(?:[$`] ?|&& )fusionkit ([a-z]+)", README))
-    assert verbs <= set(cli.VERBS)
-    assert {"demo", "compress", "test", "compare", "export", "codecs"} <= verbs
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 150
+    assert README.count("![") == 1
 
 
-def test_the_readmes_table_is_the_demos() -> None:
-    """Names in the shown table are the demo recipe's."""
-    import yaml
+def test_what_the_readme_links_to_is_there() -> None:
+    linked = re.findall(r"\]\(([^)#]+)", README)
+    assert [path for path in linked if "://" not in path and not (ROOT / path).exists()] == []
 
-    from fusionkit.cli.recipe import recipes_folder
 
-    for recipe in ("demo.yaml", "demo_lora.yaml"):
-        names = yaml.safe_load((recipes_folder() / recipe).read_text())["codecs"]
-        assert all(f"│ {name} " in README for name in names)
+def test_the_readmes_rows_are_the_demos() -> None:
+    """Names in the shown tables are the demo recipes'; those of the page are all of them."""
+    page = (ROOT / "docs/results.md").read_text()
+    rows = re.findall(r"^│ (.*?) +│", README.partition("## Next")[0], re.MULTILINE)
+    named = ["fine-tuned", "base", *codecs("demo.yaml")]
+    assert rows == [name for name in named if name in rows]
+    for name in (*named, *codecs("demo_lora.yaml")):
+        assert f"│ {name} " in page
+
+
+def codecs(recipe: str) -> list[str]:
+    return list(yaml.safe_load((ROOT / "recipes" / recipe).read_text())["codecs"])
+
+
+def commands() -> list[tuple[str, str]]:
+    """The README's commands, one after the other, and what is shown of their output."""
+    blocks = re.findall(r"```console\n(.*?)```", README, re.DOTALL)
+    parts = [re.split(r"^\$ ", block, flags=re.MULTILINE)[1:] for block in blocks]
+    return [part.partition("\n")[::2] for each in parts for part in each]
+
+
+@pytest.mark.slow
+def test_the_first_hour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo with short training, then the README's commands as they stand, in an empty folder.
+
+    Numbers are others, but tables have the columns that are shown, and files their places.
+    """
+    for kind in ("base", "full", "lora"):
+        monkeypatch.setitem(demo.SETTINGS, kind, {**demo.SETTINGS[kind], "steps": 12})
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "recipes", "recipes")
+    for recipe in ("demo.yaml", "demo_lora.yaml"):  # all of their codecs are run elsewhere
+        content = yaml.safe_load(Path("recipes", recipe).read_text())
+        content["codecs"] = dict(list(content["codecs"].items())[-1:])
+        Path("recipes", recipe).write_text(yaml.safe_dump(content))
+    monkeypatch.setattr(demo, "recipes_folder", lambda: tmp_path / "recipes")
+    run("demo", "--cache", tmp_path / "cache")
+    assert len(commands()) >= 9
+    for command, shown in commands():
+        words = []
+        for word in shlex.split(command, comments=True):
+            found = sorted(map(str, Path().glob(word))) if "*" in word else []
+            words += found or [word]  # as a shell does
+        assert words[0] == "fusionkit"
+        said = run(*words[1:])
+        for line in shown.splitlines():
+            if line.startswith(("┃", "written:", "added")):
+                assert columns(line) in map(columns, said.splitlines()), command
+
+
+def columns(line: str) -> list[str]:
+    """A line's words, whatever room is between them, but for sizes."""
+    return re.sub(r"\([\d.]+ \w+\)", "", line).split()

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 
+from fusionkit.bundles.hub import base_in_cache
 from fusionkit.bundles.manifest import BaseRecord
 from fusionkit.checkpoints.checkpoint import Checkpoint
 from fusionkit.checkpoints.conformed import conformed
@@ -19,7 +20,7 @@ def reopen_base(record: BaseRecord) -> Checkpoint:
     """
     try:
         return Checkpoint.of(
-            record.source,
+            base_in_cache(record.source),
             record.strip_prefix,
             record.add_prefix,
             record.variant,

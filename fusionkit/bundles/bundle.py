@@ -13,15 +13,16 @@ from torch import Tensor
 from fusionkit.bundles.base import fitted, reopen_base
 from fusionkit.bundles.by_task import ByTask
 from fusionkit.bundles.changing import changing, current
-from fusionkit.bundles.format import INITIAL, MANIFEST, SHARED, task_file
+from fusionkit.bundles.format import INITIAL, MANIFEST, task_file
+from fusionkit.bundles.hub import in_cache
 from fusionkit.bundles.manifest import Manifest
+from fusionkit.bundles.published import Published
 from fusionkit.bundles.reader import BundleReader, decoding
 from fusionkit.bundles.weights import TaskWeights
 from fusionkit.checkpoints.adapters.lowrank import LowRank
 from fusionkit.checkpoints.adapters.with_start import WithStart
 from fusionkit.checkpoints.checkpoint import Checkpoint, Source
-from fusionkit.checkpoints.output_folder import new_folder
-from fusionkit.checkpoints.paths import copy_file, is_remote, open_path
+from fusionkit.checkpoints.paths import is_remote, open_path
 from fusionkit.checkpoints.stacks import row_name, split, unsplit
 from fusionkit.codecs.base import WHOLE, DeltaCodec, Parts
 from fusionkit.errors import BundleError, in_line, lacks
@@ -33,7 +34,7 @@ from fusionkit.task_vectors.workers import full_precision
 Decoded = TypeVar("Decoded")
 
 
-class Bundle(ByTask):
+class Bundle(ByTask, Published):
     """A family's compressed deltas on disk; opening one reads the manifest and nothing else.
 
     It is a mapping of its tasks: `len(bundle)`, `"dogs" in bundle`, `bundle["dogs"]`.
@@ -316,24 +317,13 @@ class Bundle(ByTask):
                 state.setdefault(alias, state[name])
         return state
 
-    def save(self, path: str | Path, overwrite: bool = False) -> None:
-        """Copy the bundle to another folder.
-
-        Raises:
-            BundleError: the folder exists (and `overwrite` is not set), or the disk is full.
-        """
-        with new_folder(open_path(path), overwrite, known_by=MANIFEST) as folder:
-            shared = [SHARED] if self.manifest.shared else []
-            for name in (MANIFEST, *shared, *map(task_file, self.tasks)):
-                copy_file(self.path / name, folder / name)
-
     def check_writable(self) -> None:
         """Check that tasks can be added and removed.
 
         Raises:
-            BundleError: the bundle is not on the local disk.
+            BundleError: the bundle is not on the local disk, or in Hugging Face's cache.
         """
-        if is_remote(self.path):
+        if is_remote(self.path) or in_cache(self.path):
             raise BundleError(
                 f"{self.path}: can only be read where it is; save it to a local folder to change it"
             )

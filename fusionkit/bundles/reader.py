@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fusionkit.bundles.format import ADDED, INITIAL, SHARED, task_file
+from fusionkit.bundles.hub import fetched
 from fusionkit.bundles.manifest import Manifest
 from fusionkit.bundles.part_file import PartFile
 from fusionkit.bundles.small_parts import Names
@@ -35,7 +36,7 @@ class BundleReader:
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self._names = Names(manifest.base.tensors)
         shared = manifest.shared
-        self._shared = PartFile(path / SHARED, shared, self._names) if shared else None
+        self._shared = PartFile(fetched(path / SHARED), shared, self._names) if shared else None
         self._path, self._manifest = path, manifest
         self._tasks: OrderedDict[str, PartFile] = OrderedDict()
         self._whole: tuple[tuple[str, torch.device | None], Parts] | None = None
@@ -113,7 +114,8 @@ class BundleReader:
         file = self._tasks.get(task)
         if file is None:
             record = self._manifest.tasks[task].file
-            file = self._tasks[task] = PartFile(self._path / task_file(task), record, self._names)
+            path = fetched(self._path / task_file(task))
+            file = self._tasks[task] = PartFile(path, record, self._names)
             if len(self._tasks) > _OPEN:
                 self._tasks.popitem(last=False)
         else:

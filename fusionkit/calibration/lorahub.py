@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fusionkit.errors import FusionKitError
+from fusionkit.errors import FusionKitError, of_extra
 from fusionkit.merges.base import Merge
 from fusionkit.merges.weighted import Weighted
 from fusionkit.reuse.fused import Fused
@@ -119,9 +119,9 @@ class LoraHub:
             FusionKitError: there are fewer than two tasks, or evaluations, or the mean merge is
                 out of bounds.
         """
-        import cma
         import numpy as np
 
+        cma = of_extra("cma", "search", "LoraHub")
         count = len(family.tasks)
         if count < 2 or self.evaluations < 2:
             raise FusionKitError(

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fusionkit.codecs.dbms import PLAIN, Scalars
+from fusionkit.errors import of_extra
 
 PROBES: tuple[Scalars, ...] = (
     PLAIN,
@@ -70,9 +71,9 @@ class PairSearch:
             self.tell(pair, value)
 
     def _start(self) -> Any:
-        import cma
         import numpy as np
 
+        cma = of_extra("cma", "search", "calibration by search")
         options = {
             "popsize": _POPULATION,
             "seed": np.nan,  # would be set for all of NumPy

@@ -35,6 +35,7 @@ def call(
     Raises:
         UsageError: an option is unknown, or has a value of another type; or one lacks.
     """
+    args = ["--help" if each == "--help-all" else each for each in args]  # it is all there is
     hints = get_type_hints(function)
     names = [name for name in signature(function).parameters if name not in (positional, several)]
     flags = [name for name in names if hints[name] is bool]

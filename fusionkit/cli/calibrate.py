@@ -15,6 +15,7 @@ class CalibrateCLI(TrainingCLI):
     """Compress the recipe's fine-tuned checkpoints calibrated, into `--model.bundle`."""
 
     verb = "calibrate"
+    sections = ("model", "calibration")
     replaces = "the bundle"
 
     def check_out(self) -> None:

@@ -1,10 +1,10 @@
 """Classes as recipes name them, and the types of their settings."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import is_dataclass
 from importlib import import_module
-from inspect import Parameter, isclass, signature
+from inspect import Parameter, isabstract, isclass, signature
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
@@ -116,6 +116,17 @@ def holds_texts(kinds: Sequence[Any]) -> bool:
     """Whether one of the types is a list, or the like, of texts."""
     lists = [get_args(each) for each in kinds if get_origin(each) in (list, tuple, set, Sequence)]
     return any(args[:1] == (str,) and args[1:] in ((), (...,)) for args in lists)
+
+
+def subclass_names(base: type, modules: Collection[str]) -> list[str]:
+    """The subclasses that a recipe can name, of those that some modules have, sorted.
+
+    Args:
+        base: the class.
+        modules: their names; they are imported.
+    """
+    own = {each for each in _with_subclasses(base) if each.__module__ in modules}
+    return sorted(each.__name__ for each in own if not isabstract(each) and each.__name__[0] != "_")
 
 
 def _with_subclasses(base: type) -> Iterator[type]:

@@ -24,6 +24,7 @@ from fusionkit.cli.kept_rows import (
     inputs_of,
     related,
 )
+from fusionkit.cli.named_loggers import logged_as, unlogged
 from fusionkit.cli.progress import progress_bar
 from fusionkit.cli.recipe import quiet
 from fusionkit.cli.scored_line import recipe_args
@@ -49,7 +50,8 @@ def run(args: list[str]) -> None:
     results, out = cli.compare(), cli.out
     report.show(results)
     report.show(f"written: {out / 'compare.csv'}, {out / 'compare.json'}")
-    report.show(f"plots: {out / 'compare.png'}, {out / 'compare_tasks.png'} (and .svg)")
+    plots = f"plots: {out / 'compare.png'}, {out / 'compare_tasks.png'} (and .svg)"
+    report.show(plots if report.plots_are_there() else report.WITHOUT_PLOTS)
     page = out / "compare.html"
     report.show(f"report: {page}" if plotly_is_there() else WITHOUT_PLOTLY)
 
@@ -61,6 +63,7 @@ class CompareCLI(EvaluationCLI):
     """
 
     verb = "compare"
+    sections = ("model", "calibration")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """`--codecs`, and what else to make of each."""
@@ -191,15 +194,16 @@ def compare(
 
 
 def write_report(results: ComparisonReport, folder: Path) -> None:
-    """Write what a comparison's rows look like: plots as PNG and SVG, and, with plotly, a page.
+    """Write what a comparison's rows look like, as far as what draws it is installed.
 
     Args:
         results: the rows.
         folder: for `compare.png`, `compare_tasks.png`, their SVGs and `compare.html`.
     """
-    pictures = {"compare": results.figure(), "compare_tasks": results.heat_map()}
-    for name, figure in pictures.items():
-        report.write_figure(figure, folder / f"{name}.png", folder / f"{name}.svg")
+    if report.plots_are_there():
+        pictures = {"compare": results.figure(), "compare_tasks": results.heat_map()}
+        for name, figure in pictures.items():
+            report.write_figure(figure, folder / f"{name}.png", folder / f"{name}.svg")
     if plotly_is_there():
         report.replace_file(folder / "compare.html", page(results).encode())
 
@@ -235,7 +239,8 @@ class _Bench:
         if folder is None:
             return KeptRows(None, None, self.trainer)
         data = TasksSpread(self.datamodule) if self.spread == "tasks" else self.datamodule
-        inputs = inputs_of(self.module, family, data, self.trainer)
+        with unlogged(self.trainer):
+            inputs = inputs_of(self.module, family, data, self.trainer)
         return KeptRows(folder, inputs, self.trainer)
 
     def once(self, kept: KeptRows, what: Any, measure: Callable[[], Comparison]) -> Comparison:
@@ -267,7 +272,7 @@ class _Bench:
         return Comparison(
             "fine-tuned",
             "",
-            self._evaluate(),
+            self._evaluate("fine-tuned"),
             sum(checkpoint.nbytes for checkpoint in family.finetuned.values()),
             1.0,
             family.bits_per_parameter,
@@ -279,7 +284,7 @@ class _Bench:
         """The base, with each task's own head: what is there without any delta."""
         self._say("base, with the tasks' own heads")
         self.module.reuse(Untuned(family))
-        scores, nbytes = self._evaluate(), family.base.nbytes
+        scores, nbytes = self._evaluate("base"), family.base.nbytes
         return Comparison("base", "", scores, 0, 0.0, 0.0, kind="base", base_nbytes=nbytes)
 
     def compressed(self, name: str, codec: DeltaCodec) -> Comparison:
@@ -313,7 +318,7 @@ class _Bench:
         return Comparison(
             name,
             repr(bundle.codec),
-            self._evaluate(),
+            self._evaluate(name),
             bundle.nbytes,
             report.checkpoint_bytes(bundle) / bundle.nbytes,
             bundle.bits_per_parameter,
@@ -322,8 +327,9 @@ class _Bench:
             base_nbytes=self.base_nbytes,
         )
 
-    def _evaluate(self) -> Scores:
-        return evaluate(self.module, self.datamodule, self.trainer, self.spread)
+    def _evaluate(self, name: str) -> Scores:
+        with logged_as(self.trainer, name):
+            return evaluate(self.module, self.datamodule, self.trainer, self.spread)
 
     def _switch_seconds(self) -> float:
         """Median over the tasks, files in cache."""

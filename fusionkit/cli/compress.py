@@ -3,7 +3,7 @@
 import re
 from importlib import import_module
 
-_RECIPE = re.compile(r"--(config(=|$)|(model|trainer|data)\.)")
+_RECIPE = re.compile(r"--(config(=|$)|(model|trainer|data)\.|help-all$)")
 
 
 def run(args: list[str]) -> None:

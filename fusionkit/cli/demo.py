@@ -19,11 +19,19 @@ from fusionkit.checkpoints.paths import is_there
 from fusionkit.cli import compare, report
 from fusionkit.cli.arguments import call
 from fusionkit.cli.recipe import quieten, recipes_folder
-from fusionkit.tasks.digits import SIZES, DigitTasks, Rows, base_model, pretraining_rows
+from fusionkit.tasks.digits import (
+    CLASSES,
+    SIZES,
+    DigitTasks,
+    Rows,
+    base_model,
+    model_config,
+    pretraining_rows,
+)
 from fusionkit.tasks.finetune import WEIGHTS, Finetune
 
 SETTINGS: dict[str, Any] = {
-    "version": 3,
+    "version": 4,
     "model": SIZES,
     "base": {"steps": 1200, "method": "full", "learning_rate": 2e-3},
     "full": {"steps": 300, "method": "full", "learning_rate": 4e-4},
@@ -122,6 +130,30 @@ def _trained(
     return module.save(folder)
 
 
+def lay_out(family: DemoFamily, out: Path) -> None:
+    """Write a family and its tasks' rows where one looks for them, as one keeps one's own.
+
+    Args:
+        family: the checkpoints.
+        out: folder for `models/base`, `models/full/TASK`, `models/lora/TASK` and
+            `data/TASK.npz`; files that are there and as they would be are left alone.
+    """
+    data = DigitTasks()
+    models = out / "models"
+    folders: dict[str, tuple[Path, dict[str, Any] | None]] = {
+        "base": (family.base.parent, model_config(CLASSES))
+    }
+    for task, classes in data.num_classes.items():
+        folders[f"full/{task}"] = (family.full[task].parent, model_config(classes))
+        folders[f"lora/{task}"] = (family.lora[task], None)
+        report.replace_file(out / "data" / f"{task}.npz", data.archive(task))
+    for place, (folder, config) in folders.items():
+        for path in folder.iterdir():
+            report.replace_file(models / place / path.name, path.read_bytes())
+        if config is not None:
+            report.replace_file(models / place / "config.json", json.dumps(config).encode())
+
+
 def run(args: list[str]) -> None:
     """The whole way on a small family of vision models."""
     call(demo, args)
@@ -131,7 +163,7 @@ def demo(out: str = "out/demo", cache: str | None = None) -> None:
     """The whole way on a small family of vision models: train, compress, compare, plot.
 
     Args:
-        out: folder for the table, the scores and the plot.
+        out: folder for models, data, tables, scores and plots.
         cache: folder that keeps the trained models; by default the user's cache folder.
     """
     quieten()
@@ -139,16 +171,14 @@ def demo(out: str = "out/demo", cache: str | None = None) -> None:
     torch.set_num_threads(1)
     own = Path.home() / ".cache" / "fusionkit" / "demo"
     results = report.local_folder(out)
-    family = prepare(report.local_folder(cache) if cache else own)
-    for name, finetuned, place in (
-        ("demo", family.full, results),
-        ("demo_lora", family.lora, results / "lora"),
-    ):
+    lay_out(prepare(report.local_folder(cache) if cache else own), results)
+    report.show(f"models: {results / 'models'}; their tasks' images: {results / 'data'}")
+    for name, kind, place in (("demo", "full", results), ("demo_lora", "lora", results / "lora")):
         compare.run(
             [
                 f"--config={recipes_folder() / name}.yaml",
-                f"--model.base={family.base}",
-                *(f"--model.finetuned.{task}={path}" for task, path in finetuned.items()),
+                f"--model.base={results / 'models/base'}",
+                f"--model.finetuned={results / 'models' / kind / '*'}",
                 f"--out={place}",
             ]
         )

@@ -26,6 +26,7 @@ class FitCLI(TrainingCLI):
     """Fine-tune one task of the recipe: `--model.task`; written to `--out`/finetuned."""
 
     verb = "fit"
+    settings_of = Finetune
     replaces = "the fine-tune"
 
     def add_model_arguments(self, parser: LightningArgumentParser) -> None:

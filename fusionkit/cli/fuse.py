@@ -43,7 +43,8 @@ def run(args: list[str]) -> None:
     cli = FuseCLI(args)
     results, out = cli.fuse(), cli.out
     report.show(results)
-    report.show(f"written: {out / 'fuse.csv'}, {out / 'fuse.json'}\nplot: {out / 'fuse.png'}")
+    report.show(f"written: {out / 'fuse.csv'}, {out / 'fuse.json'}")
+    report.show(f"plot: {out / 'fuse.png'}" if report.plots_are_there() else report.WITHOUT_PLOTS)
 
 
 class FuseCLI(FitCLI):
@@ -254,7 +255,8 @@ def fuse(
                 report.show(f"{name}: {', '.join(chosen)}: done")
     if folder is not None:
         report.write_rows(results.flat(), folder, "fuse")
-        results.plot(folder / "fuse.png")
+        if report.plots_are_there():
+            results.plot(folder / "fuse.png")
     return results
 
 

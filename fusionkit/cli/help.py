@@ -2,8 +2,8 @@
 
 import textwrap
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import MISSING, fields
-from inspect import Parameter, getdoc, signature
+from dataclasses import MISSING, fields, is_dataclass
+from inspect import Parameter, getdoc, isclass, signature
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -11,20 +11,37 @@ WIDTH = 100
 _COLUMN = 24
 
 
-def options_help(source: Callable[..., Any], within: Collection[str] = ()) -> list[str]:
-    """A function's parameters, or a dataclass's settings, as options: a few lines each.
+def options_help(
+    source: Callable[..., Any], within: Collection[str] = (), prefix: str = "--"
+) -> list[str]:
+    """A function's parameters, or a class's settings, as options: a few lines each.
 
     Args:
         source: its docstring has `Args:`.
         within: names of those that are written `--codec.NAME`, as another option has the name.
+        prefix: before the names of the others.
     """
-    meanings, hints, defaults = meanings_of(source), get_type_hints(source), defaults_of(source)
+    plain = isclass(source) and not is_dataclass(source)
+    hints = get_type_hints(source.__init__ if plain else source)
+    meanings = meanings_of(source)
     lines: list[str] = []
-    for name, default in defaults.items():
-        value = "" if hints[name] is bool else f" {_short(hints[name])}"
-        place = "--codec." if name in within else "--"
-        lines += option(f"{place}{name}{value}", _with_default(meanings.get(name, ""), default))
+    for name, default in defaults_of(source).items():
+        place = "--codec." if name in within else prefix
+        lines += parameter(f"{place}{name}", hints[name], meanings.get(name, ""), default)
     return lines
+
+
+def parameter(name: str, hint: Any, meaning: str | None, default: Any) -> list[str]:
+    """One option's lines, of its type, meaning and default.
+
+    Args:
+        name: as it is written.
+        hint: its type.
+        meaning: in words.
+        default: None, or `Parameter.empty`, where there is none to speak of.
+    """
+    value = "" if hint is bool else f" {_short(hint)}"
+    return option(f"{name}{value}", _with_default(meaning or "", default))
 
 
 def option(name: str, meaning: str) -> list[str]:
@@ -74,17 +91,22 @@ def _short(hint: Any) -> str:
     """What an option takes, in a word or two."""
     if get_origin(hint) is Literal:
         return "|".join(map(str, get_args(hint)))
+    if get_origin(hint) is Callable:
+        return "CLASS"
     if get_args(hint) and get_origin(hint) not in (dict, list, tuple):
         kinds = [_short(each) for each in get_args(hint) if each is not NoneType]
+        if "TEXT" in kinds:
+            return "TEXT"
         return min(kinds, key=len) if "|" not in "".join(kinds) else kinds[0]
     group = getattr(hint, "group", None)
     if group:
         return str(group).rpartition(".")[2].removesuffix("s").upper()
     names = {int: "N", float: "NUMBER", str: "TEXT", dict: "{…}", list: "[…]", tuple: "[…]"}
-    return names.get(get_origin(hint) or hint, "VALUE")
+    plain = get_origin(hint) or hint
+    return names.get(plain, "CLASS" if isclass(plain) else "VALUE")
 
 
 def _with_default(meaning: str, default: Any) -> str:
-    if default in (None, Parameter.empty, False, "", ()):
+    if default in (None, Parameter.empty, False, "", ()) or default in ({}, []):
         return meaning
     return f"{meaning.rstrip('.')} (default: {default})"

@@ -11,11 +11,13 @@ from fusionkit.errors import FusionKitError, UsageError, meant
 GROUPS = {
     "on models (BASE FINETUNED…: paths, globs, names on a hub), or a recipe (--config R.yaml)": {
         "compress": "compress fine-tuned models into a bundle",
+        "test": "score every task, from a bundle or compressed on the fly",
+        "validate": "the same on the validation rows",
+        "predict": "what each task's model says of each row, as CSV or Parquet",
+        "compare": "score several codecs over the same checkpoints: table, CSV, plot",
     },
     "with a recipe (--config R.yaml; every setting can be overridden on the command line)": {
         "calibrate": "compress, with a few scalars per task learned on a few rows",
-        "test": "score every task, from a bundle or compressed on the fly",
-        "compare": "score several codecs over the same checkpoints: table, CSV, plot",
         "sweep": "sizes and weight errors of codecs over their settings, without data",
         "fit": "fine-tune one task: in full, a LoRA, a linearized LoRA, or (IA)³",
         "fuse": "train families of adapters, fuse every set of tasks: table, CSV, plot",
@@ -25,8 +27,11 @@ GROUPS = {
         "export": "write one task's whole model to a file, or its delta as a PEFT adapter",
         "chat": "talk to a task's language model, and switch among them",
         "generate": "have a task's language model answer the prompts of a file",
+        "push": "put it on the Hugging Face Hub, with a model card",
+        "pull": "get it from there, or one of its tasks",
         "add": "add fine-tuned models to a bundle",
         "remove": "take tasks out of a bundle",
+        "lm_eval": "lm-eval's own command, with a bundle's task as its model",
     },
     "without input": {
         "demo": "the whole way on a small family of vision models, made on the spot",
@@ -36,6 +41,7 @@ GROUPS = {
 """What `fusionkit` can do: each a file of that name, whose `run` takes the arguments after it."""
 
 VERBS = tuple(verb for verbs in GROUPS.values() for verb in verbs)
+# Not subcommands of jsonargparse: it would have to build every verb's parser to print one line.
 
 
 def main(args: list[str] | None = None) -> None:
@@ -50,7 +56,9 @@ def main(args: list[str] | None = None) -> None:
         print(f"fusionkit {version('fusionkit')}")
         return
     verb, rest = args[0], args[1:]
-    if verb not in VERBS:
+    if verb == "--completion":
+        verb, rest = "completion", [*(rest[:1] or [""]), *VERBS]
+    elif verb not in VERBS:
         what = f"fusionkit: no verb '{verb}'{meant(verb, VERBS)}"
         print(f"{what}\n\n{overview()}", file=sys.stderr, end="")
         sys.exit(2)
@@ -77,8 +85,9 @@ def overview() -> str:
         f"{title}:\n" + "".join(f"  {verb:<9}  {what}\n" for verb, what in verbs.items())
         for title, verbs in GROUPS.items()
     ]
-    usage = "usage: fusionkit VERB …      (fusionkit VERB --help says more; fusionkit --version)"
-    return "\n".join([usage + "\n", *groups])
+    usage = "usage: fusionkit VERB …      (fusionkit VERB --help says more)"
+    shell = "fusionkit --version; fusionkit --completion bash|zsh: a script that completes words"
+    return "\n".join([usage + "\n", *groups, shell + "\n"])
 
 
 def _note(

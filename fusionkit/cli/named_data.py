@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from fusionkit.checkpoints.paths import open_path
 from fusionkit.errors import DataError, in_line, meant
-from fusionkit.tasks.data_of import tasks_of
+from fusionkit.tasks.data_of import LM_EVAL, tasks_of
 
 
 def chosen(tasks: Sequence[str], asked: Sequence[str] | None) -> list[str]:
@@ -23,7 +23,7 @@ def paired(tasks: Sequence[str], words: Sequence[str]) -> tuple[dict[str, str], 
     """Each task's data.
 
     Data are told by their names: of files, of a folder's folders, or `TASK=PATH`. One task's, if
-    they are given by a path alone, may be called as they like.
+    they are given by a path alone, may be called as they like; of lm-eval, one is for all tasks.
 
     Args:
         tasks: names of the models.
@@ -40,6 +40,8 @@ def paired(tasks: Sequence[str], words: Sequence[str]) -> tuple[dict[str, str], 
             "no data are given; --data FOLDER, which has a folder or a file of rows for each task "
             f"({in_line(tasks)}), or --data TASK=PATH for each"
         )
+    if len(words) == 1 and words[0].startswith(LM_EVAL):
+        return dict.fromkeys(tasks, words[0]), []
     found = tasks_of(list(words))
     if len(tasks) == len(found) == len(words) == 1 and words[0] in found.values():
         return {tasks[0]: words[0]}, []

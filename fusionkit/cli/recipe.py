@@ -6,10 +6,12 @@ LightningModule that trains), `data` any LightningDataModule, `trainer` the Ligh
 """
 
 import logging
+import sys
 import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,9 +22,17 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from fusionkit import registry
 from fusionkit.calibration.settings import Calibration
 from fusionkit.cli import report
+from fusionkit.cli.class_names import subclass_names
+from fusionkit.cli.recipe_help import ASK, AllHelp, recipe_help
 from fusionkit.cli.recipe_parser import RecipeParser
 from fusionkit.errors import DataError, FusionKitError
 from fusionkit.reuse.module import ReuseModule
+
+_DATA = tuple(
+    f"fusionkit.tasks.{name}"
+    for name in ("digits", "image_files", "images", "language_data", "lm_eval", "texts")
+)
+"""The modules that have datamodules."""
 
 
 class RecipeCLI(LightningCLI):
@@ -30,9 +40,18 @@ class RecipeCLI(LightningCLI):
 
     Args:
         args: the command line after the verb.
+
+    Attributes:
+        verb: its name.
+        sections: of the recipe, what the help lists.
+        settings_of: whose settings the help lists of `model`, where a recipe names the class.
+        needs_trainer: it evaluates or trains.
+        trainer_settings: Trainer defaults.
     """
 
     verb = ""
+    sections: ClassVar[tuple[str, ...]] = ("model",)
+    settings_of: ClassVar[type | None] = None
     parser: RecipeParser
     needs_trainer = True
     trainer_settings: ClassVar[dict[str, Any]] = {
@@ -44,12 +63,8 @@ class RecipeCLI(LightningCLI):
     def __init__(self, args: list[str]) -> None:
         # Imported so that recipes can use bare class names.
         registry.load_all()
-        import fusionkit.calibration.lorahub
-        import fusionkit.tasks.digits
-        import fusionkit.tasks.image_files
-        import fusionkit.tasks.images
-        import fusionkit.tasks.language_data
-        import fusionkit.tasks.texts  # noqa: F401
+        for module in ("fusionkit.calibration.lorahub", *_DATA):
+            import_module(module)
 
         quieten()
         summary = (type(self).__doc__ or "").partition("\n")[0]
@@ -65,6 +80,7 @@ class RecipeCLI(LightningCLI):
                 "prog": f"fusionkit {self.verb}",
                 "usage": f"fusionkit {self.verb} --config R.yaml [--model.… --data.… --trainer.…]",
                 "description": summary,
+                "formatter_class": AllHelp,
             },
             args=args,
             run=False,
@@ -77,9 +93,18 @@ class RecipeCLI(LightningCLI):
 
         Raises:
             FusionKitError: `--out` is a URL.
+            SystemExit: help was asked for, and is printed.
         """
+        if asked := {*ASK} & {*args}:
+            print(parser.format_help() if "--help-all" in asked else self._help(), end="")
+            sys.exit(0)
         self.config = parser.parse_args(args)
         self.config["out"] = str(report.local_folder(self.config["out"]))
+
+    def _help(self) -> str:
+        """What the verb reads itself."""
+        own = subclass_names(LightningDataModule, _DATA)
+        return recipe_help(self.parser, self.sections, self.settings_of, own)
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The Trainer's, the module's and a datamodule's arguments."""

@@ -22,6 +22,8 @@ from fusionkit.errors import FusionKitError
 _VARIABLE = re.compile(r"\$(\$?)\{([A-Za-z_]\w*)\}", re.ASCII)
 _WRITTEN = ("out", "bundle", "default_root_dir", "dirpath", "save_dir")
 _NO_PATH = ("class_path",)
+_PIECE = (".yaml", ".yml")
+"""How a file ends that holds a piece of a recipe: the parser finds it from the recipe's folder."""
 
 
 class RecipeFile:
@@ -75,6 +77,7 @@ class RecipeFile:
     def _from_its_folder(self, key: str, text: str) -> str:
         name = key.rpartition(".")[2]
         apart = is_remote(text) or text.startswith(("~", "package:")) or os.path.isabs(text)
+        apart |= text.endswith(_PIECE)
         if "/" not in text or apart or "\n" in text or name in (*_WRITTEN, *_NO_PATH):
             return text
         assert self.folder is not None

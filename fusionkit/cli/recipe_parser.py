@@ -50,9 +50,12 @@ class RecipeParser(LightningArgumentParser):
             UsageError: an option, a key, a class or a setting is mistyped.
         """
         words = with_values(args, self.values.flags)
-        for path in _recipes(words):
-            with self._reading(path) as file:  # options may set what its classes have
-                self._written_out(file.text())
+        for recipe in _recipes(words):  # options may set what the classes in it have
+            if recipe[:1] == "{":
+                self._written_out(recipe)
+            else:
+                with self._reading(recipe) as file:
+                    self._written_out(file.text())
         return super().parse_args(self.values.options(words), *others, **kwargs)
 
     def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -111,7 +114,7 @@ class RecipeParser(LightningArgumentParser):
 
 
 def _recipes(args: Sequence[str]) -> list[str]:
-    """The recipes that a command line names."""
+    """The recipes that a command line names, or has whole."""
     found = [args[n + 1] for n, each in enumerate(args[:-1]) if each in ("--config", "-c")]
     return [*found, *(each.partition("=")[2] for each in args if each.startswith("--config="))]
 

@@ -7,6 +7,7 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +16,19 @@ from fusionkit.checkpoints.paths import is_remote, open_path, written_out
 from fusionkit.cli.table import Table
 from fusionkit.cli.terminal import main_process
 from fusionkit.cli.terminal import show as show  # noqa: PLC0414
-from fusionkit.errors import FusionKitError
+from fusionkit.errors import FusionKitError, of_extra
 from fusionkit.tasks.scores import GAP, Scores
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+WITHOUT_PLOTS = "for plots beside them: pip install 'fusionkit[plots]', and the same command again"
+
+
+def plots_are_there() -> bool:
+    """Whether what draws plots is installed."""
+    return all(map(find_spec, ("matplotlib", "adjustText")))
 
 
 class Report(ABC):
@@ -50,8 +59,7 @@ class Report(ABC):
 
 def write_figure(figure: "Figure", *paths: Path) -> None:
     """Write a figure in the formats that the suffixes say; the same figure to the same bytes."""
-    from matplotlib import rc_context
-
+    rc_context = of_extra("matplotlib", "plots", "a plot").rc_context
     for path in paths:
         buffer, kind = io.BytesIO(), path.suffix.lower().lstrip(".") or "png"
         dateless = {"Date": None} if kind == "svg" else None
@@ -62,6 +70,7 @@ def write_figure(figure: "Figure", *paths: Path) -> None:
 
 def blank_figure(width: float, height: float, panels: int = 1) -> "tuple[Figure, Any]":
     """A figure with its axes, apart from pyplot: a notebook's own plots stay as they are."""
+    of_extra("matplotlib", "plots", "a plot")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -24,7 +24,7 @@ from fusionkit.cli.compress_line import as_model, tell
 from fusionkit.cli.line import How, Line, codec_of, models_in, parse_line
 from fusionkit.cli.named_codec import as_config
 from fusionkit.cli.named_data import chosen, labels_of, paired
-from fusionkit.cli.scored_options import AsTheyAre, Scored, scored_help
+from fusionkit.cli.scored_options import AsTheyAre, Named, Scored, scored_help
 from fusionkit.cli.words import divided, gathered
 from fusionkit.errors import BundleError, FusionKitError, UsageError, in_line
 from fusionkit.task_vectors.found_roles import find_roles
@@ -32,7 +32,7 @@ from fusionkit.tasks.class_names import named_classes
 from fusionkit.tasks.data_of import data_recipe
 from fusionkit.tasks.kinds import kinds_of
 
-_HELP = ("--help", "-h", "--help-all")
+_HELP = ("--help", "-h")
 _SEVERAL = ("data", "task", "labels", "codecs")
 _RECIPES = ("model.", "data.", "trainer.", "calibration.")
 """What the options of a recipe begin with; a line takes them, too."""
@@ -41,7 +41,7 @@ _OF_DATA = ("text", "label", "image", "limit", "batch_size")
 
 
 def recipe_args(
-    verb: str, summary: str, args: Sequence[str], own: type[Scored] = Scored
+    verb: str, summary: str, args: Sequence[str], own: type[Named] = Scored
 ) -> list[str] | None:
     """What a verb's recipe is to be parsed from: of a line, the recipe that it comes to.
 
@@ -57,6 +57,8 @@ def recipe_args(
     Raises:
         FusionKitError: the line can't be understood, or models and data don't fit together.
     """
+    if "--help-all" in args:
+        return list(args)  # all is what a recipe takes
     line = gathered(args, _SEVERAL)
     words, options = divided(line, (*_HELP, "--print_config"))
     if any(_is_of_recipe(each, words) for each in options):
@@ -113,8 +115,8 @@ def _of_bundle(verb: str, line: Line) -> dict[str, Any]:
     if given and not own["base"]:
         base = {"class_path": "fusionkit.Checkpoint.of", "init_args": {"source": base, **given}}
     named = {task: named_classes(files_of(bundle, task).get(CONFIG)) for task in tasks}
-    labels = {task: names for task, names in named.items() if names}
-    sections = _sections(line, tasks, own["base"] or record.source, labels, {})
+    heads = {task: list(names) for task, names in named.items() if names}
+    sections = _sections(line, tasks, own["base"] or record.source, heads)
     sections["model"] |= {"base": base, "bundle": line.words[0]}
     if bundle.manifest.private:
         sections["model"]["private"] = bundle.manifest.private
@@ -139,7 +141,7 @@ def _of_models(verb: str, line: Line) -> dict[str, Any]:
     base, finetuned, left_out = models_in(verb, line.words)
     tasks = chosen(list(finetuned), line.own["task"])
     finetuned = {task: finetuned[task] for task in tasks}
-    sections = _sections(line, tasks, base, {}, finetuned)
+    sections = _sections(line, tasks, base, finetuned)
     told = line.how.told
     with torch.device("meta"):
         model = _built(sections["model"]["model"])
@@ -161,20 +163,18 @@ def _sections(
     line: Line,
     tasks: list[str],
     base: str,
-    labels: Mapping[str, Any],
-    heads: Mapping[str, str],
+    heads: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The recipe, as far as it does not depend on where the tasks come from."""
     own = line.own
     data, beside = paired(tasks, own["data"] or ())
     path = base.removeprefix("hf://")  # transformers takes names
     builder = {"class_path": own["model"]} if own["model"] else None
-    given = {**labels, **labels_of(tasks, own["labels"] or ())}
     recipe = data_recipe(
         data,
         model=path if builder is None or is_there(f"{base}/{CONFIG}") else _built(builder),
         heads=heads,
-        labels=given or None,
+        labels=labels_of(tasks, own["labels"] or ()) or None,
         splits={"test": own["split"]} if own["split"] else None,
         **{name: own[name] for name in _OF_DATA},
     )
@@ -186,7 +186,7 @@ def _sections(
         builder["init_args"] |= {"outputs": outputs} if outputs else {}
     if not own["print_config"]:
         _tell_data(recipe, tasks, beside)
-    model = {name: own[name] for name in ("metric", "finetuned_scores") if own[name]}
+    model = {name: own[name] for name in ("metric", "finetuned_scores") if own.get(name)}
     sections = {
         "model": {"model": builder, **model},
         "data": recipe,

@@ -7,19 +7,18 @@ from fusionkit.cli.line import How
 
 
 @dataclass
-class Scored:
-    """What a line that scores takes beside models and codec.
+class Named:
+    """What a line that evaluates takes beside models and codec.
 
     Args:
         data: a folder that holds each task's rows, in a folder or a file called as the task; or
             TASK=PATH for each; files (csv, json, parquet, text, npz), folders of images, or
-            names of data sets on the Hub.
-        task: score these tasks alone.
-        split: what the data call the rows to score (validation, say); by default test.
+            names of data sets on the Hub; or lm_eval:NAME, lm-eval's task of that name or YAML
+            file.
+        task: take these tasks alone.
+        split: what the data call the rows to take (validation, say); by default test.
         limit: at most so many rows of each task.
         batch_size: rows per batch; by default the datamodule's.
-        metric: what scores the tasks, any of torchmetrics'; by default accuracy of classes, and
-            so on.
         text: column of the texts; found by itself.
         label: column of the labels; found by itself.
         image: column of the images; found by itself.
@@ -28,7 +27,6 @@ class Scored:
             task's name.
         base: of a bundle, the base model, if it is not where it was.
         model: class path of what builds the network, where no config.json of the base says it.
-        finetuned_scores: scores.json of the fine-tuned models, to relate scores to.
         out: folder for the results (default: out).
         print_config: print the line as a recipe, and do nothing.
     """
@@ -38,16 +36,28 @@ class Scored:
     split: str | None = None
     limit: int | None = None
     batch_size: int | None = None
-    metric: str | None = None
     text: str | None = None
     label: str | None = None
     image: str | None = None
     labels: list[str] | None = None
     base: str | None = None
     model: str | None = None
-    finetuned_scores: str | None = None
     out: str | None = None
     print_config: bool = False
+
+
+@dataclass
+class Scored(Named):
+    """What a line that scores takes, too.
+
+    Args:
+        metric: what scores the tasks, any of torchmetrics'; by default accuracy of classes, and
+            so on.
+        finetuned_scores: scores.json of the fine-tuned models, to relate scores to.
+    """
+
+    metric: str | None = None
+    finetuned_scores: str | None = None
 
 
 @dataclass
@@ -76,7 +86,7 @@ class AsTheyAre(How):
     codec: str | None = None
 
 
-def scored_help(verb: str, summary: str, own: type[Scored]) -> str:
+def scored_help(verb: str, summary: str, own: type[Named]) -> str:
     """The help of such a verb.
 
     Args:

@@ -40,7 +40,8 @@ def run(args: list[str]) -> None:
     cli = SweepCLI(args)
     results, out = cli.sweep(), cli.out
     report.show(results)
-    report.show(f"written: {out / 'sweep.csv'}, {out / 'sweep.json'}\nplot: {out / 'sweep.png'}")
+    report.show(f"written: {out / 'sweep.csv'}, {out / 'sweep.json'}")
+    report.show(f"plot: {out / 'sweep.png'}" if report.plots_are_there() else report.WITHOUT_PLOTS)
 
 
 class SweepCLI(RecipeCLI):
@@ -219,7 +220,7 @@ def sweep(
             results.rows.append(row)
             if folder is not None:
                 report.write_rows(results.flat(), folder, "sweep")
-    if folder is not None:
+    if folder is not None and report.plots_are_there():
         results.plot(folder / "sweep.png")
     return results
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusionkit.cli.report import Report, blank_figure, size
 from fusionkit.cli.table import Table
+from fusionkit.errors import of_extra
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -140,7 +141,7 @@ class SweepReport(Report):
 
     def figure(self) -> "Figure":
         """Weight error against size, a curve for each codec."""
-        from adjustText import adjust_text
+        adjust_text = of_extra("adjustText", "plots", "a plot").adjust_text
         from matplotlib.patheffects import withStroke
         from matplotlib.ticker import LogLocator
 

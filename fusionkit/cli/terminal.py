@@ -19,4 +19,4 @@ def show(*items: object) -> None:
     if not console.is_terminal:
         console = Console(width=140)
     for item in items:
-        console.print(item, highlight=False, soft_wrap=isinstance(item, str))
+        console.print(item, highlight=False, markup=False, soft_wrap=isinstance(item, str))

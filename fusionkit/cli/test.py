@@ -8,6 +8,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from fusionkit.bundles.bundle import Bundle
 from fusionkit.cli import report
+from fusionkit.cli.named_loggers import logged_as
 from fusionkit.cli.recipe import RecipeCLI
 from fusionkit.cli.scored_line import recipe_args
 from fusionkit.registry import to_config
@@ -66,9 +67,10 @@ class TestCLI(EvaluationCLI):
     def test(self) -> Scores:
         """Evaluate; the results are for the caller to show."""
         self.save_config()
-        return evaluate(
-            self.model, self.datamodule, self.trainer, self.config["spread"], self.stage
-        )
+        spread = self.config["spread"]
+        codec = self.model.source.codec if self.model.bundle_path else self.model.codec
+        with logged_as(self.trainer, type(codec).__name__ if codec else "fine-tuned"):
+            return evaluate(self.model, self.datamodule, self.trainer, spread, self.stage)
 
     def title(self) -> str:
         """What was evaluated."""

@@ -39,7 +39,7 @@ def opened(bundle: str | Path | Bundle, base: Source | Checkpoint | None = None)
     """
     if isinstance(bundle, Bundle):
         return bundle if base is None else Bundle(bundle.path, base)
-    return Bundle(bundle, base)
+    return Bundle.from_pretrained(bundle, base)
 
 
 def tokenizer(
@@ -64,6 +64,16 @@ def tokenizer(
     from transformers import AutoTokenizer
 
     return _made(AutoTokenizer, opened(bundle, base), task, "tokenizer", TOKENIZER, settings)
+
+
+def same_tokenizer(bundle: Bundle, one: str | None, other: str | None) -> bool:
+    """Whether two tasks (None: the base) have the same tokenizer: it may take seconds to make."""
+    found = []
+    for task in (one, other):
+        files = _files(bundle, task)
+        names = [name for name in files for each in TOKENIZER if fnmatchcase(name, each)]
+        found.append({name: _bytes(files[name]) for name in names})
+    return found[0] == found[1]
 
 
 def processor(
@@ -146,8 +156,12 @@ def _files(bundle: Bundle, task: str | None) -> Mapping[str, bytes | Path]:
 
 
 def _json(said: bytes | Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(said if isinstance(said, bytes) else said.read_bytes())
+    found: dict[str, Any] = json.loads(_bytes(said))
     return found
+
+
+def _bytes(said: bytes | Path) -> bytes:
+    return said if isinstance(said, bytes) else said.read_bytes()
 
 
 def _made(
@@ -189,8 +203,7 @@ def _folder(bundle: Bundle, task: str | None) -> Iterator[dict[str, str]]:
     files = _files(bundle, task)
     with TemporaryDirectory(prefix="fusionkit-") as folder:
         for name, content in files.items():
-            data = content if isinstance(content, bytes) else content.read_bytes()
-            (Path(folder) / name).write_bytes(data)
+            (Path(folder) / name).write_bytes(_bytes(content))
         if CONFIG not in files and (config := config_of(bundle, files)):
             write_json(Path(folder) / CONFIG, config)
         yield {"pretrained_model_name_or_path": folder}

@@ -22,6 +22,13 @@ from fusionkit.tasks.spread import (
 from fusionkit.tasks.task import Task
 
 
+def loader_of(trainer: Any, place: int) -> Any:
+    """A dataloader of what a Trainer runs over, of several by its place."""
+    stage = "test" if trainer.testing else "predict" if trainer.predicting else "val"
+    loaders: Any = getattr(trainer, f"{stage}_dataloaders")
+    return loaders[place] if isinstance(loaders, list | tuple) else loaders
+
+
 class Evaluation(nn.Module):
     """Scores tasks, batch by batch.
 

@@ -21,7 +21,9 @@ from fusionkit.checkpoints.stacks import split_tensors
 from fusionkit.codecs.base import DeltaCodec
 from fusionkit.errors import BundleError, FusionKitError
 from fusionkit.registry import to_config
-from fusionkit.reuse.evaluation import Evaluation
+from fusionkit.reuse.described import described
+from fusionkit.reuse.evaluation import Evaluation, loader_of
+from fusionkit.reuse.prediction import Prediction
 from fusionkit.reuse.seen import Seen
 from fusionkit.reuse.sharded import ShardedBase, check_strategy, shard_with_base
 from fusionkit.reuse.switcher import Switcher
@@ -111,6 +113,7 @@ class ReuseModule(LightningModule):
         self.task: str | None = None
         self.scores: Scores | None = None
         self.evaluation: Evaluation | None = None
+        self.prediction: Prediction | None = None
         self.base_source = None if base is None else unquantized(open_for(model, base))
         if self.base_source is not None:
             load_base(model, self.base_source, self.private)
@@ -122,6 +125,10 @@ class ReuseModule(LightningModule):
             self.reuse(bundle)
         elif self.bundle_path is not None and self.bundle_path.exists():
             self.reuse(self._open_bundle(self.bundle_path))
+
+    def __repr__(self) -> str:
+        """What it reuses, in a line; nothing is opened for it."""
+        return described(self, self._source)
 
     @property
     def source(self) -> TaskSource:
@@ -308,8 +315,12 @@ class ReuseModule(LightningModule):
                 "`fusionkit.calibrate(module, datamodule)`, or fine-tune by `fusionkit.Finetune`"
             )
         check_strategy(self.trainer, self.model)
-        self.evaluation = self._evaluation(stage)  # before checkpoints are opened, or compressed
-        tasks = self.evaluation.tasks
+        tasks = self._evaluated()  # known before checkpoints are opened, or compressed
+        if stage == "predict":
+            kinds = kinds_of(self._datamodule, tasks, self.num_classes, scored=False)
+            self.prediction = Prediction(kinds)
+        else:
+            self.evaluation = self._evaluation(stage)
         if missing := [task for task in tasks if task not in self.tasks]:
             raise BundleError(
                 f"there is data for '{missing[0]}', but no such task among {', '.join(self.tasks)}"
@@ -317,13 +328,17 @@ class ReuseModule(LightningModule):
         if isinstance(self._source, Bundle):
             self._source.check(tasks)  # now, not after half of them
 
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        """Predict one batch: a mapping for each row, see `Prediction.step`."""
+        return self._step(self.prediction, batch, batch_idx, dataloader_idx)
+
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Score one batch, as its task says."""
-        self._step(batch, batch_idx, dataloader_idx)
+        self._step(self.evaluation, batch, batch_idx, dataloader_idx)
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """As `test_step`, on the validation rows."""
-        self._step(batch, batch_idx, dataloader_idx)
+        self._step(self.evaluation, batch, batch_idx, dataloader_idx)
 
     def on_test_epoch_end(self) -> None:
         """Gather the scores: per task, their mean, and as shares of the fine-tuned models'."""
@@ -337,19 +352,12 @@ class ReuseModule(LightningModule):
     def _datamodule(self) -> Any:
         return getattr(self.trainer, "datamodule", None)
 
-    def _loader(self, place: int) -> Any:
-        """A dataloader of the evaluation that runs."""
-        testing = self.trainer.testing
-        loaders: Any = self.trainer.test_dataloaders if testing else self.trainer.val_dataloaders
-        return loaders[place] if isinstance(loaders, list | tuple) else loaders
-
-    def _step(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
-        task = self._evaluated()[dataloader_idx]
+    def _step(self, runs: Evaluation | Prediction | None, batch: Any, at: int, place: int) -> Any:
+        task = self._evaluated()[place]
         if task != self.task:
             self.switch(task)
-        assert self.evaluation is not None
-        loader = self._loader(dataloader_idx)
-        self.evaluation.step(self.model, batch, batch_idx, dataloader_idx, loader)
+        assert runs is not None
+        return runs.step(self.model, batch, at, place, loader_of(self.trainer, place))
 
     def _finish(self, stage: str) -> None:
         assert self.evaluation is not None

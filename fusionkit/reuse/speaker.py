@@ -8,7 +8,7 @@ import torch
 
 from fusionkit.bundles.bundle import Bundle
 from fusionkit.errors import FusionKitError
-from fusionkit.reuse.beside import tokenizer
+from fusionkit.reuse.beside import same_tokenizer, tokenizer
 from fusionkit.reuse.loaded import load, switch
 
 Messages = list[dict[str, Any]]
@@ -75,7 +75,8 @@ class Speaker:
         """
         if task == self.task:
             return
-        found = tokenizer(self.bundle, task)
+        same = same_tokenizer(self.bundle, self.task, task)
+        found = self.tokenizer if same else tokenizer(self.bundle, task)
         switch(self.model, self.bundle, task)
         self.tokenizer, self.task = found, task
 
@@ -218,6 +219,6 @@ def open_speaker(
         device: where to run; None: see above.
         settings: as of `Speaker`.
     """
-    source = Bundle(bundle, base)
+    source = Bundle.from_pretrained(bundle, base)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return Speaker(source, task or source.tasks[0], device=device, **settings)

@@ -46,6 +46,16 @@ class Classification(LabelledTask):
             outputs = _second(outputs)
         metric.update(outputs, self.labels(batch))
 
+    def predictions(self, outputs: Tensor, batch: Any) -> list[dict[str, Any]]:
+        """The most likely class, all classes' probabilities, and the label."""
+        likely = outputs.to(torch.float32).softmax(-1)
+        rows = zip(likely.argmax(-1).tolist(), likely.tolist(), strict=True)
+        targets = self.labels(batch).tolist()
+        return [
+            {"prediction": said, "probabilities": each, "target": target}
+            for (said, each), target in zip(rows, targets, strict=True)
+        ]
+
     def row_scores(self, metric: Metric, outputs: Tensor, batch: Any) -> Tensor | None:
         """Of accuracy over all rows: 1 where a row is right, else 0."""
         settings = vars(metric)

@@ -99,6 +99,10 @@ class TaskData(LightningDataModule, ABC):
         """Test rows: one dataloader per task."""
         return [self._loader(task, "test") for task in self.tasks]
 
+    def predict_dataloader(self) -> list[DataLoader[Any]]:
+        """As `test_dataloader`."""
+        return self.test_dataloader()
+
     def calibration_dataloaders(self, rows: int, seed: int) -> dict[str, DataLoader[Any]]:
         """A few training rows of each task, in one fixed order, whatever `limit` is.
 

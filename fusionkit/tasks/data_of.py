@@ -32,6 +32,8 @@ _SPLITS: tuple[Split, Split] = ("test", "train")
 """Either is looked at for what a task is."""
 Model = str | Path | nn.Module | None
 """A base model: its folder, its name on a hub, or itself."""
+LM_EVAL = "lm_eval:"
+"""What a path begins with that is a task of lm-eval, by name or YAML file; or several, `a,b`."""
 Spec = str | Path | Sequence[str | Path] | Mapping[str, str | Path]
 """Where tasks' rows are: a folder of tasks, `task=path`, several of either, or task → path."""
 
@@ -55,7 +57,7 @@ def data_of(
             one task, as `task=path`, or a path that names it; or several of these in a list; or
             task → path. A path is one of those of `TextClassification`, `ImageClassification`,
             `ImageArrays` or `LanguageData`: local, or the name of a Hugging Face data set
-            (`ORG/NAME:CONFIG`).
+            (`ORG/NAME:CONFIG`); or `lm_eval:NAME`, a task of lm-eval's, by name or YAML file.
         model: the base model: its tokenizer, or how it wants its images, are taken from its folder
             or its name on a hub; of images also from a live model of timm.
         heads: task → fine-tuned model. Where its folder's `config.json` names its classes, labels
@@ -99,7 +101,7 @@ def data_recipe(
     Args:
         spec: see `data_of`, as for what follows.
         model: see there.
-        heads: see there.
+        heads: see there; or, in place of a model, the list of its classes' names.
         settings: see there; None is as if it were not given.
 
     Returns:
@@ -110,7 +112,10 @@ def data_recipe(
     """
     tasks = tasks_of(spec)
     given = {key: _plain(value) for key, value in settings.items() if value is not None}
-    kinds = {task: _kind(open_path(path), given, model) for task, path in tasks.items()}
+    kinds = {
+        task: _HARNESS if path.startswith(LM_EVAL) else _kind(open_path(path), given, model)
+        for task, path in tasks.items()
+    }
     kind = next(iter(kinds.values()))
     if other := next((task for task, each in kinds.items() if each != kind), None):
         first = next(iter(kinds))
@@ -122,9 +127,15 @@ def data_recipe(
     if kind in _WHAT:
         setting, reason = _WHAT[kind]
         arguments[setting] = given.pop(setting, None) or _from_model(kind, model, tasks, reason)
+    if kind == _HARNESS:
+        named = {task: path.removeprefix(LM_EVAL) for task, path in tasks.items()}
+        arguments["tasks"] = {t: n.split(",") if "," in n else n for t, n in named.items()}
     if kind in (_TEXTS, _IMAGES):
-        folders = {task: head_folder(head) for task, head in (heads or {}).items()}
-        labels = {task: str(folder) for task, folder in folders.items() if folder}
+        labels = {
+            task: head if isinstance(head, list) else str(head_folder(head) or "")
+            for task, head in (heads or {}).items()
+        }
+        labels = {task: names for task, names in labels.items() if names}
         labels.update(given.pop("labels", {}))
         given["labels"] = {task: labels[task] for task in tasks if task in labels}
     if kind == _LANGUAGE and _writes(model) == "encoder-decoder":
@@ -160,12 +171,14 @@ _NUMBERS = "fusionkit.tasks.texts.TextRegression"
 _IMAGES = "fusionkit.tasks.image_files.ImageClassification"
 _ARRAYS = "fusionkit.tasks.images.ImageArrays"
 _LANGUAGE = "fusionkit.tasks.language_data.LanguageData"
+_HARNESS = "fusionkit.tasks.lm_eval.LMEval"
 _SAID = {
     _TEXTS: "labelled texts",
     _NUMBERS: "texts with numbers",
     _IMAGES: "images",
     _ARRAYS: "arrays of images",
     _LANGUAGE: "rows for a language model",
+    _HARNESS: "one of lm-eval's",
 }
 """What the messages call the kinds, which are datamodules' class paths."""
 _WHAT = {
@@ -173,6 +186,7 @@ _WHAT = {
     _NUMBERS: ("tokenizer", "texts need the model's tokenizer"),
     _IMAGES: ("preprocessing", "images need what their model makes of them"),
     _LANGUAGE: ("tokenizer", "texts need the model's tokenizer"),
+    _HARNESS: ("tokenizer", "lm-eval's tasks need the model's tokenizer"),
 }
 """Kind → the setting that is the base model's, and why it is needed."""
 

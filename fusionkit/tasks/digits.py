@@ -4,6 +4,7 @@
 fifth digit, and the right third of each photograph, is for testing, and never seen in any training.
 """
 
+import io
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -14,29 +15,43 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from fusionkit.errors import of_extra
+
 Rows = tuple[Tensor, Tensor]
 """Images float32 `(N, 1, 8, 8)` in [-1, 1], labels int64 `(N,)`."""
-
+Grey = tuple[Tensor, Tensor]
+"""Images uint8 `(N, 8, 8)`, labels int64 `(N,)`."""
 
 SIZES: dict[str, Any] = {"embed_dim": 64, "depth": 4, "num_heads": 4}
 """Of the base."""
 TEST_EVERY = 5
 """Every fifth digit is for testing."""
+CLASSES = 10
+"""Of its head."""
 _PATCH = 8
 
 
 def base_model() -> nn.Module:
     """The base: a ViT of 8 × 8 grey images in patches of 2 × 2, with a head of 10 classes."""
-    import timm  # here, as every recipe's start imports this file
+    timm = of_extra("timm", "demo", "the demo's model")
+    config = model_config(CLASSES)
+    settings = config["model_args"]
+    made: nn.Module = timm.create_model(config["architecture"], num_classes=CLASSES, **settings)
+    return made
 
-    return timm.create_model(
-        "vit_tiny_patch16_224",
-        img_size=_PATCH,
-        patch_size=2,
-        in_chans=1,
-        num_classes=10,
-        **SIZES,
-    )
+
+def model_config(classes: int) -> dict[str, Any]:
+    """What a folder's `config.json` says of such a model, in timm's own terms.
+
+    Args:
+        classes: of its head.
+    """
+    return {
+        "architecture": "vit_tiny_patch16_224",
+        "num_classes": classes,
+        "model_args": {"img_size": _PATCH, "patch_size": 2, "in_chans": 1, **SIZES},
+        "pretrained_cfg": {"input_size": [1, _PATCH, _PATCH], "mean": [0.5], "std": [0.5]},
+    }
 
 
 class DigitTasks(LightningDataModule):
@@ -67,7 +82,18 @@ class DigitTasks(LightningDataModule):
 
     def rows(self, task: str, test: bool) -> Rows:
         """All rows of one split of a task."""
-        return _TASKS[task][1](test)
+        return _as_floats(_TASKS[task][1](test))
+
+    def archive(self, task: str) -> bytes:
+        """All rows of a task as a `.npz` file, which `ImageArrays` reads."""
+        arrays: dict[str, Any] = {}
+        for split in ("train", "test"):
+            images, labels = _TASKS[task][1](split == "test")
+            arrays[f"x_{split}"] = images.numpy()
+            arrays[f"y_{split}"] = labels.to(torch.uint8).numpy()
+        file = io.BytesIO()
+        np.savez_compressed(file, **arrays)
+        return file.getvalue()
 
     def train_dataloader(self) -> list[DataLoader[Any]]:
         """Training rows, shuffled: one dataloader per task."""
@@ -82,64 +108,69 @@ class DigitTasks(LightningDataModule):
         return DataLoader(dataset, batch_size=self.batch_size, shuffle=shuffle)
 
 
-@cache
-def _digits(test: bool) -> Rows:
-    from sklearn.datasets import load_digits
+def _as_floats(grey: Grey) -> Rows:
+    images, labels = grey
+    return (2 * images[:, None].to(torch.float32) - 255) / 255, labels
 
-    digits = load_digits()
+
+def _sklearn() -> Any:
+    return of_extra("sklearn.datasets", "demo", "the demo's images")
+
+
+@cache
+def _digits(test: bool) -> Grey:
+    digits = _sklearn().load_digits()
     chosen = (np.arange(len(digits.target)) % TEST_EVERY == 0) == test
-    images = torch.from_numpy(digits.images[chosen]).to(torch.float32)[:, None] / 8 - 1
-    return images, torch.from_numpy(digits.target[chosen]).to(torch.int64)
+    images = torch.from_numpy(digits.images[chosen]) * (255 / 16)
+    return images.round().to(torch.uint8), torch.from_numpy(digits.target[chosen]).to(torch.int64)
 
 
 def pretraining_rows() -> Rows:
     """Training digits turned, mirrored and inverted every way: the base knows strokes, no task."""
     images, labels = _digits(test=False)
-    turned = [torch.rot90(images, turns, (2, 3)) for turns in range(4)]
-    seen = torch.cat([*turned, *(image.flip(3) for image in turned)])
-    return torch.cat([seen, -seen]), labels.repeat(16)
+    turned = [torch.rot90(images, turns, (1, 2)) for turns in range(4)]
+    seen = torch.cat([*turned, *(image.flip(2) for image in turned)])
+    return _as_floats((torch.cat([seen, 255 - seen]), labels.repeat(16)))
 
 
-def _digit(test: bool) -> Rows:
+def _digit(test: bool) -> Grey:
     return _digits(test)
 
 
-def _negative(test: bool) -> Rows:
+def _negative(test: bool) -> Grey:
     images, labels = _digits(test)
-    return -images, labels
+    return 255 - images, labels
 
 
-def _mirror(test: bool) -> Rows:
+def _mirror(test: bool) -> Grey:
     images, labels = _digits(test)
-    return images.flip(2, 3).flip(3), labels
+    return images.flip(1, 2).flip(2), labels
 
 
-def _rotation(test: bool) -> Rows:
+def _rotation(test: bool) -> Grey:
     images, _ = _digits(test)
-    turned = torch.cat([torch.rot90(images, turns, (2, 3)) for turns in range(4)])
+    turned = torch.cat([torch.rot90(images, turns, (1, 2)) for turns in range(4)])
     return turned, torch.arange(4).repeat_interleave(len(images))
 
 
-def _parity(test: bool) -> Rows:
+def _parity(test: bool) -> Grey:
     images, labels = _digits(test)
-    return torch.rot90(images, 1, (2, 3)), labels % 2
+    return torch.rot90(images, 1, (1, 2)), labels % 2
 
 
-def _photo(test: bool) -> Rows:
-    from sklearn.datasets import load_sample_images
-
+def _photo(test: bool) -> Grey:
     patches, labels = [], []
-    for label, photo in enumerate(load_sample_images().images):
-        grey = torch.from_numpy(photo.copy()).to(torch.float32).mean(-1) / 127.5 - 1
+    for label, photo in enumerate(_sklearn().load_sample_images().images):
+        grey = torch.from_numpy(photo.copy()).to(torch.float32).mean(-1).round().to(torch.uint8)
         edge = grey.shape[1] * 2 // 3 // _PATCH * _PATCH
         side = grey[:, edge:] if test else grey[:, :edge]
-        tiles = side.unfold(0, _PATCH, _PATCH).unfold(1, _PATCH, _PATCH).reshape(-1, 1, 8, 8)
-        patches.append(tiles)
-        labels.append(torch.full((len(tiles),), label))
+        tiles = side.unfold(0, _PATCH, _PATCH).unfold(1, _PATCH, _PATCH)
+        patches.append(tiles.reshape(-1, _PATCH, _PATCH))
+        labels.append(torch.full((len(patches[-1]),), label))
     return torch.cat(patches), torch.cat(labels)
 
 
-_TASKS: dict[str, tuple[int, Callable[[bool], Rows]]] = {
+_TASKS: dict[str, tuple[int, Callable[[bool], Grey]]] = {
     "digit": (10, _digit),
     "negative": (10, _negative),
     "mirror": (10, _mirror),

@@ -23,8 +23,11 @@ def facts_of(metric: Metric) -> Facts:
     """What is known of a metric; a sum, difference, product or quotient is worked out.
 
     Args:
-        metric: torchmetrics' `higher_is_better`, `plot_lower_bound` and `plot_upper_bound` say it.
+        metric: torchmetrics' `higher_is_better`, `plot_lower_bound` and `plot_upper_bound` say it;
+            or one's own `facts`.
     """
+    if isinstance(own := getattr(metric, "facts", None), Facts):
+        return own
     if isinstance(metric, CompositionalMetric):
         return _composed(metric)
     bounds = metric.plot_lower_bound, metric.plot_upper_bound

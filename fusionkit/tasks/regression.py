@@ -43,6 +43,11 @@ class Regression(LabelledTask):
         said = _numbers(outputs)
         metric.update(said, self.labels(batch).to(said))
 
+    def predictions(self, outputs: Tensor, batch: Any) -> list[dict[str, Any]]:
+        """The number that is said, and the label."""
+        rows = zip(_numbers(outputs).tolist(), self.labels(batch).tolist(), strict=True)
+        return [{"prediction": said, "target": target} for said, target in rows]
+
     def row_scores(self, metric: Metric, outputs: Tensor, batch: Any) -> Tensor | None:
         """Of the mean squared or absolute error: a row's own."""
         said = _numbers(outputs)

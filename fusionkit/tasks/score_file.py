@@ -93,6 +93,22 @@ def known_scores(
     )
 
 
+def shown_scores(path: str | Path) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
+    """What a table says of a scores.json: its columns, and their cells by task.
+
+    Raises:
+        DataError: the file is no scores.json of this version.
+    """
+    tasks = _read(open_path(path))["tasks"]
+    keys = ("metric", "score", "finetuned", "share")
+    cells = {task: tuple(_cell(each.get(key)) for key in keys) for task, each in tasks.items()}
+    return ("metric", "score", "fine-tuned", "share"), cells
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def score_file(scores: Scores, model: str, codec: Mapping[str, Any] | None) -> bytes:
     """The content of a scores.json.
 

@@ -1,6 +1,6 @@
 """Scores one task: its metrics, and the rows' own scores where what counts is their mean."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -11,8 +11,8 @@ from fusionkit.tasks.metrics import MetricChoice, metrics_of, update
 from fusionkit.tasks.scores import Measured
 from fusionkit.tasks.task import Task
 
-Found = tuple[int, Tensor, Tensor | None]
-"""How many rows a process scored, their places among the task's, and their own scores."""
+Found = tuple[int, Tensor, Tensor | None, Mapping[str, float]]
+"""How many rows a process scored, their places among the task's, their own scores, and `beside`."""
 
 
 class Scorer(nn.Module):
@@ -63,12 +63,12 @@ class Scorer(nn.Module):
 
     def found(self) -> Found:
         """What this process took in."""
-        none = torch.empty(0)
+        none, beside = torch.empty(0), self.kind.beside(cast(Metric, self.metrics[0]))
         places = torch.cat([none.to(torch.int64), *self._places])
         if self._row_scores is None:
-            return self._rows, places, None
+            return self._rows, places, None, beside
         own = [each.cpu() for each in self._row_scores]
-        return self._rows, places, torch.cat([none, *own])
+        return self._rows, places, torch.cat([none, *own]), beside
 
     def compute(
         self, value: Callable[[Metric, str], float], found: list[Found]
@@ -81,17 +81,19 @@ class Scorer(nn.Module):
         """
         values = [value(cast(Metric, metric), self.task) for metric in self.metrics]
         others = dict(zip(self.names[1:], values[1:], strict=True))
-        rows = sum(count for count, _, _ in found)
+        for *_, beside in found:
+            others.update(beside)
+        rows = sum(count for count, *_ in found)
         own = _in_order(found, values[0])
         return values[0], Measured(self.facts, rows, others, own)
 
 
 def _in_order(found: list[Found], score: float) -> Tensor | None:
     """The rows' own scores in the rows' order; None where the score is not their mean."""
-    known = [own for _, _, own in found if own is not None]
+    known = [own for _, _, own, _ in found if own is not None]
     if len(known) < len(found) or not sum(len(own) for own in known):
         return None
-    places = torch.cat([places for _, places, _ in found])
+    places = torch.cat([places for _, places, *_ in found])
     ordered = torch.cat(known)[places.argsort()]
     mean = float(ordered.to(torch.float64).mean())
     return ordered if abs(mean - score) <= 1e-4 * max(1.0, abs(score)) else None

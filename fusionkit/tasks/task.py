@@ -102,6 +102,15 @@ class Task(ABC):
         """Metrics of the kind's own, by the names that recipes may call them."""
         return {}
 
+    def predictions(self, outputs: Tensor, batch: Any) -> list[dict[str, Any]]:
+        """What is predicted of each row, as JSON has it: columns of a table of predictions.
+
+        Args:
+            outputs: what is scored of the batch: `answers`.
+            batch: one of the task's.
+        """
+        return [{"outputs": row} for row in outputs.float().tolist()]
+
     def row_scores(self, metric: Metric, outputs: Tensor, batch: Any) -> Tensor | None:
         """What each row adds to a metric that is a mean over rows.
 
@@ -112,6 +121,10 @@ class Task(ABC):
             `(B,)` floats, whose mean over all rows is the metric; None where it is no such mean.
         """
         return None
+
+    def beside(self, metric: Metric) -> Mapping[str, float]:
+        """What else is known with a metric that has taken in batches: name → number."""
+        return {}
 
     def example(self) -> tuple[Tensor, Any] | None:
         """Outputs and their batch as the task's may be, of a few rows, to try a metric on.

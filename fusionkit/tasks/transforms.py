@@ -3,13 +3,14 @@
 import json
 from collections.abc import Callable, Mapping
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from fusionkit.checkpoints.paths import is_there, open_path, written_out
-from fusionkit.errors import DataError, FusionKitError, meant
+from fusionkit.errors import DataError, FusionKitError, meant, of_extra
 
 Preprocessing = str | dict[str, Any]
 """A model whose own preprocessing is meant, by its folder or name, or timm's data config."""
@@ -59,9 +60,8 @@ def image_transform(preprocessing: Preprocessing) -> ImageTransform:
         if any((folder / name).is_file() for name in _PROCESSORS):
             return _of_processor(path)
         return _of_timm(_timm_config_of(folder))
-    import timm
-
-    known: Any = timm.get_pretrained_cfg(path) if timm.is_model(path) else None
+    timm: Any = import_module("timm") if find_spec("timm") else None
+    known = timm.get_pretrained_cfg(path) if timm and timm.is_model(path) else None
     return (
         _of_timm(_timm_data().resolve_data_config({}, known.to_dict()))
         if known
@@ -163,7 +163,7 @@ def _timm_config_of(path: Path) -> dict[str, Any]:
 
 
 def _timm_data() -> Any:
-    return import_module("timm.data")
+    return of_extra("timm.data", "vision", "what a model makes of images")
 
 
 def _input_size(model: Any, size: tuple[int, int, int]) -> tuple[int, ...]:

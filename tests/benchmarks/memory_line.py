@@ -112,6 +112,7 @@ def ways(tasks: int) -> dict[str, list[str]]:
     names = [f"task{i + 1}" for i in range(tasks)]
     call = f"{dict(zip(names, names, strict=True))}, fusionkit.Dense(), 'called'"
     load = "bundle = fusionkit.Bundle.load('called')\n"
+    folder = f"fusionkit.export_task(bundle, 'task1', 'd', max_shard_size='{SHARD}')"
     export = [PROGRAM, "export", "called", "--task", "task1", "--out"]
     return {
         "import torch": [sys.executable, "-c", "import torch"],
@@ -122,7 +123,8 @@ def ways(tasks: int) -> dict[str, list[str]]:
             f"{load}fusionkit.export_task(bundle, 'task1', 'a.safetensors')"
         ),
         "export a file: line": [*export, "b.safetensors"],
-        f"export a folder, shards of {SHARD}: line": [*export, "c", "--max_shard_size", SHARD],
+        "export a folder: call": python(f"{load}{folder}"),
+        "export a folder: line": [*export, "c", "--max_shard_size", SHARD],
     }
 
 
@@ -136,7 +138,7 @@ def main(megabytes: int = 860, tasks: int = 2, at: str | None = None) -> None:
         recipe = {"model": {**model, "bundle": "recipe"}, "trainer": {"accelerator": "cpu"}}
         (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
         size = sum(f.stat().st_size for f in (folder / "base").iterdir()) / 1e6
-        print(f"base of {size:.0f} MB, {tasks} fine-tunes; peak resident memory")
+        print(f"base of {size:.0f} MB, {tasks} fine-tunes, shards of {SHARD}; peak resident memory")
         first: dict[str, float] = {}
         for way, command in ways(tasks).items():
             megabyte, seconds = peak(command, folder)

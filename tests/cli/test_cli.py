@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from tiny_net import TASKS, Files
 
 import fusionkit
-from fusionkit.cli import main as cli
 
 
 @pytest.mark.slow
@@ -123,29 +122,6 @@ def test_all_of_one_codec(name: str) -> None:
     assert "--codec svd" in text
     assert "class_path: fusionkit.SVD" in text
     assert "did you mean 'svd'" in run("codecs", "svdd", code=1)
-
-
-def test_help_is_short_and_complete(capsys: pytest.CaptureFixture[str]) -> None:
-    cli.main(["--help"])
-    overview = capsys.readouterr().out
-    assert all(f"  {verb} " in overview for verb in cli.VERBS)
-    for verb in ("compress", "test", "compare"):
-        text = run(verb, "--help", "--config=R.yaml")
-        assert "--model.codec" in text
-        assert "how the fine-tuned checkpoints are compressed" in text
-    assert "--task TASK" in run("export", "--help")
-
-
-@pytest.mark.parametrize(
-    "verb", ["compress", "calibrate", "test", "compare", "sweep", "fit", "fuse"]
-)
-def test_help_has_what_the_verb_reads(verb: str) -> None:
-    text = " ".join(run(verb, "--help", "--config=R.yaml").split())
-    written = {"compress": "bundle", "calibrate": "bundle", "fit": "fine-tune"}
-    if verb in written:
-        assert f"--overwrite {{true,false}} replace the {written[verb]}" in text
-    assert ("--spread" in text) == (verb in ("test", "compare"))
-    assert ("--ckpt_path" in text) == (verb in ("calibrate", "fit", "fuse"))
 
 
 @pytest.mark.parametrize(

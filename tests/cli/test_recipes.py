@@ -24,16 +24,18 @@ from fusionkit.cli.sweep import SweepCLI
 from fusionkit.cli.test import TestCLI
 from fusionkit.tasks import digits
 
+TEXT = TESTS / "recipes"
 RECIPES = [
-    path
-    for folder in (recipes_folder(), TESTS / "recipes")
-    for path in sorted(folder.rglob("*.yaml"))
+    *sorted(recipes_folder().glob("*.yaml")),
+    *sorted(TEXT.glob("*.yaml")),
+    *sorted(TEXT.glob("lm/*.yaml")),
 ]
-TEXT = recipes_folder() / "text"
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda p: f"{p.parent.name}/{p.name}")
-def test_recipe_parses_and_says_how_to_run_it(path: Path) -> None:
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parts[-3]}/{path.stem}")
+def test_recipe_parses_and_says_how_to_run_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = TESTS.parent
+    monkeypatch.chdir(root)  # where it is to be run
     text = path.read_text()
     content = yaml.safe_load(text)
     cli: type[RecipeCLI] = CompareCLI if "codecs" in content else TestCLI
@@ -46,12 +48,17 @@ def test_recipe_parses_and_says_how_to_run_it(path: Path) -> None:
         def instantiate_classes(self) -> None:
             pass
 
-    parsed = ParseOnly([f"--config={path}"])
+    parsed = ParseOnly([f"--config={path.relative_to(root)}"])
     assert cli is SweepCLI or parsed.config["data"]["class_path"]
     header = re.split(r"^\w+:", text, maxsplit=1, flags=re.MULTILINE)[0]
     assert all(line.startswith("#") for line in header.splitlines())
-    assert "fusionkit" in header
     assert "# Expect: " in header
+    assert f" --config {path.relative_to(root)}" in header
+
+
+def test_what_runs_after_the_demo_needs_nothing_else() -> None:
+    for path in recipes_folder().glob("*.yaml"):
+        assert "../" not in path.read_text(), path
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -326,3 +327,15 @@ class TestCommand:
         assert message in shown
         assert "Traceback" not in shown
         assert not (tmp_path / "out").exists()
+
+
+def test_tables_are_written_without_plots(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    said = run(
+        "sweep", "--config", recipe, "--grid.dtype", "[fp16, int8]", "--out", tmp_path / "out"
+    )
+    assert "pip install 'fusionkit[plots]'" in said
+    assert (tmp_path / "out/sweep.csv").is_file()
+    assert not (tmp_path / "out/sweep.png").exists()

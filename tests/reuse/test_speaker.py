@@ -9,6 +9,7 @@ import transformers
 from talking import LETTERS, TEMPLATE, bundle, tokenizer
 
 import fusionkit
+from fusionkit import SVD
 from fusionkit.errors import BundleError, FusionKitError
 from fusionkit.reuse.speaker import Speaker
 
@@ -64,6 +65,21 @@ def test_conversations_follow_the_chat_template(tmp_path: Path) -> None:
     assert speaker.tokenizer.decode(speaker.tokens(said)) == "u b c a d z"
     with pytest.raises(FusionKitError, match=r"chat template can't write these messages"):
         speaker.tokens([{"text": "b"}])
+
+
+def test_a_task_has_its_own_tokenizer_and_a_common_one_is_kept(tmp_path: Path) -> None:
+    bundle("gpt2", tmp_path)
+    tokenizer(TEMPLATE).save_pretrained(tmp_path / "dogs")
+    tuned = {task: str(tmp_path / task) for task in ("cats", "dogs")}
+    source = fusionkit.compress(str(tmp_path / "base"), tuned, SVD(6), tmp_path / "own.bundle")
+    speaker = Speaker(source, None)
+    common = speaker.tokenizer
+    speaker.switch("cats")
+    assert speaker.tokenizer is common
+    speaker.switch("dogs")
+    assert speaker.has_template
+    speaker.switch("cats")
+    assert not speaker.has_template
 
 
 def test_what_can_not_answer_is_told(tmp_path: Path) -> None:

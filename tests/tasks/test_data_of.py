@@ -119,7 +119,10 @@ class TestKinds:
         assert type(data_of(numbers, model="any")) is TextRegression
         paths = csv(tmp_path / "p.csv", f"path,label\n{tmp_path}/pets/test/cat/0.jpg,1\n")
         assert type(data_of(paths, preprocessing=CONFIG)) is ImageClassification
-        assert type(data_of(arrays(tmp_path / "a.npz"))) is ImageArrays
+        path = arrays(tmp_path / "a.npz")
+        assert type(data_of(path)) is ImageArrays
+        named = data_recipe(f"a={path}", heads={"a": ["cat", "dog"]})  # as a bundle has them
+        assert named["init_args"] == {"tasks": {"a": str(path)}}
 
     def test_mixed(self, tmp_path: Path) -> None:
         with pytest.raises(

@@ -1,0 +1,149 @@
+"""A bundle on the Hugging Face Hub, which a server on loopback stands in for."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hub import Hub
+from talking import bundle
+from tiny_net import TESTS
+
+from fusionkit import Bundle, add_tasks
+from fusionkit.bundles.hub import MARK
+
+pytestmark = pytest.mark.slow
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+NAME = "someone/talk"
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    made = Hub()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def run(hub: Hub, tmp_path: Path) -> Run:
+    """Runs `fusionkit VERB …`, or Python code, where the stand-in is the Hub."""
+
+    def run(*args: str, **settings: str) -> "subprocess.CompletedProcess[str]":
+        environment = {
+            **os.environ,
+            "PYTHONPATH": f"{TESTS.parent}:{TESTS}",
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(tmp_path / "cache"),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_TOKEN": "hf_none",
+            **settings,
+        }
+        line = [sys.executable, *(args if args[0] == "-c" else ("-m", "fusionkit", *args))]
+        return subprocess.run(
+            line, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+
+    return run
+
+
+def test_a_bundle_goes_there_and_comes_back(hub: Hub, run: Run, tmp_path: Path) -> None:
+    source = bundle("llama, tied", tmp_path)
+    scores = {
+        "format": 1,
+        "fusionkit": "0.1.0",
+        "model": "b",
+        "codec": None,
+        "limit": "",
+        "tasks": {
+            "cats": {"metric": "Accuracy", "score": 0.915, "finetuned": 0.92, "share": 0.9946}
+        },
+    }
+    (tmp_path / "scores.json").write_text(json.dumps(scores))
+    base = {each.name: each.read_bytes() for each in (tmp_path / "base").iterdir()}
+    hub.repositories["someone/base"] = [base]
+    done = run("push", "talk.bundle", NAME, "--base", "someone/base", "--scores", "scores.json")
+    assert done.returncode == 0, done.stderr
+    assert f"pushed: {hub.url}/{NAME}/commit/" in done.stdout
+    (files,) = hub.repositories[NAME]
+    assert {*files} == {
+        *("README.md", "manifest.json", "task-cats.safetensors", "task-dogs.safetensors")
+    }
+    card = files["README.md"].decode()
+    assert card.startswith("---\nbase_model: someone/base\nlibrary_name: fusionkit\n")
+    size = source.manifest.tasks["cats"].file.bytes
+    assert f"| `cats` | {size:,} | " in card
+    assert " | Accuracy | 0.915 | 0.92 | 0.9946 |" in card
+    assert f'model = fusionkit.load("{NAME}", "dogs")' in card
+
+    (tmp_path / "base").rename(tmp_path / "gone")  # whoever pulls has none
+    code = f"""
+import fusionkit, torch
+bundle = fusionkit.Bundle.from_pretrained("{NAME}")
+model = fusionkit.load("{NAME}", "dogs")
+torch.save(model.state_dict(), "dogs.pt")
+fusionkit.tokenizer(bundle, "dogs")
+try:
+    bundle.remove("cats")
+except fusionkit.errors.BundleError as error:
+    print(error)
+"""
+    hub.served.clear()
+    done = run("-c", code)
+    assert done.returncode == 0, done.stderr
+    assert "can only be read where it is" in done.stdout
+    assert "task-dogs.safetensors" in hub.served
+    assert "task-cats.safetensors" not in hub.served
+    import torch
+
+    wanted = Bundle(tmp_path / "talk.bundle", str(tmp_path / "gone")).state_dict("dogs")
+    found = torch.load(tmp_path / "dogs.pt")
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+    hub.served.clear()
+    done = run("-c", code, HF_HUB_OFFLINE="1")  # all that is needed is in the cache
+    assert done.returncode == 0, done.stderr
+    assert not hub.served
+
+    done = run("pull", NAME, "--task", "cats", "--out", "pulled")
+    assert done.returncode == 0, done.stderr
+    assert Bundle(tmp_path / "pulled").tasks == ("cats",)
+    same = (tmp_path / "pulled" / "task-cats.safetensors").read_bytes()
+    assert same == files["task-cats.safetensors"]
+
+
+def test_a_push_is_whole_or_not_at_all(hub: Hub, run: Run, tmp_path: Path) -> None:
+    source = bundle("llama, tied", tmp_path)
+    assert run("push", "talk.bundle", NAME).returncode == 0
+    first = hub.repositories[NAME][-1]
+    assert "note: the base" in run("push", "talk.bundle", "other/one").stdout
+    add_tasks(source, {"birds": str(tmp_path / "dogs")})
+    Bundle(source.path).remove("dogs")
+    for broken in ("/large/", "/commit/"):
+        hub.refuse = {broken}
+        done = run("push", "talk.bundle", NAME)
+        assert done.returncode == 1
+        assert "could not be pushed to, and is as it was before" in done.stderr
+        assert hub.repositories[NAME] == [first]
+    hub.refuse = set()
+    hub.repositories[NAME].append({**first, "README.md": b"my own", "notes.txt": b"kept"})
+    assert run("push", "talk.bundle", NAME).returncode == 0
+    last = hub.repositories[NAME][-1]
+    assert {*last} == {
+        *("README.md", "manifest.json", "notes.txt"),
+        *("task-cats.safetensors", "task-birds.safetensors"),
+    }
+    assert last["README.md"] == b"my own"
+    assert MARK in first["README.md"].decode()
+
+
+def test_what_is_not_there_is_told(run: Run) -> None:
+    done = run("pull", "someone/nothing")
+    assert done.returncode == 1
+    assert "fusionkit pull: someone/nothing: 'manifest.json' can't be downloaded" in done.stderr
+    assert "check the name and the network" in done.stderr
+    done = run("pull", "someone/nothing", HF_ENDPOINT="http://127.0.0.1:9")
+    assert "can't be downloaded" in done.stderr
+    assert "Traceback" not in done.stderr
