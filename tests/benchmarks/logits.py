@@ -71,8 +71,8 @@ def main(words: int = 128_000, rows: int = 4, tokens: int = 128, hidden: int = 6
             f"{name:<22} peak {found['MB']:6.0f} MB, of the teacher {found['kept MB']:6.1f} MB are"
         )
         print(
-            f"{'':22} kept; {found['seconds']:.1f} s of CPU; loss {found['loss']:.6f}, squared gradient "
-            f"{found['gradient']:.6g}"
+            f"{'':22} kept; {found['seconds']:.1f} s of CPU; loss {found['loss']:.6f}, "
+            f"squared gradient {found['gradient']:.6g}"
         )
 
 
