@@ -35,7 +35,6 @@ from fusionkit.tasks.kinds import kinds_of
 from fusionkit.tasks.metrics import MetricChoice, check_choice
 from fusionkit.tasks.score_file import known_scores
 from fusionkit.tasks.scores import Scores
-from fusionkit.tasks.split_model import SplitModel
 
 
 class ReuseModule(LightningModule):
@@ -259,11 +258,7 @@ class ReuseModule(LightningModule):
             deltas: the weights that codecs compress, too; or its head and its buffers, and of
                 those weights the ones after a language model's layers.
         """
-        left_out: set[str] = set()
-        if not deltas:
-            split = SplitModel.of(self.model)
-            after = self.seen(family).used_as(split.outside) if split else set()
-            left_out = set(family.names("delta")) - after
+        left_out = set() if deltas else self.seen(family).in_layers(family.names("delta"))
         self.task = None
         self._switcher.become(task, family, left_out)
 
