@@ -22,6 +22,7 @@ from fusionkit.errors import DataError, FusionKitError
 from fusionkit.tasks.adapter import START_BUFFER, Adapter
 from fusionkit.tasks.kinds import kinds_of
 from fusionkit.tasks.metrics import MetricChoice, check_choice, metric_of, update
+from fusionkit.tasks.models import quiet
 from fusionkit.tasks.only import only
 from fusionkit.tasks.task import Task
 
@@ -326,7 +327,8 @@ class Finetune(LightningModule):
             and not self.frozen
         ):
             # One file, whatever its size: it is the fine-tuned checkpoint.
-            self.model.save_pretrained(folder, max_shard_size=sys.maxsize)
+            with quiet():
+                self.model.save_pretrained(folder, max_shard_size=sys.maxsize)
             return
         tied = Checkpoint.of(self.model).aliases
         state = {

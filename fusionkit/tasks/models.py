@@ -119,7 +119,7 @@ def tokenizer_of(path: str) -> Any:
     transformers = _transformers("a tokenizer")
     place, file = _place(path)
     try:
-        with _quiet():
+        with quiet():
             return transformers.AutoTokenizer.from_pretrained(place, **file)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise DataError(
@@ -160,7 +160,7 @@ def _config(path: str) -> Any:
 def _read_config(path: str) -> Any:
     transformers = _transformers("a language model")
     place, file = _place(path)
-    with _named(path), _quiet():
+    with _named(path), quiet():
         return transformers.AutoConfig.from_pretrained(place, **file)
 
 
@@ -170,9 +170,13 @@ def _built(head: str, path: str, pretrained: bool, **settings: Any) -> nn.Module
     model_class: Any = getattr(transformers, f"AutoModelFor{head}")
     given = {name: value for name, value in settings.items() if value is not None}
     place, file = _place(path)
-    with _named(path), _quiet():
+    with _named(path), quiet():
         if pretrained:
+            if file and hasattr(transformers, "GgufConfig"):  # where blocks may stay as they are
+                given["quantization_config"] = transformers.GgufConfig(dequantize=True)
             model = model_class.from_pretrained(place, **file, **given)
+            if file and getattr(model, "hf_quantizer", None):
+                model.hf_quantizer.remove_quantization_config(model)  # or it can't be saved
         else:
             own = {name: given.pop(name) for name in ("num_labels",) if name in given}
             config = transformers.AutoConfig.from_pretrained(place, **file, **own)
@@ -236,7 +240,7 @@ def _said(error: BaseException) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Errors only, and no bar: that the head is newly initialised is as it should be."""
     import transformers
 

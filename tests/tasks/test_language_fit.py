@@ -244,3 +244,35 @@ def test_a_classifiers_folder_says_its_classes(tmp_path: Path) -> None:
     loaded = BertForSequenceClassification.from_pretrained(tmp_path / "tuned")
     assert torch.equal(loaded.classifier.weight, module.model.get_parameter("classifier.weight"))
     assert loaded.classifier.weight.shape == (5, 8)
+
+
+def test_of_a_base_that_was_quantised(tmp_path: Path) -> None:
+    """A GGUF file is unpacked; its full fine-tune is a folder like any other."""
+    gguf = pytest.importorskip("gguf", reason="pip install .[test]")
+    writer = gguf.GGUFWriter(tmp_path / "base.gguf", "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(48)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(32)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(40)
+    matrices = [f"attn_{name}" for name in ("q", "k", "v", "output")]
+    matrices += [f"ffn_{name}" for name in ("gate", "up", "down")]
+    tensors = {f"blk.0.{name}.weight": torch.randn(32, 32) for name in matrices}
+    tensors |= {f"blk.0.{name}_norm.weight": torch.randn(32) for name in ("attn", "ffn")}
+    tensors |= {"token_embd.weight": torch.randn(40, 32), "output_norm.weight": torch.randn(32)}
+    for name, tensor in tensors.items():
+        how = gguf.GGMLQuantizationType["Q8_0" if tensor.ndim > 1 else "F32"]
+        writer.add_tensor(name, gguf.quantize(tensor.numpy(), how), raw_dtype=how)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    module = Finetune(causal_lm(str(tmp_path / "base.gguf")), "ant", "full")
+    module.save(tmp_path / "tuned")
+    loaded: Any = causal_lm(str(tmp_path / "tuned"))
+    for name, tensor in module.model.state_dict().items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(loaded.state_dict()[name], tensor), name
