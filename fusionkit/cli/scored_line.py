@@ -57,7 +57,7 @@ def recipe_args(
     Raises:
         FusionKitError: the line can't be understood, or models and data don't fit together.
     """
-    if "--help-all" in args:
+    if any(re.match(r"--(config|help-all)\b", each) for each in args):
         return list(args)  # all is what a recipe takes
     line = gathered(args, _SEVERAL)
     words, options = divided(line, (*_HELP, "--print_config"))
@@ -78,9 +78,7 @@ def recipe_args(
 
 
 def _is_of_recipe(option: str, words: Sequence[str]) -> bool:
-    return re.match(r"--config\b", option) is not None or (
-        not words and option.startswith(tuple(f"--{each}" for each in _RECIPES))
-    )
+    return not words and option.startswith(tuple(f"--{each}" for each in _RECIPES))
 
 
 def _is_bundle(words: Sequence[str]) -> bool:
