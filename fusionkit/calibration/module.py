@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fusionkit.bundles.bundle import Bundle
 from fusionkit.calibration.data import CalibrationData
 from fusionkit.calibration.moments import felt
-from fusionkit.calibration.objective import head_of, loss, outputs
+from fusionkit.calibration.objective import head_of, kept, loss
 from fusionkit.calibration.progress import TaskProgress, Values, load_state, state_of
 from fusionkit.calibration.settings import Calibration
 from fusionkit.codecs.base import DeltaCodec
@@ -25,6 +25,7 @@ from fusionkit.task_vectors.family import Family
 from fusionkit.task_vectors.task_source import with_added
 from fusionkit.tasks import batches
 from fusionkit.tasks.kinds import kinds_of
+from fusionkit.tasks.reweighted import Reweighted
 from fusionkit.tasks.spread import real_rows
 from fusionkit.tasks.task import Task
 
@@ -314,17 +315,14 @@ class CalibrationModule(LightningModule, ABC):
             batch: some of its rows.
             batch_idx: which batch of the epoch it is.
         """
-        kind, target = self.kinds[place], self._target(place, batch, batch_idx)
-        self.reuse.place(self.family.tasks[place], self.family)
-        model, seen = self.reuse.model, self.reuse.seen(self.family)
-        tensors = seen.tensors
+        task, target = self.family.tasks[place], self._target(place, batch, batch_idx)
+        self.reuse.place(task, self.family)
+        tensors = (seen := self.reuse.seen(self.family)).tensors
         like = {name: tensors[name] for name in self.family.names("delta") if name in tensors}
-        own = with_added(self.family, self.family.tasks[place], self.weights(place, leaf, like))
-        weights = seen.live(own)
+        own = with_added(self.family, task, self.weights(place, leaf, like))
         with torch.set_grad_enabled(leaf.requires_grad):
-            found = outputs(model, weights, batch, kind, self._head(place))
-            near = None if target is None else target.to(found.device)
-            return loss(self.settings.objective, kind, found, near, batch)
+            student = Reweighted(self.reuse.model, seen.live(own))
+            return loss(student, batch, self.kinds[place], target, self._head(place))
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -349,7 +347,7 @@ class CalibrationModule(LightningModule, ABC):
         ]
 
     def _target(self, place: int, batch: Any, batch_idx: int) -> Tensor | None:
-        """The fine-tuned model's outputs, of rows not seen before; None where labels are wanted."""
+        """What is kept of the fine-tuned model, of rows not seen before; None for labels."""
         targets = self.progress[place].targets
         known = targets.get(batch_idx)
         if known is not None and batches.same(known[0], batch):
@@ -358,7 +356,7 @@ class CalibrationModule(LightningModule, ABC):
         if self.settings.objective != "labels":
             with torch.no_grad():
                 self.reuse.place(self.family.tasks[place], self.family, deltas=True)
-                target = outputs(self.reuse.model, {}, batch, self.kinds[place], self._head(place))
+                target = kept(self.reuse.model, batch, self.kinds[place], self._head(place))
         targets[batch_idx] = batch, target
         return target
 

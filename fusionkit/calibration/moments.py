@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusionkit.calibration.objective import head_of, outputs
+from fusionkit.calibration.objective import drawn, head_of
 from fusionkit.calibration.settings import Calibration
 from fusionkit.calibration.token_moments import TokenMoments
 from fusionkit.errors import DataError
 from fusionkit.reuse.module import ReuseModule
 from fusionkit.task_vectors.family import Family
 from fusionkit.task_vectors.moments import Moments
+from fusionkit.tasks.reweighted import Reweighted
 from fusionkit.tasks.task import Task
 
 _DRAWS = 4
@@ -109,11 +110,12 @@ def _of_task(
         rows += kind.count(batch)
         watched = tokens.watching(reuse.model) if moments else nullcontext()
         with watched, torch.enable_grad():
-            said = outputs(reuse.model, seen.live(leaves), batch, kind, head)
-        for draw in range(_DRAWS if said.requires_grad else 0):
-            signs = torch.randn(said.shape, generator=generator).to(said)
-            again = draw + 1 < _DRAWS
-            torch.autograd.backward(said, signs, again, inputs=[*leaves.values()])
+            said = drawn(Reweighted(reuse.model, seen.live(leaves)), batch, kind, head)
+            for draw in range(_DRAWS):
+                total = said(generator)
+                if total.requires_grad:
+                    again = draw + 1 < _DRAWS
+                    torch.autograd.backward(total, retain_graph=again, inputs=[*leaves.values()])
         tokens.flush()
     for name, value in sums.items():
         if not math.isfinite(value):

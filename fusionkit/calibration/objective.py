@@ -1,62 +1,91 @@
 """What calibration looks at: a model's outputs, or what its head gets; and how far they are off."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Generator, Tensor, nn
 
 from fusionkit.errors import FusionKitError
+from fusionkit.tasks.reweighted import Reweighted
 from fusionkit.tasks.task import Task
 
 
-def outputs(
-    model: nn.Module, weights: Mapping[str, Tensor], batch: Any, kind: Task, head: str | None
-) -> Tensor:
-    """What the objective looks at: the model's outputs `(B, …)`, or what a module gets.
+def kept(model: nn.Module, batch: Any, kind: Task, head: str | None) -> Tensor:
+    """What a student is to be compared to, of a fine-tuned model.
 
     Args:
-        model: the model.
-        weights: used in place of its own, where given; ties are kept.
+        model: the fine-tuned model.
         batch: one of the task's.
         kind: the task's; says how the model is called.
-        head: the module whose input is wanted; None: the outputs.
+        head: the module whose input is wanted; None: what the kind keeps of the outputs.
     """
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return (
-            functional_call(model, dict(weights), args, kwargs)
-            if weights
-            else model(*args, **kwargs)
-        )
-
     if head is None:
-        return kind.predict(call, batch)
-    with _input_of(model.get_submodule(head)) as seen:
-        kind.predict(call, batch)
-    if not seen:
-        raise FusionKitError(f"the model does not call its module '{head}': no features to match")
-    return seen[-1]
+        return kind.kept(model, batch)
+    return features(Reweighted(model), batch, kind, head)
 
 
-def loss(objective: str, kind: Task, found: Tensor, target: Tensor | None, batch: Any) -> Tensor:
+def loss(
+    student: Reweighted, batch: Any, kind: Task, target: Tensor | None, head: str | None
+) -> Tensor:
     """The objective, a mean over the rows: float32, no axes.
 
     Args:
-        objective: as in `Calibration`.
+        student: the reused model, its weights differentiable; the model itself has the teacher's
+            head.
+        batch: one of the task's.
         kind: the task's, whose own loss, or divergence, it is.
-        found: the reused model's outputs or features.
-        target: the fine-tuned model's; None where labels are the objective.
-        batch: what they are of.
+        target: what was `kept` of the fine-tuned model; None where labels are the objective.
+        head: the module whose input is compared; None: the outputs are.
     """
     if target is None:
-        return kind.loss(found, batch)
-    if objective == "outputs":
-        return kind.divergence(found, target)
+        return kind.loss_of(student, batch)
+    if head is None:
+        return kind.distance(student, batch, target, student.of)
+    said = features(student, batch, kind, head)
+    return distance(said, target.to(said.device))
+
+
+def distance(found: Tensor, target: Tensor) -> Tensor:
+    """How far features are off: a row's squared error over its square, a mean over the rows.
+
+    Args:
+        found: the reused model's, `(B, …)`.
+        target: the fine-tuned model's.
+    """
     found, target = (each.to(torch.float32).flatten(1) for each in (found, target))
     return ((found - target).square().sum(1) / target.square().sum(1).clamp(min=1e-30)).mean()
+
+
+def drawn(
+    model: Reweighted, batch: Any, kind: Task, head: str | None
+) -> Callable[[Generator], Tensor]:
+    """What the objective looks at, each times a normal draw, summed; see `Task.drawn`.
+
+    Args:
+        model: differentiable in its weights.
+        batch: one of the task's.
+        kind: the task's.
+        head: the module whose input it is; None: it is the outputs.
+    """
+    if head is None:
+        return kind.drawn(model, batch)
+    said = features(model, batch, kind, head)
+    return lambda generator: (said * torch.randn(said.shape, generator=generator).to(said)).sum()
+
+
+def features(model: Reweighted, batch: Any, kind: Task, head: str) -> Tensor:
+    """What a module gets.
+
+    Raises:
+        FusionKitError: it is not called.
+    """
+    with _input_of(model.of.get_submodule(head)) as seen:
+        kind.predict(model, batch)
+    if not seen:
+        raise FusionKitError(f"the model does not call its module '{head}': no features to match")
+    return seen[-1]
 
 
 def head_of(model: nn.Module, private: Mapping[str, Any] | list[str]) -> str:

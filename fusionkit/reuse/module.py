@@ -255,10 +255,12 @@ class ReuseModule(LightningModule):
         Args:
             task: one of the family's.
             family: where the tensors are.
-            deltas: the weights that codecs compress, too; or its head and its buffers alone.
+            deltas: the weights that codecs compress, too; or its head and its buffers, and of
+                those weights the ones after a language model's layers.
         """
+        left_out = set() if deltas else self.seen(family).in_layers(family.names("delta"))
         self.task = None
-        self._switcher.become(task, family, set() if deltas else set(family.names("delta")))
+        self._switcher.become(task, family, left_out)
 
     def shard(self, mesh: DeviceMesh) -> None:
         """Shard the model, and the base's weights beside it, over several processes (FSDP2).

@@ -1,6 +1,6 @@
 """A live model as a source of tasks sees it: under its names, with its ties."""
 
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from typing import TypeVar
 
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from fusionkit.checkpoints.stacks import joined, rows_of, split_tensors, whole_n
 from fusionkit.checkpoints.view import View
 from fusionkit.errors import BundleError, listing
 from fusionkit.task_vectors.task_source import TaskSource
+from fusionkit.tasks.split_model import SplitModel
 
 Said = TypeVar("Said")
 
@@ -80,6 +81,17 @@ class Seen:
         """Something by a tensor's name → by the model's own, for all that it has of the tensor."""
         copies = {alias: of[name] for alias, name in self.apart.items() if name in of}
         return {self._names[n]: each for n, each in {**of, **copies}.items() if n in self._names}
+
+    def in_layers(self, names: Iterable[str]) -> set[str]:
+        """Those of the source's names that a language model does not need after its layers.
+
+        All of them, of any other model; see `SplitModel`.
+        """
+        split = SplitModel.of(self._model)
+        after = split.outside if split else set()
+        needed = {name for name, there in self._names.items() if there in after}
+        needed |= {name for alias, name in self.apart.items() if alias in needed}
+        return set(names) - needed
 
     def live_name(self, name: str) -> str:
         """What the model calls a tensor; as the source does, if it has no such tensor."""

@@ -1,12 +1,9 @@
 """Fine-tuning one task: in full, or by a LoRA, a linearized LoRA (L-LoRA) or an (IA)³ adapter."""
 
-import dataclasses
-import json
 import math
-from collections.abc import Mapping
-from copy import copy
+import sys
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -15,16 +12,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from fusionkit.checkpoints.adapters.adapter import CONFIG, LINEARIZED
-from fusionkit.checkpoints.adapters.folder import RECORD, TENSORS, AdapterFolder
-from fusionkit.checkpoints.adapters.start import Seeded, digest
+from fusionkit.checkpoints.adapters.adapter import CONFIG
+from fusionkit.checkpoints.adapters.start import digest
 from fusionkit.checkpoints.checkpoint import Checkpoint, matches
 from fusionkit.checkpoints.live_model import load_base
 from fusionkit.checkpoints.output_folder import new_folder
 from fusionkit.checkpoints.paths import open_path
 from fusionkit.errors import DataError, FusionKitError
+from fusionkit.tasks.adapter import START_BUFFER, Adapter
 from fusionkit.tasks.kinds import kinds_of
-from fusionkit.tasks.linearize import linearize
 from fusionkit.tasks.metrics import MetricChoice, check_choice, metric_of, update
 from fusionkit.tasks.only import only
 from fusionkit.tasks.task import Task
@@ -33,8 +29,6 @@ Method = Literal["full", "lora", "linearized_lora", "ia3"]
 WEIGHTS = "model.safetensors"
 KINDS = (WEIGHTS, CONFIG)
 """A fine-tune's folder has one of these files."""
-_START_TENSORS = "initial.safetensors"
-_START_BUFFER = ".initial_lora_"
 
 
 class Finetune(LightningModule):
@@ -54,7 +48,8 @@ class Finetune(LightningModule):
         private: patterns (`classifier.*`) of the head's tensors.
         frozen: patterns of the tensors that full fine-tuning leaves as they are.
         target_modules: names, or ends of names, of the modules to adapt; by default PEFT's own
-            for an architecture that it knows.
+            for an architecture that it knows; a LoRA's of a language model that it doesn't: all
+            linear layers but the head.
         feedforward_modules: those of them whose inputs (IA)³ scales, rather than their outputs.
         rank: the LoRA's rank.
         alpha: its scaling is alpha over the rank.
@@ -109,6 +104,7 @@ class Finetune(LightningModule):
         self.metric: Metric | None = None
         self._kind: Task | None = None
         self.strict_loading = False  # checkpoints hold what is trained only
+        self._adapter: Adapter | None = None
         self._start: dict[str, Tensor] = {}
         if base is not None:
             load_base(model, Checkpoint.of(base), self.private)
@@ -143,7 +139,7 @@ class Finetune(LightningModule):
             for name, parameter in self.model.named_parameters():
                 parameter.requires_grad_(not matches(name, self.frozen))
         else:
-            self._adapt()
+            self._adapt(self.method)
         self.train()
         self.metric = metric_of(self.metric_choice, self.task, kind)
         self._kind = kind
@@ -233,7 +229,8 @@ class Finetune(LightningModule):
 
         Args:
             folder: a PEFT adapter's folder; or the file's, `model.safetensors`, of a full
-                fine-tune (without frozen tensors).
+                fine-tune (without frozen tensors). `from_pretrained` loads the folder of one of
+                transformers' models of which nothing is frozen.
             overwrite: replace one that is there.
 
         Returns:
@@ -242,38 +239,14 @@ class Finetune(LightningModule):
         Raises:
             BundleError: it exists, or can't be written.
         """
-        from peft import get_peft_model_state_dict
-
         folder = open_path(folder)
-        kind = next((file for file in KINDS if (folder / file).is_file()), WEIGHTS)
-        if self.method == "full":
-            with new_folder(folder, overwrite, known_by=kind) as new:
-                tied = Checkpoint.of(self.model).aliases
-                state = {
-                    name: tensor.cpu().contiguous()
-                    for name, tensor in self.model.state_dict().items()
-                    if name not in tied and not matches(name, self.frozen)
-                }
-                save_file(state, new / WEIGHTS, metadata={"format": "pt"})
-            return folder / WEIGHTS
-        with new_folder(folder, overwrite, known_by=kind) as new:
-            adapted = cast(Any, self.model)
-            state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-            state = {
-                name: tensor.cpu().contiguous()
-                for name, tensor in state.items()
-                if _START_BUFFER not in name  # the start, which is on record by itself
-            }
-            save_file(state, new / TENSORS[0], metadata={"format": "pt"})
-            settings = copy(adapted.peft_config["default"])
-            settings.inference_mode = True
-            settings.save_pretrained(str(new))
-            if self.method == "linearized_lora":
-                config = json.loads((new / CONFIG).read_text())
-                (new / CONFIG).write_text(json.dumps({**config, "peft_type": LINEARIZED}, indent=1))
-            if self.method != "ia3":
-                self._record_start(new)
-        return folder
+        known_by = next((file for file in KINDS if (folder / file).is_file()), WEIGHTS)
+        with new_folder(folder, overwrite, known_by=known_by) as new:
+            if self._adapter is None:
+                self._write_whole(new)
+            else:
+                self._adapter.write(self.model, self._start, new)
+        return folder / WEIGHTS if self._adapter is None else folder
 
     @property
     def _trained_kind(self) -> Task:
@@ -289,7 +262,7 @@ class Finetune(LightningModule):
         """Whether a buffer of the model is the fine-tuned model's own."""
         if self.method == "full":
             return not matches(buffer, self.frozen)
-        return ".modules_to_save." in buffer or _START_BUFFER in buffer
+        return ".modules_to_save." in buffer or START_BUFFER in buffer
 
     def _check_names(self) -> None:
         """Refuse patterns and modules that the model does not have."""
@@ -323,78 +296,42 @@ class Finetune(LightningModule):
             if head.out_features != size:
                 fresh = nn.Linear(head.in_features, size, head.bias is not None)
                 self.model.set_submodule(name, fresh)
+                config: Any = getattr(self.model, "config", None)
+                if hasattr(config, "num_labels"):
+                    config.num_labels = size  # as the folder that is saved says, too
 
-    def _adapt(self) -> None:
-        from peft import get_peft_model
-        from peft.utils import ModulesToSaveWrapper
-
+    def _adapt(self, kind: Literal["lora", "linearized_lora", "ia3"]) -> None:
         heads = [
             name
             for name, module in self.model.named_modules()
             if name and any(matches(f"{name}.{own}", self.private) for own in module._parameters)
         ]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            try:
-                adapted = get_peft_model(cast(Any, self.model), self._config(heads))
-            except ValueError as error:
-                raise FusionKitError(
-                    f"PEFT can't adapt {type(self.model).__name__}: {error}"
-                ) from error
-        for name, module in list(adapted.named_modules()):
-            # PEFT goes by the ends of names: a head `classifier` is `pre_classifier`, too.
-            if isinstance(module, ModulesToSaveWrapper) and _plain(name) not in heads:
-                adapted.set_submodule(name, module.original_module)
-        self._start = {
-            _plain(name): parameter.detach().clone()
-            for name, parameter in adapted.named_parameters()
-            if ".lora_" in name
-        }
-        if self.method == "linearized_lora":
-            linearize(adapted)
-        self.model = adapted
-
-    def _config(self, heads: list[str]) -> Any:
-        from peft import IA3Config, LoraConfig
-
-        if self.method == "ia3":
-            return IA3Config(
-                target_modules=self.target_modules,
-                feedforward_modules=self.feedforward_modules,
-                modules_to_save=heads or None,
-            )
-        return LoraConfig(
-            r=self.rank,
-            lora_alpha=self.alpha,
-            lora_dropout=self.dropout,
-            target_modules=self.target_modules,
-            modules_to_save=heads or None,
+        self._adapter = Adapter(
+            kind,
+            self.target_modules,
+            self.feedforward_modules,
+            self.rank,
+            self.alpha,
+            self.dropout,
+            self.seed,
         )
+        self.model, self._start = self._adapter.put_into(self.model, heads)
 
-    def _record_start(self, folder: Path) -> None:
-        """Write where the adapter started: the seed if it replays exactly, else the tensors."""
-        order = list(dict.fromkeys(name.rpartition(".lora_")[0] for name in self._start))
-        start = {name: tensor.cpu() for name, tensor in self._start.items()}
-        seeded = Seeded(self.seed, init=True, order=order, sha256=digest(start))
-        layout = AdapterFolder(folder).layout(Checkpoint.of(_below(self.model)))
-        shapes = {name: tuple(tensor.shape) for name, tensor in start.items()}
-        record: Mapping[str, Any] = dataclasses.asdict(seeded)
-        if seeded.replay(layout, shapes) is None:
-            save_file(start, folder / _START_TENSORS)
-            record = {"file": _START_TENSORS}
-        (folder / RECORD).write_text(json.dumps({"start": record}, indent=1))
-
-
-def _plain(name: str) -> str:
-    """A parameter's name in PEFT's model → in an adapter's file, as the base would name it."""
-    return name.removeprefix("base_model.model.").replace(".default", "")
-
-
-def _below(model: nn.Module) -> dict[str, Tensor]:
-    """The base's weights inside a PEFT model, by the base's own names."""
-    state = model.state_dict()
-    return {
-        _plain(name).replace(".base_layer.", "."): tensor
-        for name, tensor in state.items()
-        if ".lora_" not in name and ".modules_to_save." not in name
-    }
+    def _write_whole(self, folder: Path) -> None:
+        """Write a full fine-tune: as transformers does it, where it is a whole model of its."""
+        transformers = sys.modules.get("transformers")
+        if (
+            transformers
+            and isinstance(self.model, transformers.PreTrainedModel)
+            and not self.frozen
+        ):
+            # One file, whatever its size: it is the fine-tuned checkpoint.
+            self.model.save_pretrained(folder, max_shard_size=sys.maxsize)
+            return
+        tied = Checkpoint.of(self.model).aliases
+        state = {
+            name: tensor.cpu().contiguous()
+            for name, tensor in self.model.state_dict().items()
+            if name not in tied and not matches(name, self.frozen)
+        }
+        save_file(state, folder / WEIGHTS, metadata={"format": "pt"})

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+from torch import Generator, Tensor
 from torchmetrics import Metric
 
 from fusionkit.errors import DataError, FusionKitError
@@ -56,6 +56,24 @@ class Generation(Task):
     def divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
         """KL(teacher ‖ student) at the reference answers' tokens."""
         return self.likelihood.divergence(student, teacher)
+
+    def loss_of(self, model: Callable[..., Any], batch: Any) -> Tensor:
+        """As `loss`."""
+        return self.likelihood.loss_of(model, batch)
+
+    def kept(self, model: Callable[..., Any], batch: Any) -> Tensor:
+        """What `distance` needs of a teacher."""
+        return self.likelihood.kept(model, batch)
+
+    def distance(
+        self, student: Callable[..., Any], batch: Any, kept: Tensor, teacher: Callable[..., Any]
+    ) -> Tensor:
+        """As `divergence`."""
+        return self.likelihood.distance(student, batch, kept, teacher)
+
+    def drawn(self, model: Callable[..., Any], batch: Any) -> Callable[[Generator], Tensor]:
+        """Of the reference answers' tokens."""
+        return self.likelihood.drawn(model, batch)
 
     def answers(self, model: Any, batch: Any, outputs: Tensor | None = None) -> Tensor:
         """What the model generates: tokens, int64 `(B, T)`, padded after its end.

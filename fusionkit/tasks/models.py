@@ -36,7 +36,11 @@ def sequence_classifier(path: str, num_labels: int = 2, pretrained: bool = True)
 
 
 def causal_lm(
-    path: str, pretrained: bool = True, dtype: str = "auto", attention: str | None = None
+    path: str,
+    pretrained: bool = True,
+    dtype: str = "auto",
+    attention: str | None = None,
+    gradient_checkpointing: bool = False,
 ) -> nn.Module:
     """A Hugging Face language model that writes on what it has read (Llama, GPT-2, Qwen, …).
 
@@ -46,13 +50,16 @@ def causal_lm(
         pretrained: load the weights; otherwise the architecture alone is built.
         dtype: of the weights: `float32`, `bfloat16`, …; `auto`: as they are stored.
         attention: transformers' `attn_implementation`: `sdpa`, `eager`, `flash_attention_2`, …
+        gradient_checkpointing: transformers' own: where it is trained, each layer is computed again
+            on the way back, rather than kept.
 
     Returns:
         the model, in eval mode; it returns an object with `logits` `(B, L, vocabulary)`.
 
     Raises:
         FusionKitError: transformers, gguf, or the package that `path` names, is not installed.
-        CheckpointError: there is no such model, or it is an encoder, or an encoder-decoder.
+        CheckpointError: there is no such model, or it is an encoder, or an encoder-decoder; or
+            transformers can't checkpoint it.
     """
     config = _config(path)
     if getattr(config, "is_encoder_decoder", False):
@@ -60,11 +67,16 @@ def causal_lm(
             f"{path}: {config.model_type} is an encoder-decoder, and no causal language model; "
             "build it by fusionkit.tasks.models.seq2seq_lm"
         )
-    return _built("CausalLM", path, pretrained, dtype=dtype, attn_implementation=attention)
+    model = _built("CausalLM", path, pretrained, dtype=dtype, attn_implementation=attention)
+    return _checkpointed(model, path) if gradient_checkpointing else model
 
 
 def seq2seq_lm(
-    path: str, pretrained: bool = True, dtype: str = "auto", attention: str | None = None
+    path: str,
+    pretrained: bool = True,
+    dtype: str = "auto",
+    attention: str | None = None,
+    gradient_checkpointing: bool = False,
 ) -> nn.Module:
     """A Hugging Face language model whose decoder answers what its encoder has read (T5, BART, …).
 
@@ -73,13 +85,15 @@ def seq2seq_lm(
         pretrained: load the weights; otherwise the architecture alone is built.
         dtype: as of `causal_lm`.
         attention: as of `causal_lm`.
+        gradient_checkpointing: as of `causal_lm`.
 
     Returns:
         the model, in eval mode; it returns an object with `logits` `(B, T, vocabulary)`.
 
     Raises:
         FusionKitError: transformers, gguf, or the package that `path` names, is not installed.
-        CheckpointError: there is no such model, or it is no encoder-decoder.
+        CheckpointError: there is no such model, or it is no encoder-decoder; or transformers can't
+            checkpoint it.
     """
     config = _config(path)
     if not getattr(config, "is_encoder_decoder", False):
@@ -87,7 +101,8 @@ def seq2seq_lm(
             f"{path}: {config.model_type} is no encoder-decoder; build it by "
             "fusionkit.tasks.models.causal_lm"
         )
-    return _built("Seq2SeqLM", path, pretrained, dtype=dtype, attn_implementation=attention)
+    model = _built("Seq2SeqLM", path, pretrained, dtype=dtype, attn_implementation=attention)
+    return _checkpointed(model, path) if gradient_checkpointing else model
 
 
 def tokenizer_of(path: str) -> Any:
@@ -165,6 +180,24 @@ def _built(head: str, path: str, pretrained: bool, **settings: Any) -> nn.Module
                 given["dtype"] = config.dtype
             model = model_class.from_config(config, **given)
     return cast(nn.Module, model).eval()
+
+
+def _checkpointed(model: Any, path: str) -> nn.Module:
+    """A model of transformers whose layers are computed again on the way back."""
+    # As transformers calls it from 5.24 on, and before.
+    own = getattr(model, "activation_checkpointing_enable", None)
+    try:
+        if own is None:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            own({"use_reentrant": False})
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path}: transformers can't checkpoint {type(model).__name__}; leave "
+            "`gradient_checkpointing` out"
+        ) from error
+    checkpointed: nn.Module = model
+    return checkpointed
 
 
 def _place(path: str) -> tuple[str, dict[str, str]]:

@@ -12,6 +12,7 @@ from fusionkit.tasks import batches
 from fusionkit.tasks.classification import Classification
 from fusionkit.tasks.language_metrics import NormalizedAccuracy
 from fusionkit.tasks.language_modeling import IGNORED, check_context, token_nats
+from fusionkit.tasks.split_model import SplitModel
 
 _NEVER = -1e9
 """The log-likelihood of a choice that a row has not: finite, so that differences stay numbers."""
@@ -31,7 +32,7 @@ class MultipleChoice(Classification):
     """
 
     def predict(self, model: Callable[..., Any], batch: Any) -> Tensor:
-        """Call a model that returns an object with `logits`.
+        """Call a model that returns an object with `logits`; in pieces, where it can be split.
 
         Returns:
             log-likelihoods `(B, C)` float32, summed over a choice's tokens.
@@ -40,10 +41,17 @@ class MultipleChoice(Classification):
         flat = {name: batch[name].flatten(0, 1) for name in ("input_ids", "attention_mask")}
         check_context(model, shape[-1])
         targets = batch["answers"].flatten(0, 1)[:, 1:]
-        first = int((targets != IGNORED).any(0).int().argmax())  # before it are prompts alone
-        logits = model(**flat).logits[:, first:-1]
-        found = -token_nats(logits, targets[:, first:]).sum(-1)
-        there = (targets != IGNORED).any(-1)
+        counted = targets != IGNORED
+        split = SplitModel.of(model)
+        states = split.states(**flat) if split else None
+        if split is None or states is None:
+            first = int(counted.any(0).int().argmax())  # before it are prompts alone
+            logits = model(**flat).logits[:, first:-1]
+            found = -token_nats(logits, targets[:, first:]).sum(-1)
+        else:
+            nats = split.nats(states[:, :-1][counted], targets[counted])
+            found = nats.new_zeros(len(targets)).index_add(0, counted.nonzero()[:, 0], -nats)
+        there = counted.any(-1)
         return found.where(there, _NEVER).reshape(shape[:2])
 
     def update(self, metric: Metric, outputs: Tensor, batch: Any) -> None:

@@ -130,7 +130,7 @@ def value_of_owner(module: LightningModule, metric: Metric, task: str) -> float:
     for part in metric.modules():  # computed without the others
         if isinstance(part, Metric):
             part.distributed_available_fn = _nobody
-    pair = torch.tensor([value_of(metric, task) if own else 0.0, float(own)])
+    pair = torch.tensor([value_of(metric, task) if own else 0.0, float(own)], dtype=torch.float64)
     gathered: Any = module.all_gather(pair.to(module.device))
     values = gathered.view(-1, 2)
     return float(values[values[:, 1] > 0, 0].mean())

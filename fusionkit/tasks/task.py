@@ -9,7 +9,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Generator, Tensor
 from torchmetrics import Metric
 
 from fusionkit.tasks import batches
@@ -50,6 +51,43 @@ class Task(ABC):
             `(B, …)`: one entry of the first axis per row.
         """
         return self.predict(model, batch) if outputs is None else outputs
+
+    def loss_of(self, model: Callable[..., Any], batch: Any) -> Tensor:
+        """The loss of a model on a batch: float32, no axes.
+
+        This and the next three are what calibration asks. A kind whose outputs are too large to be
+        there at once writes them anew.
+        """
+        return self.loss(self.predict(model, batch), batch)
+
+    def kept(self, model: Callable[..., Any], batch: Any) -> Tensor:
+        """What is kept of a teacher, for students to be compared to: its outputs."""
+        return self.predict(model, batch)
+
+    def distance(
+        self, student: Callable[..., Any], batch: Any, kept: Tensor, teacher: Callable[..., Any]
+    ) -> Tensor:
+        """How far a student is from its teacher on a batch, as `divergence` has it.
+
+        Args:
+            student: differentiable in its weights.
+            batch: one of the task's.
+            kept: what was kept of the teacher on it.
+            teacher: a model that has the teacher's head; the rest of it may be another's.
+        """
+        said = self.predict(student, batch)
+        return self.divergence(said, kept.to(said.device))
+
+    def drawn(self, model: Callable[..., Any], batch: Any) -> Callable[[Generator], Tensor]:
+        """A model's outputs on a batch, each times a normal draw, summed.
+
+        Returns:
+            what draws, and gives the sum: no axes, differentiable in the model's weights.
+        """
+        said = self.predict(model, batch)
+        return lambda generator: (
+            said * torch.randn(said.shape, generator=generator).to(said)
+        ).sum()
 
     @abstractmethod
     def metric(self) -> Metric:

@@ -34,6 +34,7 @@ from fusionkit.calibration.pair_search import PROBES, PairSearch
 from fusionkit.errors import BundleError, DataError, FusionKitError
 from fusionkit.task_vectors.family import Family
 from fusionkit.tasks.classification import Classification
+from fusionkit.tasks.reweighted import Reweighted
 
 
 @pytest.fixture
@@ -207,10 +208,12 @@ class TestObjective:
     def test_losses_by_hand(self) -> None:
         a, b = torch.tensor([[1.0, 3.0]]), torch.tensor([[2.0, 1.0]])
         task, rows = Classification(2), (a, torch.tensor([1]))
-        assert float(loss("outputs", task, a, b, rows)) == pytest.approx(kl(b, a))
-        assert float(loss("features", task, a, b, rows)) == pytest.approx((1 + 4) / (4 + 1))
+        identity = nn.Sequential(nn.Identity())
+        model = Reweighted(identity)
+        assert float(loss(model, rows, task, b, None)) == pytest.approx(kl(b, a))
+        assert float(loss(model, rows, task, b, "0")) == pytest.approx((1 + 4) / (4 + 1))
         wanted = -math.log(math.exp(3) / (math.e + math.exp(3)))
-        assert float(loss("labels", task, a, None, rows)) == pytest.approx(wanted)
+        assert float(loss(model, rows, task, None, None)) == pytest.approx(wanted)
 
 
 class TestTraining:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from harness_tasks import KINDS, choices, exported, generated, group, offline, own_figures, rolling
+from processes import together
 from program import run
 from tiny_language import CHAT, causal, encoder_decoder
 from torch import nn
@@ -223,6 +224,28 @@ class TestTables:
         assert len([*(out / "rows").iterdir()]) == len(kept.rows) == 3
         compare(module, LMEval(dict.fromkeys(NAMES, str(path)), limit=20), asked, out)
         assert len([*(out / "rows").iterdir()]) == 6
+
+
+def in_each(rank: int, count: int, folder: Path, spread: Any) -> None:
+    """What each of several processes does."""
+    import datasets
+
+    datasets.config.HF_DATASETS_CACHE = str(folder / f"cache{rank}")  # type: ignore[assignment]
+    module = ReuseModule(causal_lm(str(folder / "base")), str(folder / "bundle"))
+    data = LMEval({"one": str(folder / "c.yaml"), "two": str(folder / "r.yaml")})
+    trainer = plain_trainer(accelerator="cpu", devices=count, strategy="ddp")
+    scores = evaluate(module, data, trainer, spread)
+    (folder / f"{rank}.json").write_text(json.dumps(scores.rows()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spread", ["rows", "tasks"])
+def test_several_processes_find_the_same(spread: str, family: Family) -> None:
+    paths = {"one": choices(family.folder / "c.yaml"), "two": rolling(family.folder / "r.yaml")}
+    together(2, in_each, family.folder, spread)
+    alone = family.scores({task: str(path) for task, path in paths.items()}).rows()
+    for rank in range(2):
+        assert json.loads((family.folder / f"{rank}.json").read_text()) == alone
 
 
 class TestBadInput:
