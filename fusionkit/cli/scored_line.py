@@ -6,6 +6,7 @@ The line is made a recipe, which the verb then runs, and which `--print_config` 
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from importlib import import_module
 from inspect import signature
 from typing import Any
@@ -92,7 +93,7 @@ def _of_bundle(verb: str, line: Line) -> dict[str, Any]:
             f"{line.words[0]}: is a bundle; 'fusionkit compare' compresses models itself: BASE "
             "FINETUNED…; 'fusionkit test' scores a bundle"
         )
-    if strange := sorted(line.given & {"codec", *How().told}):
+    if strange := sorted(line.given & {each.name for each in fields(How)}):
         raise UsageError(f"--{strange[0]}: a bundle has its own; leave it out")
     own = line.own
     bundle = Bundle.load(line.words[0], own["base"])
@@ -136,20 +137,23 @@ def _of_models(verb: str, line: Line) -> dict[str, Any]:
         )
     if line.own["base"]:
         raise UsageError("--base: is of bundles; the base is the first model: BASE FINETUNED…")
+    how = line.how
     base, finetuned, left_out = models_in(verb, line.words)
     tasks = chosen(list(finetuned), line.own["task"])
     finetuned = {task: finetuned[task] for task in tasks}
     sections = _sections(line, tasks, base, finetuned)
-    told = line.how.told
+    told = how.told
     with torch.device("meta"):
         model = _built(sections["model"]["model"])
     rounded = line.codec is None or not line.codec.restores
-    found = find_roles(open_for(model, base), finetuned, **told, rounded=rounded)
+    opened = {task: how.opened(path) for task, path in finetuned.items()}
+    found = find_roles(open_for(model, how.opened(base)), opened, **told, rounded=rounded)
     told["private"] += found.private
     told["frozen"] += found.frozen
     if not line.own["print_config"]:
         tell(finetuned, left_out, found)
-    models = {"base": base, "finetuned": finetuned, **told}
+    named = {task: how.as_config(path) for task, path in finetuned.items()}
+    models = {"base": how.as_config(base), "finetuned": named, **told}
     compares = "codecs" in line.own
     sections["model"] |= as_model(models, None if compares else line.codec)
     if compares:
