@@ -102,8 +102,14 @@ def named(group: str, name: str) -> type[Plugin]:
     known = ", ".join(f"{own} ({each})" for own, each in classes.items())
     raise PluginError(
         f"no {kind} '{name}'{meant(plain, [*classes, *ids])}\ninstalled: {known}; "
-        "'fusionkit codecs' says what each does"
+        f"'fusionkit codecs' says what each does{unusable(failures)}"
     )
+
+
+def unusable(failures: dict[str, PluginError]) -> str:
+    """Lines on the plugins that `load_all` could not load."""
+    found = [f"\nnot usable: {n.rpartition(':')[2]}: {why}" for n, why in failures.items()]
+    return "".join(found)
 
 
 def load_all() -> dict[str, PluginError]:

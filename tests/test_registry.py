@@ -434,10 +434,14 @@ def test_a_recipe_that_asks_for_one_is_told_why(
 ) -> None:
     install("broken_plugin", "import no_such_module", "broken = broken_plugin:Broken")
     recipe = tmp_path / "r.yaml"
-    recipe.write_text("model: {model: {class_path: torch.nn.Identity}, codec: Broken}\n")
-    shown = run("compress", "--config", recipe, "--model.bundle", tmp_path / "b", code=2)
+    arguments = "compress", "--config", recipe, "--model.bundle", tmp_path / "b"
+    recipe.write_text("model: {model: {class_path: torch.nn.Identity}, codec: Broke}\n")
+    shown = run(*arguments, code=2)
     assert "Ternary" in shown
     assert "not usable: broken: 'broken' of broken_plugin 1.0 fails to import" in shown
+    recipe.write_text("model: {model: {class_path: torch.nn.Identity}, codec: Broken}\n")
+    shown = run(*arguments, code=2)
+    assert "model.codec: 'broken' of broken_plugin 1.0 fails to import: ModuleNotFound" in shown
 
 
 def test_two_classes_of_one_name_are_told_apart(install: Install, tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def export_task(
             f"{out}: expected a name that ends in .safetensors, .pt, .pth or .bin, for a file, or "
             "one without a suffix, for a folder"
         )
-    refuse_existing(out, overwrite, "choose another name, or set overwrite")
+    refuse_existing(out, overwrite, "choose another name, or set overwrite (--overwrite)")
     target = DTYPES[dtype] if dtype else None
     weights = TaskWeights(bundle, task, target)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ from fusionkit.checkpoints.paths import is_remote, is_there, open_path, refuse_e
 from fusionkit.checkpoints.sole_writer import partial, put, sole_writer, unfinished
 from fusionkit.errors import BundleError, FusionKitError, ProcessError
 
-_MEND = "choose another folder, or set overwrite to replace it"
+_MEND = "choose another folder, or set overwrite (--overwrite) to replace it"
 
 
 def check_replaceable(path: str | Path, overwrite: bool, known_by: str, mend: str = _MEND) -> None:

@@ -23,8 +23,8 @@ from fusionkit.errors import CheckpointError
 
 DEQUANTIZE = (
     "a delta would be rounded away in it; give the unquantised model, or open it as "
-    "Checkpoint.of(…, dequantize=True) (in a recipe `class_path: fusionkit.Checkpoint.of` with "
-    "`dequantize: true`)"
+    "Checkpoint.of(…, dequantize=True) (--dequantize beside the models of a command line; in a "
+    "recipe `class_path: fusionkit.Checkpoint.of` with `dequantize: true`)"
 )
 """Why what is quantised is refused, and what to do where it can be dequantised."""
 

@@ -131,7 +131,8 @@ class ComparisonReport(Report):
         if samples is None:
             return None
         low, high = interval(samples)
-        return low, high
+        # Of few rows some draws may have no gap between base and fine-tuned, and so no share.
+        return (low, high) if math.isfinite(low) and math.isfinite(high) else None
 
     def within_noise(self, row: Comparison) -> bool:
         """Whether a codec may be as good as the best one, by rows that are resampled alike."""
@@ -182,7 +183,7 @@ class ComparisonReport(Report):
             if row.bits_per_parameter
             else row.name: self.value(row)
             for row in self.rows
-            if row.kind != "codec" and not math.isnan(self.value(row))
+            if row.kind != "codec" and math.isfinite(self.value(row))
         }
         title = "What is kept against size: upper left is better"
         return draw_front(self.marks(), self.axis, title, lines)
@@ -203,7 +204,7 @@ class ComparisonReport(Report):
         found = []
         for row in self.codecs:
             value = self.value(row)
-            if not math.isnan(value) and row.bits_per_parameter > 0:
+            if math.isfinite(value) and row.bits_per_parameter > 0:
                 low, high = self.interval(row) or (None, None)
                 saw = row.settings.startswith("DBMS") or row.name.endswith(CALIBRATED)
                 bits = row.bits_per_parameter

@@ -51,17 +51,21 @@ def compress_line(args: list[str]) -> None:
     if not line.own["print_config"]:
         check_replaceable(out, line.own["overwrite"], known_by=MANIFEST, mend=MEND)
     told = line.how.told
-    found = find_roles(base, finetuned, **told, rounded=not line.codec.restores)
+    models = {task: line.how.opened(path) for task, path in finetuned.items()}
+    start = line.how.opened(base)
+    found = find_roles(start, models, **told, rounded=not line.codec.restores)
     told["private"] += found.private
     told["frozen"] += found.frozen
     if line.own["print_config"]:
-        print(_recipe({"base": base, "finetuned": finetuned, **told}, line.codec, out), end="")
+        read = line.how.as_config
+        named = {"base": read(base), "finetuned": {t: read(p) for t, p in finetuned.items()}}
+        print(_recipe({**named, **told}, line.codec, out), end="")
         return
     tell(finetuned, left_out, found)
     with progress_bar("compressing") as callback:
         bundle = compress(
-            base,
-            finetuned,
+            start,
+            models,
             line.codec,
             out,
             overwrite=line.own["overwrite"],

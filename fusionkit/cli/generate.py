@@ -95,6 +95,8 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file (relative to {Path.cwd()})") from error
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: can't be read as text ({error})") from error
     if not any(line.strip() for line in lines):

@@ -7,6 +7,7 @@ from typing import Any, get_type_hints
 
 from fusionkit import registry
 from fusionkit.checkpoints.adapters.modules import Adapters
+from fusionkit.checkpoints.checkpoint import Checkpoint, Source
 from fusionkit.cli.help import kind_of, option, options_help
 from fusionkit.cli.named_codec import CODECS, settings_of, with_classes
 from fusionkit.cli.named_models import located, named_models
@@ -29,6 +30,7 @@ class How:
             adapter `modules` themselves.
         rename: regular expression → replacement, for names of tensors in all models.
         ignore: pattern of tensors that no one needs, or a list.
+        dequantize: read quantised models (GGUF, GPTQ, AWQ, bitsandbytes, …) as unquantised ones.
     """
 
     codec: str | None = DEFAULT_CODEC
@@ -37,6 +39,7 @@ class How:
     adapters: Adapters = "merged"
     rename: dict[str, str] | None = None
     ignore: list[str] | str | None = None
+    dequantize: bool = False
 
     @property
     def told(self) -> dict[str, Any]:
@@ -48,6 +51,17 @@ class How:
             "rename": self.rename or {},
             "ignore": as_list(self.ignore),
         }
+
+    def opened(self, path: str) -> Source | Checkpoint:
+        """A model as the line says it is read; a path, where that says it all."""
+        return Checkpoint.of(path, dequantize=True) if self.dequantize else path
+
+    def as_config(self, path: str) -> str | dict[str, Any]:
+        """The same as a recipe has it."""
+        if not self.dequantize:
+            return path
+        init_args = {"source": path, "dequantize": True}
+        return {"class_path": "fusionkit.Checkpoint.of", "init_args": init_args}
 
 
 @dataclass(frozen=True)

@@ -131,5 +131,4 @@ def _installed() -> str:
         for group in registry.GROUPS
     }
     kinds = "; ".join(f"{group}: {', '.join(names)}" for group, names in found.items())
-    unusable = [f"\nnot usable: {n.rpartition(':')[2]}: {why}" for n, why in failures.items()]
-    return f"\ninstalled ({kinds})" + "".join(unusable)
+    return f"\ninstalled ({kinds}){registry.unusable(failures)}"

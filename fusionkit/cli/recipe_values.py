@@ -68,8 +68,8 @@ class RecipeValues:
             if not word.startswith("--") or not name:
                 found.append(word)
                 continue
-            hint = self._type_of(name)
-            if hint is None or name.endswith("+"):
+            hint = self._type_of(name.removesuffix("+"))
+            if hint is None:
                 found.append(word)
                 continue
             if not equals and rest and not rest[0].startswith("--"):
@@ -190,7 +190,8 @@ class RecipeValues:
 
     def _as_text(self, value: str, hint: Any, key: str) -> str:
         """An option's value, written out."""
-        key = ".".join(part for part in key.split(".") if part not in ("init_args", "class_path"))
+        parts = key.removesuffix("+").split(".")
+        key = ".".join(part for part in parts if part not in ("init_args", "class_path"))
         said: Any = value
         if value[:1] in ("{", "["):
             try:

@@ -6,6 +6,7 @@ The line is made a recipe, which the verb then runs, and which `--print_config` 
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from importlib import import_module
 from inspect import signature
 from typing import Any
@@ -57,7 +58,7 @@ def recipe_args(
     Raises:
         FusionKitError: the line can't be understood, or models and data don't fit together.
     """
-    if "--help-all" in args:
+    if any(re.match(r"--(config|help-all)\b", each) for each in args):
         return list(args)  # all is what a recipe takes
     line = gathered(args, _SEVERAL)
     words, options = divided(line, (*_HELP, "--print_config"))
@@ -78,9 +79,7 @@ def recipe_args(
 
 
 def _is_of_recipe(option: str, words: Sequence[str]) -> bool:
-    return re.match(r"--config\b", option) is not None or (
-        not words and option.startswith(tuple(f"--{each}" for each in _RECIPES))
-    )
+    return not words and option.startswith(tuple(f"--{each}" for each in _RECIPES))
 
 
 def _is_bundle(words: Sequence[str]) -> bool:
@@ -94,7 +93,7 @@ def _of_bundle(verb: str, line: Line) -> dict[str, Any]:
             f"{line.words[0]}: is a bundle; 'fusionkit compare' compresses models itself: BASE "
             "FINETUNED…; 'fusionkit test' scores a bundle"
         )
-    if strange := sorted(line.given & {"codec", *How().told}):
+    if strange := sorted(line.given & {each.name for each in fields(How)}):
         raise UsageError(f"--{strange[0]}: a bundle has its own; leave it out")
     own = line.own
     bundle = Bundle.load(line.words[0], own["base"])
@@ -138,20 +137,23 @@ def _of_models(verb: str, line: Line) -> dict[str, Any]:
         )
     if line.own["base"]:
         raise UsageError("--base: is of bundles; the base is the first model: BASE FINETUNED…")
+    how = line.how
     base, finetuned, left_out = models_in(verb, line.words)
     tasks = chosen(list(finetuned), line.own["task"])
     finetuned = {task: finetuned[task] for task in tasks}
     sections = _sections(line, tasks, base, finetuned)
-    told = line.how.told
+    told = how.told
     with torch.device("meta"):
         model = _built(sections["model"]["model"])
     rounded = line.codec is None or not line.codec.restores
-    found = find_roles(open_for(model, base), finetuned, **told, rounded=rounded)
+    opened = {task: how.opened(path) for task, path in finetuned.items()}
+    found = find_roles(open_for(model, how.opened(base)), opened, **told, rounded=rounded)
     told["private"] += found.private
     told["frozen"] += found.frozen
     if not line.own["print_config"]:
         tell(finetuned, left_out, found)
-    models = {"base": base, "finetuned": finetuned, **told}
+    named = {task: how.as_config(path) for task, path in finetuned.items()}
+    models = {"base": how.as_config(base), "finetuned": named, **told}
     compares = "codecs" in line.own
     sections["model"] |= as_model(models, None if compares else line.codec)
     if compares:

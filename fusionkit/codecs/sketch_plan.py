@@ -168,8 +168,10 @@ class _Budgets:
         """Each task's, at most at so many bytes."""
         return self._division(budget).within(budget - self.fixed(budget))
 
-    def enough(self, good: Callable[[list[Plan]], bool], error: float | None = None) -> str:
-        """What to ask for instead, so that the plans are good.
+    def enough(
+        self, good: Callable[[list[Plan]], bool], error: float | None = None
+    ) -> tuple[str, list[Plan]]:
+        """What to ask for instead, so that the plans are good; and these.
 
         Args:
             good: whether plans are.
@@ -185,10 +187,10 @@ class _Budgets:
             budget = left + self.fixed(budget)
         for _ in range(_TRIES):
             name, value, budget = self._rounded_up(budget)
-            if good(self.plans(budget)):
+            if good(plans := self.plans(budget)):
                 break
             budget += 1 + budget // 50
-        return f"{name}={value}"
+        return f"{name}={value}", plans
 
     def _division(self, budget: int) -> Division:
         return Division(self.spectra(budget), self.target.share)
@@ -229,7 +231,7 @@ def _felt(sensitivities: Mapping[str, float], layout: Layout) -> Doubles:
 def _warn_of_headers(budgets: _Budgets) -> None:
     target, budget = budgets.target, budgets.asked
     asked = f"bytes={target.nbytes}" if target.nbytes else f"bits={target.bits}"
-    enough = budgets.enough(lambda plans: any(map(_stores, plans)))
+    enough, _ = budgets.enough(lambda plans: any(map(_stores, plans)))
     warnings.warn(
         f"Sketch({asked}) leaves {budget} bytes, of which all that is not deltas takes "
         f"{budgets.fixed(budget)}: the deltas come back as zero; ask for {enough} or more",
@@ -243,7 +245,7 @@ def _warn_of_noise(budgets: _Budgets, plans: Sequence[Plan], spectra: Sequence[S
     if not any(noisy):
         return
     error = _NOISY * base
-    wanted = [own.plan(own.bits_for(error)) for own in spectra]
+    wanted = quieter = [own.plan(own.bits_for(error)) for own in spectra]
     mend = f"noise={_NOISY}"
     if budgets.target.noise is None and not any(_is_noisy(plan, base) for plan in wanted):
         stored = [_stores(plan) for plan in wanted]
@@ -253,8 +255,8 @@ def _warn_of_noise(budgets: _Budgets, plans: Sequence[Plan], spectra: Sequence[S
                 _stores(plan) for plan, needed in zip(plans, stored, strict=True) if needed
             )
 
-        mend = budgets.enough(good, error)
-    for task, plan, quiet, felt in zip(budgets.family.tasks, plans, wanted, noisy, strict=True):
+        mend, quieter = budgets.enough(good, error)
+    for task, plan, quiet, felt in zip(budgets.family.tasks, plans, quieter, noisy, strict=True):
         if not felt:
             continue
         bits, enough = (8 * each.total / parameters for each in (plan, quiet))

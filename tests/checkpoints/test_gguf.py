@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from program import run
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import fusionkit
@@ -201,6 +203,25 @@ def test_it_is_refused_where_it_is_not_asked_for(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=r"is quantised \(GGUF\), .*dequantize=True"):
             compress(tmp_path / name, {"t": llama()}, EMR())
         Family(Checkpoint.of(tmp_path / name, dequantize=True), {"t": llama()})
+
+
+def test_a_line_says_that_it_may_be_dequantised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the refusal says; the line's recipe makes the same bundle."""
+    monkeypatch.chdir(tmp_path)
+    write(llama(), tmp_path / "base.gguf", "llama")
+    base = Checkpoint.of("base.gguf", dequantize=True)
+    save_file({name: tensor + 0.01 for name, tensor in base.items()}, "cats.safetensors")
+    line = ["compress", "base.gguf", "cats.safetensors", "--codec=dense", "--out=bundle"]
+    assert "--dequantize" in run(*line, code=1)
+    run(*line, "--dequantize")
+    by_line = Bundle.load("bundle").state_dict("cats")
+    recipe = run(*line, "--dequantize", "--print_config")
+    (tmp_path / "r.yaml").write_text(recipe)
+    run("compress", "--config", "r.yaml", "--overwrite")
+    by_recipe = Bundle.load("bundle").state_dict("cats")
+    assert all(torch.equal(by_line[name], by_recipe[name]) for name in by_line)
 
 
 def test_what_can_not_be_read_is_named(tmp_path: Path) -> None:

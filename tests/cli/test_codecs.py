@@ -65,6 +65,7 @@ def test_the_sources_say_what_the_classes_do() -> None:
 
 def test_a_third_partys_codec_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(TESTS / "plugin")
+    monkeypatch.delitem(sys.modules, "ternary_plugin", raising=False)
     assert "ternary-plugin 0.1" in run("codecs")
     assert "ternary_plugin" not in sys.modules
 

@@ -150,6 +150,28 @@ class TestCompare:
         with pytest.raises(FusionKitError, match="written to the local disk"):
             fusionkit.compare(reuse, Data(), CODECS, "memory://out")
 
+    @pytest.mark.parametrize("right", [0, 1])
+    def test_where_fine_tuned_models_get_nothing_right(
+        self, reuse: ReuseModule, tmp_path: Path, right: int
+    ) -> None:
+        """There are no shares then, or (one row of many right) not in every draw of the rows."""
+        tuned = {}
+        for task in TASKS:
+            reuse.reuse(reuse.family())
+            reuse.switch(task)
+            tokens, _ = Data().rows(task)
+            outputs = reuse.model.eval()(tokens)
+            labels = outputs.argmin(1)
+            labels[:right] = outputs.argmax(1)[:right]
+            tuned[task] = tokens, labels
+        reuse.switch(None)
+        data = Data()
+        data.rows = tuned.__getitem__  # type: ignore[method-assign]
+        results = fusionkit.compare(reuse, data, {"prune": MagnitudePrune(0.3)}, tmp_path / "out")
+        ends = [end for row in results.rows for end in results.interval(row) or ()]
+        assert all(map(math.isfinite, ends))
+        assert (tmp_path / "out" / "compare.png").exists()
+
     def test_no_codec_at_all(self, reuse: ReuseModule, tmp_path: Path) -> None:
         out = tmp_path / "new" / "out"
         results = fusionkit.compare(reuse, Data(), {}, out)

@@ -396,5 +396,7 @@ class TestOut:
 
 def test_help_names_what_there_is_to_set() -> None:
     text = run("fit", "--help")
-    for option in ("--ckpt_path", "--overwrite", "--checkpoint.save_top_k", "--trainer.precision"):
+    for option in ("--ckpt_path", "--overwrite", "--model.rank"):
         assert option in text
+    for option in ("--checkpoint.save_top_k", "--trainer.precision"):
+        assert option in run("fit", "--help-all")

@@ -154,6 +154,20 @@ def test_too_few_bits_are_warned_of_and_the_mend_works() -> None:
         fusionkit.compress(base, tuned, Sketch(bits=bits))
 
 
+def test_of_a_small_delta_it_is_said_what_the_mend_spends_on_it(tmp_path: Path) -> None:
+    """It would be quiet without a byte; what is asked for stores it."""
+    base, tuned = family({"w": (300, 400)}, 2, scale=0.5)
+    tuned["t1"]["w"] = base["w"] + 0.05 * (tuned["t1"]["w"] - base["w"])
+    with pytest.warns(UserWarning, match="hardly felt") as caught:
+        fusionkit.compress(base, tuned, Sketch(bits=0.15))
+    of_small = next(str(each.message) for each in caught if "'t1'" in str(each.message))
+    task_bits, bits = map(float, of_small.rpartition("that takes ")[2].split(" bits, as by bits="))
+    bundle = fusionkit.compress(base, tuned, Sketch(bits=bits), tmp_path / "b")
+    assert bundle.delta("t1", "w") is not None
+    nbytes = (tmp_path / "b" / "task-t1.safetensors").stat().st_size
+    assert 8 * nbytes / base["w"].numel() == pytest.approx(task_bits, rel=0.2)
+
+
 def test_a_budget_for_headers_alone_is_warned_of_and_the_mend_works() -> None:
     base, tuned = family(ALPHA)
     with pytest.warns(

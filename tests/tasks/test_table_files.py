@@ -82,9 +82,7 @@ class TestFiles:
         with pytest.raises(MissingSplitError, match=r"no test rows there: .*it holds train\.csv\."):
             read_table(tmp_path, "test")
 
-    @pytest.mark.parametrize(
-        "name", ["gone", "gone/inside/it", "./a/gone", "tests/gone", "a/b.csv"]
-    )
+    @pytest.mark.parametrize("name", ["gone", "gone/inside/it", "tests/gone", "a/b.csv"])
     def test_nothing_there(self, name: str) -> None:
         with pytest.raises(DataError, match="no such file or folder"):
             read_table(Path(name), "test")
