@@ -122,11 +122,12 @@ def __getattr__(name: str) -> Any:
     if name == "__version__":
         return import_module("importlib.metadata").version("fusionkit")
     if name not in _PLACES:
-        raise AttributeError(f"module 'fusionkit' has no attribute '{name}'")
+        meant = import_module("fusionkit.errors").meant(name, __all__)
+        raise AttributeError(f"module 'fusionkit' has no attribute '{name}'{meant}")
     found = globals()[name] = getattr(import_module(_PLACES[name]), name)
     return found
 
 
 def __dir__() -> list[str]:
     """All public names, imported or not."""
-    return sorted({*globals(), *__all__})
+    return sorted({*(name for name in globals() if name.startswith("__")), *__all__})

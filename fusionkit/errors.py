@@ -90,6 +90,15 @@ def in_line(names: Sequence[str], limit: int = 6) -> str:
     return ", ".join(names[:limit]) + (f", … and {more} more" if more > 0 else "")
 
 
+def size(nbytes: float) -> str:
+    """Bytes in the unit that reads best (powers of 1000, as disks count)."""
+    for unit in ("B", "kB", "MB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} GB"
+
+
 def meant(word: str, known: Iterable[str]) -> str:
     """`; did you mean 'rank'?`, where one of the known words is close; else nothing.
 
@@ -111,4 +120,4 @@ def lacks(place: str, task: str, tasks: Sequence[str]) -> str:
         task: its name, as it was asked for.
         tasks: those that are there.
     """
-    return f"{place} has no task '{task}'{meant(task, tasks)}; it has {in_line(tasks, 20)}"
+    return f"{place} has no task '{task}'; it has {in_line(tasks, 20)}{meant(task, tasks)}"

@@ -25,7 +25,7 @@ from fusionkit.checkpoints.checkpoint import Checkpoint, Source
 from fusionkit.checkpoints.paths import is_remote, open_path
 from fusionkit.checkpoints.stacks import row_name, split, unsplit
 from fusionkit.codecs.base import WHOLE, DeltaCodec, Parts
-from fusionkit.errors import BundleError, in_line, lacks
+from fusionkit.errors import BundleError, in_line, lacks, size
 from fusionkit.registry import from_config
 from fusionkit.task_vectors.task_source import own_tensor
 from fusionkit.task_vectors.vectors import difference
@@ -92,8 +92,7 @@ class Bundle(ByTask, Published):
         return bundle
 
     def __repr__(self) -> str:
-        size = f"{self.manifest.nbytes / 1e6:.1f} MB"
-        tasks = f"{len(self)} tasks ({in_line(self.tasks)}), {size}"
+        tasks = f"{len(self)} tasks ({in_line(self.tasks)}), {size(self.manifest.nbytes)}"
         return f"Bundle({str(self.path)!r}, {self.codec!r}, {tasks})"
 
     @property

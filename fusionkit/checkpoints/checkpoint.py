@@ -18,7 +18,7 @@ from fusionkit.checkpoints.adapters.lowrank import LowRank
 from fusionkit.checkpoints.architecture import Architecture
 from fusionkit.checkpoints.path_text import forms, one_form
 from fusionkit.checkpoints.paths import glob_remote, is_remote, written_out
-from fusionkit.errors import CheckpointError
+from fusionkit.errors import CheckpointError, size
 
 Source = str | Path | nn.Module | Mapping[str, Tensor]
 """What a checkpoint can be read from; a `Checkpoint` is such a mapping itself."""
@@ -249,8 +249,8 @@ class Checkpoint(Mapping[str, Tensor], metaclass=_Opening):
     def __repr__(self) -> str:
         dtypes = sorted({str(spec.dtype).removeprefix("torch.") for spec in self.specs.values()})
         count = sum(spec.numel for name, spec in self.specs.items() if name not in self.aliases)
-        size = f"{count:,} values in {' and '.join(dtypes)}, {self.nbytes / 1e6:.1f} MB"
-        return f"{type(self).__name__}({self.label!r}, {len(self)} tensors, {size})"
+        values = f"{count:,} values in {' and '.join(dtypes)}, {size(self.nbytes)}"
+        return f"{type(self).__name__}({self.label!r}, {len(self)} tensors, {values})"
 
 
 class Copied(Checkpoint):

@@ -1,10 +1,13 @@
 """Classes as recipes name them, and the types of their settings."""
 
 import re
+import sys
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import is_dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from inspect import Parameter, isabstract, isclass, signature
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
@@ -39,7 +42,7 @@ class ClassNames:
             UsageError: there is none of that name, but one close to it; or no such codec.
         """
         if re.fullmatch(r"\w+", name) is None:
-            self._chosen[key] = _imported(name)
+            self._chosen[key] = _imported(name, key)
             return name
         known = {each.__name__: each for base in bases for each in _with_subclasses(base)}
         if name in known:
@@ -141,9 +144,21 @@ def _words(name: str) -> str:
     return name.replace("_", "").lower()
 
 
-def _imported(path: str) -> Any:
-    """The class or function that a path leads to; None where the parser is to say what is wrong."""
+def _imported(path: str, key: str) -> Any:
+    """The class or function that a path leads to; None where the parser is to say what is wrong.
+
+    Raises:
+        UsageError: there is no such module, or nothing of that name in it.
+    """
     names = path.split(".")
+    if not all(name.isidentifier() for name in names):
+        return None
+    if find_spec(names[0]) is None:
+        near = (file.stem for each in sys.path for file in Path(each or ".").glob("*.py"))
+        raise UsageError(
+            f"{key}: no module '{names[0]}'{meant(names[0], near)}\nmodules are looked for in the "
+            "working directory, beside the recipe, and among what is installed"
+        )
     for place in range(len(names) - 1, 0, -1):
         try:
             found: Any = import_module(".".join(names[:place]))
@@ -152,6 +167,9 @@ def _imported(path: str) -> Any:
         except Exception:
             return None
         for name in names[place:]:
-            found = getattr(found, name, None)
+            above, found = found, getattr(found, name, None)
+            if found is None:
+                where = getattr(above, "__name__", ".".join(names[:place]))
+                raise UsageError(f"{key}: no '{name}' in {where}{meant(name, dir(above))}")
         return found if callable(found) else None
     return None

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from fusionkit.cli.report import Report, percent, score_text, size
+from fusionkit.cli.report import Report, percent, score_text
 from fusionkit.cli.table import Table
+from fusionkit.errors import size
 from fusionkit.tasks.resample import Interval, interval
 from fusionkit.tasks.scores import GAP, Scores
 

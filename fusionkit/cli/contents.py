@@ -12,9 +12,9 @@ from fusionkit.bundles.bundle import Bundle
 from fusionkit.bundles.format import ADDED
 from fusionkit.bundles.weight_error import WeightError, tensor_errors
 from fusionkit.checkpoints.checkpoint import Checkpoint
-from fusionkit.cli.report import size
 from fusionkit.cli.table import Table
 from fusionkit.codecs.base import WHOLE_MODEL
+from fusionkit.errors import size
 from fusionkit.task_vectors.family import Family
 
 By = Literal["tensor", "layer", "kind"]

@@ -11,7 +11,7 @@ from fusionkit.checkpoints.checkpoint import Checkpoint
 from fusionkit.checkpoints.paths import open_path
 from fusionkit.cli import report
 from fusionkit.cli.arguments import call
-from fusionkit.errors import listing
+from fusionkit.errors import listing, size
 
 
 def run(args: list[str]) -> None:
@@ -70,7 +70,7 @@ def export(
     )
     if format == "model":
         written = export_task(opened, task, out, dtype, overwrite, max_shard_size)
-        report.show(f"written: {written} ({report.size(_bytes(written))})")
+        report.show(f"written: {written} ({size(_bytes(written))})")
         return
     left_out = export_adapter(
         opened,
@@ -88,7 +88,7 @@ def export(
         why = f"for {for_server}" if for_server else "as no LoRA can hold them"
         why = "as asked for" if leave_out else why
         report.show(f"left out, {why}:{listing(left_out)}")
-    report.show(f"written: {open_path(out)} ({report.size(_bytes(open_path(out)))})")
+    report.show(f"written: {open_path(out)} ({size(_bytes(open_path(out)))})")
 
 
 def _bytes(path: Path) -> int:

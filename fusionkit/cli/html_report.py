@@ -12,8 +12,9 @@ from typing import Any
 from fusionkit.cli.comparison import Comparison, ComparisonReport
 from fusionkit.cli.front_plot import Mark, mark_styles, outer, scale_of
 from fusionkit.cli.heat_map import is_worst, least_of, lightness
-from fusionkit.cli.report import percent, score_text, size
+from fusionkit.cli.report import percent, score_text
 from fusionkit.cli.table import Table
+from fusionkit.errors import size
 
 WITHOUT_PLOTLY = (
     "for a page to explore beside them: pip install 'fusionkit[report]', and the same command again"

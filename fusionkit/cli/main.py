@@ -40,6 +40,7 @@ GROUPS = {
 }
 """What `fusionkit` can do: each a file of that name, whose `run` takes the arguments after it."""
 
+_GO_ON = ("compare", "compress")
 VERBS = tuple(verb for verbs in GROUPS.values() for verb in verbs)
 # Not subcommands of jsonargparse: it would have to build every verb's parser to print one line.
 
@@ -75,7 +76,10 @@ def main(args: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except KeyboardInterrupt:
-        print(f"fusionkit {verb}: interrupted; nothing was left half-written", file=sys.stderr)
+        more = "; the same command goes on from what was finished" * (verb in _GO_ON)
+        print(
+            f"fusionkit {verb}: interrupted; nothing was left half-written{more}", file=sys.stderr
+        )
         sys.exit(130)
 
 

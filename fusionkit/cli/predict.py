@@ -17,6 +17,7 @@ from fusionkit.cli.test import plain_trainer
 from fusionkit.errors import FusionKitError
 from fusionkit.reuse.module import ReuseModule
 from fusionkit.tasks.spread import over_processes
+from fusionkit.tasks.training import interruptions
 from fusionkit.tasks.wrapped import Wrapped
 
 Rows = list[dict[str, Any]]
@@ -68,7 +69,8 @@ def predict(module: ReuseModule, datamodule: Any, trainer: Trainer | None = None
         FusionKitError: tasks, data and checkpoints don't fit together.
     """
     trainer = trainer or plain_trainer()
-    found: Any = trainer.predict(module, datamodule=_Predicted(datamodule)) or []
+    with interruptions(trainer):
+        found: Any = trainer.predict(module, datamodule=_Predicted(datamodule)) or []
     rows = [row for batches in _per_loader(found) for batch in batches for row in batch]
     rows = [row for own in over_processes(rows, trainer.world_size) for row in own]
     order = {task: place for place, task in enumerate(datamodule.tasks)}

@@ -5,6 +5,7 @@ from fusionkit.bundles.format import MANIFEST
 from fusionkit.checkpoints.output_folder import check_replaceable
 from fusionkit.cli import report
 from fusionkit.cli.arguments import call
+from fusionkit.errors import size
 
 
 def run(args: list[str]) -> None:
@@ -33,4 +34,4 @@ def pull(
     opened = Bundle.from_pretrained(bundle, revision=revision)
     chosen = [each.strip() for each in task.split(",")] if task else list(opened.tasks)
     opened.save(out, overwrite, chosen)
-    report.show(f"written: {out} ({', '.join(chosen)}; {report.size(Bundle(out).nbytes)})")
+    report.show(f"written: {out} ({', '.join(chosen)}; {size(Bundle(out).nbytes)})")

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
@@ -11,10 +12,11 @@ from jsonargparse import get_loader
 from lightning.pytorch.cli import LightningArgumentParser
 
 from fusionkit import registry
+from fusionkit.checkpoints.paths import is_remote, open_path
 from fusionkit.cli.recipe_file import RecipeFile
 from fusionkit.cli.recipe_values import RecipeValues
 from fusionkit.cli.words import with_values
-from fusionkit.errors import UsageError
+from fusionkit.errors import UsageError, meant
 
 _MENDS = {
     r"Parser key \"model\".*class_path 'lightning\S*\.LightningModule'": (
@@ -53,6 +55,10 @@ class RecipeParser(LightningArgumentParser):
         for recipe in _recipes(words):  # options may set what the classes in it have
             if recipe[:1] == "{":
                 self._written_out(recipe)
+            elif not is_remote(recipe) and not open_path(recipe).is_file():
+                near = (each.name for each in open_path(recipe).parent.glob("*.y*ml"))
+                close = meant(open_path(recipe).name, near)
+                raise UsageError(f"{recipe}: no such recipe (relative to {Path.cwd()}){close}")
             else:
                 with self._reading(recipe) as file:
                     self._written_out(file.text())

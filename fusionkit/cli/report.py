@@ -16,7 +16,7 @@ from fusionkit.checkpoints.paths import is_remote, open_path, written_out
 from fusionkit.cli.table import Table
 from fusionkit.cli.terminal import main_process
 from fusionkit.cli.terminal import show as show  # noqa: PLC0414
-from fusionkit.errors import FusionKitError, of_extra
+from fusionkit.errors import FusionKitError, of_extra, size
 from fusionkit.tasks.scores import GAP, Scores
 
 if TYPE_CHECKING:
@@ -227,12 +227,3 @@ def _ends(low: float | None, high: float | None, parts: bool) -> str:
     if low is None or high is None:
         return ""
     return f"{100 * low:.1f} to {100 * high:.1f}" if parts else f"{low:#.4g} to {high:#.4g}"
-
-
-def size(nbytes: float) -> str:
-    """Bytes in the unit that reads best (powers of 1000, as disks count)."""
-    for unit in ("B", "kB", "MB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.2f} GB"

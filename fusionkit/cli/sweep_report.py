@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from fusionkit.cli.report import Report, blank_figure, size
+from fusionkit.cli.report import Report, blank_figure
 from fusionkit.cli.table import Table
-from fusionkit.errors import of_extra
+from fusionkit.errors import of_extra, size
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

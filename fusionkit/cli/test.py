@@ -16,6 +16,7 @@ from fusionkit.reuse.module import ReuseModule
 from fusionkit.tasks.score_file import score_file
 from fusionkit.tasks.scores import Scores
 from fusionkit.tasks.spread import Spread, TasksSpread
+from fusionkit.tasks.training import interruptions
 
 Stage = Literal["test", "validate"]
 """Which rows are scored: a datamodule's test rows, or its validation rows."""
@@ -105,7 +106,8 @@ def evaluate(
     """
     data = TasksSpread(datamodule) if spread == "tasks" else datamodule
     run = trainer.test if stage == "test" else trainer.validate
-    run(module, datamodule=data, verbose=False)
+    with interruptions(trainer):
+        run(module, datamodule=data, verbose=False)
     assert module.scores is not None
     return module.scores
 

@@ -1,5 +1,7 @@
 """`Trainer.fit`, with errors and interruptions as the rest of FusionKit has them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +30,23 @@ def fit(trainer: Any, module: LightningModule, datamodule: Any, ckpt_path: str |
     if ckpt_path and Path(ckpt_path).is_file():
         Checkpoint.of(ckpt_path)  # says what is wrong with a damaged one
     try:
-        trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
+        with interruptions(trainer):
+            trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
     except FileNotFoundError as error:
         if ckpt_path is None or is_there(ckpt_path):
             raise
         raise FusionKitError(f"{ckpt_path}: no such checkpoint to resume from") from error
+
+
+@contextmanager
+def interruptions(trainer: Any) -> Iterator[None]:
+    """A context in which the Trainer is interrupted as all else is.
+
+    Raises:
+        KeyboardInterrupt: it was.
+    """
+    try:
+        yield
     except SystemExit as stopped:  # Lightning's answer to Ctrl-C
         if trainer.interrupted:
             raise KeyboardInterrupt from stopped

@@ -371,7 +371,7 @@ def test_what_export_refuses(folder: Path, base: TinyNet, tmp_path: Path) -> Non
 
 def test_the_repr_says_what_it_is(folder: Path) -> None:
     said = re.escape(f"Bundle({str(folder)!r}, {EMR()!r}, 3 tasks (ant, bee, cat), ")
-    assert re.fullmatch(said + r"0\.\d MB\)", repr(Bundle.load(folder)))
+    assert re.fullmatch(said + r"\d+\.\d kB\)", repr(Bundle.load(folder)))
 
 
 def test_of_many_tasks_few_files_stay_open(tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ class TestReprs:
 
     def test_of_a_checkpoint(self, files: Files) -> None:
         path = files.base
-        size = f"{path.stat().st_size / 1e6:.1f} MB"
+        size = f"{path.stat().st_size / 1e3:.1f} kB"
         checkpoint = Checkpoint.of(path)
         count = sum(tensor.numel() for tensor in checkpoint.values())
         assert repr(checkpoint).endswith(
@@ -119,4 +119,4 @@ class TestReprs:
         base = {"w": torch.zeros(4)}
         tuned = {f"t{place}": {"w": torch.ones(4)} for place in range(9)}
         made = fusionkit.compress(base, tuned, "dense")
-        assert "9 tasks (t0, t1, t2, t3, t4, t5, … and 3 more), 0.0 MB)" in repr(made)
+        assert "9 tasks (t0, t1, t2, t3, t4, t5, … and 3 more), " in repr(made)

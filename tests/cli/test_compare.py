@@ -150,6 +150,19 @@ class TestCompare:
         with pytest.raises(FusionKitError, match="written to the local disk"):
             fusionkit.compare(reuse, Data(), CODECS, "memory://out")
 
+    def test_ctrl_c_is_one_in_a_notebook_too(
+        self, reuse: ReuseModule, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Lightning would end the process, with status 1 and no word."""
+        monkeypatch.setattr("lightning.pytorch.trainer.call.signal.signal", lambda *_: None)
+
+        def interrupt(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(reuse, "on_test_batch_start", interrupt, raising=False)
+        with pytest.raises(KeyboardInterrupt):
+            fusionkit.compare(reuse, Data(), CODECS)
+
     @pytest.mark.parametrize("right", [0, 1])
     def test_where_fine_tuned_models_get_nothing_right(
         self, reuse: ReuseModule, tmp_path: Path, right: int

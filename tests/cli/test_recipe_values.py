@@ -145,6 +145,8 @@ def test_flags_stand_alone(recipe: Path, tmp_path: Path) -> None:
         ),
         (["--model.codec=magnitude_prune", "--model.codec.merge=tise"], "no merge 'tise'"),
         (["--model.model", "TinyNte"], "model.model: no Module 'TinyNte'; did you mean 'TinyNet'?"),
+        (["--model.model", "tiny_nte.Net"], "no module 'tiny_nte'; did you mean 'tiny_net'?"),
+        (["--model.model", "tiny_net.TinyNte"], "no 'TinyNte' in tiny_net; did you mean 'TinyNet'"),
     ],
 )
 def test_what_is_mistyped_on_the_line(recipe: Path, options: list[str], message: str) -> None:
@@ -169,10 +171,16 @@ def test_what_is_mistyped_in_a_recipe(recipe: Path, right: str, wrong: str, mess
     assert message in said
 
 
+def test_a_recipe_that_is_mistyped(recipe: Path) -> None:
+    said = run("compress", "--config", recipe.with_name("recipee.yaml"), code=2)
+    assert "recipee.yaml: no such recipe (relative to " in said
+    assert "did you mean 'recipe.yaml'?" in said
+
+
 def test_a_task_that_is_mistyped(recipe: Path, tmp_path: Path) -> None:
     run("compress", "--config", recipe)
     said = run("export", tmp_path / "bundle", "--task=beee", "--out=x.pt", code=1)
-    assert "has no task 'beee'; did you mean 'bee'?; it has ant, bee, cat" in said
+    assert "has no task 'beee'; it has ant, bee, cat; did you mean 'bee'?" in said
 
 
 def test_the_resolved_recipe_makes_the_same(recipe: Path, files: Files, tmp_path: Path) -> None:
