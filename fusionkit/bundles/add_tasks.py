@@ -112,13 +112,20 @@ def _refuse_others(bundle: Bundle, family: Family) -> None:
     if apart:
         raise BundleError(
             f"{bundle.path}: the bundle's tasks share tensors that {', '.join(family.tasks)} "
-            f"holds apart:{listing(apart)}\ncompress all of them again, together"
+            f"holds apart:{listing(apart)}\n{_again(bundle)}"
         )
     if changed := family.unfrozen():
         raise BundleError(
             f"{bundle.path}: the bundle's tasks have tensors as the base does, and deltas of them "
-            f"have no place in it:{listing(changed)}\ncompress all of them again, together"
+            f"have no place in it:{listing(changed)}\n{_again(bundle)}"
         )
+
+
+def _again(bundle: Bundle) -> str:
+    return (
+        "compress all of them again, together: fusionkit compress BASE FINETUNED… --out "
+        f"{bundle.path} --overwrite"
+    )
 
 
 def _place(bundle: Bundle, folder: Path, records: Mapping[str, TaskRecord]) -> None:

@@ -85,7 +85,7 @@ def scores_table(scores: Scores, title: str) -> Table:
     table = Table(title, columns, words=2, footer=1)
     if scores.limit:
         table.note = f"Only a part of the rows was scored: {scores.limit}."
-    if scores.lower:
+    if scores.lower and scores.finetuned:
         table.note = f"{table.note} {GAP}".strip()
     for row in scores.rows():
         task = row["task"]

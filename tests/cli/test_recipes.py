@@ -26,7 +26,7 @@ from fusionkit.tasks import digits
 
 TEXT = TESTS / "recipes"
 RECIPES = [
-    *sorted(recipes_folder().glob("*.yaml")),
+    *sorted((TESTS.parent / "recipes").glob("*.yaml")),
     *sorted(TEXT.glob("*.yaml")),
     *sorted(TEXT.glob("lm/*.yaml")),
 ]
