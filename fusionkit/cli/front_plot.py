@@ -168,7 +168,9 @@ def draw_front(
         _joined(axes, own, styles[own[0].method], times)
     _limits(axes, marks, axis, top, bits)
     _across(axes, lines or {}, times, axis.percent)
-    axes.xaxis.set_major_locator(LogLocator(base=2, numticks=20))
+    low, high = axes.get_xlim()
+    between = (1, 1.25, 1.5, 1.75) if high < 4 * low else (1,)  # one tick tells no scale
+    axes.xaxis.set_major_locator(LogLocator(base=2, subs=between, numticks=20))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("bits per parameter on disk, shared parts spread over the tasks (log scale)")
     axes.set_ylabel(textwrap.fill(axis.label, 70))

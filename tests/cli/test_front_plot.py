@@ -126,5 +126,14 @@ def test_what_height_means_is_read_whole() -> None:
     assert box.x0 >= 0
 
 
+@pytest.mark.parametrize("bits", [(1.1, 1.9), (0.3, 4.0)])
+def test_sizes_have_a_scale(bits: tuple[float, float]) -> None:
+    marks = [Mark(f"SVD {b}", "SVD()", b, 0.9) for b in bits]
+    axis = drawn(marks, Axis("kept (%)")).axes[0].xaxis
+    low, high = axis.get_view_interval()
+    ticks = [tick for tick in axis.get_ticklocs() if low <= tick <= high]
+    assert 3 <= len(ticks) <= 12
+
+
 def test_no_codec() -> None:
     assert drawn([], Axis("kept (%)"), {"fine-tuned": 1.0}).axes
