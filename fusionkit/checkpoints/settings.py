@@ -1,5 +1,6 @@
 """Whether a fine-tune's configuration makes another function of the same weights."""
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -36,8 +37,15 @@ def differing(one: Architecture | None, other: Architecture | None) -> list[str]
     return [
         f"{key}: {theirs[key]!r}, not {value!r}"
         for key, value in ours.items()
-        if key in theirs and theirs[key] != value and not _NEUTRAL.search(key)
+        if key in theirs and not _alike(theirs[key], value) and not _NEUTRAL.search(key)
     ]
+
+
+def _alike(one: object, other: object) -> bool:
+    """Whether two values are one, but for what GGUF's float32 rounds off a number."""
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-6)
+    return one == other
 
 
 def _settings(known: Architecture | None) -> Mapping[str, Any] | None:

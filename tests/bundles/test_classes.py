@@ -324,6 +324,7 @@ def test_a_fine_tune_that_computes_otherwise_is_told_of(tmp_path: Path) -> None:
     tuned = moved(base)
     tuned.config.id2label = {0: "yes"}
     tuned.config.attention_dropout = 0.5
+    tuned.config.rms_norm_eps = 9.9999999747e-07  # as GGUF files have it
     tuned.save_pretrained(tmp_path / "tuned")  # type: ignore[operator]
     with warnings.catch_warnings():
         warnings.simplefilter("error", SettingsWarning)
