@@ -153,7 +153,7 @@ def _imported(path: str, key: str) -> Any:
     names = path.split(".")
     if not all(name.isidentifier() for name in names):
         return None
-    if find_spec(names[0]) is None:
+    if names[0] not in sys.modules and find_spec(names[0]) is None:
         near = (file.stem for each in sys.path for file in Path(each or ".").glob("*.py"))
         raise UsageError(
             f"{key}: no module '{names[0]}'{meant(names[0], near)}\nmodules are looked for in the "
@@ -162,7 +162,9 @@ def _imported(path: str, key: str) -> Any:
     for place in range(len(names) - 1, 0, -1):
         try:
             found: Any = import_module(".".join(names[:place]))
-        except ModuleNotFoundError:
+        except ModuleNotFoundError as error:
+            if not f"{path}.".startswith(f"{error.name}."):
+                return None  # the module is there, and lacks what it imports
             continue
         except Exception:
             return None

@@ -55,7 +55,7 @@ class RecipeParser(LightningArgumentParser):
         for recipe in _recipes(words):  # options may set what the classes in it have
             if recipe[:1] == "{":
                 self._written_out(recipe)
-            elif not is_remote(recipe) and not open_path(recipe).is_file():
+            elif not is_remote(recipe) and not open_path(recipe).exists():
                 near = (each.name for each in open_path(recipe).parent.glob("*.y*ml"))
                 close = meant(open_path(recipe).name, near)
                 raise UsageError(f"{recipe}: no such recipe (relative to {Path.cwd()}){close}")

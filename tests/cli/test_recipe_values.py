@@ -1,12 +1,14 @@
 """What recipes and their options say in short, and what is mistyped in them."""
 
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import yaml
 from program import run
-from tiny_net import Files
+from tiny_net import Files, TinyNet
 
 import fusionkit
 
@@ -169,6 +171,25 @@ def test_what_is_mistyped_in_a_recipe(recipe: Path, right: str, wrong: str, mess
     said = run("compress", "--config", recipe, code=2)
     assert said.startswith(f"fusionkit compress: {recipe}: ")
     assert message in said
+
+
+def test_a_module_that_lacks_what_it_imports(recipe: Path, tmp_path: Path) -> None:
+    """It is there, and nothing in it is mistyped."""
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "__init__.py").touch()
+    (tmp_path / "own" / "net.py").write_text("import no_such_module\n")
+    said = run("compress", "--config", recipe, "--model.model", "own.net.Net", code=2)
+    assert "no_such_module" in said
+    assert "no 'net' in own" not in said
+
+
+def test_classes_of_a_script_are_known(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its module has no place among those that can be found."""
+    script = ModuleType("a_script")
+    script.__spec__ = None
+    script.Net = TinyNet  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "a_script", script)
+    run("compress", "--config", recipe, "--model.model", "a_script.Net")
 
 
 def test_a_recipe_that_is_mistyped(recipe: Path) -> None:
