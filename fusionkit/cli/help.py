@@ -53,6 +53,18 @@ def option(name: str, meaning: str) -> list[str]:
     return [f"  {name:<{_COLUMN}}{first}", *(f"  {'':<{_COLUMN}}{line}" for line in rest)]
 
 
+def models_help() -> list[str]:
+    """The lines of the models that a line names."""
+    return [
+        *option("BASE", "the base model: a folder, a file, a URL, or ORG/NAME on the Hub"),
+        *option(
+            "FINETUNED…",
+            "models fine-tuned from it, whole or as adapters, likewise; globs; NAME=PATH says "
+            "what a task is called",
+        ),
+    ]
+
+
 def meanings_of(source: Callable[..., Any]) -> dict[str, str]:
     """What a docstring's `Args:` says of each parameter; a class's, those above it, too."""
     from docstring_parser import parse

@@ -8,7 +8,7 @@ from typing import Any, get_type_hints
 from fusionkit import registry
 from fusionkit.checkpoints.adapters.modules import Adapters
 from fusionkit.checkpoints.checkpoint import Checkpoint, Source
-from fusionkit.cli.help import kind_of, option, options_help
+from fusionkit.cli.help import kind_of, models_help, options_help
 from fusionkit.cli.named_codec import CODECS, settings_of, with_classes
 from fusionkit.cli.named_models import located, named_models
 from fusionkit.cli.words import divided, with_values
@@ -198,12 +198,7 @@ def line_help(verb: str, summary: str, args: Sequence[str], own: Callable[..., A
         "",
         summary,
         "",
-        *option("BASE", "the base model: a folder, a file, a URL, or ORG/NAME on the Hub"),
-        *option(
-            "FINETUNED…",
-            "models fine-tuned from it, whole or as adapters, likewise; globs; NAME=PATH says "
-            "what a task is called",
-        ),
+        *models_help(),
         "",
         *options_help(own),
         *options_help(How),

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from fusionkit.cli.help import option, options_help
+from fusionkit.cli.help import models_help, option, options_help
 from fusionkit.cli.line import How
 
 
@@ -109,12 +109,7 @@ def scored_help(verb: str, summary: str, own: type[Named]) -> str:
         summary,
         "",
         *([] if compares else option("BUNDLE", "a bundle's folder")),
-        *option("BASE", "the base model: a folder, a file, a URL, or ORG/NAME on the Hub"),
-        *option(
-            "FINETUNED…",
-            "models fine-tuned from it, whole or as adapters, likewise; globs; NAME=PATH says "
-            "what a task is called",
-        ),
+        *models_help(),
         "",
         *options_help(own),
         *options_help(AsTheyAre),

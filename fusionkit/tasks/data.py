@@ -163,3 +163,20 @@ def _local(path: str | Path) -> Path:
     if is_remote(written_out(str(path))):
         raise DataError(f"{path}: rows are read from the local disk; copy them there")
     return open_path(path)
+
+
+class ListedRows(Dataset[dict[str, Any]]):
+    """Rows that are in a list.
+
+    Args:
+        rows: each a mapping of what a batch is made of.
+    """
+
+    def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._rows[index]

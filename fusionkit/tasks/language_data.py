@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fusionkit.errors import DataError
-from fusionkit.tasks.data import Split, TaskData
+from fusionkit.tasks.data import ListedRows, Split, TaskData
 from fusionkit.tasks.generation import GREEDY, Generation, pad_token
 from fusionkit.tasks.language_modeling import IGNORED, LanguageModeling, TextToText
 from fusionkit.tasks.language_rows import LanguageRows, Question, questions, read_rows, texts
@@ -110,16 +110,16 @@ class LanguageData(TaskData):
         """All rows, tokenized once."""
         rows, kind = self.rows(task, split), self.kinds[task]
         if rows.form == "texts":
-            return _Rows(self._pieces(rows))
+            return ListedRows(self._pieces(rows))
         asked = questions(rows)
         if isinstance(kind, MultipleChoice):
-            return _Rows([self._choices(each) for each in asked])
+            return ListedRows([self._choices(each) for each in asked])
         answered = [self._answer(each) for each in asked]
         share = sum(row["bytes"] for row in answered) / len(answered)
         found = [{**row, "bytes": share} for row in answered]
         if isinstance(kind, Generation):
             found = [{**row, **self._prompt(each)} for row, each in zip(found, asked, strict=True)]
-        return _Rows(found)
+        return ListedRows(found)
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Pad to the longest of the batch: prompts that are to be answered on the left."""
@@ -214,17 +214,6 @@ class LanguageData(TaskData):
         else:
             asked = self.tokens.prompt(question, {**GREEDY, **self.generation}["max_new_tokens"])
         return {"prompts": asked, "references": question.right}
-
-
-class _Rows(Dataset[dict[str, Any]]):
-    def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
-        self._rows = rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._rows[index]
 
 
 def _length(row: Mapping[str, Any]) -> int:

@@ -14,7 +14,7 @@ from fusionkit.errors import DataError
 from fusionkit.tasks.class_names import Classes, Labels, checked_labels, classes_of
 from fusionkit.tasks.classification import Classification
 from fusionkit.tasks.columns import label_column, text_columns
-from fusionkit.tasks.data import Split, TaskData
+from fusionkit.tasks.data import ListedRows, Split, TaskData
 from fusionkit.tasks.models import tokenizer_of
 from fusionkit.tasks.regression import Regression
 from fusionkit.tasks.table import MissingSplitError, Table
@@ -109,7 +109,7 @@ class TextData(TaskData):
         labels, texts = self.labelled(task, self.table(task, split))
         columns = [list(column) for column in zip(*texts, strict=True)]
         tokens = self.tokenizer(*columns, truncation=True, max_length=self.max_length)
-        return _Rows(
+        return ListedRows(
             [
                 {**{key: tokens[key][place] for key in tokens}, "labels": label}
                 for place, label in enumerate(labels)
@@ -265,14 +265,3 @@ class TextRegression(TextData):
                 )
             numbers.append(number)
         return numbers, texts
-
-
-class _Rows(Dataset[dict[str, Any]]):
-    def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
-        self._rows = rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._rows[index]
