@@ -12,11 +12,11 @@ is not large lie in one tensor behind the others (small_parts.py).
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
+from msgspec import Meta, Struct
 from torch import Tensor
 
 from fusionkit.bundles.small_parts import PACKED, Names
@@ -27,8 +27,7 @@ from fusionkit.errors import BundleError
 _DIGEST = 16
 
 
-@dataclass(frozen=True)
-class FileRecord:
+class FileRecord(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """What a manifest keeps of a file.
 
     Attributes:
@@ -37,14 +36,9 @@ class FileRecord:
         packed: whether small parts are packed.
     """
 
-    bytes: int
-    header_sha256: str
+    bytes: Annotated[int, Meta(ge=0, lt=1 << 62)]
+    header_sha256: Annotated[str, Meta(max_length=64)]
     packed: bool = False
-
-    def __post_init__(self) -> None:
-        kinds = (self.bytes, int), (self.header_sha256, str), (self.packed, bool)
-        if not all(isinstance(value, kind) for value, kind in kinds):
-            raise ValueError(f"no record of a file: {self}")
 
 
 class Entry(NamedTuple):

@@ -30,6 +30,9 @@ and valid until the next call."""
 PIECE = 1 << 20
 """Entries that are compared at once."""
 
+MOST_TENSORS = 1 << 20
+"""Of a model; those that are in use have fewer by far."""
+
 
 Made = TypeVar("Made")
 
