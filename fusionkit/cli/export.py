@@ -58,7 +58,7 @@ def export(
         add_prefix: put in front of the base's tensor names.
         variant: which of the base's weights, where its folder has several: `fp16`, say.
         dequantize: the base is quantised, and read as the unquantised model.
-        format: `model`, or `peft`: a LoRA that `PeftModel.from_pretrained` loads (as --for always is).
+        format: `model`, or `peft`: a LoRA that `PeftModel.from_pretrained` loads (so --for).
         rank: of an adapter, where the codec has no factors: cut deltas to this rank.
         lora_only: of an adapter, leave out heads, norms and biases.
         leave_out: of an adapter, patterns of tensors to leave out.
