@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import pytest
@@ -21,7 +22,7 @@ from fusionkit.checkpoints.disk import (
     check_writable,
     disk_errors,
 )
-from fusionkit.errors import BundleError
+from fusionkit.errors import BundleError, FusionKitError
 
 BASE = {"w": torch.zeros(400, 100), "head": torch.zeros(50, 100)}
 TUNED = {"a": {"w": torch.ones(400, 100), "head": torch.ones(50, 100)}}
@@ -145,24 +146,26 @@ def as_nobody(folder: Path) -> list[str]:
         lambda: export_task(bundle, "a", folder / "a.pt"),
         lambda: add_tasks(bundle, {"c": base}),
         lambda: bundle.remove("a"),
+        lambda: bundle.save(folder / "closed" / "b"),
     ):
         try:
             call()
             said.append("no error")
-        except BundleError as error:
+        except FusionKitError as error:
             said.append(str(error))
     return said
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root may")
-def test_who_may_not_write_is_told_first(tmp_path: Path) -> None:
+def test_who_may_not_write_is_told_first() -> None:
     base = {"w": torch.zeros(4)}
-    compress(base, {"a": base, "b": base}, Dense(), tmp_path / "b")
-    for folder in (tmp_path, tmp_path.parent, tmp_path.parents[1]):
+    with TemporaryDirectory() as temporary:  # nobody may look into pytest's own
+        folder = Path(temporary)
         folder.chmod(0o755)
-    code, said = by_itself(as_nobody, tmp_path)
+        (folder / "closed").mkdir(mode=0o700)
+        compress(base, {"a": base, "b": base}, Dense(), folder / "b")
+        code, said = by_itself(as_nobody, folder)
     assert code == 0
-    assert len(said) == 7
-    assert all(
-        f"can't be written in {tmp_path}: you may not write there; choose" in s for s in said
-    )
+    assert len(said) == 8
+    assert all(f"can't be written in {folder}: you may not write there" in s for s in said[:-1])
+    assert f"{folder / 'closed' / 'b'}: you may not look there (Permission denied)" in said[-1]
