@@ -71,8 +71,9 @@ def _become(model: nn.Module, bundle: Bundle, task: str | None) -> list[str]:
     _resize(model, bundle, task, seen)
     done = {*own}
     if task is not None:
-        write_weights(bundle, task, base, seen.state, seen.apart)
-        write_added(bundle, task, seen.state, seen.apart)
+        out = seen.state
+        write_weights(bundle, task, base, out, seen.apart)
+        write_added(bundle, task, out, seen.apart)
         done |= {*written(bundle)}
     split_base = bundle.base.plain
     left = [name for name in split_base if name not in done and name not in tied]
@@ -98,9 +99,9 @@ def _write(
 ) -> None:
     """Write tensors as they are, whatever shapes were there."""
     rounding = Rounding()
+    state = split_tensors(seen.state, stacks)
     for name, value in tensors:
         for place in (name, *(alias for alias, to in seen.apart.items() if to == name)):
-            state = split_tensors(seen.state, stacks)
             if place not in state:
                 continue
             if state[place].shape == value.shape:
@@ -110,4 +111,5 @@ def _write(
                 what = f"{label}: tensor '{place}'"
                 fresh = rounded(value, old.dtype, what).to(old.device)
                 put_anew(model, [seen.live_name(place)], fresh)
+                state = split_tensors(seen.state, stacks)
     rounding.check(label)
