@@ -14,6 +14,7 @@ from fusionkit.bundles.bundle import Bundle
 from fusionkit.bundles.compress import compress
 from fusionkit.checkpoints.adapters.modules import Adapters
 from fusionkit.checkpoints.checkpoint import Checkpoint, find_checkpoints, matches
+from fusionkit.checkpoints.headed import Headed
 from fusionkit.checkpoints.live_model import load_base, on_meta, open_for
 from fusionkit.checkpoints.paths import open_path
 from fusionkit.checkpoints.quantized import unquantized
@@ -36,6 +37,7 @@ from fusionkit.tasks.kinds import kinds_of
 from fusionkit.tasks.metrics import MetricChoice, check_choice
 from fusionkit.tasks.score_file import known_scores
 from fusionkit.tasks.scores import Scores
+from fusionkit.tasks.zero_shot import ZeroShotModels
 
 
 class ReuseModule(LightningModule):
@@ -52,7 +54,7 @@ class ReuseModule(LightningModule):
         bundle: a bundle, or its folder. With a codec given too, the bundle must be made by it.
         codec: how the fine-tuned checkpoints are compressed; none: they are used as they are.
         finetuned: task name → fine-tuned checkpoint; or one path with a `*` that stands for the
-            task's name (`models/*/model.safetensors`).
+            task's name (`models/*/model.safetensors`); or `ZeroShotModels`.
         private: patterns (`classifier.*`) of the tensors that are each task's own.
         frozen: patterns of the tensors that equal the base's in every task.
         adapters: of PEFT adapters among `finetuned`, reuse the weights that they are `merged`
@@ -81,7 +83,7 @@ class ReuseModule(LightningModule):
         model: nn.Module,
         bundle: str | Path | Bundle | None = None,
         codec: DeltaCodec | None = None,
-        finetuned: dict[str, str | Checkpoint] | str | None = None,
+        finetuned: ZeroShotModels | dict[str, str | Checkpoint | Headed] | str | None = None,
         private: list[str] | None = None,
         frozen: list[str] | None = None,
         adapters: Adapters = "merged",
@@ -98,7 +100,7 @@ class ReuseModule(LightningModule):
         self.model = model
         self.codec = codec
         found = find_checkpoints(finetuned) if isinstance(finetuned, str) else finetuned
-        self.finetuned: dict[str, str | Checkpoint] = dict(found or {})
+        self.finetuned: dict[str, str | Checkpoint | Headed] = dict(found or {})
         self.private = list(private or [])
         self.frozen = list(frozen or [])
         self.adapters: Adapters = adapters
