@@ -54,6 +54,26 @@ class DataError(FusionKitError):
     """A data set can't be read: a missing file, array or label, or a malformed row."""
 
 
+class RequestError(FusionKitError):
+    """A request to the server's engine can't be answered as it stands; the message says why."""
+
+
+class TaskGoneError(FusionKitError):
+    """A request's task was removed while the request waited or ran."""
+
+
+class UnknownTaskError(FusionKitError):
+    """A request names a task that is not served."""
+
+
+class QueueFullError(FusionKitError):
+    """As many requests wait as may; the request was not taken."""
+
+
+class StoppedError(FusionKitError):
+    """The engine takes no requests any more, or stopped before it had answered this one."""
+
+
 class MissingExtraError(FusionKitError):
     """Something is asked for that a package does which only one of FusionKit's extras installs."""
 

@@ -12,6 +12,7 @@ it, the small parts of a file that is not large lie in one tensor behind the oth
 
 import hashlib
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,8 @@ from fusionkit.checkpoints.steady_file import SteadyFile
 from fusionkit.errors import BundleError
 
 _DIGEST = 16
+_OPENING = threading.RLock()
+"""Held while a header is read. Not a file's own: a bundle can be copied, and a lock can't."""
 
 
 class FileRecord(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -102,7 +105,11 @@ class PartFile:
         return iter(self._open())
 
     def _open(self) -> dict[str, dict[str, str]]:
-        if self._index is None:
+        if self._index is not None:
+            return self._index
+        with _OPENING:
+            if self._index is not None:
+                return self._index
             with self._reading():
                 self._file = SteadyFile(local_copy(self.path, self._record.header_sha256))
                 text = self._header()

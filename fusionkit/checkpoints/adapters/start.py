@@ -115,7 +115,7 @@ def start_of(adapter: Adapter, layout: AdapterLayout) -> tuple[dict[str, Any], d
         if "file" in record:
             return {"stored": True}, _stored(adapter, record["file"], shapes)
         seeded = msgspec.convert(record, Seeded)
-    except (TypeError, KeyError, ValueError) as error:
+    except (TypeError, KeyError, ValueError, CheckpointError) as error:
         raise CheckpointError(
             f"{adapter.label}: {RECORD} is damaged ({error!r}); copy the folder again"
         ) from error
