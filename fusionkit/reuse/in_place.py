@@ -19,6 +19,7 @@ from fusionkit.checkpoints.vocabulary import grown
 from fusionkit.errors import BundleError, FusionKitError
 from fusionkit.reuse.resizing import put_anew, resize
 from fusionkit.reuse.seen import Seen
+from fusionkit.reuse.sole_switch import sole_switch
 from fusionkit.task_vectors.task_source import write_added, write_weights, written
 
 
@@ -38,14 +39,14 @@ def become(model: nn.Module, bundle: Bundle, task: str | None) -> list[str]:
             changed, or one of the task's tensors has no place in the model, or is too large for
             the model's dtype; the model is then the base.
         WrongBaseError: the base at hand is another model.
-        FusionKitError: the model is sharded.
+        FusionKitError: the model is sharded, or another thread is switching it.
     """
     if is_sharded(model):
         raise FusionKitError(
             "the model is sharded; switch it by `fusionkit.ReuseModule`, on all ranks together"
         )
     # Weights made under inference mode could never be trained again.
-    with torch.inference_mode(False), torch.no_grad():
+    with sole_switch(model), torch.inference_mode(False), torch.no_grad():
         if task is not None:
             bundle.check([task])
         _ = bundle.base  # found, and the right one, before anything is written

@@ -21,12 +21,13 @@ from fusionkit.checkpoints.quantized import unquantized
 from fusionkit.checkpoints.stacks import split_tensors
 from fusionkit.codecs.base import DeltaCodec
 from fusionkit.errors import BundleError, FusionKitError
-from fusionkit.registry import to_config
+from fusionkit.reuse.beside import made_by
 from fusionkit.reuse.described import described
 from fusionkit.reuse.evaluation import Evaluation, loader_of
 from fusionkit.reuse.prediction import Prediction
 from fusionkit.reuse.seen import Seen
 from fusionkit.reuse.sharded import ShardedBase, check_strategy, shard_with_base
+from fusionkit.reuse.sole_switch import refuse_half_switched, sole_switch
 from fusionkit.reuse.switcher import Switcher
 from fusionkit.task_vectors.family import Family
 from fusionkit.task_vectors.processes import ALONE, Processes
@@ -44,7 +45,8 @@ class ReuseModule(LightningModule):
 
     The tasks come from a bundle on disk; or from checkpoints and a codec, compressed on first use
     into a temporary bundle; or from checkpoints alone, uncompressed. The base's weights are kept
-    once beside the model's, so that every switch starts from them.
+    once beside the model's, so that every switch starts from them. It is for one thread at a time:
+    a switch, or a call, during another thread's switch is refused.
 
     Args:
         model: the base model; its weights are the base's unless `base` is given. It may be on
@@ -125,7 +127,7 @@ class ReuseModule(LightningModule):
         if isinstance(bundle, Bundle):
             self.reuse(bundle)
         elif self.bundle_path is not None and self.bundle_path.exists():
-            self.reuse(self._open_bundle(self.bundle_path))
+            self.reuse(made_by(self.bundle_path, self.codec))
 
     def __repr__(self) -> str:
         """What it reuses, in a line; nothing is opened for it."""
@@ -233,10 +235,13 @@ class ReuseModule(LightningModule):
             BundleError: the bundle has no such task, a file of it was changed, or a private
                 tensor has no place in the model.
             FamilyError: the tasks are uncompressed, and there is no such task.
+            FusionKitError: another thread is switching it.
         """
-        self.task = None
-        self._switcher.become(task, None if task is None else self.source)
-        self.task = task
+        source = None if task is None else self.source
+        with sole_switch(self.model):
+            self.task = None
+            self._switcher.become(task, source)
+            self.task = task
 
     @property
     def base_weights(self) -> Mapping[str, Tensor]:
@@ -261,8 +266,9 @@ class ReuseModule(LightningModule):
                 those weights the ones after a language model's layers.
         """
         left_out = set() if deltas else self.seen(family).in_layers(family.names("delta"))
-        self.task = None
-        self._switcher.become(task, family, left_out)
+        with sole_switch(self.model):
+            self.task = None
+            self._switcher.become(task, family, left_out)
 
     def shard(self, mesh: DeviceMesh) -> None:
         """Shard the model, and the base's weights beside it, over several processes (FSDP2).
@@ -296,6 +302,8 @@ class ReuseModule(LightningModule):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The active task's model, called as it is."""
+        if not torch.compiler.is_compiling():
+            refuse_half_switched(self.model)
         return self.model(*args, **kwargs)
 
     def setup(self, stage: str) -> None:
@@ -382,15 +390,6 @@ class ReuseModule(LightningModule):
     def _evaluated(self) -> list[str]:
         """The tasks in the order of the dataloaders."""
         return list(getattr(self._datamodule, "tasks", self.tasks))
-
-    def _open_bundle(self, path: Path) -> Bundle:
-        bundle = Bundle(path)
-        if self.codec is not None and to_config(self.codec) != to_config(bundle.codec):
-            raise BundleError(
-                f"{path}: was made with {bundle.codec!r}, but `codec` is {self.codec!r}; compress "
-                "again (--overwrite), or leave `codec` out"
-            )
-        return bundle
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ReuseModule":
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
