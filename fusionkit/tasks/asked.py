@@ -54,8 +54,8 @@ class Asked:
         if is_glue(given):
             known = glue_task(given, task)
             return cls(known.prompt, known.words)
-        answers = given.get("answers") if isinstance(given, Mapping) else None
-        words = () if answers == NUMBER else answers
+        answers: Any = given.get("answers") if isinstance(given, Mapping) else None
+        words: Any = () if answers == NUMBER else answers
         fits = isinstance(words, list | tuple) and all(isinstance(word, str) for word in words)
         if not fits or not isinstance(given.get("prompt"), str) or set(given) - _KEYS:
             raise DataError(
