@@ -15,6 +15,7 @@ from fusionkit.reuse.layout import Layout
 from fusionkit.reuse.mixed_layer import Layer
 from fusionkit.reuse.operands import Operand, TaskOperands, read
 from fusionkit.reuse.row_tasks import RowTasks
+from fusionkit.reuse.sole_switch import sole_switch
 from fusionkit.task_vectors.task_source import TaskSource
 
 OPERAND_BYTES = 2 << 30
@@ -119,7 +120,7 @@ class MixedBatch:
 
         Raises:
             BundleError: the bundle has no such task, or a file of it was changed.
-            FusionKitError: there are no rows, or another batch runs.
+            FusionKitError: there are no rows, or another batch runs, or a switch.
             WrongBaseError: the model's weights are no longer the base's.
         """
         tasks = tuple(tasks)
@@ -131,9 +132,10 @@ class MixedBatch:
                 "another batch runs on this model; run one at a time, or have a model for each"
             )
         try:
-            self._begin(tasks)
-            with torch.no_grad(), self._standing_in():
-                yield
+            with sole_switch(self.model), torch.no_grad():
+                self._begin(tasks)
+                with self._standing_in():
+                    yield
         finally:
             self._owner, self._batch = None, {}
             self._held.use(())

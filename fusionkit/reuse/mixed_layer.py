@@ -163,6 +163,8 @@ class Held(nn.Parameter):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Answer what may be asked, and refuse all else."""
+        if func is Tensor.detach:  # for a state dict, whose values are held as well
+            return args[0]
         if func in _ASKED:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))

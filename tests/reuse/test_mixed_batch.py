@@ -88,6 +88,8 @@ def test_one_batch_runs_at_a_time(batch: MixedBatch) -> None:
         batch.rows(["bee"]),
     ):
         raise AssertionError
+    with batch.rows(["ant"]), pytest.raises(FusionKitError, match="is switching this model"):
+        fusionkit.switch(batch.model, batch.source, "bee")
     found: list[BaseException] = []
 
     def elsewhere() -> None:
