@@ -1,6 +1,7 @@
 """Add tasks to a bundle: the other tasks' files are not touched."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
 
@@ -69,10 +70,29 @@ def add_tasks(
         shared = bundle.shared_parts if keep_shared else None
         names = bundle.manifest.base.tensors
         writer = BundleWriter(folder, family, bundle.codec, resumable=False, names=names)
-        new_shared, records = writer.write(shared, adding=True)
+        with _against_shared(bundle, keep_shared):
+            new_shared, records = writer.write(shared, adding=True)
         if new_shared:
             raise BundleError(f"{bundle.path}: {_SHARES}")
         _place(bundle, folder, records)
+
+
+@contextmanager
+def _against_shared(bundle: Bundle, shared: bool) -> Iterator[None]:
+    """A context that says, of tasks that are encoded against shared parts, that these don't fit.
+
+    Raises:
+        BundleError: they don't.
+    """
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        if not shared:
+            raise
+        raise BundleError(
+            f"{bundle.path}: {bundle.codec!r} can't encode against what its tasks share "
+            f"({type(error).__name__}: {error}); compress all of them again"
+        ) from error
 
 
 def _family(

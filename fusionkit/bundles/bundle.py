@@ -26,9 +26,8 @@ from fusionkit.checkpoints.checkpoint import Checkpoint, Source
 from fusionkit.checkpoints.disk import check_writable
 from fusionkit.checkpoints.paths import is_remote, open_path
 from fusionkit.checkpoints.stacks import row_name, split, unsplit
-from fusionkit.codecs.base import WHOLE, DeltaCodec, Parts
+from fusionkit.codecs.base import WHOLE, Parts
 from fusionkit.errors import BundleError, in_line, lacks, size
-from fusionkit.registry import from_config
 from fusionkit.task_vectors.task_source import own_tensor
 from fusionkit.task_vectors.vectors import difference
 from fusionkit.task_vectors.workers import full_precision
@@ -67,10 +66,7 @@ class Bundle(ByTask, Published):
     def __init__(self, path: str | Path, base: Source | Checkpoint | None = None) -> None:
         self.path = open_path(path)
         self.manifest, self._stored = at_once(self.path, self._read)
-        codec = from_config(self.manifest.codec, f"{self.path / MANIFEST}: codec")
-        if not isinstance(codec, DeltaCodec):
-            raise BundleError(f"{self.path / MANIFEST}: '{codec.id}' is no codec; compress again")
-        self.codec: DeltaCodec = codec
+        self.codec = self._stored.codec
         record = self.manifest.base
         self.roles = {name: tensor.role for name, tensor in record.tensors.items()}
         self.space, self.stacks = record.space, record.stacks
@@ -382,12 +378,8 @@ class Bundle(ByTask, Published):
         if record is None or record.role != "delta":
             raise BundleError(f"{self.path}: holds no deltas of a tensor '{name}'")
         with decoding(self.path, task, name, self.codec), full_precision():
-            parts = self.task_parts(task, name, device)
-            shared = self.shared_parts(name, device)
-            if not parts and not shared:
-                return None
-            whole = self._stored.whole_model(task, device)
-            return decode({**whole, **shared, **parts}, torch.Size(record.shape))
+            parts = self._stored.of_tensor(self._known(task), name, device)
+            return None if parts is None else decode(parts, torch.Size(record.shape))
 
     def _shaped(self, task: str, name: str, decoded: Tensor | None) -> Tensor | None:
         expected = self.manifest.base.tensors[name].shape

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fusionkit.bundles.format import ADDED, INITIAL, SHARED, task_file
+from fusionkit.bundles.format import ADDED, INITIAL, MANIFEST, SHARED, task_file
 from fusionkit.bundles.hub import fetched
 from fusionkit.bundles.manifest import Manifest
 from fusionkit.bundles.part_file import PartFile
@@ -16,8 +16,9 @@ from fusionkit.bundles.small_parts import Names
 from fusionkit.bundles.snapshot import Stamp, as_opened, changed, stamp
 from fusionkit.checkpoints.paths import copy_file
 from fusionkit.checkpoints.vocabulary import with_rows
-from fusionkit.codecs.base import WHOLE, WHOLE_MODEL, DeltaCodec, Parts
+from fusionkit.codecs.base import WHOLE, WHOLE_MODEL, DeltaCodec, Parts, check_parts
 from fusionkit.errors import BundleError
+from fusionkit.registry import from_config
 
 _OPEN = 32
 """Task files that are kept open, those used last. What stays open of each lies among the memory
@@ -34,12 +35,17 @@ class BundleReader:
         manifest: which files there are.
         opened: the stamp of the manifest, when it was read.
 
+    Attributes:
+        codec: what decodes the parts, to whose `layout` they are held.
+
     Raises:
+        PluginError: the codec is not installed, or its settings are not such.
         BundleError: the shared file is missing, or has another size; a task's when it is needed;
             or another run has changed the bundle since.
     """
 
     def __init__(self, path: Path, manifest: Manifest, opened: Stamp) -> None:
+        self.codec = _codec_of(path, manifest)
         self._names = Names(manifest.base.tensors)
         self._path, self._manifest, self._stamp = path, manifest, opened
         self._shared: PartFile | None = None
@@ -61,12 +67,38 @@ class BundleReader:
         if self._shared is None:
             return {}
         with as_opened(self._path, self._stamp):
-            return self._shared.parts(name, device)
+            parts = self._shared.parts(name, device)
+        return self._held(parts, name, "all tasks")
 
     def own(self, task: str, name: str, device: torch.device | None = None) -> Parts:
         """The parts of a tensor that a task owns."""
         with as_opened(self._path, self._stamp):
-            return self._file(task).parts(name, device)
+            parts = self._file(task).parts(name, device)
+        return self._held(parts, name, f"task '{task}'")
+
+    def of_tensor(self, task: str, name: str, device: torch.device | None = None) -> Parts | None:
+        """All parts that a task's tensor is decoded from; None where it has none."""
+        own, shared = self.own(task, name, device), self.shared(name, device)
+        return {**self.whole_model(task, device), **shared, **own} if own or shared else None
+
+    def _held(self, parts: Parts, name: str, owner: str) -> Parts:
+        """Parts as the codec wants them, for a tensor of this shape.
+
+        Raises:
+            BundleError: one is another.
+        """
+        record = self._manifest.base.tensors.get(name)
+        if name != WHOLE_MODEL and (record is None or record.role != "delta"):
+            return parts
+        shape = torch.Size(record.shape if record else ())
+        try:
+            check_parts(parts, self.codec.layout(shape))
+        except ValueError as error:
+            what = f"'{name}' of {owner}" if name else f"the whole model's of {owner}"
+            raise BundleError(
+                f"{self._path}: {what}: {error}; copy or compress it again"
+            ) from error
+        return parts
 
     def exact(self, task: str, codec: DeltaCodec) -> Iterator[tuple[str, Tensor]]:
         """A task's tensors that are stored exactly, by name.
@@ -168,6 +200,14 @@ class BundleReader:
         if len(self._tasks) > _OPEN:
             self._tasks.popitem(last=False)
         return file
+
+
+def _codec_of(path: Path, manifest: Manifest) -> DeltaCodec:
+    place = path / MANIFEST
+    codec = from_config(manifest.codec, f"{place}: codec")
+    if not isinstance(codec, DeltaCodec):
+        raise BundleError(f"{place}: '{codec.id}' is no codec; compress again")
+    return codec
 
 
 @contextmanager

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from fusionkit.checkpoints.adapters.lowrank import LowRank
-from fusionkit.codecs.base import WHOLE_MODEL, DeltaCodec, Encoded, Encoder, Parts, SharedParts
+from fusionkit.codecs.base import (
+    WHOLE_MODEL,
+    DeltaCodec,
+    Encoded,
+    Encoder,
+    Layout,
+    Parts,
+    PartSpec,
+    SharedParts,
+)
 from fusionkit.codecs.merged import Merged
 from fusionkit.codecs.payload import Payload
 from fusionkit.errors import CodecError
@@ -149,6 +158,14 @@ class DBMS(DeltaCodec):
 
         return Encoder(encode, finish, close)
 
+    def layout(self, shape: torch.Size) -> Layout:
+        """The scalars; and what shift and codec say, of the tensor and of the whole model."""
+        found = {_SCALARS: PartSpec(torch.float32, (2,))}
+        for kind, codec in (("shift", self.direction), ("delta", self.codec)):
+            for name, spec in codec.layout(shape).items():
+                found |= {kind + level + name: spec for level in (_OF_TENSOR, _OF_MODEL)}
+        return found
+
     def decode(self, parts: Parts, shape: torch.Size) -> Tensor:
         """α u + β C(τ − α u)."""
         shift, scale = parts[_SCALARS].tolist()
@@ -271,6 +288,10 @@ class _AtScalars(DeltaCodec):
     def prepare(self, family: Family, shared: SharedParts | None = None) -> Encoder:
         """As the DBMS; only scalars that are not known are searched for."""
         return self.codec.prepare_at(self.scalars, family, shared)
+
+    def layout(self, shape: torch.Size) -> Layout:
+        """As the DBMS."""
+        return self.codec.layout(shape)
 
     def decode(self, parts: Parts, shape: torch.Size) -> Tensor:
         """As the DBMS."""

@@ -7,8 +7,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fusionkit.codecs.base import Parts, TensorCodec
-from fusionkit.codecs.values import ValueDtype, pack_values, unpack_values, values_bytes
+from fusionkit.codecs.base import Layout, Parts, TensorCodec
+from fusionkit.codecs.values import (
+    ValueDtype,
+    pack_values,
+    unpack_values,
+    values_bytes,
+    values_layout,
+)
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,10 @@ class Dense(TensorCodec):
     def encode_tensor(self, delta: Tensor, name: str) -> Parts:
         """The values; none where the delta is zero throughout."""
         return pack_values(delta.reshape(-1), self.dtype) if delta.any() else {}
+
+    def layout(self, shape: torch.Size) -> Layout:
+        """The values."""
+        return values_layout((shape.numel(),), self.dtype)
 
     def decode(self, parts: Parts, shape: torch.Size) -> Tensor:
         """The values in their shape."""

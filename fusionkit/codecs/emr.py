@@ -9,9 +9,24 @@ import torch
 from torch import Tensor
 
 from fusionkit.codecs import kernels
-from fusionkit.codecs.base import WHOLE_MODEL, DeltaCodec, Encoded, Encoder, Parts, SharedParts
-from fusionkit.codecs.packing import pack_bits, unpack_bits
-from fusionkit.codecs.values import ValueDtype, pack_values, unpack_values, values_bytes
+from fusionkit.codecs.base import (
+    WHOLE_MODEL,
+    DeltaCodec,
+    Encoded,
+    Encoder,
+    Layout,
+    Parts,
+    PartSpec,
+    SharedParts,
+)
+from fusionkit.codecs.packing import bits_spec, pack_bits, unpack_bits
+from fusionkit.codecs.values import (
+    ValueDtype,
+    pack_values,
+    unpack_values,
+    values_bytes,
+    values_layout,
+)
 from fusionkit.merges.elect import signs
 from fusionkit.task_vectors.family import Family
 from fusionkit.task_vectors.vectors import TaskVectors
@@ -66,6 +81,14 @@ class EMR(DeltaCodec):
             return Encoded(WHOLE_MODEL, tasks=[{"rescaler": rescaler} for rescaler in rescalers])
 
         return Encoder(encode, finish)
+
+    def layout(self, shape: torch.Size) -> Layout:
+        """The elected vector, the mask, and the rescaler, wherever it is."""
+        return {
+            **values_layout((shape.numel(),), self.dtype, "elected"),
+            "mask": bits_spec(shape.numel()),
+            "rescaler": PartSpec(torch.float32, (1,)),
+        }
 
     def decode(self, parts: Parts, shape: torch.Size) -> Tensor:
         """λ_t M_t ⊙ τ_uni."""

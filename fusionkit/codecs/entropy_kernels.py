@@ -8,6 +8,7 @@ as `runs`, `(runs, 2)` int64: a model's row, and a number of symbols.
 import numpy as np
 from numpy.typing import NDArray
 
+from fusionkit.codecs.entropy_tables import BUCKETS
 from fusionkit.task_vectors.compiled import compiled
 
 Integers = NDArray[np.int64]
@@ -16,11 +17,69 @@ START = 1 << 16
 """The state before anything is coded."""
 
 
-@compiled
-def encode(  # noqa: PLR0912
+def encode(
     symbols: NDArray[np.int32], runs: Integers, rows: Integers, cumulative: Integers
 ) -> tuple[np.int64, NDArray[np.uint16]]:
-    """The state at the end, and the words in the order in which they are decoded."""
+    """The state at the end, and the words in the order in which they are decoded.
+
+    Raises:
+        ValueError: the arrays are not of the sizes that each other's say.
+    """
+    _check(symbols, runs, rows, cumulative)
+    return _encode(symbols, runs, rows, cumulative)
+
+
+def decode(
+    state: np.int64,
+    words: NDArray[np.uint16],
+    runs: Integers,
+    rows: Integers,
+    cumulative: Integers,
+    first: NDArray[np.uint16],
+    symbols: NDArray[np.int32],
+) -> bool:
+    """Fill `symbols`; whether the stream is one that `encode` makes of these runs.
+
+    Nothing outside the arrays is read or written, whatever `state` and `words` are.
+
+    Args:
+        state: as `encode` returned it: in `[2^16, 2^48)`, from 2^32 on if there are words.
+        words: likewise.
+        runs: of the symbols.
+        rows: of the models.
+        cumulative: of all models, one after the other.
+        first: of all models, `(models, 2^10)`.
+        symbols: `(n,)`, n the sum of the runs' numbers.
+
+    Raises:
+        ValueError: the arrays are not of the sizes that each other's say.
+    """
+    _check(symbols, runs, rows, cumulative)
+    if first.shape != (len(rows), 1 << BUCKETS):
+        raise ValueError(f"expected {len(rows)} models' first indices, got {first.shape}")
+    return _decode(state, words, runs, rows, cumulative, first, symbols)
+
+
+def _check(
+    symbols: NDArray[np.int32], runs: Integers, rows: Integers, cumulative: Integers
+) -> None:
+    """Refuse runs of other models, or of another number of symbols, than there are."""
+    models, numbers = runs.T
+    if len(runs) and not (0 <= models.min() <= models.max() < len(rows) and numbers.min() >= 0):
+        raise ValueError(f"expected runs of {len(rows)} models, got {models}, {numbers}")
+    if numbers.sum() != len(symbols):
+        raise ValueError(f"expected {numbers.sum()} symbols, got {len(symbols)}")
+    begins, sizes = rows[:, 0], rows[:, 1]
+    if len(rows) and not (
+        begins.min() >= 0 <= sizes.min() and (begins + sizes).max() < len(cumulative)
+    ):
+        raise ValueError(f"expected frequencies of {len(rows)} models, got {len(cumulative)}")
+
+
+@compiled
+def _encode(  # noqa: PLR0912
+    symbols: NDArray[np.int32], runs: Integers, rows: Integers, cumulative: Integers
+) -> tuple[np.int64, NDArray[np.uint16]]:
     room, at = 0, 0
     for run in range(len(runs)):  # steps put away a word each at most
         _, size, last, low, _ = rows[runs[run, 0]]
@@ -77,7 +136,7 @@ def encode(  # noqa: PLR0912
 
 
 @compiled
-def decode(
+def _decode(
     state: np.int64,
     words: NDArray[np.uint16],
     runs: Integers,
@@ -86,19 +145,6 @@ def decode(
     first: NDArray[np.uint16],
     symbols: NDArray[np.int32],
 ) -> bool:
-    """Fill `symbols`; whether the stream is one that `encode` makes of these runs.
-
-    Nothing outside the arrays is read or written, whatever `state` and `words` are.
-
-    Args:
-        state: as `encode` returned it: in `[2^16, 2^48)`, from 2^32 on if there are words.
-        words: likewise.
-        runs: of the symbols.
-        rows: of the models.
-        cumulative: of all models, one after the other.
-        first: of all models, `(models, 2^10)`.
-        symbols: `(n,)`, n the sum of the runs' numbers.
-    """
     place, at = 0, 0
     for run in range(len(runs)):
         begin, size, last, low, signed = rows[runs[run, 0]]

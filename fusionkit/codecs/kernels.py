@@ -31,6 +31,10 @@ def elect(  # noqa: PLR0912
         squared: to `sums` is added Σ M_t|τ_t||τ_uni| and Σ M_t τ_uni² instead.
     """
     tasks, count = vectors.shape
+    if len(elected) != count or sums.shape != (2, tasks) or first % 8:
+        raise ValueError("an elected vector, or sums, of other sizes than the vectors")
+    if len(masks) != tasks or 8 * masks.shape[1] < first + count:
+        raise ValueError("masks of other sizes than the vectors")
     sign = np.empty(TILE, np.float32)
     magnitude = np.empty(TILE, np.float32)
     bits = np.zeros(TILE, np.uint8)
@@ -86,6 +90,8 @@ def elect(  # noqa: PLR0912
 def quotients(positions: NDArray[np.integer[Any]], least: int) -> NDArray[np.int64]:
     """The sums of the gaps' quotients by 2^least, 2^(least + 1), 2^(least + 2), 2^(least + 3)."""
     sums = np.zeros(4, np.int64)
+    if not len(positions):
+        return sums
     before, after = positions[:-1], positions[1:]
     for more in range(4):
         shift = least + more
@@ -112,6 +118,8 @@ def rice(
         remainders: the same of the remainders' bits, `k` streams of `count` bits.
     """
     count = len(positions)
+    if 64 * (len(remainders) - 1) < count * k:
+        raise ValueError("less room than remainders")
     gaps = np.empty(64, np.uint64)
     end, before = np.int64(-1), np.int64(-1)
     for start in range(0, count, 64):
@@ -123,6 +131,8 @@ def rice(
         for i in range(size):
             end += np.int64(gaps[i] >> np.uint64(k)) + 1
             if end >> 6 != place:
+                if end >> 6 >= len(unary):
+                    raise ValueError("less room than quotients")
                 if place >= 0:
                     unary[place] |= word
                 word, place = np.uint64(0), end >> 6

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fusionkit.codecs.base import DeltaCodec, Encoder, Parts, SharedParts
+from fusionkit.codecs.base import DeltaCodec, Encoder, Layout, Parts, SharedParts
 from fusionkit.codecs.dense import Dense
 from fusionkit.codecs.merged import Merged
 from fusionkit.codecs.values import ValueDtype
@@ -52,6 +52,10 @@ class LinearizedLoRA(DeltaCodec):
                 "--model.method linearized_lora); keep these by Dense, or merge them by Merged"
             )
         return self._codec.prepare(family, shared)
+
+    def layout(self, shape: torch.Size) -> Layout:
+        """As of the values, or the merged vector."""
+        return self._codec.layout(shape)
 
     def decode(self, parts: Parts, shape: torch.Size) -> Tensor:
         """φ_t − φ₀, or the merged vector."""

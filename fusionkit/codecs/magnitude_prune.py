@@ -8,10 +8,16 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fusionkit.codecs.base import DeltaCodec, Encoded, Encoder, Parts, SharedParts
-from fusionkit.codecs.merged import SharedVector, decode_shared
+from fusionkit.codecs.base import DeltaCodec, Encoded, Encoder, Layout, Parts, PartSpec, SharedParts
+from fusionkit.codecs.merged import SharedVector, decode_shared, shared_layout
 from fusionkit.codecs.packing import decode_positions, encode_positions
-from fusionkit.codecs.values import ValueDtype, pack_values, unpack_values, values_bytes
+from fusionkit.codecs.values import (
+    ValueDtype,
+    pack_values,
+    unpack_values,
+    values_bytes,
+    values_layout,
+)
 from fusionkit.errors import CodecError
 from fusionkit.merges.base import Merge
 from fusionkit.task_vectors.family import Family
@@ -82,6 +88,14 @@ class MagnitudePrune(DeltaCodec):
             return Encoded(vectors.name, merged.parts, own)
 
         return Encoder(encode)
+
+    def layout(self, shape: torch.Size) -> Layout:
+        """The shared vector, the positions, and the values there."""
+        return {
+            **shared_layout(shape, self.dtype),
+            "positions": PartSpec(torch.uint8, (None,)),
+            **values_layout((None,), self.dtype),
+        }
 
     def decode(self, parts: Parts, shape: torch.Size) -> Tensor:
         """τ* + v̂_t."""

@@ -7,8 +7,14 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from fusionkit.codecs.base import DeltaCodec, Encoded, Encoder, Parts, SharedParts
-from fusionkit.codecs.values import ValueDtype, pack_values, unpack_values, values_bytes
+from fusionkit.codecs.base import DeltaCodec, Encoded, Encoder, Layout, Parts, SharedParts
+from fusionkit.codecs.values import (
+    ValueDtype,
+    pack_values,
+    unpack_values,
+    values_bytes,
+    values_layout,
+)
 from fusionkit.merges.base import Merge
 from fusionkit.merges.mean import Mean
 from fusionkit.task_vectors.family import Family
@@ -39,6 +45,10 @@ class Merged(DeltaCodec):
         """The passes that the merge itself needs."""
         vector = SharedVector(self.merge, self.dtype, family, shared)
         return Encoder(lambda vectors: Encoded(vectors.name, vector.of(vectors).parts))
+
+    def layout(self, shape: torch.Size) -> Layout:
+        """The shared vector."""
+        return shared_layout(shape, self.dtype)
 
     def decode(self, parts: Parts, shape: torch.Size) -> Tensor:
         """τ*."""
@@ -83,6 +93,11 @@ class SharedVector:
             return StoredVector(None, {})
         parts = pack_values(merged.view(-1), self._dtype, _PART)
         return StoredVector(decode_shared(parts, vectors.shape, self._dtype), parts)
+
+
+def shared_layout(shape: torch.Size, dtype: ValueDtype) -> Layout:
+    """What the parts of a shared vector must be."""
+    return values_layout((shape.numel(),), dtype, _PART)
 
 
 def decode_shared(parts: Parts, shape: torch.Size, dtype: ValueDtype) -> Tensor:

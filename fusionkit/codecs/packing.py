@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fusionkit.codecs import kernels
+from fusionkit.codecs.base import PartSpec
 from fusionkit.task_vectors.kernels import places
 
 _COMPLEMENT = 0x80
@@ -58,11 +59,18 @@ def unpack_bits(packed: Tensor, count: int) -> Tensor:
     Raises:
         ValueError: fewer than `count` bits are there.
     """
+    if packed.dtype != torch.uint8 or packed.ndim != 1:
+        raise ValueError(f"expected bytes of bits, got {PartSpec.of(packed)}")
     if packed.numel() * 8 < count:
         raise ValueError(f"expected at least {count} bits, got {packed.numel() * 8}")
     if packed.device.type == "cpu":
         return torch.from_numpy(np.unpackbits(packed.numpy(), count=count, bitorder="little"))
     return _unpack_on_device(packed, count)
+
+
+def bits_spec(count: int) -> PartSpec:
+    """What `pack_bits` makes of so many entries."""
+    return PartSpec(torch.uint8, (-(-count // 8),))
 
 
 def pack_integers(integers: Tensor, bits: int, fill: int = 0) -> Tensor:
@@ -103,6 +111,8 @@ def unpack_integers(packed: Tensor, count: int, bits: int) -> Tensor:
     Raises:
         ValueError: fewer than `count` integers are there.
     """
+    if packed.dtype != torch.uint8 or not packed.ndim:
+        raise ValueError(f"expected bytes of integers, got {PartSpec.of(packed)}")
     if 8 * len(packed) < count * bits:
         raise ValueError(
             f"expected at least {-(-count * bits // 8)} bytes of {bits}-bit integers, "
@@ -156,6 +166,8 @@ def decode_positions(coded: Tensor, total: int) -> Tensor:
     Raises:
         ValueError: the bytes are not such a code, or point outside `[0, total)`.
     """
+    if coded.dtype != torch.uint8 or coded.ndim != 1:
+        raise ValueError(f"expected bytes of coded positions, got {PartSpec.of(coded)}")
     if coded.numel() < _HEADER:
         raise ValueError(f"expected at least {_HEADER} bytes of coded positions")
     header = bytes(coded[:_HEADER].tolist())

@@ -3,8 +3,8 @@
 A *panel* is a flat array that holds `width` vectors side by side: entry `i` of vector `c` is at
 `i * width + c`, and `width` is a multiple of 16. So every step works on runs of at least 16 floats,
 a line of the cache, and a permutation copies whole runs. A matrix's columns lie so by nature; its
-rows are transposed on the way in and out. What works on 16 floats is in `rotation_vectors`. Bounds
-are the callers' business.
+rows are transposed on the way in and out. What works on 16 floats is in `rotation_vectors`. Sizes are
+checked once a call, before the loops; that positions lie in a matrix is the callers' business.
 """
 
 import numpy as np
@@ -50,6 +50,19 @@ one, transposed and flat, `(rank * n,)`; the rank; and a matrix, flat, or an emp
 def width(columns: int) -> int:
     """How many of a matrix's columns are rotated at once."""
     return min(_COLUMNS, -(-columns // LANES) * LANES)
+
+
+@register_jitable
+def _check(steps: Steps, work: Floats, begin: int, end: int, vectors: int, lanes: int) -> None:
+    """Refuse a side's steps that are of other sizes than each other, and vectors beyond the last."""
+    windows, power, order, factors = steps
+    size = len(order)
+    if len(windows) != 2 or windows.min() < 0 or windows.max() + power > size:
+        raise ValueError("windows beyond the vector")
+    if factors.shape != (5, size) or work.shape[0] != 2 or work.shape[1] < lanes * size:
+        raise ValueError("factors, or room, of another size than the vector")
+    if begin < 0 or end > vectors:
+        raise ValueError("vectors beyond the matrix")
 
 
 @register_jitable
@@ -199,6 +212,9 @@ def rotate_columns(
     (_, _, order, factors), (panel, other) = steps, work
     rows = len(order)
     size, width = len(source) // rows, len(panel) // rows
+    _check(steps, work, begin, end, size, LANES)
+    if len(target) != len(source) or len(source) != rows * size or width % LANES:
+        raise ValueError("a matrix of another size than its side")
     for column in range(begin, end, width):
         columns = min(width, end - column)
         whole = columns - columns % LANES
@@ -222,6 +238,12 @@ def rotate_sparse_columns(
     (_, _, order, factors), (panel, other) = steps, work
     starts, places, values = entries
     width = len(panel) // len(order)
+    size = len(target) // len(order)
+    _check(steps, work, begin, end, size, LANES)
+    if len(target) != len(order) * size or width % LANES or len(places) != len(values):
+        raise ValueError("a matrix of another size than its side")
+    if len(starts) < (size + width - 1) // width + 1 or starts.max() > len(places):
+        raise ValueError("panels beyond the entries")
     for column in range(begin, end, width):
         first, last = starts[column // width], starts[column // width + 1]
         panel[:] = 0
@@ -248,6 +270,8 @@ def panels(positions: Counts, values: Floats, size: int, width: int) -> Entries:
         `(count,)`; the entries, `(count,)`.
     """
     count = len(positions)
+    if len(values) != count:
+        raise ValueError("another number of values than of positions")
     columns = np.empty(count, np.int64)
     starts = np.zeros((size + width - 1) // width + 1, np.int64)
     for k in range(count):
@@ -286,6 +310,15 @@ def rotate_rows(
     """
     (_, _, order, factors), (panel, other) = steps, work
     size = len(order)
+    vectors = len(source) // size
+    _check(steps, work, begin, end, vectors, LANES)
+    left, right, rank, base = added
+    if len(target) != len(source) or len(source) != vectors * size:
+        raise ValueError("a matrix of another size than its side")
+    if len(left) != vectors * rank or len(right) != rank * size:
+        raise ValueError("factors of another size than the matrix")
+    if len(base) and len(base) != len(source):
+        raise ValueError("a base of another size than the matrix")
     for row in range(begin, end, LANES):
         rows = min(LANES, end - row)
         whole = size - size % LANES if rows == LANES else 0

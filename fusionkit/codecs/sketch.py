@@ -12,7 +12,16 @@ from torch import Tensor
 from fusionkit.checkpoints.adapters.lowrank import LowRank
 from fusionkit.codecs import sketch_codes
 from fusionkit.codecs.allocation import Share
-from fusionkit.codecs.base import WHOLE_MODEL, DeltaCodec, Encoded, Encoder, Parts, SharedParts
+from fusionkit.codecs.base import (
+    WHOLE_MODEL,
+    DeltaCodec,
+    Encoded,
+    Encoder,
+    Layout,
+    Parts,
+    PartSpec,
+    SharedParts,
+)
 from fusionkit.codecs.rotation import rotate, rotate_sparse
 from fusionkit.codecs.sketch_codes import Codes
 from fusionkit.codecs.sketch_encoder import How, encode_tensor, measure, sides
@@ -139,6 +148,13 @@ class Sketch(DeltaCodec):
             return Encoded(WHOLE_MODEL, tasks=own)
 
         return Encoder(encode, finish)
+
+    def layout(self, shape: torch.Size) -> Layout:
+        """The codes, and the gains of all matrices."""
+        return {
+            _CODES: PartSpec(torch.uint8, (None,)),
+            _GAINS: PartSpec(torch.float16, (None, 2)),
+        }
 
     def decode(self, parts: Parts, shape: torch.Size) -> Tensor:
         """The directions' product and the sketch rotated back; differentiable in the gains."""

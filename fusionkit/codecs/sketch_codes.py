@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fusionkit.codecs import entropy
+from fusionkit.codecs.base import PartSpec
 from fusionkit.codecs.entropy import Bits, Gaps, Gaussian, Laplace, Model
 from fusionkit.codecs.quantized_factors import HEADER, QuantizedFactors
 from fusionkit.codecs.sign_sketch import Sketched
@@ -84,6 +85,8 @@ def read(codes: Tensor, rows: int, columns: int) -> Codes:
     Raises:
         ValueError: the bytes are not such codes.
     """
+    if codes.dtype != torch.uint8 or codes.ndim != 1:
+        raise ValueError(f"expected bytes of codes, got {PartSpec.of(codes)}")
     data, total, at = codes.numpy().tobytes(), rows * columns, _HEAD.size
     if len(data) < at:
         raise ValueError(f"{len(data)} bytes are too few for the head of a tensor's codes")

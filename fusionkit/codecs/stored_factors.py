@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from fusionkit.checkpoints.adapters.lowrank import LowRank
-from fusionkit.codecs.values import ValueDtype, pack_values, unpack_values
+from fusionkit.codecs.base import Layout
+from fusionkit.codecs.decomposition import matrix_of
+from fusionkit.codecs.values import ValueDtype, pack_values, unpack_values, values_layout
 
 _INTEGERS = ("int8", "int4", "int3", "int2")
 _BLOCK = 1 << 22
@@ -49,10 +51,25 @@ def pack_factors(delta: Tensor | LowRank, factors: LowRank, dtype: ValueDtype) -
 
 
 def unpack_factors(parts: Mapping[str, Tensor], shape: torch.Size, dtype: ValueDtype) -> LowRank:
-    """Read the factors of a tensor of this shape back, in float32."""
+    """Read the factors of a tensor of this shape back, in float32.
+
+    Raises:
+        ValueError: they are not what `pack_factors` makes of such a tensor.
+    """
     left = unpack_values(parts, shape[0], dtype, "left")
     right = unpack_values(parts, shape.numel() // shape[0], dtype, "right")
+    if left.ndim != 2 or left.shape[1:] != right.shape[1:]:
+        raise ValueError(f"factors of {tuple(left.shape)} and {tuple(right.shape)} have no product")
     return LowRank(left, right)
+
+
+def factors_layout(shape: torch.Size, dtype: ValueDtype) -> Layout:
+    """What `pack_factors` makes of a tensor of this shape."""
+    rows, columns = matrix_of(shape)
+    return {
+        **values_layout((rows, None), dtype, "left"),
+        **values_layout((columns, None), dtype, "right"),
+    }
 
 
 def _refitted(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fusionkit.checkpoints.adapters.lowrank import LowRank
-from fusionkit.codecs.base import Encoded, Encoder, Parts, SharedParts, TensorCodec
+from fusionkit.codecs.base import Encoded, Encoder, Layout, Parts, SharedParts, TensorCodec
 from fusionkit.codecs.decomposition import (
     Spectral,
     matrix_of,
@@ -18,8 +18,14 @@ from fusionkit.codecs.decomposition import (
     svd_product,
     svd_randomized,
 )
-from fusionkit.codecs.stored_factors import pack_factors, unpack_factors
-from fusionkit.codecs.values import ValueDtype, pack_values, stored_bytes, unpack_values
+from fusionkit.codecs.stored_factors import factors_layout, pack_factors, unpack_factors
+from fusionkit.codecs.values import (
+    ValueDtype,
+    pack_values,
+    stored_bytes,
+    unpack_values,
+    values_layout,
+)
 from fusionkit.errors import CodecError
 from fusionkit.task_vectors.family import Family
 from fusionkit.task_vectors.vectors import TaskVectors
@@ -121,6 +127,13 @@ class SVD(TensorCodec):
     def encode_tensor(self, delta: Tensor, name: str) -> Parts:
         """Factors of a matrix, or the values of a vector; none where the delta is zero."""
         return self._encode(delta, name, delta.shape)
+
+    def layout(self, shape: torch.Size) -> Layout:
+        """The factors, or the values of what was kept whole."""
+        return {
+            **values_layout((shape.numel(),), self.dtype),
+            **factors_layout(shape, self.dtype),
+        }
 
     def decode(self, parts: Parts, shape: torch.Size) -> Tensor:
         """U_q Σ_q V_qᵀ in the tensor's shape."""

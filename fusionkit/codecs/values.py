@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fusionkit.checkpoints.rounding import wider
+from fusionkit.codecs.base import PartSpec, check_parts
 from fusionkit.codecs.packing import pack_integers, unpack_integers
 from fusionkit.errors import CodecError, RangeError
 
@@ -91,8 +92,14 @@ def unpack_values(
 
     Returns:
         float32, `(count,)` or `(count, columns)`; never the payload's own memory.
+
+    Raises:
+        ValueError: they are not what `pack_values` makes of so many values.
     """
     stored = parts[part]
+    columns = stored.shape[1] if stored.ndim == 2 else None
+    shape = (count,) if columns is None else (count, columns)
+    check_parts(parts, values_layout(shape, dtype, part))
     if dtype in _FLOATS:
         return stored.to(torch.float32, copy=True)
     codes = stored
@@ -105,6 +112,22 @@ def unpack_values(
     if codes.ndim == 1:
         return codes * scale.repeat_interleave(GROUP)[:count]
     return codes * scale
+
+
+def values_layout(
+    shape: tuple[int | None, ...], dtype: ValueDtype, part: str = "values"
+) -> dict[str, PartSpec]:
+    """What `pack_values` makes of values of a shape, of one axis or two; None: any length."""
+    if dtype in _FLOATS:
+        return {part: PartSpec(_FLOATS[dtype], shape)}
+    count = shape[0]
+    packed = None if count is None else -(-count * _BITS[dtype] // 8)
+    kind = torch.int8 if dtype == "int8" else torch.uint8
+    groups = None if count is None else -(-count // GROUP)
+    return {
+        part: PartSpec(kind, (packed, *shape[1:])),
+        f"{part}.scale": PartSpec(torch.bfloat16, (shape[1] if len(shape) > 1 else groups,)),
+    }
 
 
 def stored_bytes(shape: tuple[int, ...], dtype: ValueDtype) -> int:

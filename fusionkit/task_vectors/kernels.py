@@ -43,6 +43,8 @@ def collect(
     Returns:
         how many are kept, and how many ties there is still room for.
     """
+    if len(positions) < len(values) or len(kept) < len(values):
+        raise ValueError("less room than entries")
     found, bound = 0, np.float32(limit)
     bits = np.zeros(TILE, np.uint8)
     words = bits.view(np.uint64)
@@ -74,6 +76,8 @@ def collect(
 @compiled
 def up_to(values: Floats, limit: float, magnitudes: Floats) -> int:
     """The magnitudes that are not above a limit, into `magnitudes`, `(n,)`; how many."""
+    if len(magnitudes) < len(values):
+        raise ValueError("less room than entries")
     found, bound = 0, np.float32(limit)
     for i in range(len(values)):
         magnitudes[found] = abs(values[i])
@@ -84,6 +88,8 @@ def up_to(values: Floats, limit: float, magnitudes: Floats) -> int:
 @compiled
 def drop(positions: NDArray[np.integer[Any]], values: Floats, limit: float, ties: int) -> int:
     """Keep, in place, the entries above a limit and the first few that equal it; how many."""
+    if len(positions) < len(values):
+        raise ValueError("fewer positions than entries")
     found, bound = 0, np.float32(limit)
     for i in range(len(values)):
         magnitude = abs(values[i])
@@ -106,6 +112,8 @@ def histogram(values: NDArray[np.int32], bin_: int, counts: NDArray[np.int64]) -
         bin_: the upper bits whose lower ones are counted; −1: the upper ones are.
         counts: `(65536,)`, added to.
     """
+    if len(counts) < 1 << 16:
+        raise ValueError("fewer counts than values of 16 bits")
     for i in range(len(values)):
         bits = values[i] & 0x7FFFFFFF
         if bin_ < 0:
@@ -117,6 +125,8 @@ def histogram(values: NDArray[np.int32], bin_: int, counts: NDArray[np.int64]) -
 @compiled
 def difference(tuned: Floats, base: Floats, out: Floats) -> bool:
     """θ_t − θ₀ of some entries, into `out`, which may be `tuned`; whether all of it is finite."""
+    if len(tuned) < len(out) or len(base) < len(out):
+        raise ValueError("fewer entries than their differences")
     check = np.float32(0)
     for i in range(len(out)):
         out[i] = tuned[i] - base[i]
@@ -127,6 +137,8 @@ def difference(tuned: Floats, base: Floats, out: Floats) -> bool:
 @compiled
 def difference_of_bfloat16(tuned: NDArray[np.uint16], base: Floats, out: Floats) -> bool:
     """The same of bfloat16, whose bits are the upper ones of a float32."""
+    if len(tuned) < len(out) or len(base) < len(out):
+        raise ValueError("fewer entries than their differences")
     bits = np.empty(TILE, np.uint32)
     values = bits.view(np.float32)
     check = np.float32(0)

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from fusionkit import Parts, TensorCodec
+from fusionkit.codecs.base import Layout, PartSpec
 from fusionkit.codecs.decomposition import matrix_of
-from fusionkit.codecs.packing import pack_bits, unpack_bits
-from fusionkit.codecs.values import ValueDtype, pack_values, unpack_values
+from fusionkit.codecs.packing import bits_spec, pack_bits, unpack_bits
+from fusionkit.codecs.values import ValueDtype, pack_values, unpack_values, values_layout
 from fusionkit.errors import CodecError
 
 
@@ -59,6 +60,16 @@ class BitDelta(TensorCodec):
         else:
             scale = magnitudes.mean(1 if self.scales == "row" else 0).to(torch.bfloat16)
         return {"signs": pack_bits(delta >= 0), "scale": scale}
+
+    def layout(self, shape: torch.Size) -> Layout:
+        """Signs and scales, or the values."""
+        rows, columns = matrix_of(shape) if len(shape) > 1 else (1, shape.numel())
+        scale = PartSpec(torch.bfloat16, (rows if self.scales == "row" else columns,))
+        return {
+            **values_layout((shape.numel(),), self.dtype),
+            "signs": bits_spec(shape.numel()),
+            "scale": PartSpec(torch.float32, (1,)) if self.scales == "matrix" else scale,
+        }
 
     def decode(self, parts: Parts, shape: torch.Size) -> Tensor:
         """A sgn(τ_t); differentiable in a."""

@@ -16,6 +16,7 @@ from fusionkit import (
     SharedParts,
     TaskVectors,
 )
+from fusionkit.codecs.base import Layout, PartSpec
 from fusionkit.codecs.packing import decode_positions, encode_positions, pack_bits, unpack_bits
 from fusionkit.errors import CodecError
 from fusionkit.task_vectors import Thresholds
@@ -77,6 +78,14 @@ class ComPEFT(DeltaCodec):
             return Encoded(WHOLE_MODEL, tasks=[{"scale": scale} for scale in scales])
 
         return Encoder(encode, finish)
+
+    def layout(self, shape: torch.Size) -> Layout:
+        """Positions, signs, and the scalar of the whole model."""
+        return {
+            "positions": PartSpec(torch.uint8, (None,)),
+            "signs": PartSpec(torch.uint8, (None,)),
+            "scale": PartSpec(torch.float32, (1,)),
+        }
 
     def decode(self, parts: Parts, shape: torch.Size) -> Tensor:
         """A σ sgn(τ_t) where it was kept; differentiable in a σ."""

@@ -21,8 +21,9 @@ from fusionkit import (
     SharedParts,
     TaskVectors,
 )
+from fusionkit.codecs.base import Layout, PartSpec
 from fusionkit.codecs.decomposition import matrix_of, squared_singular_values
-from fusionkit.codecs.values import ValueDtype, pack_values, unpack_values
+from fusionkit.codecs.values import ValueDtype, pack_values, unpack_values, values_layout
 from fusionkit.errors import CodecError
 from fusionkit.task_vectors import Change, ChangedVectors
 
@@ -106,6 +107,14 @@ class DARE(DeltaCodec):
             lambda vectors: self._encode(vectors, plans),
             lambda _: Encoded(WHOLE_MODEL, stored) if shared is None else None,
         )
+
+    def layout(self, shape: torch.Size) -> Layout:
+        """The values kept, the key, and the least trace norm of all tasks."""
+        return {
+            **values_layout((None,), self.dtype),
+            "key": PartSpec(torch.int64, (2 if self.spread else 1,)),
+            _LEAST: PartSpec(torch.float32, (1,)),
+        }
 
     def decode(self, parts: Parts, shape: torch.Size) -> Tensor:
         """γ τ_t / (1 − p) where it was kept."""

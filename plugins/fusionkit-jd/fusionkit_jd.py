@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fusionkit import DeltaCodec, Encoded, Encoder, Family, LowRank, Parts, SharedParts, TaskVectors
+from fusionkit.codecs.base import Layout, PartSpec
 from fusionkit.codecs.decomposition import (
     Spectral,
     matrix_of,
@@ -15,7 +16,13 @@ from fusionkit.codecs.decomposition import (
     svd_product,
     svd_randomized,
 )
-from fusionkit.codecs.values import ValueDtype, pack_values, stored_bytes, unpack_values
+from fusionkit.codecs.values import (
+    ValueDtype,
+    pack_values,
+    stored_bytes,
+    unpack_values,
+    values_layout,
+)
 from fusionkit.errors import CodecError
 
 _ROUNDS = 50
@@ -92,6 +99,19 @@ class JointDiagonalization(DeltaCodec):
 
         return Encoder(encode)
 
+    def layout(self, shape: torch.Size) -> Layout:
+        """Each cluster's factors; a task's core and its cluster, or the values."""
+        rows, columns = matrix_of(shape)
+        found = {
+            "cluster": PartSpec(torch.uint8, (1,)),
+            **values_layout((shape.numel(),), self.dtype),
+        }
+        for place in range(self.clusters):
+            found |= values_layout((rows, None), self.dtype, f"left.{place}")
+            found |= values_layout((columns, None), self.dtype, f"right.{place}")
+        core = (None,) if self.form == "diagonal" else (None, None)
+        return {**found, **values_layout(core, self.dtype, "core")}
+
     def decode(self, parts: Parts, shape: torch.Size) -> Tensor:
         """U Σ_t Vᵀ in the tensor's shape."""
         factors = self.factors(parts, shape)
@@ -109,6 +129,9 @@ class JointDiagonalization(DeltaCodec):
         cluster = int(parts["cluster"]) if "cluster" in parts else 0
         left, right = self._basis(parts, shape, cluster)
         core = unpack_values(parts, left.shape[1], self.dtype, "core")
+        wanted = (left.shape[1], right.shape[1])[: core.ndim]
+        if core.shape != wanted:
+            raise ValueError(f"a core of {tuple(core.shape)} between factors of {wanted} columns")
         if core.ndim == 1:
             return LowRank(left * core, right)
         if left.shape[1] < right.shape[1]:

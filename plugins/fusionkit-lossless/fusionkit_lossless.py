@@ -10,6 +10,7 @@ import zstandard
 from torch import Tensor
 
 from fusionkit import Parts, RestoringCodec
+from fusionkit.codecs.base import Layout, PartSpec
 from fusionkit.errors import CodecError
 
 _INTEGERS = {
@@ -82,6 +83,13 @@ class Lossless(RestoringCodec):
             else:
                 parts[f"{dtype}.{place}{_RAW}"] = torch.from_numpy(plane.copy())
         return parts
+
+    def layout(self, shape: torch.Size) -> Layout:
+        """Planes of bytes: compressed, or one a entry."""
+        planes = [f"{name}.{k}" for name, dtype in _DTYPES.items() for k in range(dtype.itemsize)]
+        packed = PartSpec(torch.uint8, (None,))
+        raw = PartSpec(torch.uint8, (shape.numel(),))
+        return {**dict.fromkeys(planes, packed), **{plane + _RAW: raw for plane in planes}}
 
     def restore(self, parts: Parts, base: Tensor) -> Tensor:
         """The fine-tuned tensor, in its own dtype."""

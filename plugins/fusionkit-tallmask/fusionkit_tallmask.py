@@ -19,8 +19,9 @@ from fusionkit import (
     TaskArithmetic,
     TaskVectors,
 )
-from fusionkit.codecs.merged import SharedVector, decode_shared
-from fusionkit.codecs.packing import pack_bits, unpack_bits
+from fusionkit.codecs.base import Layout
+from fusionkit.codecs.merged import SharedVector, decode_shared, shared_layout
+from fusionkit.codecs.packing import bits_spec, pack_bits, unpack_bits
 from fusionkit.codecs.values import ValueDtype
 from fusionkit.errors import CodecError
 
@@ -90,6 +91,10 @@ class TALLMask(DeltaCodec):
             return Encoded(vectors.name, merged.parts, masks)
 
         return Encoder(encode)
+
+    def layout(self, shape: torch.Size) -> Layout:
+        """The merged vector, and the mask."""
+        return {**shared_layout(shape, self.dtype), "mask": bits_spec(shape.numel())}
 
     def decode(self, parts: Parts, shape: torch.Size) -> Tensor:
         """M_t ⊙ τ*."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fusionkit import SVD, DeltaCodec, Encoder, Family, LowRank, Parts, SharedParts, TensorMerge
+from fusionkit.codecs.base import Layout
 from fusionkit.codecs.decomposition import Spectral, svd_gram, svd_randomized
 from fusionkit.codecs.values import ValueDtype
 from fusionkit.errors import CodecError
@@ -40,6 +41,10 @@ class TSVCompress(DeltaCodec):
     def prepare(self, family: Family, shared: SharedParts | None = None) -> Encoder:
         """Nothing: tensor by tensor, as truncated SVD at 1/T of the full rank."""
         return self._svd(self.tasks or len(family.tasks)).prepare(family, shared)
+
+    def layout(self, shape: torch.Size) -> Layout:
+        """As of truncated SVD."""
+        return self._svd(1).layout(shape)
 
     def decode(self, parts: Parts, shape: torch.Size) -> Tensor:
         """U_k Σ_k V_kᵀ."""
