@@ -70,9 +70,7 @@ def _check(
     if numbers.sum() != len(symbols):
         raise ValueError(f"expected {numbers.sum()} symbols, got {len(symbols)}")
     begins, sizes = rows[:, 0], rows[:, 1]
-    if len(rows) and not (
-        begins.min() >= 0 <= sizes.min() and (begins + sizes).max() < len(cumulative)
-    ):
+    if (rows[:, :2] < 0).any() or (begins + sizes >= len(cumulative)).any():
         raise ValueError(f"expected frequencies of {len(rows)} models, got {len(cumulative)}")
 
 

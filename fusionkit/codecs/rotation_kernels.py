@@ -3,8 +3,8 @@
 A *panel* is a flat array that holds `width` vectors side by side: entry `i` of vector `c` is at
 `i * width + c`, and `width` is a multiple of 16. So every step works on runs of at least 16 floats,
 a line of the cache, and a permutation copies whole runs. A matrix's columns lie so by nature; its
-rows are transposed on the way in and out. What works on 16 floats is in `rotation_vectors`. Sizes are
-checked once a call, before the loops; that positions lie in a matrix is the callers' business.
+rows are transposed on the way in and out. What works on 16 floats is in `rotation_vectors`. Sizes
+are checked once a call, before the loops; that positions lie in a matrix is the callers' business.
 """
 
 import numpy as np
@@ -54,7 +54,7 @@ def width(columns: int) -> int:
 
 @register_jitable
 def _check(steps: Steps, work: Floats, begin: int, end: int, vectors: int, lanes: int) -> None:
-    """Refuse a side's steps that are of other sizes than each other, and vectors beyond the last."""
+    """Refuse steps that are of other sizes than each other, and vectors beyond the last."""
     windows, power, order, factors = steps
     size = len(order)
     if len(windows) != 2 or windows.min() < 0 or windows.max() + power > size:
