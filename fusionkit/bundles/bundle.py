@@ -348,6 +348,17 @@ class Bundle(ByTask, Published):
         self.manifest, self.version = manifest, self.version + 1
         self._stored = BundleReader(self.path, manifest)
 
+    def reread(self) -> None:
+        """See the tasks that another run has added or removed since.
+
+        Raises:
+            BundleError: the folder holds no bundle any more.
+        """
+        manifest = current(self.path)
+        if manifest.text() != self.manifest.text():
+            self.manifest, self.version = manifest, self.version + 1
+            self._stored = BundleReader(self.path, manifest)
+
     def _seen(self, base: Checkpoint) -> Checkpoint:
         """The base as deltas are taken from: by the bundle's names, with adapters' start."""
         base = split(fitted(unsplit(base), self.manifest.base), self.stacks)
