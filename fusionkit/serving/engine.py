@@ -157,6 +157,7 @@ class Engine:
         told of.
         """
         with self._changed:
+            self._tally.cancelled += not ticket.cancelled
             ticket.cancelled = self._cancelled = True
             self._changed.notify()
 

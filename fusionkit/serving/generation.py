@@ -1,15 +1,14 @@
 """Texts of many tasks, token by token: rows join and leave between steps."""
 
-import inspect
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import DynamicCache
 
 from fusionkit.errors import RequestError
 from fusionkit.reuse.mixed_batch import MixedBatch
+from fusionkit.serving.calls import Calls
 from fusionkit.serving.requests import Answer, Generate, Ticket
 from fusionkit.serving.row_cache import RowCache
 from fusionkit.serving.rows import Row
@@ -37,6 +36,9 @@ class Generation:
         max_rows: how many rows may run at once.
         tally: counts what is done.
 
+    Raises:
+        FusionKitError: the model does not answer rows of a batch as it answers them alone.
+
     Attributes:
         rows: those that run; of one task side by side, as the model goes through them task by task.
         resumed: rows that memory had no room for; they join again with what they have.
@@ -44,14 +46,10 @@ class Generation:
 
     def __init__(self, model: Any, mixed: MixedBatch, max_rows: int, tally: Tally) -> None:
         self._model, self._mixed, self._tally = model, mixed, tally
+        self._calls = Calls(model, mixed, tally)
+        self._calls.check()
         self._max_rows = self._most = max_rows
         self._faults = 0
-        accepted = inspect.signature(model.forward).parameters
-        self._cache_name = "cache" if "cache" in accepted else "past_key_values"
-        self._takes_positions = "position_ids" in accepted
-        self._settings: dict[str, Any] = {"use_cache": True}
-        if "logits_to_keep" in accepted:
-            self._settings["logits_to_keep"] = 1
         self._cache = RowCache()
         self.rows: list[Row] = []
         self.resumed: list[Row] = []
@@ -156,48 +154,13 @@ class Generation:
 
     def _read(self, rows: Sequence[Row]) -> tuple[Tensor, DynamicCache]:
         """Prompts → logits `(rows, vocabulary)` of what follows, and keys and values."""
-        width, device = max(row.length for row in rows), self._model.device
-        ids = torch.zeros(len(rows), width, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for place, row in enumerate(rows):
-            ids[place, width - row.length :] = torch.tensor(row.tokens)
-            mask[place, width - row.length :] = 1
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        filled = DynamicCache()
-        tokens = (each.to(device) for each in (ids, mask, positions))
-        logits = self._called(rows, filled, *tokens)
         self._tally.prompt_tokens += sum(row.length for row in rows)
-        return logits, filled
+        return self._calls.read([row.task.name for row in rows], [row.tokens for row in rows])
 
     def _ahead(self, rows: Sequence[Row], cache: RowCache) -> Tensor:
         """The last tokens → logits `(rows, vocabulary)` of what follows."""
-        device = self._model.device
-        mask = cache.prepare(device)
-        ids = torch.tensor([[row.answer[-1]] for row in rows], device=device)
-        positions = torch.tensor([[row.length - 1] for row in rows], device=device)
-        return self._called(rows, cache, ids, mask, positions)
-
-    def _called(
-        self, rows: Sequence[Row], cache: DynamicCache, ids: Tensor, mask: Tensor, positions: Tensor
-    ) -> Tensor:
-        names = [row.task.name for row in rows]
-        settings = {**self._settings, self._cache_name: cache}
-        if self._takes_positions:
-            settings["position_ids"] = positions
-        with torch.inference_mode(), self._mixed.rows(names):
-            logits = self._model(input_ids=ids, attention_mask=mask, **settings).logits[:, -1]
-        self._tally.step(names)
-        return self._own(logits, names)
-
-    def _own(self, logits: Tensor, names: Sequence[str | None]) -> Tensor:
-        """Nothing but each row's own tokens."""
-        widths = [self._mixed.classes(name) for name in names]
-        if all(width in (None, logits.shape[-1]) for width in widths):
-            return logits
-        own = [logits.shape[-1] if width is None else width for width in widths]
-        columns = torch.arange(logits.shape[-1], device=logits.device)
-        other = columns >= torch.tensor(own, device=logits.device).unsqueeze(1)
-        return logits.masked_fill(other, -torch.inf)
+        names, last = [row.task.name for row in rows], [row.answer[-1] for row in rows]
+        return self._calls.ahead(names, last, [row.length for row in rows], cache)
 
     def _taken(self, rows: Sequence[Row], logits: Tensor) -> Told:
         tokens = next_tokens(logits, [row.draw for row in rows])

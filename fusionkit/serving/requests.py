@@ -43,7 +43,7 @@ class Generate:
     streamed: bool = True
 
     def __post_init__(self) -> None:
-        if not self.prompt:
+        if self.prompt == ():
             raise RequestError("the prompt is empty; give at least one token")
         if self.max_tokens < 1:
             raise RequestError(f"expected `max_tokens` of at least 1, got {self.max_tokens}")

@@ -69,7 +69,7 @@ def _drawn(logits: Tensor, draws: Sequence[Draw], whole: bool) -> list[int]:
         chances = chances.masked_fill(before >= column([draw.top_p for draw in draws]), 0)
     reached = chances.cumsum(-1)
     uniform = [float(torch.rand((), dtype=torch.float64, generator=d.generator)) for d in draws]
-    total = reached[:, -1:]
+    total = reached[:, -1:].contiguous()
     places = torch.searchsorted(reached, column(uniform) * total, right=True)
     places = places.minimum(torch.searchsorted(reached, total))  # rounded up, it would be no token
     found: list[int] = (places if order is None else order.gather(-1, places)).squeeze(1).tolist()
