@@ -8,8 +8,9 @@ from torch import nn
 from fusionkit.bundles.bundle import Bundle
 from fusionkit.checkpoints.architecture import is_transformers
 from fusionkit.errors import FusionKitError
+from fusionkit.reuse.beside import tell
 from fusionkit.reuse.in_place import become
-from fusionkit.reuse.loaded import load
+from fusionkit.reuse.loaded import unfilled
 
 Kind = Literal["generation", "classification"]
 _HEADS = ("ForSequenceClassification", "ForImageClassification", "ForAudioClassification")
@@ -27,10 +28,15 @@ def served_model(
         BundleError: as of `fusionkit.load`; or the bundle has no tasks.
         WrongBaseError: the base at hand is another model.
     """
-    model: Any = load(bundle, bundle.tasks[0], device=device, dtype=dtype)
-    lacking = become(model, bundle, None)
-    parameters = dict(model.named_parameters())
-    return model.eval(), not any(name in parameters for name in lacking)
+    task = bundle.tasks[0]
+    model = unfilled(bundle, task, device, dtype)
+    lacking, parameters = become(model, bundle, None), dict(model.named_parameters())
+    heads = [parameters[name] for name in lacking if name in parameters]
+    with torch.no_grad():
+        for head in heads:
+            head.zero_()
+    tell(model, bundle, task)
+    return model.eval(), not heads
 
 
 def kind_of(model: nn.Module) -> Kind:
