@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule, Trainer
 
+from fusionkit.checkpoints.disk import check_writable
 from fusionkit.cli import report
 from fusionkit.cli.recipe import RecipeCLI, quiet
 from fusionkit.cli.scored_line import recipe_args
@@ -41,11 +42,13 @@ class PredictCLI(RecipeCLI):
     """Write what each task's model says of each row: `--out FILE.csv` or FILE.parquet."""
 
     verb = "predict"
+    writes_out = False  # but for a file, which may be it
 
     def before_instantiate_classes(self) -> None:
         """Check where to write before any work."""
         self.file = self.out if self.out.suffix else self.out / "predictions.csv"
         table_bytes([], self.file)
+        check_writable(self.file)
 
 
 @quiet()
