@@ -239,7 +239,8 @@ class Engine:
 
     def _prepare(self, ticket: Ticket) -> None:
         """Have a request wait to run, its task and its row made ready."""
-        row, answer = None, None
+        row: Any = None
+        answer: Answer | None = None
         try:
             task = self._served.find(ticket.request.task)
             self._mixed.ready(task.name)
@@ -252,6 +253,8 @@ class Engine:
                 answer = StoppedError(_STOPPED)
             elif ticket.request.task not in (None, *self._tasks):
                 answer = _gone(str(ticket.request.task))
+            elif row is not None and ticket.cancelled:
+                answer = self._work.cancelled(row)
             elif row is not None:
                 self._waiting.append(row)
             self._changed.notify()
