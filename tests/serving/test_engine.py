@@ -145,6 +145,7 @@ def test_a_damaged_task_harms_no_other(engine: Engine, bundle: Bundle) -> None:
     assert isinstance(brief(engine, "cats").last, BundleError)
     goes_on(other)
     file.write_bytes(content)
+    engine.add("cats")  # which looks at the files anew
     Judge(bundle).check(brief(engine, "cats"))
 
 
