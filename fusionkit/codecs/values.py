@@ -16,7 +16,8 @@ value (fp16), 2⁻⁸ (bf16), nothing (fp32). Beside it values of less than 1e-7
 than 1e-36 in integers, may be lost.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Literal
 
 import torch
@@ -118,6 +119,11 @@ def stored_bytes(shape: tuple[int, ...], dtype: ValueDtype) -> int:
         return rows * columns * _FLOATS[dtype].itemsize
     scales = -(-rows // GROUP) if len(shape) == 1 else columns
     return -(-rows * _BITS[dtype] // 8) * columns + 2 * scales
+
+
+def values_bytes(shapes: Mapping[str, Sequence[int]], dtype: ValueDtype) -> int:
+    """Bytes that `pack_values` makes of all values of tensors, by name, each tensor by itself."""
+    return sum(stored_bytes((prod(shape),), dtype) for shape in shapes.values())
 
 
 def _grouped(values: Tensor) -> Tensor:
