@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -318,15 +319,18 @@ class Manifest:
         return sum(file.bytes for file in [*files, *filter(None, [self.shared])])
 
     @classmethod
-    def read(cls, folder: Path) -> "Manifest":
-        """Read and check a bundle's manifest.
+    def read(cls, folder: Path, vouch: Callable[[bytes], None] | None = None) -> "Manifest":
+        """Read and check a bundle's manifest; `vouch` is first called on its bytes, and may raise.
 
         Raises:
             BundleError: there is none, it was changed, or it is of a newer format.
         """
         path = folder / MANIFEST
         try:
-            content: dict[str, Any] = json.loads(path.read_text())
+            raw = path.read_bytes()
+            if vouch:
+                vouch(raw)
+            content: dict[str, Any] = json.loads(raw)
         except FileNotFoundError as error:
             raise BundleError(
                 f"{folder}: not a bundle (it has no {MANIFEST}); make one with 'fusionkit compress'"

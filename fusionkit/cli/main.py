@@ -22,11 +22,12 @@ GROUPS = {
         "fit": "fine-tune one task: in full, a LoRA, a linearized LoRA, or (IA)³",
         "fuse": "train families of adapters, fuse every set of tasks: table, CSV, plot",
     },
-    "on a bundle": {
+    "on a bundle (--key RWQ…, of minisign: refuse it unless it is signed by that key)": {
         "inspect": "show what a bundle holds",
         "export": "write one task's whole model to a file, or its delta as a PEFT adapter",
         "chat": "talk to a task's language model, and switch among them",
         "generate": "have a task's language model answer the prompts of a file",
+        "sign": "sign it with a secret key of minisign",
         "push": "put it on the Hugging Face Hub, with a model card",
         "pull": "get it from there, or one of its tasks",
         "add": "add fine-tuned models to a bundle",
@@ -66,6 +67,8 @@ def main(args: list[str] | None = None) -> None:
     if "" not in sys.path and "." not in sys.path:
         sys.path.append("")  # class paths of recipes may be in the folder where one is
     warnings.formatwarning = _note
+    if verb != "sign":
+        rest = _without_key(rest)
     try:
         import_module(f"fusionkit.cli.{verb}").run(rest)
         sys.stdout.flush()
@@ -81,6 +84,19 @@ def main(args: list[str] | None = None) -> None:
             f"fusionkit {verb}: interrupted; nothing was left half-written{more}", file=sys.stderr
         )
         sys.exit(130)
+
+
+def _without_key(args: list[str]) -> list[str]:
+    """A line without `--key KEY`, which all verbs have; whatever opens a bundle then heeds it."""
+    left = []
+    words = iter(args)
+    for word in words:
+        if word == "--key" or word.startswith("--key="):
+            key = next(words, "") if word == "--key" else word.partition("=")[2]
+            os.environ["FUSIONKIT_PUBLIC_KEY"] = key
+        else:
+            left.append(word)
+    return left
 
 
 def overview() -> str:
