@@ -74,7 +74,7 @@ class Bundle(ByTask, Changeable, Published):
     ) -> None:
         self.path, self.key = open_path(path), key_of(key)
         self.manifest, self._stored = at_once(self.path, self._read)
-        codec = from_config(self.manifest.codec)
+        codec = from_config(self.manifest.codec, f"{self.path / MANIFEST}: codec")
         if not isinstance(codec, DeltaCodec):
             raise BundleError(f"{self.path / MANIFEST}: '{codec.id}' is no codec; compress again")
         self.codec: DeltaCodec = codec

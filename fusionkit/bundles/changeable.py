@@ -1,8 +1,9 @@
 """What changes a bundle where it is: tasks go, the manifest says something else."""
 
 import warnings
-from dataclasses import replace
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from fusionkit.bundles.changing import changing
 from fusionkit.bundles.format import MANIFEST, task_file

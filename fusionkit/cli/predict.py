@@ -66,7 +66,8 @@ def predict(module: ReuseModule, datamodule: Any, trainer: Trainer | None = None
         for each row a mapping: `task`; `row`, its place among the task's rows, from 0; and what
         the task's kind says: of classes the `prediction`, the `probabilities` of all, in the order
         of the head's rows, and the `target`, by name where the datamodule has the classes'
-        (`labels`); of regression `prediction` and `target`; of others `outputs`.
+        (`labels`); of regression and of generated texts `prediction` and `target`; of others
+        `outputs`.
 
     Raises:
         FusionKitError: tasks, data and checkpoints don't fit together.

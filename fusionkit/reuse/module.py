@@ -1,6 +1,6 @@
 """ReuseModule: one base model that becomes any task's model, and is evaluated by the Trainer."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from fusionkit.bundles.bundle import Bundle
 from fusionkit.bundles.compress import compress
 from fusionkit.checkpoints.adapters.modules import Adapters
-from fusionkit.checkpoints.checkpoint import Checkpoint, find_checkpoints, matches
+from fusionkit.checkpoints.checkpoint import Checkpoint, find_checkpoints
 from fusionkit.checkpoints.headed import Headed
 from fusionkit.checkpoints.live_model import load_base, on_meta, open_for
 from fusionkit.checkpoints.paths import open_path
@@ -24,9 +24,10 @@ from fusionkit.errors import BundleError, FusionKitError
 from fusionkit.reuse.beside import made_by
 from fusionkit.reuse.described import described
 from fusionkit.reuse.evaluation import Evaluation, loader_of
+from fusionkit.reuse.mixed_batch import MixedBatch, of_module
 from fusionkit.reuse.prediction import Prediction
 from fusionkit.reuse.seen import Seen
-from fusionkit.reuse.sharded import ShardedBase, check_strategy, shard_with_base
+from fusionkit.reuse.sharded import ShardedBase, check_strategy, own_tensors, shard_with_base
 from fusionkit.reuse.sole_switch import refuse_half_switched, sole_switch
 from fusionkit.reuse.switcher import Switcher
 from fusionkit.task_vectors.family import Family
@@ -124,6 +125,7 @@ class ReuseModule(LightningModule):
             raise FusionKitError("the model is on the meta device; give `base`, to fill it from")
         self._switcher = Switcher(model, cache_bytes, self.base_source)
         self._source: TaskSource | None = None
+        self._mixed: MixedBatch | None = None
         if isinstance(bundle, Bundle):
             self.reuse(bundle)
         elif self.bundle_path is not None and self.bundle_path.exists():
@@ -288,7 +290,7 @@ class ReuseModule(LightningModule):
             return
         if not on_meta(self.model):
             self.switch(None)
-        own = self._own_tensors()
+        own = own_tensors(self.model, self.private, self._source)
         self._switcher.base = shard_with_base(self.model, base, mesh, own, self.base_source)
         if isinstance(self._source, Family) and self._source.base is base:
             self.reuse(self.family())
@@ -300,11 +302,16 @@ class ReuseModule(LightningModule):
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             self.shard(self.trainer.strategy.device_mesh["data_parallel"])
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The active task's model, called as it is."""
+    def forward(self, *args: Any, tasks: Sequence[str | None] | None = None, **kwargs: Any) -> Any:
+        """The active task's model, called as it is; given a task per row, see `MixedBatch`."""
         if not torch.compiler.is_compiling():
             refuse_half_switched(self.model)
-        return self.model(*args, **kwargs)
+        if tasks is None:
+            return self.model(*args, **kwargs)
+        if self.task is not None:
+            self.switch(None)
+        self._mixed = of_module(self.model, self.source, self._mixed)
+        return self._mixed(tasks, *args, **kwargs)
 
     def setup(self, stage: str) -> None:
         """Check tasks and what they are, before anything runs, and make the metrics.
@@ -378,14 +385,6 @@ class ReuseModule(LightningModule):
         made = Evaluation(kinds_of(self._datamodule, tasks, self.num_classes), self.metric, known)
         made.check(self.trainer, self._datamodule, "test" if stage == "test" else "val")
         return made
-
-    def _own_tensors(self) -> set[str]:
-        """Names of the tensors that are a task's own."""
-        own = {name for name in self.model.state_dict() if matches(name, self.private)}
-        if self._source is not None:
-            tasks = self._source.tasks
-            own.update(name for task in tasks for name, _ in self._source.private_tensors(task))
-        return own
 
     def _evaluated(self) -> list[str]:
         """The tasks in the order of the dataloaders."""
