@@ -324,12 +324,16 @@ class Bundle(ByTask, Changeable, Published):
                 changed, or a finite value would be infinite in the dtype.
             WrongBaseError: the base at hand is another model.
         """
-        weights = TaskWeights(self, task, dtype)
-        state = {name: weights[name] for name in weights}
+        state = {**TaskWeights(self, task, dtype)}
         for alias, name in self.tied.items():
             if name in state:
                 state.setdefault(alias, state[name])
         return state
+
+    def reread(self) -> None:
+        """See what other runs have changed since it was opened."""
+        self.manifest, self._stored = at_once(self.path, self._read)
+        self.version += 1
 
     def _read(self, moment: Stamp) -> tuple[Manifest, BundleReader]:
         manifest = current(self.path, self.key)
@@ -338,9 +342,7 @@ class Bundle(ByTask, Changeable, Published):
     def _seen(self, base: Checkpoint) -> Checkpoint:
         """The base as deltas are taken from: by the bundle's names, with adapters' start."""
         base = split(fitted(unsplit(base), self.manifest.base), self.stacks)
-        if not self.space or base.plain is not base:
-            return base
-        return WithStart(base, self.initial)
+        return WithStart(base, self.initial) if self.space and base.plain is base else base
 
     def _known(self, task: str) -> str:
         if task not in self.manifest.tasks:
