@@ -7,6 +7,7 @@ from fusionkit.tasks.table import Table
 
 _LABELS = ("label", "labels", "class", "category", "target", "score")
 _IMAGES = ("image", "img", "path", "file", "file_name", "filename", "image_path", "filepath")
+_CAPTIONS = ("caption", "captions", "text", "texts", "sentence", "sentences", "sentences_raw")
 _TEXTS = ("text", "sentence", "content")
 _PAIRS = (
     ("sentence1", "sentence2"),
@@ -68,6 +69,19 @@ def image_column(table: Table, given: str | None) -> str:
         DataError: there is no such column, or it can't be told.
     """
     return _column(table, given, _IMAGES, "images or their paths", "image")
+
+
+def caption_column(table: Table, given: str | None) -> str:
+    """The column of the captions.
+
+    Args:
+        table: the rows.
+        given: what a setting says.
+
+    Raises:
+        DataError: there is no such column, or it can't be told.
+    """
+    return _column(table, given, _CAPTIONS, "captions", "caption")
 
 
 def has_images(table: Table) -> bool:
