@@ -2,6 +2,7 @@
 
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from fusionkit.bundles.bundle import Bundle
 from fusionkit.calibration.calibrate import EPOCHS, calibrate
@@ -330,7 +330,7 @@ class _Bench:
             )
         else:
             if isinstance(codec, Merged) and has_statistics(self.module.model):
-                rank_zero_warn(f"{name}: {STALE}")
+                warnings.warn(f"{name}: {STALE}", stacklevel=2)
             with progress_bar(name, self.verbose) as callback:
                 bundle = self.module.compress(codec=codec, progress=callback)
         seconds = time.perf_counter() - started
