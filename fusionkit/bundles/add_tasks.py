@@ -18,7 +18,7 @@ from fusionkit.checkpoints.checkpoint import Checkpoint, Source, find_checkpoint
 from fusionkit.checkpoints.disk import check_space
 from fusionkit.checkpoints.stacks import rows_of
 from fusionkit.checkpoints.view import View
-from fusionkit.errors import BundleError, listing
+from fusionkit.errors import BundleError, CodecError, listing
 from fusionkit.task_vectors.family import Family
 from fusionkit.task_vectors.progress import followed
 from fusionkit.task_vectors.workers import Progress, Workers
@@ -86,6 +86,8 @@ def _against_shared(bundle: Bundle, shared: bool) -> Iterator[None]:
     """
     try:
         yield
+    except CodecError as error:
+        raise type(error)(f"{bundle.path}: {error}") from error
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         if not shared:
             raise

@@ -47,7 +47,7 @@ class FileRecord(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=
         packed: whether small parts are packed.
     """
 
-    bytes: Annotated[int, Meta(ge=0, lt=1 << 62)]
+    bytes: Annotated[int, Meta(ge=8, lt=1 << 62)]
     header_sha256: Annotated[str, Meta(max_length=64)]
     packed: bool = False
 

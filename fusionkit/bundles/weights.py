@@ -56,8 +56,8 @@ class TaskWeights(Mapping[str, Tensor]):
         needed = [name for name, role in source.roles.items() if role != "frozen"]
         if lacking := [name for name in needed if name not in self._base]:
             raise WrongBaseError(
-                f"{self._base.label} lacks tensors of the base that this bundle was made from:"
-                f"{listing(lacking)}"
+                f"{source.label}: {self._base.label} lacks tensors of the base that this bundle "
+                f"was made from:{listing(lacking)}"
             )
         own = set(source.space.layout.tensors) if source.space else set()
         self._seen = [name for name in source.roles if name not in own and name in self._base]

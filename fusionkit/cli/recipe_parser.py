@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from fusionkit import registry
 from fusionkit.checkpoints.paths import is_remote, open_path
-from fusionkit.cli.recipe_file import RecipeFile
+from fusionkit.cli.recipe_file import RecipeFile, refuse_endless
 from fusionkit.cli.recipe_values import RecipeValues
 from fusionkit.cli.words import with_values
 from fusionkit.errors import UsageError, meant
@@ -105,6 +105,7 @@ class RecipeParser(LightningArgumentParser):
 
     def _written_out(self, content: str) -> str:
         """A recipe's text with what it says in short written out."""
+        refuse_endless(content, self._file.path if self._file else "the recipe")
         try:
             told = get_loader("yaml")(content)
         except yaml.YAMLError:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fusionkit import Checkpoint
+from fusionkit.checkpoints import safetensors_file
 from fusionkit.checkpoints.checkpoint import Copied, TensorSpec, find_checkpoints
 from fusionkit.errors import CheckpointError
 
@@ -626,3 +627,34 @@ def test_what_is_not_there_or_of_no_known_kind(tmp_path: Path) -> None:
         path.write_text("x")
         refused(path, f"{path}: unknown kind of checkpoint", "expected .safetensors, .bin, .ckpt")
     refused(3, "expected a path, a module or a mapping of tensors, got int")
+
+
+def test_a_header_of_more_tensors_than_any_model_has(tmp_path: Path) -> None:
+    entry = '{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
+    count = safetensors_file.MOST_IN_FILE + 1
+    text = ("{" + ",".join(f'"{n}":{entry}' for n in range(count)) + "}").encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(CheckpointError, match=r"names more than 262,144 tensors"):
+        Checkpoint.of(path)
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ({"w": ["F32", [2], [0, 8]], "v": ["F32", [1], [4, 8]]}, "'v' starts at byte 4"),
+        ({"w": ["F32", [2], [4, 12]]}, "'w' starts at byte 4 of the data, and not at 0"),
+        ({"w": ["F32", [3], [0, 8]]}, "'w' has another size than its shape says"),
+        ({"w": ["F32", [-2], [0, 8]]}, "Expected `int` >= 0"),
+        ({"w": ["F32", 2, [0, 8]]}, "Expected `array`, got `int`"),
+    ],
+)
+def test_a_header_that_says_two_things(
+    entries: dict[str, list[object]], said: str, tmp_path: Path
+) -> None:
+    keys = ("dtype", "shape", "data_offsets")
+    text = json.dumps({n: dict(zip(keys, e, strict=True)) for n, e in entries.items()}).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+    with pytest.raises(CheckpointError, match=said):
+        Checkpoint.of(path)
