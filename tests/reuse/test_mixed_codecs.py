@@ -34,10 +34,10 @@ def plugin(name: str, *settings: Any, **named: Any) -> Any:
 
 
 CODECS = {
-    "dense": lambda: Dense(),
+    "dense": Dense,
     "svd": lambda: SVD(rank=3),
     "svd int4": lambda: SVD(energy=0.8, dtype="int4"),
-    "emr": lambda: EMR(),
+    "emr": EMR,
     "emr int4": lambda: EMR(rescale="l2", scope="tensor", dtype="int4"),
     "magnitude_prune": lambda: MagnitudePrune(0.1),
     "magnitude_prune merge": lambda: MagnitudePrune(0.1, merge=TIES(), dtype="int4"),
