@@ -49,7 +49,6 @@ class Bundle(ByTask, Published):
         base: the base model, where it is not where the manifest says.
 
     Attributes:
-        path: the bundle's folder.
         manifest: what it says of itself.
         codec: the codec that decodes it.
         roles: base tensor's name → role; private tensors and tied names are not in it.
