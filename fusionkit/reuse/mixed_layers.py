@@ -16,6 +16,7 @@ from fusionkit.checkpoints.adapters.lowrank import LowRank
 from fusionkit.reuse.mixed_layer import Layer, Running
 from fusionkit.reuse.operands import Whole
 from fusionkit.reuse.row_groups import by_group
+from fusionkit.reuse.row_products import Products
 from fusionkit.reuse.row_tasks import Place, RowTasks, put, taken
 
 
@@ -119,11 +120,7 @@ class _LinearPlan:
             (everything if alone else rows.groups[task], own, biases[task])
             for task, own in wholes.items()
         ]
-        self._products = [
-            (everything if alone else run, *products[task])
-            for task, run in rows.runs
-            if task in products
-        ]
+        self._products = Products(rows, products) if products else None
         shapes = [weight.shape] * bool(left) + [own.shape for own in wholes.values()]
         self.width, self._inputs = (max(sizes) for sizes in zip(*shapes, strict=True))
 
@@ -146,12 +143,8 @@ class _LinearPlan:
         if self._biases is not None:
             place, biases = self._biases
             out[place, :, :width] += biases
-        for run, right, left in self._products:
-            thin = x[run, :, : len(right)].reshape(-1, len(right)) @ right
-            if self.width == width:
-                out[run].view(-1, width).addmm_(thin, left)
-            else:
-                out[run, :, :width] += (thin @ left).view(-1, x.shape[1], width)
+        if self._products is not None:
+            self._products.add(x, out if self.width == width else out[..., :width])
         return out
 
 
