@@ -15,10 +15,10 @@ from typing import Any
 
 import httpx2
 from fastapi import FastAPI
-from fusionkit.serving.engine import Engine
 from program import PROGRAM
 
 from fusionkit.serving.app import Health, app_of
+from fusionkit.serving.engine import Engine
 from fusionkit.serving.figures import Figures
 from fusionkit.serving.link import Link
 from fusionkit.serving.messages import Ready
