@@ -12,6 +12,7 @@ from fusionkit.calibration.pair_search import PROBES, PairSearch
 from fusionkit.cli.report import blank_figure
 from fusionkit.errors import MissingExtraError
 from fusionkit.tasks import digits, transforms
+from fusionkit.tasks.dual_encoders import dual_encoder
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -33,6 +34,7 @@ def search() -> object:
         ("timm.data", "vision", lambda: transforms.image_transform({"input_size": [1, 8, 8]})),
         ("matplotlib", "plots", lambda: blank_figure(1, 1)),
         ("cma", "search", search),
+        ("open_clip", "clip", lambda: dual_encoder("open_clip:ViT-B-32/openai")),
     ],
 )
 def test_what_lacks_says_which_line_installs_it(

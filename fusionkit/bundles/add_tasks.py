@@ -9,9 +9,11 @@ from fusionkit.bundles.bundle import Bundle
 from fusionkit.bundles.changing import changing
 from fusionkit.bundles.format import refuse_alike, task_file
 from fusionkit.bundles.manifest import TaskRecord
+from fusionkit.bundles.space import bundle_needs
 from fusionkit.bundles.writer import BundleWriter
 from fusionkit.checkpoints.adapters.modules import Adapters
 from fusionkit.checkpoints.checkpoint import Checkpoint, Source, find_checkpoints
+from fusionkit.checkpoints.disk import check_space
 from fusionkit.checkpoints.stacks import rows_of
 from fusionkit.checkpoints.view import View
 from fusionkit.errors import BundleError, listing
@@ -62,6 +64,7 @@ def add_tasks(
         changing(bundle.path, bundle.manifest) as folder,
     ):
         family = _family(bundle, finetuned, callback)
+        check_space(folder, bundle_needs(family, bundle.codec))
         shared = bundle.shared_parts if keep_shared else None
         names = bundle.manifest.base.tensors
         writer = BundleWriter(folder, family, bundle.codec, resumable=False, names=names)

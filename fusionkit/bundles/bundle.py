@@ -18,10 +18,12 @@ from fusionkit.bundles.hub import in_cache
 from fusionkit.bundles.manifest import Manifest
 from fusionkit.bundles.published import Published
 from fusionkit.bundles.reader import BundleReader, decoding
+from fusionkit.bundles.snapshot import Stamp, at_once, stamp
 from fusionkit.bundles.weights import TaskWeights
 from fusionkit.checkpoints.adapters.lowrank import LowRank
 from fusionkit.checkpoints.adapters.with_start import WithStart
 from fusionkit.checkpoints.checkpoint import Checkpoint, Source
+from fusionkit.checkpoints.disk import check_writable
 from fusionkit.checkpoints.paths import is_remote, open_path
 from fusionkit.checkpoints.stacks import row_name, split, unsplit
 from fusionkit.codecs.base import WHOLE, DeltaCodec, Parts
@@ -37,7 +39,9 @@ Decoded = TypeVar("Decoded")
 class Bundle(ByTask, Published):
     """A family's compressed deltas on disk; opening one reads the manifest and nothing else.
 
-    It is a mapping of its tasks: `len(bundle)`, `"dogs" in bundle`, `bundle["dogs"]`.
+    It is a mapping of its tasks: `len(bundle)`, `"dogs" in bundle`, `bundle["dogs"]`. Many threads
+    may read from one at once. Beside a run that changes the bundle it reads what was there when it
+    was opened, or raises a BundleError that says to open it again.
 
     Args:
         path: the bundle's folder.
@@ -62,7 +66,7 @@ class Bundle(ByTask, Published):
 
     def __init__(self, path: str | Path, base: Source | Checkpoint | None = None) -> None:
         self.path = open_path(path)
-        self.manifest = current(self.path)
+        self.manifest, self._stored = at_once(self.path, self._read)
         codec = from_config(self.manifest.codec)
         if not isinstance(codec, DeltaCodec):
             raise BundleError(f"{self.path / MANIFEST}: '{codec.id}' is no codec; compress again")
@@ -73,7 +77,6 @@ class Bundle(ByTask, Published):
         self.tied, self.rename = record.tied, record.rename
         self.version = 0
         self._base_checked = False
-        self._stored = BundleReader(self.path, self.manifest)
         self._initial: dict[str, Tensor] = {}
         self._base: Checkpoint | None = None
         if base is not None:
@@ -320,12 +323,15 @@ class Bundle(ByTask, Published):
         """Check that tasks can be added and removed.
 
         Raises:
-            BundleError: the bundle is not on the local disk, or in Hugging Face's cache.
+            BundleError: the bundle is not on the local disk, or is in Hugging Face's cache, or may
+                not be written.
         """
         if is_remote(self.path) or in_cache(self.path):
             raise BundleError(
                 f"{self.path}: can only be read where it is; save it to a local folder to change it"
             )
+        for path in (self.path, self.path / MANIFEST):
+            check_writable(path)
 
     def remove(self, task: str) -> None:
         """Remove a task; the other tasks' files are not touched.
@@ -346,7 +352,11 @@ class Bundle(ByTask, Published):
         """Write a new manifest, and see the tasks that it names."""
         manifest.write(self.path)
         self.manifest, self.version = manifest, self.version + 1
-        self._stored = BundleReader(self.path, manifest)
+        self._stored = BundleReader(self.path, manifest, stamp(self.path))
+
+    def _read(self, moment: Stamp) -> tuple[Manifest, BundleReader]:
+        manifest = current(self.path)
+        return manifest, BundleReader(self.path, manifest, moment)
 
     def _seen(self, base: Checkpoint) -> Checkpoint:
         """The base as deltas are taken from: by the bundle's names, with adapters' start."""

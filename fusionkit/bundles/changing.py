@@ -9,10 +9,10 @@ from pathlib import Path
 
 from fusionkit.bundles.format import MANIFEST, SHARED, task_file
 from fusionkit.bundles.manifest import Manifest
-from fusionkit.checkpoints.output_folder import disk_errors
+from fusionkit.bundles.snapshot import changed
+from fusionkit.checkpoints.disk import disk_errors
 from fusionkit.checkpoints.paths import is_remote
 from fusionkit.checkpoints.sole_writer import bring_back, sole_writer
-from fusionkit.errors import BundleError
 
 _NEW = ".add."
 
@@ -47,9 +47,7 @@ def changing(path: Path, manifest: Manifest) -> Iterator[Path]:
     """
     with disk_errors(path), sole_writer(path, MANIFEST):
         if Manifest.read(path).text() != manifest.text():
-            raise BundleError(
-                f"{path}: another run has changed it since it was opened here; open it again"
-            )
+            raise changed(path)
         _clean(path, manifest)
         with tempfile.TemporaryDirectory(prefix=_NEW, dir=path) as new:
             yield Path(new)

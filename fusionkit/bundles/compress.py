@@ -12,10 +12,12 @@ from fusionkit.bundles.bundle import Bundle
 from fusionkit.bundles.format import MANIFEST, refuse_alike
 from fusionkit.bundles.journal import claim, identity, is_resumable, tidy
 from fusionkit.bundles.manifest import BaseRecord, Manifest
+from fusionkit.bundles.space import bundle_needs
 from fusionkit.bundles.writer import BundleWriter
 from fusionkit.checkpoints.adapters.modules import Adapters
 from fusionkit.checkpoints.checkpoint import Checkpoint, Source, find_checkpoints
-from fusionkit.checkpoints.output_folder import disk_errors, new_folder
+from fusionkit.checkpoints.disk import check_space, disk_errors
+from fusionkit.checkpoints.output_folder import check_replaceable, new_folder
 from fusionkit.checkpoints.paths import is_remote, open_path
 from fusionkit.checkpoints.stacks import unsplit
 from fusionkit.codecs.base import DeltaCodec
@@ -91,6 +93,8 @@ def compress(
         check_codec(codec)
         finetuned = find_checkpoints(finetuned) if isinstance(finetuned, str) else finetuned
         refuse_alike(finetuned)
+        if out is not None and not processes.rank:
+            check_replaceable(out, overwrite, known_by=MANIFEST)
         workers = Workers(processes, callback)
         family = Family(base, finetuned, private, frozen, adapters, workers, device, rename, ignore)
         if out is None:
@@ -125,8 +129,10 @@ def temporary_bundle(family: Family, codec: DeltaCodec, base: BaseRecord | None 
     if family.workers.processes.count > 1:
         raise BundleError("several processes need a folder to write to: give `out`")
     folder = Path(tempfile.mkdtemp(prefix="fusionkit-"))
+    needed = bundle_needs(family, codec)
     try:
-        with disk_errors(folder):
+        check_space(folder, needed)
+        with disk_errors(folder, needed=needed):
             _write(folder, family, codec, base=base)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
@@ -139,13 +145,14 @@ def _write_together(family: Family, codec: DeltaCodec, out: Path, overwrite: boo
     processes = family.workers.processes
     if processes.rank:
         path, resumable = processes.gather(("", False))[0]
-        with disk_errors(out, resumable):
+        with disk_errors(out, Path(path) if resumable else None):
             _write(Path(path), family, codec, resumable)
         processes.gather(None)
         return
     resumable = is_resumable(family) and not is_remote(out)
+    needed = bundle_needs(family, codec)
     with (
-        new_folder(out, overwrite, known_by=MANIFEST, keep=resumable) as folder,
+        new_folder(out, overwrite, MANIFEST, keep=resumable, needed=needed) as folder,
         processes.together(),  # the others know before the folder is removed
     ):
         if resumable:

@@ -20,12 +20,13 @@ from fusionkit.bundles.config import (
     write_json,
 )
 from fusionkit.bundles.side_files import files_of
+from fusionkit.bundles.space import model_needs
 from fusionkit.bundles.weights import TaskWeights
 from fusionkit.checkpoints.architecture import Architecture
 from fusionkit.checkpoints.checkpoint import Checkpoint, same_values
 from fusionkit.checkpoints.conversion import saved
 from fusionkit.checkpoints.from_config import CONFIG
-from fusionkit.checkpoints.output_folder import new_folder
+from fusionkit.checkpoints.output_folder import check_replaceable, new_folder
 from fusionkit.checkpoints.paths import copy_file
 from fusionkit.errors import BundleError, listing
 
@@ -68,6 +69,7 @@ def export_folder(
         WrongBaseError: the base at hand is another model.
     """
     limit = shard_bytes(max_shard_size)
+    check_replaceable(out, overwrite, known_by=CONFIG)
     weights = TaskWeights(bundle, task, dtype)
     files = files_of(bundle, task)
     config = config_of(bundle, files)
@@ -80,7 +82,8 @@ def export_folder(
     stem = "diffusion_pytorch_model" if "_class_name" in config else "model"
     if not any(key in config for key in ("_class_name", "model_type")):
         limit = sys.maxsize  # timm reads one file
-    with new_folder(out, overwrite, known_by=CONFIG) as folder:
+    needed = model_needs(weights, bundle.codec.restores and dtype is None)
+    with new_folder(out, overwrite, known_by=CONFIG, needed=needed) as folder:
         for name, content in files.items():
             if isinstance(content, Path):
                 copy_file(content, folder / name)

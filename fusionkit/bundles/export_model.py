@@ -1,19 +1,18 @@
 """Write one task's whole model as other tools read it: one file, or a folder."""
 
-import os
 import re
-from contextlib import nullcontext
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 
 from fusionkit.bundles.bundle import Bundle
 from fusionkit.bundles.export_folder import export_folder
 from fusionkit.bundles.model_file import write_model_file
+from fusionkit.bundles.space import model_needs
 from fusionkit.bundles.weights import TaskWeights
-from fusionkit.checkpoints.path_text import beside
-from fusionkit.checkpoints.paths import copy_file, is_remote, open_path, refuse_existing
+from fusionkit.checkpoints.disk import check_writable
+from fusionkit.checkpoints.output_folder import new_file
+from fusionkit.checkpoints.paths import open_path, refuse_existing
 from fusionkit.errors import BundleError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -63,23 +62,17 @@ def export_task(
             "one without a suffix, for a folder"
         )
     refuse_existing(out, overwrite, "choose another name, or set overwrite (--overwrite)")
+    check_writable(out)
+    if out.is_dir():
+        raise BundleError(f"{out}: is a folder, where a file is to be written; choose another name")
     target = DTYPES[dtype] if dtype else None
     weights = TaskWeights(bundle, task, target)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    remote = is_remote(out)
-    with TemporaryDirectory(prefix="fusionkit-") if remote else nullcontext(out.parent) as folder:
-        temporary = Path(folder) / beside(out, "tmp").name
-        try:
-            if out.suffix == ".safetensors":
-                write_model_file(weights.items(), temporary, {"format": "pt", "task": task})
-            else:
-                torch.save(bundle.state_dict(task, target), temporary)
-            if remote:
-                copy_file(temporary, out)
-            else:
-                os.replace(temporary, out)
-        except (OSError, RuntimeError) as error:  # torch's too
-            raise BundleError(f"{out}: could not be written ({error})") from error
-        finally:
-            temporary.unlink(missing_ok=True)
+    streamed = out.suffix == ".safetensors"
+    needed = model_needs(weights, bundle.codec.restores and target is None, streamed)
+    with new_file(out, needed) as new:
+        if streamed:
+            write_model_file(weights.items(), new, {"format": "pt", "task": task})
+        else:
+            with new.open("wb") as file:
+                torch.save(bundle.state_dict(task, target), file)
     return out

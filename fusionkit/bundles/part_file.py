@@ -11,6 +11,7 @@ is not large lie in one tensor behind the others (small_parts.py).
 
 import hashlib
 import json
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ from fusionkit.checkpoints.safetensors_file import SAFETENSORS_DTYPES, tensor_by
 from fusionkit.errors import BundleError
 
 _DIGEST = 16
+_OPENING = threading.RLock()
+"""Held while a header is read. Not a file's own: a bundle can be copied, and a lock can't."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +103,12 @@ class PartFile:
         return iter(self._open())
 
     def _open(self) -> dict[str, dict[str, str]]:
-        if self._index is None:
-            path = local_copy(self.path, self._record.header_sha256)
+        if self._index is not None:
+            return self._index
+        path = local_copy(self.path, self._record.header_sha256)
+        with _OPENING:
+            if self._index is not None:
+                return self._index
             with path.open("rb") as file:
                 length = int.from_bytes(file.read(8), "little")
                 text = file.read(min(length, self._record.bytes))
@@ -148,10 +155,11 @@ class PartFile:
         if start % dtype.itemsize:
             data = data.clone()  # as an address that is a multiple of the dtype's size
         tensor = data.view(dtype).view(shape)
-        expected = self._digests.pop(key, None)
-        if expected is not None and digest(tensor_bytes(tensor)) != expected:
-            self._digests[key] = expected
-            raise self._damaged(f"part '{key}'")
+        expected = self._digests.get(key)
+        if expected is not None:
+            if digest(tensor_bytes(tensor)) != expected:
+                raise self._damaged(f"part '{key}'")
+            self._digests.pop(key, None)
         return tensor if device is None else tensor.to(device)
 
     def _damaged(self, what: str) -> BundleError:

@@ -8,12 +8,14 @@ from tempfile import TemporaryDirectory
 from typing import Any, TypeVar, cast
 
 from fusionkit.bundles.format import MANIFEST, SHARED, task_file
-from fusionkit.bundles.hub import CARD, download, fetched, is_name, name_of, push
+from fusionkit.bundles.hub import CARD, download, is_name, name_of, push
 from fusionkit.bundles.manifest import Manifest
 from fusionkit.bundles.model_card import Scores, model_card
+from fusionkit.bundles.reader import BundleReader
 from fusionkit.checkpoints.checkpoint import Checkpoint, Source
-from fusionkit.checkpoints.output_folder import new_folder
-from fusionkit.checkpoints.paths import copy_file, is_remote, open_path
+from fusionkit.checkpoints.disk import Needed
+from fusionkit.checkpoints.output_folder import check_replaceable, new_folder
+from fusionkit.checkpoints.paths import is_remote, open_path
 from fusionkit.errors import BundleError, lacks
 
 Opened = TypeVar("Opened", bound="Published")
@@ -31,6 +33,7 @@ class Published:
 
     path: Path
     manifest: Manifest
+    _stored: BundleReader
 
     @classmethod
     def from_pretrained(
@@ -80,14 +83,19 @@ class Published:
         chosen = list(known) if tasks is None else list(tasks)
         if unknown := [task for task in chosen if task not in known]:
             raise BundleError(lacks(f"{self.path}:", unknown[0], list(known)))
-        with new_folder(open_path(path), overwrite, known_by=MANIFEST) as folder:
-            for name in _files(self.manifest, chosen):
-                copy_file(fetched(self.path / name), folder / name)
+        target = open_path(path)
+        check_replaceable(target, overwrite, known_by=MANIFEST)
+        part = replace(self.manifest, tasks={task: known[task] for task in chosen})
+        needed = Needed(part.nbytes, part.nbytes)
+        files = {name: self._stored.fetched(name) for name in _files(part, chosen)}
+        with new_folder(target, overwrite, known_by=MANIFEST, needed=needed) as folder:
+            for name, file in files.items():
+                self._stored.copy(file, folder / name)
             if tasks is None:
-                copy_file(self.path / MANIFEST, folder / MANIFEST)
+                self._stored.copy(self.path / MANIFEST, folder / MANIFEST)
             else:
-                chosen_records = {task: known[task] for task in chosen}
-                replace(self.manifest, tasks=chosen_records).write(folder)
+                part.write(folder)
+            self._stored.check_unchanged()
 
     def push_to_hub(
         self,
@@ -127,11 +135,12 @@ class Published:
             manifest = replace(manifest, base=replace(manifest.base, source=source))
         base_model = base_model or name_of(manifest.base.source)
         files: dict[str, Path | bytes] = {
-            each: fetched(self.path / each) for each in _files(manifest, list(manifest.tasks))
+            each: self._stored.fetched(each) for each in _files(manifest, list(manifest.tasks))
         }
         with TemporaryDirectory(prefix="fusionkit-") as folder:
             manifest.write(Path(folder))
             files[MANIFEST] = (Path(folder) / MANIFEST).read_bytes()
+        self._stored.check_unchanged()
         files[CARD] = model_card(name, manifest, base_model, titles, scores).encode()
         return push(name, files, _STALE, message, private)
 

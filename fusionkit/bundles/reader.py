@@ -13,6 +13,8 @@ from fusionkit.bundles.hub import fetched
 from fusionkit.bundles.manifest import Manifest
 from fusionkit.bundles.part_file import PartFile
 from fusionkit.bundles.small_parts import Names
+from fusionkit.bundles.snapshot import Stamp, as_opened, changed, stamp
+from fusionkit.checkpoints.paths import copy_file
 from fusionkit.checkpoints.vocabulary import with_rows
 from fusionkit.codecs.base import WHOLE, WHOLE_MODEL, DeltaCodec, Parts
 from fusionkit.errors import BundleError
@@ -25,35 +27,46 @@ that tensors are decoded into, which the system's allocator then can't use again
 class BundleReader:
     """The files of parts: one that tasks share, and one of each task.
 
+    Many threads may read at once.
+
     Args:
         path: the bundle's folder.
         manifest: which files there are.
+        opened: the stamp of the manifest, when it was read.
 
     Raises:
-        BundleError: the shared file is missing, or has another size; a task's when it is needed.
+        BundleError: the shared file is missing, or has another size; a task's when it is needed;
+            or another run has changed the bundle since.
     """
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    def __init__(self, path: Path, manifest: Manifest, opened: Stamp) -> None:
         self._names = Names(manifest.base.tensors)
-        shared = manifest.shared
-        self._shared = PartFile(fetched(path / SHARED), shared, self._names) if shared else None
-        self._path, self._manifest = path, manifest
+        self._path, self._manifest, self._stamp = path, manifest, opened
+        self._shared: PartFile | None = None
+        if manifest.shared:
+            with as_opened(path, opened):
+                self._shared = PartFile(fetched(path / SHARED), manifest.shared, self._names)
         self._tasks: OrderedDict[str, PartFile] = OrderedDict()
         self._whole: tuple[tuple[str, torch.device | None], Parts] | None = None
 
     @property
     def tasks_share(self) -> bool:
         """Whether there are parts that were computed from all tasks together."""
-        names = self._shared.names() if self._shared else iter(())
+        with as_opened(self._path, self._stamp):
+            names = self._shared.names() if self._shared else iter(())
         return any(not name.startswith(INITIAL) for name in names)
 
     def shared(self, name: str, device: torch.device | None = None) -> Parts:
         """The parts of a tensor that all tasks share."""
-        return self._shared.parts(name, device) if self._shared else {}
+        if self._shared is None:
+            return {}
+        with as_opened(self._path, self._stamp):
+            return self._shared.parts(name, device)
 
     def own(self, task: str, name: str, device: torch.device | None = None) -> Parts:
         """The parts of a tensor that a task owns."""
-        return self._file(task).parts(name, device)
+        with as_opened(self._path, self._stamp):
+            return self._file(task).parts(name, device)
 
     def exact(self, task: str, codec: DeltaCodec) -> Iterator[tuple[str, Tensor]]:
         """A task's tensors that are stored exactly, by name.
@@ -96,30 +109,64 @@ class BundleReader:
         Raises:
             BundleError: it is not.
         """
-        self._file(task)
+        with as_opened(self._path, self._stamp):
+            self._file(task)
+
+    def fetched(self, name: str) -> Path:
+        """A file of the bundle, downloaded if it is on the Hub.
+
+        Raises:
+            BundleError: it is not there.
+        """
+        with as_opened(self._path, self._stamp):
+            return fetched(self._path / name)
+
+    def copy(self, source: Path, target: Path) -> None:
+        """Copy one of the bundle's files; follow the last by `check_unchanged`.
+
+        Raises:
+            BundleError: it is not there any more.
+            OSError: it can't be written.
+        """
+        try:
+            copy_file(source, target)
+        except FileNotFoundError:
+            with as_opened(self._path, self._stamp):
+                raise
+
+    def check_unchanged(self) -> None:
+        """Check that the bundle is the one that was opened.
+
+        Raises:
+            BundleError: another run has changed it.
+        """
+        if stamp(self._path) != self._stamp:
+            raise changed(self._path)
 
     def names(self, task: str) -> Iterator[str]:
         """The names under which a task owns parts."""
-        return self._file(task).names()
+        with as_opened(self._path, self._stamp):
+            return self._file(task).names()
 
     def whole_model(self, task: str, device: torch.device | None = None) -> Parts:
         """A task's parts of the whole model, the shared ones among them."""
         # Asked for once per tensor: worth keeping for the task at hand.
-        if self._whole is None or self._whole[0] != (task, device):
+        kept = self._whole
+        if kept is None or kept[0] != (task, device):
             parts = {**self.shared(WHOLE_MODEL, device), **self.own(task, WHOLE_MODEL, device)}
-            self._whole = (task, device), parts
-        return self._whole[1]
+            kept = self._whole = (task, device), parts
+        return kept[1]
 
     def _file(self, task: str) -> PartFile:
-        file = self._tasks.get(task)
+        file = self._tasks.pop(task, None)
         if file is None:
-            record = self._manifest.tasks[task].file
+            if task not in self._manifest.tasks:  # it was removed through the same object
+                raise changed(self._path)
             path = fetched(self._path / task_file(task))
-            file = self._tasks[task] = PartFile(path, record, self._names)
-            if len(self._tasks) > _OPEN:
-                self._tasks.popitem(last=False)
-        else:
-            self._tasks.move_to_end(task)
+            file = PartFile(path, self._manifest.tasks[task].file, self._names)
+        self._tasks[task] = file  # the last, as it is used last
+        if len(self._tasks) > _OPEN:
+            self._tasks.popitem(last=False)
         return file
 
 

@@ -60,8 +60,8 @@ class TaskWeights(Mapping[str, Tensor]):
                 f"{listing(lacking)}"
             )
         own = set(source.space.layout.tensors) if source.space else set()
-        seen = [name for name in source.roles if name not in own and name in self._base]
-        self._names = [*whole_names(seen, source.stacks), *sorted(self._private)]
+        self._seen = [name for name in source.roles if name not in own and name in self._base]
+        self._names = [*whole_names(self._seen, source.stacks), *sorted(self._private)]
 
     def __getitem__(self, name: str) -> Tensor:
         """One tensor, rounded once: `(*shape)` on the CPU, the caller's own.
@@ -88,6 +88,16 @@ class TaskWeights(Mapping[str, Tensor]):
 
     def __repr__(self) -> str:
         return f"TaskWeights({self._source.label!r}, {self._task!r}, {len(self)} tensors)"
+
+    @property
+    def sizes(self) -> dict[torch.dtype, int]:
+        """Bytes by dtype, of the tensors that the base has; nothing is read for it."""
+        found: dict[torch.dtype, int] = {}
+        for name in self._seen:
+            spec = self._base.specs[name]
+            dtype = self._dtype if self._dtype and spec.dtype.is_floating_point else spec.dtype
+            found[dtype] = found.get(dtype, 0) + spec.numel * dtype.itemsize
+        return found
 
     @cached_property
     def _exact(self) -> dict[str, Tensor]:

@@ -9,12 +9,15 @@ from lightning.pytorch import Trainer
 from fusionkit.bundles.bundle import Bundle
 from fusionkit.bundles.format import MANIFEST
 from fusionkit.bundles.manifest import CalibrationRecord
+from fusionkit.bundles.space import bundle_needs
 from fusionkit.calibration.data import CalibrationData
 from fusionkit.calibration.dbms import DBMSCalibration
 from fusionkit.calibration.learned_parts import PartsCalibration
 from fusionkit.calibration.module import CalibrationModule
 from fusionkit.calibration.settings import Calibration
+from fusionkit.checkpoints.disk import check_space
 from fusionkit.checkpoints.output_folder import check_replaceable
+from fusionkit.checkpoints.paths import open_path
 from fusionkit.codecs.base import DeltaCodec
 from fusionkit.codecs.dbms import DBMS
 from fusionkit.errors import FusionKitError
@@ -57,7 +60,7 @@ def calibrate(
         the bundle, with what was learned in its manifest.
 
     Raises:
-        BundleError: `out` exists, or can't be written.
+        BundleError: `out` exists, can't be written, or can't fit on its disk.
         DataError: a task has no calibration data, or its loss is not finite from the start.
         FusionKitError: there is nothing to calibrate, or no checkpoint to resume from.
         KeyboardInterrupt: it was interrupted; nothing is saved but checkpoints.
@@ -68,6 +71,8 @@ def calibrate(
         max_epochs=EPOCHS, logger=False, enable_checkpointing=False, enable_model_summary=False
     )
     calibration = _module(module, settings, codec or module.codec)
+    if out is not None and trainer.is_global_zero:
+        check_space(open_path(out), bundle_needs(module.family(), calibration.codec))
     data = CalibrationData(datamodule, settings.rows, settings.seed)
     try:
         fit(trainer, calibration, data, ckpt_path)

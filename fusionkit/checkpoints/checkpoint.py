@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from fusionkit.checkpoints.adapters.lowrank import LowRank
 from fusionkit.checkpoints.architecture import Architecture
+from fusionkit.checkpoints.headed import Headed
 from fusionkit.checkpoints.path_text import forms, one_form
 from fusionkit.checkpoints.paths import glob_remote, is_remote, written_out
 from fusionkit.errors import CheckpointError, size
 
-Source = str | Path | nn.Module | Mapping[str, Tensor]
+Source = str | Path | nn.Module | Mapping[str, Tensor] | Headed
 """What a checkpoint can be read from; a `Checkpoint` is such a mapping itself."""
 
 Pieces = Callable[[slice], Tensor]

@@ -10,6 +10,7 @@ from fusionkit.checkpoints.checkpoint import Checkpoint, Source
 from fusionkit.checkpoints.conformed import conformed
 from fusionkit.checkpoints.from_config import architecture_of
 from fusionkit.checkpoints.gguf_file import open_gguf
+from fusionkit.checkpoints.headed import Headed
 from fusionkit.checkpoints.in_memory import LiveModel, TensorMapping
 from fusionkit.checkpoints.model_folder import file_of_folder, is_index, is_weights
 from fusionkit.checkpoints.names import unwrapped
@@ -20,6 +21,7 @@ from fusionkit.checkpoints.quantized import dequantized
 from fusionkit.checkpoints.safetensors_file import SafetensorsFile
 from fusionkit.checkpoints.shards import Shards
 from fusionkit.checkpoints.view import View, renamed
+from fusionkit.checkpoints.with_head import WithHead
 from fusionkit.errors import CheckpointError
 
 _PICKLES = {".pt", ".pth", ".bin", ".ckpt"}
@@ -45,6 +47,8 @@ def open_source(
 def _open(source: Source, variant: str | None, dequantize: bool) -> Checkpoint:
     if isinstance(source, str | Path):
         return open_gguf(source, dequantize) or _open_path(str(source), variant, dequantize)
+    if isinstance(source, Headed):
+        return WithHead(_open(source.model, variant, dequantize), Checkpoint.of(source.head))
     if variant:
         raise CheckpointError(
             f"variant '{variant}': chooses among a folder's files, and the source is no folder "

@@ -57,9 +57,15 @@ def is_there(path: str | Path) -> bool:
     """Whether a path, wherever it is, leads to something: a file, a folder, or what a URL names.
 
     Raises:
-        FusionKitError: as of `open_path`.
+        FusionKitError: nobody may look there; or as of `open_path`.
     """
-    return open_path(path).exists()
+    try:
+        return open_path(path).exists()
+    except PermissionError as error:
+        raise FusionKitError(
+            f"{path}: you may not look there ({error.strerror}); choose another place, or change "
+            "the permissions of its folders"
+        ) from error
 
 
 def refuse_existing(path: str | Path, overwrite: bool, mend: str) -> None:

@@ -6,6 +6,7 @@ on from; `.NAME.XXXXXXXX.tmp`, which is not; and, where names can't be exchanged
 nobody's.
 """
 
+import errno
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -14,36 +15,62 @@ from glob import escape
 from pathlib import Path
 from uuid import uuid4
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from fusionkit.checkpoints.exchange import exchange
 from fusionkit.checkpoints.path_text import beside
 from fusionkit.errors import BundleError
 
 _TRIES = 10
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
 
 
 @contextmanager
-def sole_writer(path: Path, known_by: str) -> Iterator[None]:
+def sole_writer(path: Path, known_by: str | None = None, wait: float = 0) -> Iterator[None]:
     """A context in which no other run writes a folder, and nothing is left of one that was killed.
 
+    Where the file system has no locks (NFS without its lock service), a file that names the run
+    stands for one: of a run that was killed on this machine it is taken away, of one on another
+    machine it has to be.
+
     Args:
-        path: the folder, which need not be there.
-        known_by: the file that tells its kind.
+        path: the folder, or a file; it need not be there.
+        known_by: the file that tells a folder's kind.
+        wait: seconds for another run to end.
 
     Raises:
         BundleError: another run is writing it.
         OSError: there can be no lock beside it.
     """
+    with _held(path, wait):
+        if known_by:
+            bring_back(path, known_by)
+        _clean(path, known_by)
+        yield
+
+
+@contextmanager
+def _held(path: Path, wait: float) -> Iterator[None]:
     file = beside(path, "lock")
-    lock = FileLock(file)
+    lock: BaseFileLock = FileLock(file)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=wait)
     except Timeout as error:
         raise BundleError(f"{path}: another run is writing there; wait for it to end") from error
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        file.unlink(missing_ok=True)
+        file = beside(path, "held")
+        lock = SoftFileLock(file)
+        try:
+            lock.acquire(timeout=wait)
+        except Timeout as held:
+            raise BundleError(
+                f"{path}: another run is writing there, on another machine it may be; wait for it "
+                f"to end, or remove {file}, if it was killed"
+            ) from held
     try:
-        bring_back(path, known_by)
-        _clean(path, known_by)
         yield
     finally:
         file.unlink(missing_ok=True)
@@ -107,10 +134,11 @@ def bring_back(path: Path, known_by: str) -> None:
             warnings.warn(said, stacklevel=2)
 
 
-def _clean(path: Path, known_by: str) -> None:
+def _clean(path: Path, known_by: str | None) -> None:
     """Remove what a run that was killed has left, and say so."""
     left = [*_left(path, "tmp"), *_left(path, "old")]
-    if (partial(path) / known_by).is_file():  # whole: it was replaced, or was to be renamed
+    # A whole one was replaced, or was to be renamed.
+    if known_by and (partial(path) / known_by).is_file():
         left.append(partial(path))
     for each in left:
         shutil.rmtree(each, ignore_errors=True)

@@ -25,7 +25,7 @@ class CompressCLI(RecipeCLI):
     """Compress the recipe's fine-tuned checkpoints into the bundle `--model.bundle`."""
 
     verb = "compress"
-    needs_trainer = False
+    needs_trainer = writes_out = False
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """`--overwrite`; the network itself is needed only where no base is given."""

@@ -6,6 +6,7 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LightningArgumentParser
 
+from fusionkit.checkpoints.disk import Needed, check_space, check_writable
 from fusionkit.checkpoints.paths import is_there, refuse_existing
 from fusionkit.cli import report
 from fusionkit.cli.training import TrainingCLI
@@ -41,6 +42,7 @@ class FitCLI(TrainingCLI):
         """
         out = Path(self.config["out"]) / FINETUNED
         refuse_existing(out, self.config["overwrite"], "replace it with --overwrite")
+        check_writable(out)
         if is_there(out) and not any((out / file).is_file() for file in KINDS):
             raise BundleError(f"{out}: exists and is no fine-tune; give another --out")
 
@@ -85,14 +87,24 @@ def train(
 
     Raises:
         FusionKitError: there is no checkpoint to resume from, or it is of another fine-tuning.
+        BundleError: what is trained can't fit on the disk.
         KeyboardInterrupt: training was interrupted; nothing is saved but checkpoints.
     """
     if isinstance(module, Finetune):
         datamodule = module.data_of(datamodule)
         module.prepare(datamodule)  # here: the main process saves what other processes train
+        if trainer.is_global_zero:
+            check_space(out, _needs(module, bool(trainer.checkpoint_callbacks)))
     fit(trainer, module, datamodule, ckpt_path)
     if not isinstance(module, Finetune) or not trainer.is_global_zero:
         return None
     path = module.save(out, overwrite)
     report.show(f"written: {path}")
     return path
+
+
+def _needs(module: LightningModule, checkpoints: bool) -> Needed:
+    """What is trained; and, likely, a checkpoint of it with two moments of an optimizer."""
+    sizes = {p: p.nbytes for p in module.parameters()}
+    trained = sum(nbytes for each, nbytes in sizes.items() if each.requires_grad)
+    return Needed(trained, trained + checkpoints * (2 * trained + sum(sizes.values())))

@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fusionkit.checkpoints.output_folder import disk_errors
-from fusionkit.checkpoints.path_text import beside
+from fusionkit.checkpoints.disk import check_writable
+from fusionkit.checkpoints.output_folder import new_file
 from fusionkit.checkpoints.paths import open_path, refuse_existing
 from fusionkit.cli import report
 from fusionkit.cli.arguments import call
@@ -58,6 +58,7 @@ def generate(
         raise FusionKitError(f"expected a batch_size of at least 1, got {batch_size}")
     if out is not None:
         refuse_existing(out, overwrite, "choose another name, or set --overwrite")
+        check_writable(out)
     rows = read_prompts(open_path(prompts))
     speaker = open_speaker(
         bundle,
@@ -79,11 +80,8 @@ def generate(
         sys.stdout.writelines(lines)
         return
     path = open_path(out)
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = beside(path, "tmp")
-        temporary.write_text("".join(lines), encoding="utf-8")
-        temporary.replace(path)
+    with new_file(path) as new:
+        new.write_text("".join(lines), encoding="utf-8")
     report.show(f"written: {path} ({len(lines)} answers of {speaker.task})")
 
 

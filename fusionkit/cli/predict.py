@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule, Trainer
 
+from fusionkit.checkpoints.disk import check_writable
 from fusionkit.cli import report
 from fusionkit.cli.recipe import RecipeCLI, quiet
 from fusionkit.cli.scored_line import recipe_args
@@ -41,11 +42,13 @@ class PredictCLI(RecipeCLI):
     """Write what each task's model says of each row: `--out FILE.csv` or FILE.parquet."""
 
     verb = "predict"
+    writes_out = False  # but for a file, which may be it
 
     def before_instantiate_classes(self) -> None:
         """Check where to write before any work."""
         self.file = self.out if self.out.suffix else self.out / "predictions.csv"
         table_bytes([], self.file)
+        check_writable(self.file)
 
 
 @quiet()
@@ -63,7 +66,8 @@ def predict(module: ReuseModule, datamodule: Any, trainer: Trainer | None = None
         for each row a mapping: `task`; `row`, its place among the task's rows, from 0; and what
         the task's kind says: of classes the `prediction`, the `probabilities` of all, in the order
         of the head's rows, and the `target`, by name where the datamodule has the classes'
-        (`labels`); of regression `prediction` and `target`; of others `outputs`.
+        (`labels`); of regression and of generated texts `prediction` and `target`; of others
+        `outputs`.
 
     Raises:
         FusionKitError: tasks, data and checkpoints don't fit together.

@@ -46,6 +46,7 @@ class RecipeCLI(LightningCLI):
         sections: of the recipe, what the help lists.
         settings_of: whose settings the help lists of `model`, where a recipe names the class.
         needs_trainer: it evaluates or trains.
+        writes_out: it writes into the folder `--out`.
         trainer_settings: Trainer defaults.
     """
 
@@ -54,6 +55,7 @@ class RecipeCLI(LightningCLI):
     settings_of: ClassVar[type | None] = None
     parser: RecipeParser
     needs_trainer = True
+    writes_out = True
     trainer_settings: ClassVar[dict[str, Any]] = {
         "logger": False,
         "enable_checkpointing": False,
@@ -92,14 +94,14 @@ class RecipeCLI(LightningCLI):
         """Parse; LightningCLI would warn that the arguments don't come from `sys.argv`.
 
         Raises:
-            FusionKitError: `--out` is a URL.
+            FusionKitError: `--out` is a URL, or may not be written.
             SystemExit: help was asked for, and is printed.
         """
         if asked := {*ASK} & {*args}:
             print(parser.format_help() if "--help-all" in asked else self._help(), end="")
             sys.exit(0)
         self.config = parser.parse_args(args)
-        self.config["out"] = str(report.local_folder(self.config["out"]))
+        self.config["out"] = str(report.local_folder(self.config["out"], self.writes_out))
 
     def _help(self) -> str:
         """What the verb reads itself."""

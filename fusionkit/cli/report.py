@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import math
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusionkit.bundles.bundle import Bundle
+from fusionkit.checkpoints.disk import check_writable
+from fusionkit.checkpoints.output_folder import new_file
 from fusionkit.checkpoints.paths import is_remote, open_path, written_out
 from fusionkit.cli.table import Table
 from fusionkit.cli.terminal import main_process
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+_WAIT = 60
+"""Seconds for another run to have written the same file."""
 WITHOUT_PLOTS = "for plots beside them: pip install 'fusionkit[plots]', and the same command again"
 
 
@@ -182,32 +185,41 @@ def csv_text(rows: Sequence[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-def local_folder(path: str | Path) -> Path:
+def local_folder(path: str | Path, written: bool = True) -> Path:
     """A folder for results, which are written to the local disk alone.
+
+    Args:
+        path: the folder, which need not be there.
+        written: see that it may be written, before what goes into it is made.
 
     Raises:
         FusionKitError: it is a URL.
+        BundleError: it may not be written.
     """
     if is_remote(written_out(str(path))):
         raise FusionKitError(
             f"{path}: results and trained models are written to the local disk; give a folder there"
         )
-    return open_path(path)
+    folder = open_path(path)
+    if written:
+        check_writable(folder / "results")
+    return folder
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file to a temporary name and rename it; of several processes, in one.
+    """Write a file whole or not at all; of several processes, in one.
 
     Args:
         path: the file; its folder is made. One that has this content already is left alone.
         content: what is in it afterwards.
+
+    Raises:
+        BundleError: it can't be written.
     """
     if not main_process() or (path.is_file() and path.read_bytes() == content):
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    with new_file(path, wait=_WAIT) as new:
+        new.write_bytes(content)
 
 
 def percent(value: float | None) -> str:

@@ -116,6 +116,20 @@ class DeltaCodec(Plugin, ABC):
         """Whether `prepare` looks at `family.moments`, and at the sensitivities beside them."""
         return False
 
+    def likely_bytes(self, shapes: Mapping[str, Sequence[int]], tasks: int) -> int | None:
+        """About how many bytes the payload takes. Overriding is optional.
+
+        Who writes a bundle to a disk with less room is warned before the work.
+
+        Args:
+            shapes: of the tensors that are compressed, by name.
+            tasks: how many there are.
+
+        Returns:
+            of all tasks, and what they share; None: it can't be told from this.
+        """
+        return None
+
     @abstractmethod
     def prepare(self, family: Family, shared: SharedParts | None = None) -> Encoder:
         """Take what must be known of the whole family, and return what encodes its tensors.

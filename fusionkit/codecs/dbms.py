@@ -97,6 +97,11 @@ class DBMS(DeltaCodec):
         """
         return _AtScalars(self, dict(scalars))
 
+    def likely_bytes(self, shapes: Mapping[str, Sequence[int]], tasks: int) -> int | None:
+        """Of the codec within, and of the shift."""
+        found = [each.likely_bytes(shapes, tasks) for each in (self.codec, self.direction)]
+        return None if None in found else sum(each or 0 for each in found)
+
     @property
     def packs(self) -> bool:
         """As the codec within does."""

@@ -1,5 +1,6 @@
 """Whole deltas, only rounded: the yardstick that compressing codecs are measured against."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fusionkit.codecs.base import Parts, TensorCodec
-from fusionkit.codecs.values import ValueDtype, pack_values, unpack_values
+from fusionkit.codecs.values import ValueDtype, pack_values, unpack_values, values_bytes
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,10 @@ class Dense(TensorCodec):
     id: ClassVar[str] = "dense"
     cost: ClassVar[str] = "b P bits in a dtype of b bits"
     dtype: ValueDtype = "fp16"
+
+    def likely_bytes(self, shapes: Mapping[str, Sequence[int]], tasks: int) -> int | None:
+        """Every value, of every task."""
+        return tasks * values_bytes(shapes, self.dtype)
 
     def encode_tensor(self, delta: Tensor, name: str) -> Parts:
         """The values; none where the delta is zero throughout."""

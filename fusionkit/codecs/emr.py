@@ -1,6 +1,7 @@
 """EMR-Merging: elect one unified vector, then a mask and a rescaler per task (2405.17461)."""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from fusionkit.codecs import kernels
 from fusionkit.codecs.base import WHOLE_MODEL, DeltaCodec, Encoded, Encoder, Parts, SharedParts
 from fusionkit.codecs.packing import pack_bits, unpack_bits
-from fusionkit.codecs.values import ValueDtype, pack_values, unpack_values
+from fusionkit.codecs.values import ValueDtype, pack_values, unpack_values, values_bytes
 from fusionkit.merges.elect import signs
 from fusionkit.task_vectors.family import Family
 from fusionkit.task_vectors.vectors import TaskVectors
@@ -37,6 +38,11 @@ class EMR(DeltaCodec):
     rescale: Literal["l1", "l1_mean", "l2", "none"] = "l1"
     scope: Literal["model", "tensor"] = "model"
     dtype: ValueDtype = "fp16"
+
+    def likely_bytes(self, shapes: Mapping[str, Sequence[int]], tasks: int) -> int | None:
+        """A bit of each value of each task, and the vector that all share."""
+        masks = sum(-(-math.prod(shape) // 8) for shape in shapes.values())
+        return tasks * masks + values_bytes(shapes, self.dtype)
 
     def prepare(self, family: Family, shared: SharedParts | None = None) -> Encoder:
         """Nothing to prepare: masks and shared vector as they come, the rescalers at the end."""

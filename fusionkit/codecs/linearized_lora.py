@@ -1,5 +1,6 @@
 """Linearized LoRA adapters, kept or fused (L-LoRA, Tang et al., 2310.04742)."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -32,6 +33,10 @@ class LinearizedLoRA(DeltaCodec):
     id: ClassVar[str] = "linearized_lora"
     merge: Merge | None = None
     dtype: ValueDtype = "fp16"
+
+    def likely_bytes(self, shapes: Mapping[str, Sequence[int]], tasks: int) -> int | None:
+        """As what keeps the adapters, or their merge."""
+        return self._codec.likely_bytes(shapes, tasks)
 
     def prepare(self, family: Family, shared: SharedParts | None = None) -> Encoder:
         """The passes that the merge itself needs.

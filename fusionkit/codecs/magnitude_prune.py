@@ -1,7 +1,8 @@
 """Magnitude pruning: PERU-FFT on a merged model, Post-Pruning without one (2310.01886)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import log2, prod
 from typing import ClassVar, Literal
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from fusionkit.codecs.base import DeltaCodec, Encoded, Encoder, Parts, SharedParts
 from fusionkit.codecs.merged import SharedVector, decode_shared
 from fusionkit.codecs.packing import decode_positions, encode_positions
-from fusionkit.codecs.values import ValueDtype, pack_values, unpack_values
+from fusionkit.codecs.values import ValueDtype, pack_values, unpack_values, values_bytes
 from fusionkit.errors import CodecError
 from fusionkit.merges.base import Merge
 from fusionkit.task_vectors.family import Family
@@ -52,6 +53,15 @@ class MagnitudePrune(DeltaCodec):
     def __post_init__(self) -> None:
         if not 0 <= self.density <= 1:
             raise CodecError(f"expected MagnitudePrune's density in [0, 1], got {self.density}")
+
+    def likely_bytes(self, shapes: Mapping[str, Sequence[int]], tasks: int) -> int | None:
+        """What is kept of each task, about, and the vector that all share."""
+        shared = values_bytes(shapes, self.dtype) if self.merge else 0
+        if not self.density:
+            return shared
+        bits = 8 * values_bytes(shapes, self.dtype) / max(sum(map(prod, shapes.values())), 1)
+        kept = sum(self.density * prod(shape) for shape in shapes.values())
+        return shared + round(tasks * kept * (bits + log2(1 / self.density) + 1.4) / 8)
 
     def prepare(self, family: Family, shared: SharedParts | None = None) -> Encoder:
         """What the merge needs; over the whole model, two or three passes for the thresholds."""

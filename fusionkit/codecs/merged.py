@@ -1,5 +1,6 @@
 """A merged model for every task, and the shared vector that other codecs build on."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fusionkit.codecs.base import DeltaCodec, Encoded, Encoder, Parts, SharedParts
-from fusionkit.codecs.values import ValueDtype, pack_values, unpack_values
+from fusionkit.codecs.values import ValueDtype, pack_values, unpack_values, values_bytes
 from fusionkit.merges.base import Merge
 from fusionkit.merges.mean import Mean
 from fusionkit.task_vectors.family import Family
@@ -29,6 +30,10 @@ class Merged(DeltaCodec):
     cost: ClassVar[str] = "nothing; shared by all: b P bits in a dtype of b bits"
     merge: Merge = field(default_factory=Mean)
     dtype: ValueDtype = "fp16"
+
+    def likely_bytes(self, shapes: Mapping[str, Sequence[int]], tasks: int) -> int | None:
+        """The vector that all share."""
+        return values_bytes(shapes, self.dtype)
 
     def prepare(self, family: Family, shared: SharedParts | None = None) -> Encoder:
         """The passes that the merge itself needs."""

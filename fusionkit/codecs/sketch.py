@@ -1,6 +1,7 @@
 """Sketch: strong directions, coarsely quantised, and an unbiased sketch of all the rest."""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -85,6 +86,12 @@ class Sketch(DeltaCodec):
             raise CodecError(f"expected Sketch's {name} to be more than 0, got {value}")
         if self.noise is not None and not self.sketch:
             raise CodecError("Sketch's noise is the sketch's own; without one, give bits or bytes")
+
+    def likely_bytes(self, shapes: Mapping[str, Sequence[int]], tasks: int) -> int | None:
+        """What was asked for."""
+        if self.bits is None:
+            return self.bytes
+        return round(self.bits / 8 * tasks * sum(map(math.prod, shapes.values())))
 
     @property
     def packs(self) -> bool:

@@ -1,5 +1,6 @@
 """Truncated SVD of each matrix delta: PERU-LoRA (2310.01886) where the delta is an adapter's."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal
@@ -133,6 +134,28 @@ class SVD(TensorCodec):
         if "values" in parts:
             return None
         return unpack_factors(parts, shape, self.dtype)
+
+    def likely_bytes(self, shapes: Mapping[str, Sequence[int]], tasks: int) -> int | None:
+        """Factors of each matrix and the vectors; or the budget."""
+        if self.budget is not None:
+            return tasks * self.budget
+        if self.energy is not None:
+            return None
+        return tasks * sum(self._bytes_of(name, torch.Size(s)) for name, s in shapes.items())
+
+    def _bytes_of(self, name: str, shape: torch.Size) -> int:
+        """Of one tensor, where its rank is known beforehand."""
+        if len(shape) < 2 and self.vectors == "drop":
+            return 0
+        rows, columns = matrix_of(shape)
+        full = min(rows, columns)
+        if full > 1:
+            asked = self._asked(name) if self.rank is not None else round((self.ratio or 0) * full)
+            rank = min(max(asked, 1), full)
+            if rank * (rows + columns) < rows * columns:
+                sides = ((rows, rank), (columns, rank))
+                return sum(stored_bytes(side, self.dtype) for side in sides)
+        return stored_bytes((shape.numel(),), self.dtype)
 
     @property
     def _whole_spectrum(self) -> bool:

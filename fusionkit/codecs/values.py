@@ -11,7 +11,8 @@ its few digits cost no accuracy). A value is its integer times the scale:
   the scale is, of some, the one of the least squared error, and what is larger is cut.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Literal
 
 import torch
@@ -113,6 +114,11 @@ def stored_bytes(shape: tuple[int, ...], dtype: ValueDtype) -> int:
         return rows * columns * _FLOATS[dtype].itemsize
     scales = -(-rows // GROUP) if len(shape) == 1 else columns
     return -(-rows * _BITS[dtype] // 8) * columns + 2 * scales
+
+
+def values_bytes(shapes: Mapping[str, Sequence[int]], dtype: ValueDtype) -> int:
+    """Bytes that `pack_values` makes of all values of tensors, by name, each tensor by itself."""
+    return sum(stored_bytes((prod(shape),), dtype) for shape in shapes.values())
 
 
 def _grouped(values: Tensor) -> Tensor:

@@ -19,7 +19,9 @@ from fusionkit.bundles.side_files import PROCESSOR, TOKENIZER, base_file, base_f
 from fusionkit.checkpoints.architecture import is_transformers
 from fusionkit.checkpoints.checkpoint import Checkpoint, Source
 from fusionkit.checkpoints.from_config import CONFIG, built
+from fusionkit.codecs.base import DeltaCodec
 from fusionkit.errors import BundleError
+from fusionkit.registry import to_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,6 +42,21 @@ def opened(bundle: str | Path | Bundle, base: Source | Checkpoint | None = None)
     if isinstance(bundle, Bundle):
         return bundle if base is None else Bundle(bundle.path, base)
     return Bundle.from_pretrained(bundle, base)
+
+
+def made_by(path: Path, codec: DeltaCodec | None) -> Bundle:
+    """A bundle's folder, opened.
+
+    Raises:
+        BundleError: there is none; or a codec is given, and it was made by another.
+    """
+    bundle = Bundle(path)
+    if codec is not None and to_config(codec) != to_config(bundle.codec):
+        raise BundleError(
+            f"{path}: was made with {bundle.codec!r}, but `codec` is {codec!r}; compress "
+            "again (--overwrite), or leave `codec` out"
+        )
+    return bundle
 
 
 def tokenizer(

@@ -19,6 +19,7 @@ from fusionkit.checkpoints.vocabulary import grown
 from fusionkit.errors import BundleError, FusionKitError
 from fusionkit.reuse.resizing import put_anew, resize
 from fusionkit.reuse.seen import Seen
+from fusionkit.reuse.sole_switch import sole_switch
 from fusionkit.task_vectors.task_source import write_added, write_weights, written
 
 
@@ -38,14 +39,14 @@ def become(model: nn.Module, bundle: Bundle, task: str | None) -> list[str]:
             changed, or one of the task's tensors has no place in the model, or is too large for
             the model's dtype; the model is then the base.
         WrongBaseError: the base at hand is another model.
-        FusionKitError: the model is sharded.
+        FusionKitError: the model is sharded, or another thread is switching it.
     """
     if is_sharded(model):
         raise FusionKitError(
             "the model is sharded; switch it by `fusionkit.ReuseModule`, on all ranks together"
         )
     # Weights made under inference mode could never be trained again.
-    with torch.inference_mode(False), torch.no_grad():
+    with sole_switch(model), torch.inference_mode(False), torch.no_grad():
         if task is not None:
             bundle.check([task])
         _ = bundle.base  # found, and the right one, before anything is written
@@ -71,8 +72,9 @@ def _become(model: nn.Module, bundle: Bundle, task: str | None) -> list[str]:
     _resize(model, bundle, task, seen)
     done = {*own}
     if task is not None:
-        write_weights(bundle, task, base, seen.state, seen.apart)
-        write_added(bundle, task, seen.state, seen.apart)
+        out = seen.state
+        write_weights(bundle, task, base, out, seen.apart)
+        write_added(bundle, task, out, seen.apart)
         done |= {*written(bundle)}
     split_base = bundle.base.plain
     left = [name for name in split_base if name not in done and name not in tied]
@@ -98,9 +100,9 @@ def _write(
 ) -> None:
     """Write tensors as they are, whatever shapes were there."""
     rounding = Rounding()
+    state = split_tensors(seen.state, stacks)
     for name, value in tensors:
         for place in (name, *(alias for alias, to in seen.apart.items() if to == name)):
-            state = split_tensors(seen.state, stacks)
             if place not in state:
                 continue
             if state[place].shape == value.shape:
@@ -110,4 +112,5 @@ def _write(
                 what = f"{label}: tensor '{place}'"
                 fresh = rounded(value, old.dtype, what).to(old.device)
                 put_anew(model, [seen.live_name(place)], fresh)
+                state = split_tensors(seen.state, stacks)
     rounding.check(label)

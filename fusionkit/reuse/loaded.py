@@ -106,6 +106,8 @@ def switch(
         BundleError: the bundle has no such task, or a tensor of it has no place in the model, or is
             too large for the model's dtype; the model is then the base.
         WrongBaseError: the base at hand is another model.
+        FusionKitError: another thread is switching the model. That one calls it meanwhile is not
+            noticed, and gives a mixture: hold a lock around a switch and what needs the task.
     """
     source = opened(bundle, base)
     become(model, source, task)

@@ -1,6 +1,6 @@
 """ReuseModule: one base model that becomes any task's model, and is evaluated by the Trainer."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,19 +13,22 @@ from torch.distributed.device_mesh import DeviceMesh
 from fusionkit.bundles.bundle import Bundle
 from fusionkit.bundles.compress import compress
 from fusionkit.checkpoints.adapters.modules import Adapters
-from fusionkit.checkpoints.checkpoint import Checkpoint, find_checkpoints, matches
+from fusionkit.checkpoints.checkpoint import Checkpoint, find_checkpoints
+from fusionkit.checkpoints.headed import Headed
 from fusionkit.checkpoints.live_model import load_base, on_meta, open_for
 from fusionkit.checkpoints.paths import open_path
 from fusionkit.checkpoints.quantized import unquantized
 from fusionkit.checkpoints.stacks import split_tensors
 from fusionkit.codecs.base import DeltaCodec
 from fusionkit.errors import BundleError, FusionKitError
-from fusionkit.registry import to_config
+from fusionkit.reuse.beside import made_by
 from fusionkit.reuse.described import described
 from fusionkit.reuse.evaluation import Evaluation, loader_of
+from fusionkit.reuse.mixed_batch import MixedBatch, of_module
 from fusionkit.reuse.prediction import Prediction
 from fusionkit.reuse.seen import Seen
-from fusionkit.reuse.sharded import ShardedBase, check_strategy, shard_with_base
+from fusionkit.reuse.sharded import ShardedBase, check_strategy, own_tensors, shard_with_base
+from fusionkit.reuse.sole_switch import refuse_half_switched, sole_switch
 from fusionkit.reuse.switcher import Switcher
 from fusionkit.task_vectors.family import Family
 from fusionkit.task_vectors.processes import ALONE, Processes
@@ -35,6 +38,7 @@ from fusionkit.tasks.kinds import kinds_of
 from fusionkit.tasks.metrics import MetricChoice, check_choice
 from fusionkit.tasks.score_file import known_scores
 from fusionkit.tasks.scores import Scores
+from fusionkit.tasks.zero_shot import ZeroShotModels
 
 
 class ReuseModule(LightningModule):
@@ -42,7 +46,8 @@ class ReuseModule(LightningModule):
 
     The tasks come from a bundle on disk; or from checkpoints and a codec, compressed on first use
     into a temporary bundle; or from checkpoints alone, uncompressed. The base's weights are kept
-    once beside the model's, so that every switch starts from them.
+    once beside the model's, so that every switch starts from them. It is for one thread at a time:
+    a switch, or a call, during another thread's switch is refused.
 
     Args:
         model: the base model; its weights are the base's unless `base` is given. It may be on
@@ -50,7 +55,7 @@ class ReuseModule(LightningModule):
         bundle: a bundle, or its folder. With a codec given too, the bundle must be made by it.
         codec: how the fine-tuned checkpoints are compressed; none: they are used as they are.
         finetuned: task name → fine-tuned checkpoint; or one path with a `*` that stands for the
-            task's name (`models/*/model.safetensors`).
+            task's name (`models/*/model.safetensors`); or `ZeroShotModels`.
         private: patterns (`classifier.*`) of the tensors that are each task's own.
         frozen: patterns of the tensors that equal the base's in every task.
         adapters: of PEFT adapters among `finetuned`, reuse the weights that they are `merged`
@@ -79,7 +84,7 @@ class ReuseModule(LightningModule):
         model: nn.Module,
         bundle: str | Path | Bundle | None = None,
         codec: DeltaCodec | None = None,
-        finetuned: dict[str, str | Checkpoint] | str | None = None,
+        finetuned: ZeroShotModels | dict[str, str | Checkpoint | Headed] | str | None = None,
         private: list[str] | None = None,
         frozen: list[str] | None = None,
         adapters: Adapters = "merged",
@@ -96,7 +101,7 @@ class ReuseModule(LightningModule):
         self.model = model
         self.codec = codec
         found = find_checkpoints(finetuned) if isinstance(finetuned, str) else finetuned
-        self.finetuned: dict[str, str | Checkpoint] = dict(found or {})
+        self.finetuned: dict[str, str | Checkpoint | Headed] = dict(found or {})
         self.private = list(private or [])
         self.frozen = list(frozen or [])
         self.adapters: Adapters = adapters
@@ -120,10 +125,11 @@ class ReuseModule(LightningModule):
             raise FusionKitError("the model is on the meta device; give `base`, to fill it from")
         self._switcher = Switcher(model, cache_bytes, self.base_source)
         self._source: TaskSource | None = None
+        self._mixed: MixedBatch | None = None
         if isinstance(bundle, Bundle):
             self.reuse(bundle)
         elif self.bundle_path is not None and self.bundle_path.exists():
-            self.reuse(self._open_bundle(self.bundle_path))
+            self.reuse(made_by(self.bundle_path, self.codec))
 
     def __repr__(self) -> str:
         """What it reuses, in a line; nothing is opened for it."""
@@ -231,10 +237,13 @@ class ReuseModule(LightningModule):
             BundleError: the bundle has no such task, a file of it was changed, or a private
                 tensor has no place in the model.
             FamilyError: the tasks are uncompressed, and there is no such task.
+            FusionKitError: another thread is switching it.
         """
-        self.task = None
-        self._switcher.become(task, None if task is None else self.source)
-        self.task = task
+        source = None if task is None else self.source
+        with sole_switch(self.model):
+            self.task = None
+            self._switcher.become(task, source)
+            self.task = task
 
     @property
     def base_weights(self) -> Mapping[str, Tensor]:
@@ -259,8 +268,9 @@ class ReuseModule(LightningModule):
                 those weights the ones after a language model's layers.
         """
         left_out = set() if deltas else self.seen(family).in_layers(family.names("delta"))
-        self.task = None
-        self._switcher.become(task, family, left_out)
+        with sole_switch(self.model):
+            self.task = None
+            self._switcher.become(task, family, left_out)
 
     def shard(self, mesh: DeviceMesh) -> None:
         """Shard the model, and the base's weights beside it, over several processes (FSDP2).
@@ -280,7 +290,7 @@ class ReuseModule(LightningModule):
             return
         if not on_meta(self.model):
             self.switch(None)
-        own = self._own_tensors()
+        own = own_tensors(self.model, self.private, self._source)
         self._switcher.base = shard_with_base(self.model, base, mesh, own, self.base_source)
         if isinstance(self._source, Family) and self._source.base is base:
             self.reuse(self.family())
@@ -292,9 +302,16 @@ class ReuseModule(LightningModule):
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             self.shard(self.trainer.strategy.device_mesh["data_parallel"])
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The active task's model, called as it is."""
-        return self.model(*args, **kwargs)
+    def forward(self, *args: Any, tasks: Sequence[str | None] | None = None, **kwargs: Any) -> Any:
+        """The active task's model, called as it is; given a task per row, see `MixedBatch`."""
+        if not torch.compiler.is_compiling():
+            refuse_half_switched(self.model)
+        if tasks is None:
+            return self.model(*args, **kwargs)
+        if self.task is not None:
+            self.switch(None)
+        self._mixed = of_module(self.model, self.source, self._mixed)
+        return self._mixed(tasks, *args, **kwargs)
 
     def setup(self, stage: str) -> None:
         """Check tasks and what they are, before anything runs, and make the metrics.
@@ -369,26 +386,9 @@ class ReuseModule(LightningModule):
         made.check(self.trainer, self._datamodule, "test" if stage == "test" else "val")
         return made
 
-    def _own_tensors(self) -> set[str]:
-        """Names of the tensors that are a task's own."""
-        own = {name for name in self.model.state_dict() if matches(name, self.private)}
-        if self._source is not None:
-            tasks = self._source.tasks
-            own.update(name for task in tasks for name, _ in self._source.private_tensors(task))
-        return own
-
     def _evaluated(self) -> list[str]:
         """The tasks in the order of the dataloaders."""
         return list(getattr(self._datamodule, "tasks", self.tasks))
-
-    def _open_bundle(self, path: Path) -> Bundle:
-        bundle = Bundle(path)
-        if self.codec is not None and to_config(self.codec) != to_config(bundle.codec):
-            raise BundleError(
-                f"{path}: was made with {bundle.codec!r}, but `codec` is {self.codec!r}; compress "
-                "again (--overwrite), or leave `codec` out"
-            )
-        return bundle
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ReuseModule":
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -52,7 +52,10 @@ class Seen:
     @property
     def state(self) -> dict[str, Tensor]:
         """The model's own tensors, stacks whole; to be written into."""
-        state = state_of(self._model)
+        return self.named(state_of(self._model))
+
+    def named(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Those of the model's state (`state_of`), by the source's names."""
         return {name: state[there] for name, there in self._names.items()}
 
     @property

@@ -5,7 +5,7 @@ rebuilt whole, one at a time, on every rank, which keeps its part of each. Readi
 base gathers it from all ranks: they switch together, to the same task.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -16,10 +16,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from fusionkit.checkpoints.checkpoint import Checkpoint
+from fusionkit.checkpoints.checkpoint import Checkpoint, matches
 from fusionkit.checkpoints.in_memory import specs_of
 from fusionkit.checkpoints.live_model import aliases, is_sharded, on_meta, part, put
 from fusionkit.errors import FusionKitError
+from fusionkit.task_vectors.task_source import TaskSource
 from fusionkit.tasks.spread import TasksSpread
 
 
@@ -307,3 +308,17 @@ def _fill(
                     parameter = isinstance(tensor, nn.Parameter)
                     filled[first] = nn.Parameter(value, False) if parameter else value
                 tensors[leaf] = filled[first]
+
+
+def own_tensors(model: nn.Module, private: Sequence[str], source: TaskSource | None) -> set[str]:
+    """Names of the tensors that are a task's own.
+
+    Args:
+        model: the model.
+        private: patterns of them.
+        source: the tasks, if they are known.
+    """
+    own = {name for name in model.state_dict() if matches(name, private)}
+    if source is not None:
+        own.update(name for task in source.tasks for name, _ in source.private_tensors(task))
+    return own

@@ -11,7 +11,7 @@ from fusionkit.checkpoints.checkpoint import Checkpoint
 from fusionkit.checkpoints.in_memory import state_of
 from fusionkit.checkpoints.live_model import on_meta, put
 from fusionkit.checkpoints.rounding import check_rounding
-from fusionkit.checkpoints.stacks import whole_names
+from fusionkit.checkpoints.stacks import split_tensors, whole_names
 from fusionkit.checkpoints.vocabulary import grown
 from fusionkit.errors import BundleError, FusionKitError
 from fusionkit.reuse.resizing import put_anew, resize
@@ -106,20 +106,20 @@ class Switcher:
         private: dict[str, Tensor] = {}
         if task is None or source is None:
             self._resize({})
-            self._place(kept(self.base))
+            self._place(state_of(self.model), kept(self.base))
         else:
             own = dict(source.private_tensors(task))
             seen = self.seen(source, own)
             self._resize(seen.places(source.added(task)))
-            self._write(task, source, seen, left_out)
-            private = {seen.live_name(name): value for name, value in own.items()}
             state = state_of(self.model)
+            self._write(task, source, seen, seen.named(state), left_out)
+            private = {seen.live_name(name): value for name, value in own.items()}
             for name in private.keys() & state.keys():
                 what = f"{source.label}: task '{task}': tensor '{name}'"
                 check_rounding(private[name], state[name].dtype, what)
             # A head that the last task had and this one lacks goes back to the base's.
             left = {name: kept(self.base)[name] for name in self._private - private.keys()}
-            self._place({**left, **private})
+            self._place(state, {**left, **private})
         self._private = frozenset(private)
 
     def _resize(self, added: Mapping[str, int]) -> None:
@@ -134,14 +134,22 @@ class Switcher:
         resize(self.model, shapes)
         self._resized = frozenset(added)
 
-    def _write(self, task: str, source: TaskSource, seen: Seen, left_out: Set[str]) -> None:
+    def _write(
+        self,
+        task: str,
+        source: TaskSource,
+        seen: Seen,
+        state: Mapping[str, Tensor],
+        left_out: Set[str],
+    ) -> None:
         """Write a task's weights, as they were kept, or anew; then keep them if they fit."""
         if self._cached_of is not source or self._cached_version != source.version:
             self.forget()
             self._cached_of, self._cached_version = source, source.version
-        out: Mapping[str, Tensor] = seen.state
+        out = state
         if left_out:
-            out = {name: t for name, t in seen.tensors.items() if name not in left_out}
+            split = split_tensors(state, source.stacks)
+            out = {name: tensor for name, tensor in split.items() if name not in left_out}
         elif task in self.cached:
             self.cached.move_to_end(task)
             for name, value in self.cached[task].items():
@@ -165,13 +173,12 @@ class Switcher:
             del sizes[0]
         self.cached[task] = {name: tensor.clone() for name, tensor in tensors.items()}
 
-    def _place(self, tensors: Mapping[str, Tensor]) -> None:
+    def _place(self, state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
         """Put whole tensors in their places, whatever shapes were there."""
-        state = state_of(self.model)
         for name, value in tensors.items():
             self._place_one(state, name, value)
 
-    def _place_one(self, state: dict[str, Tensor], name: str, value: Tensor) -> None:
+    def _place_one(self, state: Mapping[str, Tensor], name: str, value: Tensor) -> None:
         if name not in state:
             raise BundleError(
                 f"the task's private tensor '{name}' has no place in {type(self.model).__name__}; "

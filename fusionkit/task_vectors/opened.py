@@ -21,11 +21,14 @@ from fusionkit.checkpoints.adapters.modules import Adapters, AdapterSpace, open_
 from fusionkit.checkpoints.architecture import Architecture
 from fusionkit.checkpoints.checkpoint import Checkpoint, Source, matches
 from fusionkit.checkpoints.conformed import conformed, with_ties
+from fusionkit.checkpoints.headed import Headed
 from fusionkit.checkpoints.in_memory import LiveModel
-from fusionkit.checkpoints.names import matched, replaced
+from fusionkit.checkpoints.names import matched, prefix_over, replaced
 from fusionkit.checkpoints.quantized import unquantized
 from fusionkit.checkpoints.stacks import unsplit
 from fusionkit.checkpoints.view import View
+from fusionkit.checkpoints.view import renamed as prefixed
+from fusionkit.checkpoints.with_head import WithHead
 from fusionkit.errors import CheckpointError
 
 
@@ -57,6 +60,23 @@ def open_models(
             adapter given as the base; or `rename` gives two of a checkpoint's tensors one name.
         FamilyError: an adapter does not fit the base.
     """
+    bare = {t: each.model if isinstance(each, Headed) else each for t, each in finetuned.items()}
+    opened = _opened(base, bare, adapters, rename, ignore)
+    for task, each in finetuned.items():
+        if isinstance(each, Headed):
+            model = opened.finetuned[task]
+            opened.finetuned[task] = WithHead(model, Checkpoint.of(each.head))
+    return opened
+
+
+def _opened(
+    base: Source | Checkpoint,
+    finetuned: Mapping[str, Source | Checkpoint],
+    adapters: Adapters,
+    rename: Mapping[str, str],
+    ignore: Sequence[str],
+) -> Opened:
+    """The same, of models without heads from elsewhere."""
     start = unquantized(unsplit(open_base(base)))
     _refuse_empty(start)
     merged = finetuned if adapters == "merged" else {}
@@ -92,10 +112,13 @@ def open_models(
 def _within(checkpoint: Checkpoint, known: Architecture, wanted: Collection[str]) -> Checkpoint:
     """A model of another class than the one that is known, which may be a part of it.
 
-    So is a bare encoder of a classifier, whose own tensors have a prefix.
+    So is a bare encoder of a classifier, or one tower of two, whose own tensors have a prefix.
     """
     seen = conformed(checkpoint.as_stored, known)
-    return seen if any(name in wanted for name in seen) else checkpoint
+    if any(name in wanted for name in seen):
+        return seen
+    prefix = prefix_over(list(checkpoint), wanted)
+    return prefixed(checkpoint, "", prefix) if prefix else checkpoint
 
 
 def _refuse_empty(model: Checkpoint) -> None:

@@ -134,6 +134,11 @@ class Generation(Task):
             return None
         return metric.rows(self.texts(outputs), batch["references"]).to(outputs.device)
 
+    def predictions(self, outputs: Tensor, batch: Any) -> list[dict[str, Any]]:
+        """The text that was generated, and the first that would be right."""
+        pairs = zip(self.texts(outputs), batch["references"], strict=True)
+        return [{"prediction": said, "target": right[0]} for said, right in pairs]
+
     def count(self, batch: Any) -> int:
         """How many prompts there are."""
         return len(batch["prompts"])

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fusionkit.errors import DataError
+from fusionkit.tasks.asked import Asked
 from fusionkit.tasks.data import ListedRows, Split, TaskData
 from fusionkit.tasks.generation import GREEDY, Generation, pad_token
 from fusionkit.tasks.language_modeling import IGNORED, LanguageModeling, TextToText
@@ -15,6 +16,7 @@ from fusionkit.tasks.language_rows import LanguageRows, Question, questions, rea
 from fusionkit.tasks.language_tokens import Cut, LanguageTokens, LastPiece
 from fusionkit.tasks.multiple_choice import MultipleChoice
 from fusionkit.tasks.table import MissingSplitError
+from fusionkit.tasks.table_files import read_table
 from fusionkit.tasks.task import Task
 
 
@@ -48,6 +50,10 @@ class LanguageData(TaskData):
         cut: `left` leaves out the beginning of prompts that are too long, which are refused else.
         chat_template: a Jinja template, or its file, in place of the tokenizer's own.
         columns: `prompt`, `choices`, … → what the data call it.
+        asked: task whose rows have labels → how they are asked, and the words of its classes, which
+            are then generated and held against the labels: `{prompt: 'Is it good? {sentence}',
+            answers: [no, yes]}`, `answers: number`, or `glue`, as FusionBench asks GLUE's task of
+            that name (`glue:NAME`).
         val_fraction: share of the training rows kept for validation, in [0, 1).
         limit: at most so many rows per task and split; all by default.
         num_workers: loading processes per dataloader.
@@ -73,6 +79,7 @@ class LanguageData(TaskData):
         cut: Cut | None = None,
         chat_template: str | None = None,
         columns: dict[str, str] | None = None,
+        asked: dict[str, Any] | None = None,
         val_fraction: float = 0.1,
         limit: int | None = None,
         num_workers: int = 0,
@@ -87,6 +94,9 @@ class LanguageData(TaskData):
         self.last_piece: LastPiece = last_piece
         self.columns = dict(columns or {})
         self.splits = dict(splits or {})
+        if unknown := [task for task in asked or {} if task not in tasks]:
+            raise DataError(f"asked: there is no task '{unknown[0]}' among {', '.join(tasks)}")
+        self.asked = {task: Asked.of(given, task) for task, given in (asked or {}).items()}
         generated = list(tasks) if generate is True else generate or []
         if unknown := [task for task in generated if task not in tasks]:
             raise DataError(f"generate: there is no task '{unknown[0]}' among {', '.join(tasks)}")
@@ -104,6 +114,9 @@ class LanguageData(TaskData):
         Raises:
             DataError: they can't be read.
         """
+        if task in self.asked:
+            table = read_table(self.paths[task], split, self.splits)
+            return LanguageRows("completions", self.asked[task].rows(table))
         return read_rows(self.paths[task], split, self.splits, self.columns)
 
     def read(self, task: str, split: Split) -> Dataset[dict[str, Any]]:
@@ -156,6 +169,8 @@ class LanguageData(TaskData):
                     "modelling by a causal model; give rows of 'prompt' and 'completion'"
                 )
             return likelihood
+        if task in self.asked:
+            return self.asked[task].kind(self.tokenizer, likelihood, self.generation)
         if task in self._generated:
             return Generation(self.tokenizer, likelihood, self.generation)
         if rows.form != "choices":

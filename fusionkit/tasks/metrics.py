@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from difflib import get_close_matches
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 import torchmetrics
 from torch import Tensor
@@ -14,6 +14,7 @@ from torchmetrics import Metric, MetricCollection
 
 from fusionkit.errors import FusionKitError
 from fusionkit.tasks.facts import Facts
+from fusionkit.tasks.glue import glue_task, is_glue
 from fusionkit.tasks.metric_facts import facts_of
 from fusionkit.tasks.task import Task
 
@@ -21,8 +22,9 @@ MetricChoice = str | dict[str, Any] | Callable[[int], Metric] | None
 """What scores a task: a metric's name (`MatthewsCorrCoef`; with a dot, an import path), or
 `{class_path: name, init_args: {…}}`; several, `{metrics: [name, …], counts: name}`, of which one
 counts; a task's name → one of these, where tasks differ; a function that makes a metric (or a
-MetricCollection) from the number of classes; none: what the task's kind says. A metric that does
-not say itself which way is better is told `higher_is_better` beside its `class_path`."""
+MetricCollection) from the number of classes; `glue`, what GLUE scores its task of that name by, or
+`glue:NAME`; none: what the task's kind says. A metric that does not say itself which way is better
+is told `higher_is_better` beside its `class_path`."""
 
 Metrics = dict[str, Metric]
 """A name → a metric; the first one counts."""
@@ -61,6 +63,8 @@ def metrics_of(choice: MetricChoice, task: str, kind: Task) -> tuple[Metrics, Fa
     """
     if isinstance(choice, dict) and not _KEYS & choice.keys():
         choice = choice.get(task)
+    if isinstance(choice, str) and is_glue(choice):
+        choice = cast(MetricChoice, glue_task(choice, task).metric)
     settings = choice if isinstance(choice, dict) else {}
     found = _several(choice, task, kind)
     counts = settings.get("counts")

@@ -1,4 +1,4 @@
-"""From an image to what its model takes: by timm's data config, or a transformers processor."""
+"""From an image to what its model takes: by timm, a processor of transformers, or open_clip."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fusionkit.checkpoints.paths import is_there, open_path, written_out
 from fusionkit.errors import DataError, FusionKitError, meant, of_extra
+from fusionkit.tasks.open_clip_models import OpenClipModel
 
 Preprocessing = str | dict[str, Any]
 """A model whose own preprocessing is meant, by its folder or name, or timm's data config."""
@@ -44,10 +45,11 @@ def image_transform(preprocessing: Preprocessing) -> ImageTransform:
     """The transform by which a model is evaluated; nothing is drawn at random.
 
     Args:
-        preprocessing: a model's folder, whose image processor (transformers) or `config.json`
-            (timm) is read; a name of timm's (`resnet50.a1_in1k`), or of the hub; or timm's data
-            config: `input_size`, `(C, H, W)`, and of `interpolation`, `mean`, `std`, `crop_pct`
-            and `crop_mode` what differs from timm's defaults.
+        preprocessing: a model's folder, whose image processor (transformers), `config.json`
+            (timm) or `open_clip_config.json` is read; a name of timm's (`resnet50.a1_in1k`), of
+            open_clip's (`open_clip:ViT-B-32/openai`), or of the hub; or timm's data config:
+            `input_size`, `(C, H, W)`, and of `interpolation`, `mean`, `std`, `crop_pct` and
+            `crop_mode` what differs from timm's defaults.
 
     Raises:
         DataError: nothing there says how images are made, or a key is not known.
@@ -55,6 +57,8 @@ def image_transform(preprocessing: Preprocessing) -> ImageTransform:
     if not isinstance(preprocessing, str):
         return _of_timm(preprocessing)
     path = written_out(preprocessing)
+    if theirs := OpenClipModel.at(path):
+        return ImageTransform(theirs.made(pretrained=False)[1], "RGB")
     if is_there(path):
         folder = open_path(path)
         if any((folder / name).is_file() for name in _PROCESSORS):

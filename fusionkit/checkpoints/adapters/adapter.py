@@ -22,6 +22,7 @@ from fusionkit.checkpoints.adapters.parameters import parameter_modules
 from fusionkit.checkpoints.adapters.refusals import MERGE, READ, refuse_config
 from fusionkit.checkpoints.checkpoint import Checkpoint
 from fusionkit.checkpoints.conversion import renamer
+from fusionkit.checkpoints.names import prefix_over
 from fusionkit.checkpoints.view import View
 from fusionkit.errors import CheckpointError, FamilyError, listing
 
@@ -81,13 +82,15 @@ class Adapter:
         return [name for name in self.tensors if _adapted(name) is None]
 
     def named_for(self, base: Checkpoint) -> "Adapter":
-        """The same under the names of a base's class, if an earlier transformers had others."""
+        """The same under a base's names, if an earlier transformers had others, or a part of it."""
         known = base.architecture
-        if known is None or known.skeleton is None:
-            return self
-        rename, names = renamer(known.skeleton), {}
-        for name in self.tensors:
-            module = _adapted(name)
+        adapted = {name: _adapted(name) for name in self.tensors}
+        weights = [f"{module}.weight" for module in adapted.values() if module is not None]
+        rename = str if known is None or known.skeleton is None else renamer(known.skeleton)
+        if not any(name in base or rename(name) in base for name in weights):
+            rename = prefix_over(weights, base).__add__
+        names = {}
+        for name, module in adapted.items():
             old = name if module is None else f"{module}.weight"
             new = rename(old) if old not in base else old
             if new == old or new not in base:
