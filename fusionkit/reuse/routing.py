@@ -76,9 +76,19 @@ class Router:
         Args:
             features: `(B, D)`.
         """
-        shares = self._known.predict_proba(self._seen(features).numpy())
         names = self._known.classes_
-        return [Picked(str(names[row.argmax()]), float(row.max())) for row in shares]
+        return [
+            Picked(str(names[row.argmax()]), float(row.max())) for row in self._shares(features)
+        ]
+
+    def pick_one(self, features: Tensor) -> Picked:
+        """The task of rows that are of one.
+
+        Args:
+            features: `(B, D)`.
+        """
+        shares = self._shares(features).mean(0)
+        return Picked(str(self._known.classes_[shares.argmax()]), float(shares.max()))
 
     def found_again(self) -> dict[str, float]:
         """Of each task's rows, the share that is taken for the task's by all other rows."""
@@ -91,6 +101,10 @@ class Router:
         votes = torch.zeros(len(owner), len(numbers)).scatter_add_(1, owner[places], near)
         right = (votes.argmax(1) == owner).float()
         return {task: float(right[owner == number].mean()) for task, number in numbers.items()}
+
+    def _shares(self, features: Tensor) -> Any:
+        """Of each row, the share that each class has of its neighbours."""
+        return self._known.predict_proba(self._seen(features).numpy())
 
     def _seen(self, features: Tensor) -> Tensor:
         """Features apart from what all rows have in common, of length 1."""

@@ -23,16 +23,21 @@ async function begin() {
     await look();
   } catch (error) {
     if (error.status !== 401) {
-      at("state").textContent = error.message;
+      tell(error.message);
       setTimeout(begin, EVERY);
       return;
     }
     const again = !at("key-form").hidden;
     at("key-form").hidden = false;
-    at("state").textContent = "a key is needed";
+    tell("a key is needed");
     at("key-error").textContent = again ? "the server does not know this key" : "";
     at("key").focus();
   }
+}
+
+/** Say how the server is; what is said already is not read out again. */
+function tell(text) {
+  if (at("state").textContent !== text) at("state").textContent = text;
 }
 
 /** Show the tasks; those that were chosen stay so. */
@@ -43,7 +48,7 @@ function take(list) {
   const bytes = list.tasks.reduce((sum, task) => sum + task.bytes, 0);
   const names = list.tasks.map((task) => task.name);
   const kind = generation ? "text generation" : "classification";
-  at("state").textContent = `${names.length} tasks · ${size(bytes)} over one base · ${kind}`;
+  tell(`${names.length} tasks · ${size(bytes)} over one base · ${kind}`);
   if (before && names.join("\n") === before.tasks.map((task) => task.name).join("\n")) return;
   sides.forEach(({ task }, place) => {
     const chosen = task.value;
@@ -85,7 +90,7 @@ async function look() {
       take(await tasks());
       listTasks();
     } catch (error) {
-      at("state").textContent = error.message;
+      tell(error.message);
       if (error.status === 401) return begin();
     }
   }
