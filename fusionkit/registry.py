@@ -10,17 +10,23 @@ import, or a name that two distributions claim, is an error only for who asks fo
 """
 
 import dataclasses
+import math
 import os
 import sys
 from collections.abc import Mapping
 from functools import lru_cache
 from importlib.metadata import Distribution, EntryPoint, entry_points
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast, get_type_hints
 
-from fusionkit.errors import PluginError, listing, meant
+import msgspec
+
+from fusionkit.errors import PluginError, in_line, listing, meant
 
 GROUPS = ("fusionkit.codecs", "fusionkit.merges")
 """The entry-point groups; a config from a file can name nothing outside them."""
+
+_DEEPEST = 8
+"""Levels of plugins in each other, as a merge in a codec in DBMS is three."""
 
 Config = dict[str, Any]
 """A plugin as JSON: group, id, settings, and the distribution and version it came from."""
@@ -184,34 +190,20 @@ def to_config(plugin: Plugin) -> Config:
     }
 
 
-def from_config(config: Mapping[str, Any]) -> Plugin:
+def from_config(config: Mapping[str, Any], place: str = "") -> Plugin:
     """The plugin that `to_config` described. Only registered classes are ever imported.
 
+    Settings are held against the annotations of the class's fields before it is made.
+
+    Args:
+        config: the description.
+        place: where it was read, which messages name: a file, and a key in it.
+
     Raises:
-        PluginError: it is not installed, does not know a setting, or lacks one.
+        PluginError: it is not installed, does not know a setting, lacks one, or has one of
+            another type or out of range; or plugins are nested deeper than any that are meant.
     """
-    try:
-        group, name, settings = config["group"], config["id"], dict(config["settings"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise PluginError(f"not a codec's or merge's config: {config!r}") from error
-    if group not in GROUPS:
-        raise PluginError(f"unknown plugin group '{group}'; there are {', '.join(GROUPS)}")
-    if name not in names(group):
-        came_from = " ".join(str(config.get(k, "")) for k in ("distribution", "version")).strip()
-        mend = f"; install it: it came from {came_from}" if came_from else ""
-        raise PluginError(f"no '{name}' in {group} is installed{mend}{_installed(group)}")
-    found = load(group, name)
-    known = {field.name for field in dataclasses.fields(cast(Any, found))}
-    if unknown := sorted(set(settings) - known):
-        raise PluginError(
-            f"'{name}' knows no setting {', '.join(unknown)}; it was written by "
-            f"{config.get('distribution')} {config.get('version')}, install that version or later"
-        )
-    arguments = {key: _from_json(value) for key, value in settings.items()}
-    try:
-        return found(**arguments)
-    except TypeError as error:
-        raise PluginError(f"'{name}' can't be made from its settings: {error}") from error
+    return _made(config, place or "config", _DEEPEST)
 
 
 def _id_of(name: str) -> str:
@@ -261,9 +253,92 @@ def _to_json(value: object) -> object:
     return value
 
 
-def _from_json(value: object) -> object:
+def _made(config: object, place: str, levels: int) -> Plugin:
+    """A config's plugin, in which as many levels of others may be."""
+    if not levels:
+        raise PluginError(
+            f"{place}: codecs and merges are nested deeper than {_DEEPEST} levels; none that is "
+            "meant is"
+        )
+    if not isinstance(config, Mapping) or not isinstance(config.get("settings"), Mapping):
+        raise PluginError(f"{place}: not a codec's or merge's config: {_shown(config)}")
+    group, name, settings = config.get("group"), config.get("id"), config["settings"]
+    if not isinstance(group, str) or not isinstance(name, str):
+        raise PluginError(f"{place}: not a codec's or merge's config: {_shown(config)}")
+    if group not in GROUPS:
+        raise PluginError(
+            f"{place}: unknown plugin group {_shown(group)}; there are {', '.join(GROUPS)}"
+        )
+    if name not in names(group):
+        came_from = " ".join(str(config.get(k, "")) for k in ("distribution", "version")).strip()
+        mend = f"; install it: it came from {came_from[:80]}" if came_from else ""
+        raise PluginError(
+            f"{place}: no {_shown(name)} in {group} is installed{mend}{_installed(group)}"
+        )
+    try:
+        found = load(group, name)
+    except PluginError as error:
+        raise PluginError(f"{place}: {error}") from error
+    fields = {field.name: field.type for field in dataclasses.fields(cast(Any, found))}
+    if unknown := sorted(set(settings) - fields.keys()):
+        raise PluginError(
+            f"{place}: '{name}' knows no setting {in_line(unknown)}; it was written by "
+            f"{config.get('distribution')} {config.get('version')}, install that version or later"
+        )
+    known = _annotations(found)
+    arguments = {
+        key: _setting(value, known.get(key, Any), f"{place}.settings.{key}", levels - 1)
+        for key, value in settings.items()
+    }
+    try:
+        return found(**arguments)
+    except Exception as error:  # of another distribution's class it may be any
+        raise PluginError(f"{place}: '{name}' can't be made from its settings: {error}") from error
+
+
+def _setting(value: object, kind: Any, place: str, levels: int) -> Any:
+    """A setting from JSON, held against its annotation; nested plugins made."""
+
+    def nested(wanted: type, each: object) -> object:
+        if isinstance(wanted, type) and issubclass(wanted, Plugin):
+            made = each if isinstance(each, Plugin) else _made(each, place, levels)
+            if isinstance(made, wanted):
+                return made
+            raise PluginError(f"{place}: expected a {wanted.__name__}, got {type(made).__name__}")
+        raise NotImplementedError
+
+    plain = _from_json(value, place, levels)
+    try:
+        return msgspec.convert(plain, kind, dec_hook=nested)
+    except msgspec.ValidationError as error:
+        raise PluginError(f"{place}: {str(error).replace(' - at `$', ' at `')}") from error
+    except (TypeError, NotImplementedError):  # an annotation that JSON knows nothing of
+        return plain
+
+
+def _from_json(value: object, place: str, levels: int) -> object:
+    """Plugins made of the configs in a value.
+
+    Raises:
+        PluginError: a number is not finite, or as of `from_config`.
+    """
     if isinstance(value, Mapping) and {"group", "id", "settings"} <= value.keys():
-        return from_config(value)
+        return _made(value, place, levels)
     if isinstance(value, list):
-        return [_from_json(item) for item in value]
+        return [_from_json(item, place, levels) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise PluginError(f"{place}: expected a finite number, got {value}")
     return value
+
+
+def _annotations(found: type[Plugin]) -> dict[str, Any]:
+    """The types of a class's fields; none where they can't be told."""
+    try:
+        return get_type_hints(found)
+    except Exception:  # a name that only a type checker imports, say
+        return {}
+
+
+def _shown(value: object) -> str:
+    """A value in a message, cut short."""
+    return repr(value)[:80]

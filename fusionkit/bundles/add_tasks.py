@@ -1,9 +1,10 @@
 """Add tasks to a bundle: the other tasks' files are not touched."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from glob import escape
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from fusionkit.bundles.bundle import Bundle
 from fusionkit.bundles.changing import changing

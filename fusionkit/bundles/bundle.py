@@ -3,11 +3,11 @@
 import shutil
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from fusionkit.bundles.base import fitted, reopen_base
@@ -67,7 +67,7 @@ class Bundle(ByTask, Published):
     def __init__(self, path: str | Path, base: Source | Checkpoint | None = None) -> None:
         self.path = open_path(path)
         self.manifest, self._stored = at_once(self.path, self._read)
-        codec = from_config(self.manifest.codec)
+        codec = from_config(self.manifest.codec, f"{self.path / MANIFEST}: codec")
         if not isinstance(codec, DeltaCodec):
             raise BundleError(f"{self.path / MANIFEST}: '{codec.id}' is no codec; compress again")
         self.codec: DeltaCodec = codec

@@ -1,21 +1,27 @@
-"""A bundle's manifest: what is in the bundle, as JSON that a person can read."""
+"""A bundle's manifest: what is in the bundle, as JSON that a person can read.
 
-import dataclasses
+The classes here are its schema: a file's content becomes them, or is refused, by their fields'
+types and limits alone, and what a field has by default is not written.
+"""
+
 import hashlib
 import json
+import math
 import os
-from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any
 
+import msgspec
 import torch
+from msgspec import Meta, Struct, field
 
 from fusionkit.bundles.format import FORMAT, MANIFEST, VERSIONS
 from fusionkit.bundles.part_file import FileRecord
 from fusionkit.checkpoints.adapters.modules import AdapterSpace
 from fusionkit.checkpoints.architecture import Kind
-from fusionkit.checkpoints.checkpoint import Checkpoint
-from fusionkit.checkpoints.json_text import json_text
+from fusionkit.checkpoints.checkpoint import MOST_TENSORS, Checkpoint
+from fusionkit.checkpoints.json_text import is_text, json_text, refuse_deep
 from fusionkit.checkpoints.safetensors_file import tensor_bytes
 from fusionkit.checkpoints.stacks import rows_of
 from fusionkit.errors import BundleError, WrongBaseError, listing
@@ -24,12 +30,24 @@ from fusionkit.task_vectors.family import Family
 from fusionkit.task_vectors.roles import Role
 
 _PIECE = 1 << 20
-_OPTIONAL = ("stacks", "rename", "ignore", "kinds", "architecture", "variant", "dequantized")
-"""Keys of the base that are written only where there is something to say."""
+_LARGEST = 256 << 20
+"""Bytes of a manifest."""
+
+Name = Annotated[str, Meta(max_length=4096)]
+Size = Annotated[int, Meta(ge=0, lt=1 << 62)]
+Rows = Annotated[int, Meta(gt=0, lt=1 << 62)]
+Dtype = Annotated[str, Meta(pattern="^[a-z0-9_]{1,32}$")]
+Digest = Annotated[str, Meta(max_length=64)]
+Ties = Annotated[dict[Name, Name], Meta(max_length=MOST_TENSORS)]
+Counts = Annotated[dict[Name, Rows], Meta(max_length=MOST_TENSORS)]
+Patterns = Annotated[list[Name], Meta(max_length=1 << 20)]
 
 
-@dataclass(frozen=True)
-class BaseTensor:
+class _Record(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, dict=True):
+    """What a manifest says of something: exactly these keys, those with a default left out."""
+
+
+class BaseTensor(_Record, frozen=True):
     """One tensor of the base: what it must be for the bundle's deltas to fit.
 
     Attributes:
@@ -39,20 +57,17 @@ class BaseTensor:
         sha256: the first 16 hex digits of the SHA-256 of its bytes.
     """
 
-    dtype: str
-    shape: list[int]
+    dtype: Dtype
+    shape: Annotated[list[Size], Meta(max_length=16)]
     role: Role
-    sha256: str
+    sha256: Digest
 
     def __post_init__(self) -> None:
-        if self.role not in get_args(Role):
-            raise ValueError(f"unknown role '{self.role}'")
-        if not all(isinstance(size, int) and 0 <= size < 1 << 63 for size in self.shape):
-            raise ValueError(f"impossible shape {self.shape}")
+        if math.prod(self.shape) >= 1 << 62:
+            raise ValueError(f"a shape of too many entries: {self.shape}")
 
 
-@dataclass(frozen=True)
-class BaseRecord:
+class BaseRecord(_Record, frozen=True):
     """The base model's identity.
 
     Attributes:
@@ -61,8 +76,6 @@ class BaseRecord:
         add_prefix: as given to `Checkpoint.of`.
         tensors: its tensors by name, private ones left out.
         tied: tied name → name of the tensor that it shares.
-        space: where adapters are what is compressed, how they make the base's weights; their
-            initial tensors are among `tensors`.
         stacks: name of a stack of experts → how many matrices of it are among `tensors`.
         rename: as given to `Family`.
         ignore: as given to `Family`.
@@ -71,27 +84,39 @@ class BaseRecord:
         architecture: the class's record, from which it can be built again.
         variant: as given to `Checkpoint.of`.
         dequantized: it was quantised, and read as the unquantised model.
+        adapters: `space`, as JSON; its initial tensors are among `tensors`.
     """
 
-    source: str
-    strip_prefix: str
-    add_prefix: str
-    tensors: dict[str, BaseTensor]
-    tied: dict[str, str]
-    space: AdapterSpace | None = None
-    stacks: dict[str, int] = field(default_factory=dict)
-    rename: dict[str, str] = field(default_factory=dict)
-    ignore: list[str] = field(default_factory=list)
-    kinds: dict[str, Kind] = field(default_factory=dict)
+    source: Name
+    strip_prefix: Name
+    add_prefix: Name
+    tensors: Annotated[dict[Name, BaseTensor], Meta(max_length=MOST_TENSORS)]
+    tied: Ties
+    stacks: Counts = field(default_factory=dict)
+    rename: Annotated[dict[Name, Name], Meta(max_length=1024)] = field(default_factory=dict)
+    ignore: Patterns = field(default_factory=list)
+    kinds: Annotated[dict[Name, Kind], Meta(max_length=MOST_TENSORS)] = field(default_factory=dict)
     architecture: dict[str, Any] = field(default_factory=dict)
-    variant: str | None = None
+    variant: Name | None = None
     dequantized: bool = False
+    adapters: dict[str, Any] = field(default_factory=dict, name="space")
 
     def __post_init__(self) -> None:
         if unknown := set(self.tied.values()) - self.tensors.keys():
             raise ValueError(f"tied to unknown tensors: {sorted(unknown)}")
+        if sum(self.stacks.values()) > len(self.tensors):
+            raise ValueError("stacks of more matrices than there are tensors")
         if unknown := rows_of(self.stacks).keys() - self.tensors.keys():
             raise ValueError(f"stacks of unknown tensors: {sorted(unknown)}")
+        refuse_deep(self.architecture)
+        refuse_deep(self.adapters)
+        if self.space and (unknown := set(self.space.layout.tensors) - self.tensors.keys()):
+            raise ValueError(f"adapters of unknown tensors: {sorted(unknown)}")
+
+    @cached_property
+    def space(self) -> AdapterSpace | None:
+        """Where adapters are what is compressed, how they make the base's weights."""
+        return AdapterSpace.from_json(self.adapters) if self.adapters else None
 
     @classmethod
     def of(cls, family: Family) -> "BaseRecord":
@@ -117,8 +142,7 @@ class BaseRecord:
             base.strip_prefix,
             base.add_prefix,
             tensors,
-            family.tied,
-            family.space,
+            dict(family.tied),
             stacks=family.stacks,
             rename=family.rename,
             ignore=list(family.ignore),
@@ -126,6 +150,7 @@ class BaseRecord:
             architecture=dict(known.record) if known else {},
             variant=base.variant,
             dequantized=base.dequantized,
+            adapters=family.space.to_json() if family.space else {},
         )
 
     @property
@@ -178,8 +203,7 @@ class BaseRecord:
             )
 
 
-@dataclass(frozen=True)
-class CalibrationRecord:
+class CalibrationRecord(_Record, frozen=True):
     """What calibration did for one task.
 
     Attributes:
@@ -196,25 +220,16 @@ class CalibrationRecord:
 
     shift: float | None
     scale: float | None
-    objective: str
-    method: str
-    rows: int
+    objective: Name
+    method: Name
+    rows: Size
     seed: int
-    epochs: int
+    epochs: Size
     loss_before: float
     loss_after: float
 
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            kind = str if name in ("objective", "method") else int | float
-            if name in ("shift", "scale") and value is None:
-                continue
-            if not isinstance(value, kind):
-                raise ValueError(f"{name} is {value!r}")  # noqa: TRY004
 
-
-@dataclass(frozen=True)
-class TaskRecord:
+class TaskRecord(_Record, frozen=True):
     """What the manifest keeps of one task.
 
     Attributes:
@@ -227,15 +242,14 @@ class TaskRecord:
     """
 
     file: FileRecord
-    private: list[str]
-    private_bytes: int
-    checkpoint_bytes: int
+    private: Patterns
+    private_bytes: Size
+    checkpoint_bytes: Size
     calibration: CalibrationRecord | None = None
-    added: dict[str, int] = field(default_factory=dict)
+    added: Counts = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Manifest:
+class Manifest(_Record, frozen=True):
     """Everything that a bundle says of itself.
 
     Attributes:
@@ -249,19 +263,16 @@ class Manifest:
 
     codec: Config
     base: BaseRecord
-    private: list[str]
-    frozen: list[str]
+    private: Patterns
+    frozen: Patterns
     shared: FileRecord | None
-    tasks: dict[str, TaskRecord]
+    tasks: Annotated[dict[Name, TaskRecord], Meta(max_length=1 << 16)]
 
     def __post_init__(self) -> None:
         for record in self.tasks.values():
             if unknown := record.added.keys() - self.base.tensors.keys():
                 raise ValueError(f"rows added to unknown tensors: {sorted(unknown)}")
-            if not all(
-                isinstance(rows, int) and 0 < rows < 1 << 63 for rows in record.added.values()
-            ):
-                raise ValueError(f"impossible numbers of added rows: {record.added}")
+        refuse_deep(self.codec)
 
     @property
     def _version(self) -> int:
@@ -283,22 +294,8 @@ class Manifest:
             "format": FORMAT,
             "format_version": self._version,
             "base_fingerprint": self.base.fingerprint,
-            **dataclasses.asdict(self),
+            **msgspec.to_builtins(self),
         }
-        records = content["tasks"].values()
-        for file in (content["shared"], *(record["file"] for record in records)):
-            if file and not file["packed"]:
-                file.pop("packed")
-        for record in records:
-            if record["calibration"] is None:
-                record.pop("calibration")
-            if not record["added"]:
-                record.pop("added")
-        for key in ("space", *_OPTIONAL):
-            if not content["base"][key] or key == "space":
-                content["base"].pop(key)
-        if self.base.space:
-            content["base"]["space"] = self.base.space.to_json()
         return json_text({**content, "checksum": _checksum(content)}) + "\n"
 
     def write(self, folder: Path) -> None:
@@ -326,7 +323,7 @@ class Manifest:
         """
         path = folder / MANIFEST
         try:
-            content: dict[str, Any] = json.loads(path.read_text())
+            content = _content(path)
         except FileNotFoundError as error:
             raise BundleError(
                 f"{folder}: not a bundle (it has no {MANIFEST}); make one with 'fusionkit compress'"
@@ -335,48 +332,41 @@ class Manifest:
             raise BundleError(f"{path}: not readable as JSON ({error}); copy it again") from error
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise BundleError(f"{path}: not a FusionKit bundle's manifest")
-        if content.get("format_version") not in VERSIONS:
+        version = content.get("format_version")
+        if version not in VERSIONS:
             raise BundleError(
-                f"{path}: has format version {content.get('format_version')}, this FusionKit reads "
+                f"{path}: has format version {str(version)[:32]}, this FusionKit reads "
                 f"versions up to {VERSIONS[-1]}; install the FusionKit that wrote it"
             )
-        if content.pop("checksum", None) != _checksum(content):
+        try:
+            same = content.pop("checksum", None) == _checksum(content)
+            del content["format"], content["format_version"]
+            content.pop("base_fingerprint", None)  # told for people
+            found = msgspec.convert(content, cls) if same else None
+        except (msgspec.ValidationError, RecursionError) as error:
+            raise BundleError(f"{path}: malformed ({error}); compress again") from error
+        if found is None:
             raise BundleError(
                 f"{path}: was changed since it was written (checksum differs); copy or "
                 "compress it again"
             )
-        try:
-            return cls._from_json(content)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise BundleError(f"{path}: malformed ({error!r}); compress again") from error
-
-    @classmethod
-    def _from_json(cls, content: dict[str, Any]) -> "Manifest":
-        base = content["base"]
-        return cls(
-            codec=content["codec"],
-            base=BaseRecord(
-                source=base["source"],
-                strip_prefix=base["strip_prefix"],
-                add_prefix=base["add_prefix"],
-                tensors={name: BaseTensor(**tensor) for name, tensor in base["tensors"].items()},
-                tied=base["tied"],
-                space=AdapterSpace.from_json(base["space"]) if base.get("space") else None,
-                **{key: base[key] for key in _OPTIONAL if base.get(key)},
-            ),
-            private=content["private"],
-            frozen=content["frozen"],
-            shared=FileRecord(**content["shared"]) if content["shared"] else None,
-            tasks={task: _task_record(record) for task, record in content["tasks"].items()},
-        )
+        return found
 
 
-def _task_record(record: dict[str, Any]) -> TaskRecord:
-    learned = record.get("calibration")
-    calibration = CalibrationRecord(**learned) if learned else None
-    return TaskRecord(
-        **{**record, "file": FileRecord(**record["file"]), "calibration": calibration}
-    )
+def _content(path: Path) -> Any:
+    """What a file says, as JSON.
+
+    Raises:
+        ValueError: it is no JSON, or larger than any manifest.
+    """
+    with path.open("rb") as file:
+        raw = file.read(_LARGEST + 1)
+    if len(raw) > _LARGEST:
+        raise ValueError(f"it has more than {_LARGEST >> 20} MiB")
+    content = json.loads(raw.decode())
+    if b"\\u" in raw and not is_text(content):
+        raise ValueError("a name in it holds half a character")
+    return content
 
 
 def _checksum(content: dict[str, Any]) -> str:

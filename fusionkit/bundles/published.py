@@ -2,10 +2,11 @@
 
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar, cast
+
+from msgspec.structs import replace
 
 from fusionkit.bundles.format import MANIFEST, SHARED, task_file
 from fusionkit.bundles.hub import CARD, download, is_name, name_of, push

@@ -1,10 +1,10 @@
 """Calibrating a family: a few numbers per task learned by the Trainer, written as a bundle."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
+from msgspec.structs import replace
 
 from fusionkit.bundles.bundle import Bundle
 from fusionkit.bundles.format import MANIFEST

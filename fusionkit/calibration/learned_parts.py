@@ -1,10 +1,10 @@
 """Calibration of a codec's own scales: parts of its payload that it says can be learned."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 

@@ -31,6 +31,9 @@ and valid until the next call."""
 PIECE = 1 << 20
 """Entries that are compared at once."""
 
+MOST_TENSORS = 1 << 20
+"""Of a model; those that are in use have fewer by far."""
+
 
 Made = TypeVar("Made")
 
@@ -138,7 +141,8 @@ class Checkpoint(Mapping[str, Tensor], metaclass=_Opening):
 
         Reads a safetensors file, a (sharded) Hugging Face folder or its index, a PyTorch
         `.pt`/`.pth`/`.bin` file, a Lightning `.ckpt`, a live module or a mapping of tensors.
-        Pickles are only opened with `weights_only=True` and memory-mapped. Files may be anywhere
+        Pickles are only opened with `weights_only=True`. No file is memory-mapped: one that others
+        cut short or write over while it is read is an error. Files may be anywhere
         that fsspec reaches (`s3://…`, `hf://…`): of safetensors, what is asked for is fetched as
         it is needed.
 

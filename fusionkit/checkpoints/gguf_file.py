@@ -18,6 +18,7 @@ from fusionkit.checkpoints.checkpoint import Checkpoint, Source, TensorSpec, rea
 from fusionkit.checkpoints.conformed import with_ties
 from fusionkit.checkpoints.paths import is_remote, open_path
 from fusionkit.checkpoints.quantized import DEQUANTIZE
+from fusionkit.checkpoints.steady_file import SteadyFile
 from fusionkit.errors import CheckpointError, listing
 
 _MAGIC = b"GGUF"
@@ -78,7 +79,7 @@ class GGUFFile(Checkpoint):
                 f"{path}: a GGUF file needs more: {error}; pip install 'fusionkit[gguf]'"
             ) from error
         self.label, self.files, self.nbytes = label, (path,), path.stat().st_size
-        self._path = path
+        self._file = SteadyFile(path)
         try:
             config = _short(reader.load_gguf_checkpoint(str(path))["config"])
             file = gguf.GGUFReader(path)
@@ -114,7 +115,7 @@ class GGUFFile(Checkpoint):
             made: dict[str, dict[str, Tensor]] = {"tensors": {}}  # where stacks are put together
             for stored in self._stored[name]:
                 result = self._processor.process(
-                    weights=stored.values(self._path),
+                    weights=stored.values(self._file),
                     name=stored.name,
                     tensor_key_mapping=self._names,
                     parsed_parameters=made,
@@ -176,17 +177,14 @@ class _Stored:
             int(tensor.n_elements),
         )
 
-    def values(self, path: Path) -> Any:
+    def values(self, file: SteadyFile) -> Any:
         """Dequantised, a NumPy array, float32."""
         import gguf
         import numpy as np
 
-        with path.open("rb") as file:
-            file.seek(self.offset)
-            count = torch.Size(self.shape).numel()
-            data = np.fromfile(file, np.dtype(self.dtype), count)
-        if data.size != count:
-            raise OSError("the file was cut short after it was opened")
+        dtype = np.dtype(self.dtype)
+        size = torch.Size(self.shape).numel() * dtype.itemsize
+        data = file.read(self.offset, size).numpy().view(dtype)
         kind = gguf.GGMLQuantizationType(self.kind)
         return gguf.dequantize(data.reshape(self.shape), kind)
 

@@ -1,24 +1,28 @@
 """A safetensors file, read tensor by tensor or in pieces: only what was read is in memory.
 
-Not through a memory map: its pages stay resident for as long as it is open, and a file that
-is cut short while it is mapped ends the process.
+Its header is held to the format before anything is made of it: sizes, offsets without gaps or
+overlaps, at most so many bytes and tensors.
 """
 
-import json
-import os
-import threading
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
+import msgspec
 import torch
-from safetensors import SafetensorError, safe_open
+from msgspec import Meta, Struct
 from torch import Tensor
 
-from fusionkit.checkpoints.checkpoint import Checkpoint, Pieces, TensorSpec, reading
+from fusionkit.checkpoints.checkpoint import (
+    MOST_TENSORS,
+    Checkpoint,
+    Pieces,
+    TensorSpec,
+    reading,
+)
 from fusionkit.checkpoints.paths import is_remote
+from fusionkit.checkpoints.steady_file import SteadyFile
 from fusionkit.errors import CheckpointError
 
 SAFETENSORS_DTYPES = {
@@ -42,9 +46,32 @@ SAFETENSORS_DTYPES = {
 }
 
 
-_AHEAD = 1 << 17
 _LONGEST = 100 << 20
 """Bytes of a header, as safetensors has it."""
+
+Size = Annotated[int, Meta(ge=0, lt=1 << 62)]
+
+
+class HeaderEntry(Struct, frozen=True):
+    """What a header says of a tensor."""
+
+    dtype: str
+    shape: Annotated[list[Size], Meta(max_length=32)]
+    data_offsets: tuple[Size, Size]
+
+
+class Header(NamedTuple):
+    """A file's header.
+
+    Attributes:
+        tensors: what it says of each, in the file's order of names.
+        metadata: the texts that it has beside.
+        start: where the data start in the file.
+    """
+
+    tensors: Mapping[str, HeaderEntry]
+    metadata: Mapping[str, str]
+    start: int
 
 
 class SafetensorsFile(Checkpoint):
@@ -62,25 +89,22 @@ class SafetensorsFile(Checkpoint):
         self.label, self.files = label, (path,)
         self._path = path
         try:
-            if not is_remote(path):
-                with safe_open(path, framework="np"):
-                    pass  # looks at all of the header
-            self.nbytes = path.stat().st_size
-            header, start = _header(path, self.nbytes)
-            self._stamp = None if is_remote(path) else _stamp(path.stat())
-        except (SafetensorError, OSError, ValueError) as error:
+            self._file = None if is_remote(path) else SteadyFile(path)
+            self.nbytes = path.stat().st_size if self._file is None else self._file.size
+            header = _header(path, self._file, self.nbytes)
+        except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"{path}: not a whole safetensors file ({error}); fetch or save it again"
             ) from error
         specs: dict[str, TensorSpec] = {}
         self._starts: dict[str, int] = {}
-        for name, entry in header.items():
-            if entry["dtype"] not in SAFETENSORS_DTYPES:
+        for name, entry in header.tensors.items():
+            if entry.dtype not in SAFETENSORS_DTYPES:
                 raise CheckpointError(
-                    f"{path}: tensor '{name}' has dtype {entry['dtype']}, unknown here"
+                    f"{path}: tensor '{name}' has dtype {entry.dtype[:32]}, unknown here"
                 )
-            specs[name] = TensorSpec(tuple(entry["shape"]), SAFETENSORS_DTYPES[entry["dtype"]])
-            self._starts[name] = start + entry["data_offsets"][0]
+            specs[name] = TensorSpec(tuple(entry.shape), SAFETENSORS_DTYPES[entry.dtype])
+            self._starts[name] = header.start + entry.data_offsets[0]
         self.specs = specs
 
     def __getitem__(self, name: str) -> Tensor:
@@ -96,143 +120,135 @@ class SafetensorsFile(Checkpoint):
 
     def prefetch(self, name: str) -> None:
         """Have the system read a tensor ahead into its cache, where it can."""
-        if self._stamp is None or not hasattr(os, "posix_fadvise"):
-            return
-        start, size = self._starts[name], self.specs[name].nbytes
-        # What fails here is met again, and reported, when the tensor is read.
-        with suppress(OSError), self._path.open("rb") as file:
-            for offset in range(start, start + size, _AHEAD):  # Linux reads no more at once
-                left = min(_AHEAD, start + size - offset)
-                os.posix_fadvise(file.fileno(), offset, left, os.POSIX_FADV_WILLNEED)
+        if self._file is not None:
+            with suppress(OSError):  # is met again, and reported, when the tensor is read
+                self._file.read_ahead(self._starts[name], self.specs[name].nbytes)
 
     def pieces(self, name: str) -> Pieces:
-        """A tensor, to be read in pieces; the file stays open for as long as they are kept.
+        """A tensor, to be read in pieces.
 
         Raises:
             CheckpointError: it can't be read, or the file was changed since it was opened.
         """
         with reading(self.label, name):
-            return self._pieces(name)
+            pieces = self._pieces(name)
+
+        def read(place: slice) -> Tensor:
+            with reading(self.label, name):
+                return pieces(place)
+
+        return read
 
     def _pieces(self, name: str) -> "_Pieces":
-        place = self._path, name, self._starts[name], self.specs[name].dtype
-        if self._stamp is None or not hasattr(os, "preadv"):
-            return _SeekingPieces(*place)
-        pieces = _LocalPieces(*place)
-        if pieces.stamp != self._stamp:
-            raise CheckpointError(
-                f"{self._path}: tensor '{name}' can't be read: the file was changed after it was "
-                "opened; start again"
-            )
-        return pieces
+        file = _RemoteFile(self._path) if self._file is None else self._file
+        return _Pieces(file, self._starts[name], self.specs[name].dtype)
 
 
-class _Pieces(ABC):
+class _Pieces:
     """Reads parts of one tensor into memory that is used again."""
 
-    def __init__(self, path: Path, name: str, start: int, dtype: torch.dtype) -> None:
-        self._path, self._name, self._start, self._dtype = path, name, start, dtype
+    def __init__(self, file: "SteadyFile | _RemoteFile", start: int, dtype: torch.dtype) -> None:
+        self._file, self._start, self._dtype = file, start, dtype
         self._memory = torch.empty(0, dtype=dtype)
-        self._open()
-
-    @abstractmethod
-    def _open(self) -> None:
-        """Open the file."""
-
-    @abstractmethod
-    def _read(self, memory: memoryview, offset: int) -> int:
-        """Read some bytes from an offset on; how many."""
 
     def __call__(self, place: slice) -> Tensor:
         count = place.stop - place.start
         if count > len(self._memory):
             self._memory = torch.empty(count, dtype=self._dtype)
         values = self._memory[:count]
-        left = values.view(torch.uint8).numpy().data
-        offset = self._start + place.start * self._dtype.itemsize
-        while left.nbytes:
-            read = self._read(left, offset)
-            if not read:
-                raise CheckpointError(
-                    f"{self._path}: tensor '{self._name}' can't be read: the file was cut short "
-                    "after it was opened; fetch or save it again"
-                )
-            left, offset = left[read:], offset + read
+        memory = values.view(torch.uint8).numpy().data
+        self._file.read_into(memory, self._start + place.start * self._dtype.itemsize)
         return values
 
 
-class _LocalPieces(_Pieces):
-    """Of a file of the local disk; among many tasks' files, few stay open."""
+class _RemoteFile:
+    """A remote file, open for as long as this is kept."""
 
-    _file = -1
-    _spare = threading.Semaphore(256)
+    def __init__(self, path: Path) -> None:
+        self._file: Any = path.open("rb")
 
-    def _open(self) -> None:
-        if self._spare.acquire(blocking=False):
-            try:
-                self._file = os.open(self._path, os.O_RDONLY)
-            except OSError:
-                self._spare.release()
-                raise
+    def read_into(self, memory: memoryview, start: int) -> None:
+        """Fill memory with the bytes from an offset on.
 
-    def _read(self, memory: memoryview, offset: int) -> int:
-        if self._file >= 0:
-            return os.preadv(self._file, [memory[: 1 << 30]], offset)
-        with self._path.open("rb") as file:
-            return os.preadv(file.fileno(), [memory[: 1 << 30]], offset)
-
-    @property
-    def stamp(self) -> tuple[int, int]:
-        """Size and time of the file's last change."""
-        return _stamp(self._path.stat() if self._file < 0 else os.fstat(self._file))
-
-    def __del__(self) -> None:
-        if self._file >= 0:
-            os.close(self._file)
-            self._spare.release()
-
-
-class _SeekingPieces(_Pieces):
-    """Of a remote file, or where the system can't read at an offset."""
-
-    def _open(self) -> None:
-        self._file: Any = self._path.open("rb")
-
-    def _read(self, memory: memoryview, offset: int) -> int:
-        self._file.seek(offset)
-        return int(self._file.readinto(memory))
-
-
-def _stamp(stat: os.stat_result) -> tuple[int, int]:
-    return stat.st_size, stat.st_mtime_ns
+        Raises:
+            OSError: they can't be read.
+        """
+        self._file.seek(start)
+        while memory.nbytes:
+            read = int(self._file.readinto(memory))
+            if not read:
+                raise OSError("the file was cut short after it was opened")
+            memory = memory[read:]
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What a safetensors file says of itself: the texts under `__metadata__` in its header."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    return dict(header.get("__metadata__", {}))
+    """What a safetensors file says of itself: the texts under `__metadata__` in its header.
+
+    Raises:
+        CheckpointError: it is no such file.
+    """
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            return dict(parsed_header(file.read(min(length, _LONGEST)), 8 + length).metadata)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: not a whole safetensors file ({error}); fetch or save it again"
+        ) from error
 
 
-def _header(path: Path, size: int) -> tuple[Mapping[str, Any], int]:
-    """What the header says of each tensor, and where the data start."""
+def _header(path: Path, steady: SteadyFile | None, size: int) -> Header:
+    """A file's header, of which all must be there that it says.
+
+    Raises:
+        ValueError: it is malformed, or says otherwise than the file's size.
+        OSError: it can't be read.
+    """
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
+        first = file.read(8) if steady is None else _bytes(steady, 0, 8)
+        length = int.from_bytes(first, "little")
         if length > min(size - 8, _LONGEST):
             raise ValueError("its header is longer than the file")
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
+        text = file.read(length) if steady is None else _bytes(steady, 8, length)
+    header = parsed_header(text, 8 + length)
     end = 0
-    for name, entry in header.items():
-        start, stop = entry["data_offsets"]
-        dtype = SAFETENSORS_DTYPES.get(entry["dtype"])
-        if dtype and stop - start != TensorSpec(tuple(entry["shape"]), dtype).nbytes:
+    for name, entry in sorted(header.tensors.items(), key=lambda item: item[1].data_offsets):
+        start, stop = entry.data_offsets
+        dtype = SAFETENSORS_DTYPES.get(entry.dtype)
+        if dtype and stop - start != TensorSpec(tuple(entry.shape), dtype).nbytes:
             raise ValueError(f"'{name}' has another size than its shape says")
-        end = max(end, stop)
-    if 8 + length + end != size:
-        raise ValueError(f"it should have {8 + length + end} bytes and has {size}")
-    return header, 8 + length
+        if start != end or stop < start:
+            raise ValueError(f"'{name}' starts at byte {start} of the data, and not at {end}")
+        end = stop
+    if header.start + end != size:
+        raise ValueError(f"it should have {header.start + end} bytes and has {size}")
+    return header
+
+
+def parsed_header(text: bytes, start: int) -> Header:
+    """What a header's text says.
+
+    Args:
+        text: JSON.
+        start: where the data start in the file.
+
+    Raises:
+        ValueError: it is malformed, or names more tensors than any model has.
+    """
+    if text.count(b'"data_offsets"') > MOST_TENSORS:
+        raise ValueError(f"its header names more than {MOST_TENSORS:,} tensors")
+    try:
+        content = msgspec.json.decode(text)
+        if not isinstance(content, dict):
+            raise ValueError("its header is no object")  # noqa: TRY004
+        metadata = msgspec.convert(content.pop("__metadata__", {}), dict[str, str])
+        return Header(msgspec.convert(content, dict[str, HeaderEntry]), metadata, start)
+    except RecursionError as error:
+        raise ValueError("its header is nested without end") from error
+
+
+def _bytes(file: SteadyFile, start: int, size: int) -> bytes:
+    return bytes(file.read(start, size).numpy().data)
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

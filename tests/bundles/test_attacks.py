@@ -10,6 +10,7 @@ import pickle
 import re
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -157,8 +158,8 @@ MANIFESTS: dict[str, tuple[Callable[[Json], object], str]] = {
         "has format version 7, this FusionKit reads versions up to 6; install the FusionKit that",
     ),
     "other format": (set_at("format", value="zip"), "not a FusionKit bundle's manifest"),
-    "no codec": (lambda m: m.pop("codec"), r"malformed \(KeyError\('codec'\)\)"),
-    "codec is text": (set_at("codec", value="emr"), "not a codec's or merge's config: 'emr'"),
+    "no codec": (lambda m: m.pop("codec"), r"malformed \(.* missing required field `codec`"),
+    "codec is text": (set_at("codec", value="emr"), r"malformed \(Expected `object`, got `str`"),
     "codec is a merge": (
         set_at("codec", value={"group": "fusionkit.merges", "id": "mean", "settings": {}}),
         "manifest.json: 'mean' is no codec",
@@ -188,7 +189,28 @@ MANIFESTS: dict[str, tuple[Callable[[Json], object], str]] = {
     "size is text": (set_at("tasks", "x", "file", "bytes", value="9"), "malformed"),
     "task outside": (rename_task("../../x"), r"task-\.\.%2F\.\.%2Fx\.safetensors: missing"),
     "absolute task": (rename_task("/etc/passwd"), r"task-%2Fetc%2Fpasswd\.safetensors: missing"),
-    "task of half a character": (rename_task("\ud800"), "task-%ED%A0%80.safetensors: missing"),
+    "task of half a character": (rename_task("\ud800"), "a name in it holds half a character"),
+    "source of half a character": (
+        set_at("base", "source", value="base\udc80"),
+        r"manifest\.json: not readable as JSON \(a name in it holds half a character\)",
+    ),
+    "dtype of values": (
+        set_at("codec", "settings", "dtype", value="fp99"),
+        r"manifest\.json: codec\.settings\.dtype: Invalid enum value 'fp99'",
+    ),
+    "dtype is a list": (
+        set_at("codec", "settings", "dtype", value=["fp16"]),
+        r"manifest\.json: codec\.settings\.dtype: Expected `str`, got `array`",
+    ),
+    "stack without end": (
+        set_at("base", "stacks", value={"w": 10**15}),
+        "stacks of more matrices than there are tensors",
+    ),
+    "too many entries": (set_at(*TENSOR, "shape", value=[1 << 40, 1 << 40]), "malformed"),
+    "configuration without end": (
+        set_at("base", "architecture", value=json.loads('{"a":' * 100 + "1" + "}" * 100)),
+        r"manifest\.json: malformed \(it is nested deeper than 64 levels",
+    ),
 }
 
 
@@ -201,10 +223,6 @@ def test_a_malformed_manifest_is_refused_at_once(emr: Path, attack: str) -> None
 
 
 LATE: dict[str, tuple[Callable[[Json], object], str]] = {
-    "unknown dtype of values": (
-        set_at("codec", "settings", "dtype", value="fp99"),
-        "'w' of task 'x' can't be decoded by EMR",
-    ),
     "other shape": (
         set_at(*TENSOR, "shape", value=[5, 8]),
         r"'w' has shape \[8, 5\], not \[5, 8\]",
@@ -219,6 +237,54 @@ LATE: dict[str, tuple[Callable[[Json], object], str]] = {
         "'w' of task 'x' can't be decoded",
     ),
 }
+
+
+PRUNE_SETTINGS: dict[str, tuple[Any, str]] = {
+    "density": ("a lot", r"codec\.settings\.density: Expected `float`, got `str`"),
+    "scope": ("all", r"codec\.settings\.scope: Invalid enum value 'all'"),
+    "merge": (3, r"codec\.settings\.merge: not a codec's or merge's config: 3"),
+}
+
+
+@pytest.mark.parametrize("setting", PRUNE_SETTINGS)
+def test_a_setting_of_another_type_is_named_with_its_file(prune: Path, setting: str) -> None:
+    value, said = PRUNE_SETTINGS[setting]
+    edit(prune, set_at("codec", "settings", setting, value=value))
+    with pytest.raises(PluginError, match=r"^/.*manifest\.json: " + said):
+        Bundle.load(prune, BASE)
+
+
+@pytest.mark.parametrize("value", [2.0, float("nan"), 10**400, -1])
+def test_a_setting_out_of_range_is_named_with_its_file(prune: Path, value: float) -> None:
+    edit(prune, set_at("codec", "settings", "density", value=value))
+    with pytest.raises(PluginError, match=r"^/.*manifest\.json: codec.*(density|range|finite)"):
+        Bundle.load(prune, BASE)
+
+
+def test_a_codec_where_a_merge_is_wanted(prune: Path) -> None:
+    config = json.loads((prune / "manifest.json").read_text())["codec"]
+    edit(prune, set_at("codec", "settings", "merge", value=config))
+    with pytest.raises(PluginError, match=r"settings\.merge: expected .*Merge.*got MagnitudePrune"):
+        Bundle.load(prune, BASE)
+
+
+def nested(codec: Json, levels: int) -> Json:
+    """DBMS around a codec, and around that, …"""
+    for _ in range(levels):
+        codec = {"group": codec["group"], "id": "dbms", "settings": {"codec": codec}}
+    return codec
+
+
+def test_codecs_nested_without_end_are_refused_at_once(emr: Path) -> None:
+    config = json.loads((emr / "manifest.json").read_text())["codec"]
+    edit(emr, set_at("codec", value=nested(config, 7)))
+    assert "DBMS" in repr(Bundle.load(emr, BASE).codec)
+    for levels in (8, 20, 240):
+        edit(emr, set_at("codec", value=nested(config, levels)))
+        start = time.perf_counter()
+        with pytest.raises(FusionKitError, match=r"manifest\.json: .*nested deeper than"):
+            Bundle.load(emr, BASE)
+        assert time.perf_counter() - start < 1
 
 
 @pytest.mark.parametrize("attack", LATE)

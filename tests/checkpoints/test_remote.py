@@ -57,13 +57,13 @@ def _saved(state: dict[str, torch.Tensor]) -> bytes:
 
 def test_only_what_is_asked_for_is_fetched(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     fetched: list[int] = []
-    read = safetensors_file._SeekingPieces._read
+    read = safetensors_file._RemoteFile.read_into
 
-    def count(self: Any, memory: memoryview, offset: int) -> int:
+    def count(self: Any, memory: memoryview, start: int) -> None:
         fetched.append(memory.nbytes)
-        return read(self, memory, offset)
+        read(self, memory, start)
 
-    monkeypatch.setattr(safetensors_file._SeekingPieces, "_read", count)
+    monkeypatch.setattr(safetensors_file._RemoteFile, "read_into", count)
     checkpoint = Checkpoint.of("memory://zoo/tasks/bee/model.safetensors")
     assert not fetched
     tensor = checkpoint["hidden.weight"]

@@ -6,8 +6,10 @@ is kept in a bundle's manifest where adapters themselves are what is compressed.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
+
+import msgspec
 
 from fusionkit.checkpoints.adapters.kinds import (
     DoraModule,
@@ -75,8 +77,8 @@ def _to_json(module: Module) -> dict[str, Any]:
 
 
 def _from_json(content: Mapping[str, Any], usual: type[Module]) -> Module:
-    fields = dict(content)
-    make = _NAMED[fields.pop("type")] if "type" in fields else usual
-    if "lora" in fields:
-        fields["lora"] = LoraModule(**fields["lora"])
-    return make(**fields)
+    own = dict(content)
+    make = _NAMED[own.pop("type")] if "type" in own else usual
+    if unknown := own.keys() - {field.name for field in fields(make)}:
+        raise ValueError(f"a module has no {', '.join(sorted(unknown))}")
+    return msgspec.convert(own, make)

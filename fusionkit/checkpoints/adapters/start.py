@@ -14,14 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fusionkit.checkpoints.adapters.adapter import Adapter
 from fusionkit.checkpoints.adapters.folder import RECORD
 from fusionkit.checkpoints.adapters.kinds import LoraModule
 from fusionkit.checkpoints.adapters.layout import AdapterLayout
+from fusionkit.checkpoints.safetensors_file import SafetensorsFile
 from fusionkit.errors import CheckpointError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -112,10 +113,9 @@ def start_of(adapter: Adapter, layout: AdapterLayout) -> tuple[dict[str, Any], d
         return constant(layout, shapes)
     try:
         if "file" in record:
-            tensors = load_file((adapter.folder or Path()) / record["file"])
-            return {"stored": True}, {name: tensors[name] for name in shapes}
-        seeded = Seeded(**record)
-    except (TypeError, KeyError, OSError, ValueError, RuntimeError) as error:
+            return {"stored": True}, _stored(adapter, record["file"], shapes)
+        seeded = msgspec.convert(record, Seeded)
+    except (TypeError, KeyError, ValueError, CheckpointError) as error:
         raise CheckpointError(
             f"{adapter.label}: {RECORD} is damaged ({error!r}); copy the folder again"
         ) from error
@@ -126,6 +126,24 @@ def start_of(adapter: Adapter, layout: AdapterLayout) -> tuple[dict[str, Any], d
             "the one it was trained from; install the PEFT that trained it"
         )
     return record, drawn
+
+
+def _stored(adapter: Adapter, file: str, shapes: Shapes) -> dict[str, Tensor]:
+    """The initial tensors that lie in a file beside an adapter's own.
+
+    Raises:
+        ValueError: they are of other shapes, or the file lies elsewhere.
+        KeyError: there is none of them.
+        CheckpointError: the file can't be read.
+    """
+    if Path(file).name != file:
+        raise ValueError(f"'{file}' lies outside the adapter's folder")
+    path = (adapter.folder or Path()) / file
+    tensors = SafetensorsFile(path, str(path))
+    found = {name: tensors[name] for name in shapes}
+    if odd := [name for name, shape in shapes.items() if found[name].shape != torch.Size(shape)]:
+        raise ValueError(f"'{odd[0]}' has another shape in {file} than in the adapter")
+    return found
 
 
 def constant(layout: AdapterLayout, shapes: Shapes) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -1,6 +1,5 @@
 """Lossless: every bit back, in every dtype, and fewer of them on disk."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import zstandard
 from fusionkit_lossless import Lossless
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
