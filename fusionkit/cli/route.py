@@ -1,7 +1,7 @@
 """`fusionkit route`."""
 
 from fusionkit.bundles.bundle import Bundle
-from fusionkit.checkpoints.output_folder import disk_errors
+from fusionkit.checkpoints.disk import disk_errors
 from fusionkit.checkpoints.path_text import beside
 from fusionkit.checkpoints.paths import is_remote
 from fusionkit.cli import report
