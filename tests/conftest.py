@@ -4,6 +4,7 @@ import os
 import tempfile
 from pathlib import Path
 
+import profiles  # noqa: F401  # before Hypothesis looks for the profile that is asked for
 import pytest
 import torch
 from safetensors.torch import save_file

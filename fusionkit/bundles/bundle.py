@@ -18,7 +18,7 @@ from fusionkit.bundles.hub import in_cache
 from fusionkit.bundles.manifest import Manifest
 from fusionkit.bundles.published import Published
 from fusionkit.bundles.reader import BundleReader, decoding
-from fusionkit.bundles.snapshot import Stamp, at_once, stamp
+from fusionkit.bundles.snapshot import Stamp, at_once
 from fusionkit.bundles.weights import TaskWeights
 from fusionkit.checkpoints.adapters.lowrank import LowRank
 from fusionkit.checkpoints.adapters.with_start import WithStart
@@ -312,8 +312,7 @@ class Bundle(ByTask, Published):
                 changed, or a finite value would be infinite in the dtype.
             WrongBaseError: the base at hand is another model.
         """
-        weights = TaskWeights(self, task, dtype)
-        state = {name: weights[name] for name in weights}
+        state = {**TaskWeights(self, task, dtype)}
         for alias, name in self.tied.items():
             if name in state:
                 state.setdefault(alias, state[name])
@@ -351,8 +350,12 @@ class Bundle(ByTask, Published):
     def update(self, manifest: Manifest) -> None:
         """Write a new manifest, and see the tasks that it names."""
         manifest.write(self.path)
-        self.manifest, self.version = manifest, self.version + 1
-        self._stored = BundleReader(self.path, manifest, stamp(self.path))
+        self.reread()
+
+    def reread(self) -> None:
+        """See what other runs have changed since it was opened."""
+        self.manifest, self._stored = at_once(self.path, self._read)
+        self.version += 1
 
     def _read(self, moment: Stamp) -> tuple[Manifest, BundleReader]:
         manifest = current(self.path)
@@ -361,9 +364,7 @@ class Bundle(ByTask, Published):
     def _seen(self, base: Checkpoint) -> Checkpoint:
         """The base as deltas are taken from: by the bundle's names, with adapters' start."""
         base = split(fitted(unsplit(base), self.manifest.base), self.stacks)
-        if not self.space or base.plain is not base:
-            return base
-        return WithStart(base, self.initial)
+        return WithStart(base, self.initial) if self.space and base.plain is base else base
 
     def _known(self, task: str) -> str:
         if task not in self.manifest.tasks:

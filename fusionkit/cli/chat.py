@@ -7,7 +7,8 @@ from fusionkit.cli import report
 from fusionkit.cli.arguments import call
 from fusionkit.cli.table import Table
 from fusionkit.errors import FusionKitError, UsageError, meant
-from fusionkit.reuse.speaker import Messages, Speaker, open_speaker
+from fusionkit.reuse.prompts import Messages
+from fusionkit.reuse.speaker import Speaker, open_speaker
 
 _COMMANDS = {
     "/task": "/task NAME switches to another task",

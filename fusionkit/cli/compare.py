@@ -26,6 +26,7 @@ from fusionkit.cli.kept_rows import (
 )
 from fusionkit.cli.named_loggers import logged_as, unlogged
 from fusionkit.cli.progress import progress_bar
+from fusionkit.cli.published import published_in
 from fusionkit.cli.recipe import quiet
 from fusionkit.cli.scored_line import recipe_args
 from fusionkit.cli.scored_options import Compared
@@ -93,6 +94,13 @@ class CompareCLI(EvaluationCLI):
             help="calibrate with each of these seeds, and report mean and spread",
         )
 
+        parser.add_argument(
+            "--published",
+            type=list[str],
+            default=[],
+            help="files of published figures, shown beside ours and marked",
+        )
+
     def compare(self) -> ComparisonReport:
         """Evaluate the fine-tuned models and the base, then each codec; write as rows come in."""
         self.save_config()
@@ -113,6 +121,7 @@ class CompareCLI(EvaluationCLI):
             make_trainer=lambda: self.another_trainer(**limit),
             spread=self.config["spread"],
             verbose=True,
+            published=self.config["published"],
         )
 
 
@@ -132,6 +141,7 @@ def compare(
     make_trainer: Callable[[], Trainer] | None = None,
     spread: Spread = "rows",
     verbose: bool = False,
+    published: Sequence[str | Path] = (),
 ) -> ComparisonReport:
     """Score the fine-tuned models as they are, then each codec over them.
 
@@ -155,6 +165,8 @@ def compare(
             `calibrate` has.
         spread: what each of several processes evaluates.
         verbose: show in the terminal what is being done.
+        published: YAML files of published figures (`fusionkit.cli.published`), which are shown
+            beside ours, marked, and never mixed into them.
 
     Returns:
         a row for the fine-tuned models, and one for each codec; a notebook shows its table.
@@ -169,7 +181,7 @@ def compare(
     module.finetuned_scores = module.base_scores = None
     asked = (settings, seeds, spread, verbose)
     bench = _Bench(module, datamodule, trainer, make, *asked, family.base.nbytes)
-    results = ComparisonReport()
+    results = ComparisonReport(published=published_in(published))
 
     def add(row: Comparison) -> None:
         results.rows.append(related(row, finetuned.scores.values, base.scores.values))

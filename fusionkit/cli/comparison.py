@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from fusionkit.cli.published import Published, unlike
 from fusionkit.cli.report import Report, percent, score_text
 from fusionkit.cli.table import Table
 from fusionkit.errors import size
@@ -96,9 +97,21 @@ def averaged(rows: Sequence[Comparison]) -> Comparison:
 
 @dataclass
 class ComparisonReport(Report):
-    """Several ways of keeping one family, side by side."""
+    """Several ways of keeping one family, side by side.
+
+    Attributes:
+        rows: what was measured.
+        published: what others have published, shown beside it and marked; no mean, share, front or
+            best of ours has anything of it.
+    """
 
     rows: list[Comparison] = field(default_factory=list)
+    published: list[Published] = field(default_factory=list)
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks that are scored."""
+        return list(self.rows[0].scores.values) if self.rows else []
 
     @property
     def by_share(self) -> bool:
@@ -168,12 +181,31 @@ class ComparisonReport(Report):
                 "" if row.encode_seconds is None else f"{row.encode_seconds:.1f}",
                 "" if row.switch_seconds is None else f"{row.switch_seconds * 1e3:.0f}",
             )
+        notes += self._add_published(table)
         table.note = " ".join(filter(None, dict.fromkeys(notes)))
         return table
 
+    def _add_published(self, table: Table) -> list[str]:
+        """Add the published rows below ours; what is to be known of them."""
+        table.footer, notes = len(self.published), []
+        for row in self.published:
+            bits = "" if row.figures.bits is None else f"{row.figures.bits:.3f}"
+            mean, share = percent(row.mean(self.tasks)), percent(row.share(self.tasks))
+            table.add(row.title, mean, share, "", "", "", "", bits)
+            notes.append(f"†: published, not measured here: {row.source} ({row.setting}).")
+        if any(row.mean(self.tasks) is None for row in self.published):
+            notes.append("Of other tasks than these, published figures have no mean here.")
+        metrics = {task: self.rows[0].scores.of(task).facts.name for task in self.tasks}
+        notes += [f"{finding}." for finding in unlike(self.published, metrics)]
+        return notes
+
     def flat(self) -> list[dict[str, Any]]:
         """One flat row per codec, the tasks' scores as columns."""
-        return [self._flat(row) for row in self.rows]
+        ours = [self._flat(row) for row in self.rows]
+        if not self.published or not ours:
+            return ours
+        theirs = [row.flat(self.tasks, ours[0]) for row in self.published]
+        return [*({**row, "source": "", "setting": ""} for row in ours), *theirs]
 
     def figure(self) -> "Figure":
         """What is kept against size: a mark for each codec, and the front."""
@@ -187,14 +219,14 @@ class ComparisonReport(Report):
             if row.kind != "codec" and math.isfinite(self.value(row))
         }
         title = "What is kept against size: upper left is better"
-        return draw_front(self.marks(), self.axis, title, lines)
+        return draw_front(self.marks(), self.axis, title, lines, published=self.published_marks())
 
     def heat_map(self) -> "Figure":
         """What each codec keeps of each task."""
         from fusionkit.cli.heat_map import draw_heat_map
 
         rows = [row for row in self.rows if row.kind != "fine-tuned"]
-        tasks = list(self.rows[0].scores.values) if self.rows else []
+        tasks = self.tasks
         shares = [[row.scores.share_of(task) for task in tasks] for row in rows]
         return draw_heat_map([row.name for row in rows], tasks, shares)
 
@@ -211,6 +243,13 @@ class ComparisonReport(Report):
                 bits = row.bits_per_parameter
                 found.append(Mark(row.name, row.settings, bits, value, low, high, saw))
         return found
+
+    def published_marks(self) -> "list[Mark]":
+        """The published rows as they are plotted, those of which size and score are known."""
+        if not self.by_share and not all(row.scores.percent for row in self.rows):
+            return []
+        found = [row.mark(self.tasks, self.by_share) for row in self.published]
+        return [mark for mark in found if mark is not None]
 
     @property
     def axis(self) -> "Axis":

@@ -36,6 +36,17 @@ _ROOM = 0.25
 _TICKS = (0, 50, 80, 90, 95, 98, 99, 99.5, 99.8, 100)
 
 
+_PUBLISHED: dict[str, Any] = {
+    "marker": "*",
+    "markersize": 11,
+    "color": "0.25",
+    "linestyle": "",
+    "markerfacecolor": "none",
+    "zorder": 3,
+}
+"""How what is published is drawn."""
+
+
 @dataclass(frozen=True)
 class Mark:
     """One codec in the plot.
@@ -142,6 +153,7 @@ def draw_front(
     title: str,
     lines: Mapping[str, float] | None = None,
     bits: tuple[float, float] | None = None,
+    published: Sequence[Mark] = (),
 ) -> "Figure":
     """The plot.
 
@@ -151,12 +163,14 @@ def draw_front(
         title: above it.
         lines: a name → a value across the whole plot: the base's, the fine-tuned models'.
         bits: the sizes that are drawn; by default, all.
+        published: what was not measured here: hollow stars, apart from the front and its lines.
     """
     from matplotlib.ticker import LogLocator
 
     figure, axes = blank_figure(11.5, 7 if len(marks) > 12 else 6)
     times = 100 if axis.percent else 1
-    top = _top(marks, times)
+    every = [*marks, *published]
+    top = _top(every, times)
     if axis.losses:
         axes.set_yscale("function", functions=(_loss(top), _kept(top)))
     axes.set_xscale("log", base=2)
@@ -166,7 +180,9 @@ def draw_front(
     for line in dict.fromkeys(mark.line for mark in marks):
         own = sorted((m for m in marks if m.line == line), key=lambda m: m.bits)
         _joined(axes, own, styles[own[0].method], times)
-    _limits(axes, marks, axis, top, bits)
+    for mark in published:
+        axes.plot(mark.bits, times * mark.value, **_PUBLISHED)
+    _limits(axes, every, axis, top, bits)
     _across(axes, lines or {}, times, axis.percent)
     low, high = axes.get_xlim()
     between = (1, 1.25, 1.5, 1.75) if high < 4 * low else (1,)  # one tick tells no scale
@@ -177,13 +193,14 @@ def draw_front(
     axes.set_title(title)
     axes.grid(alpha=0.25)
     figure.legend(
-        handles=_legend(marks, styles, axes, axis.whiskers),
+        handles=_legend(marks, styles, axes, axis.whiskers, bool(published)),
         loc="outside right upper",
         fontsize=8,
         frameon=False,
         handlelength=2.6,
     )
-    _label(figure, axes, marks, {mark.name for mark in front}, times)
+    theirs = {mark.name for mark in published}
+    _label(figure, axes, every, {mark.name for mark in front}, theirs, times)
     return figure
 
 
@@ -261,7 +278,11 @@ def _across(axes: Any, lines: Mapping[str, float], times: float, percent: bool) 
 
 
 def _legend(
-    marks: Sequence[Mark], styles: Mapping[str, tuple[str, Any]], axes: Any, whiskers: str
+    marks: Sequence[Mark],
+    styles: Mapping[str, tuple[str, Any]],
+    axes: Any,
+    whiskers: str,
+    published: bool,
 ) -> list[Any]:
     """Methods by colour, dtypes by marker, and what else there is."""
     from matplotlib.lines import Line2D
@@ -279,13 +300,22 @@ def _legend(
     if any(mark.calibrated for mark in marks):
         hollow = {**shapes, "markerfacecolor": "white"}
         found.append(Line2D([], [], marker="o", label="hollow: saw data", **hollow))
+    if published:
+        found.append(Line2D([], [], label="†: published, not measured here", **_PUBLISHED))
     if any(mark.low is not None for mark in marks):
         found.append(Line2D([], [], color="0.3", linewidth=0.9, label=f"whiskers: {whiskers}"))
     return found + [each for each in axes.lines if not each.get_label().startswith("_")]
 
 
-def _label(figure: Any, axes: Any, marks: Sequence[Mark], bold: set[str], times: float) -> None:
-    """Names beside the marks, moved apart; those of the front are bold."""
+def _label(
+    figure: Any,
+    axes: Any,
+    marks: Sequence[Mark],
+    bold: set[str],
+    italic: set[str],
+    times: float,
+) -> None:
+    """Names beside the marks, moved apart; those of the front are bold, published ones italic."""
     from adjustText import adjust_text
 
     behind = {"facecolor": "white", "alpha": 0.6, "edgecolor": "none", "pad": 0.4}
@@ -300,6 +330,8 @@ def _label(figure: Any, axes: Any, marks: Sequence[Mark], bold: set[str], times:
             mark.name,
             fontsize=8 if len(shown) <= 12 else 6.5,
             fontweight="bold" if mark.name in bold else "normal",
+            fontstyle="italic" if mark.name in italic else "normal",
+            color=_PUBLISHED["color"] if mark.name in italic else "black",
             zorder=2.5,  # above lines, below marks
             bbox=behind,
         )

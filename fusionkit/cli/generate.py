@@ -11,7 +11,8 @@ from fusionkit.checkpoints.paths import open_path, refuse_existing
 from fusionkit.cli import report
 from fusionkit.cli.arguments import call
 from fusionkit.errors import DataError, FusionKitError
-from fusionkit.reuse.speaker import Messages, Speaker, open_speaker
+from fusionkit.reuse.prompts import Messages
+from fusionkit.reuse.speaker import Speaker, open_speaker
 
 
 def run(args: list[str]) -> None:

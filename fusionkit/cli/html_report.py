@@ -129,6 +129,8 @@ def _in_words(results: ComparisonReport) -> str:
         f"A point for each codec: across, bits per parameter on a log scale; up, "
         f"{results.axis.label}. Colours are methods, shapes are dtypes, hollow points saw data. "
         f"On the front, where nothing smaller keeps more, from the smallest: {steps}."
+        + " Hollow stars are published figures, not measured here."
+        * bool(results.published_marks())
     )
 
 
@@ -138,7 +140,7 @@ def _plot(results: ComparisonReport) -> str:
     from plotly.io import to_html
 
     marks, axis = results.marks(), results.axis
-    place, ticks = scale_of(marks, axis)
+    place, ticks = scale_of([*marks, *results.published_marks()], axis)
     rows = {row.name: row for row in results.codecs}
     styles = mark_styles(marks)
     traces: list[dict[str, Any]] = [_front(outer(marks), place)]
@@ -148,6 +150,8 @@ def _plot(results: ComparisonReport) -> str:
         method = own[0].method
         traces.append(_trace(results, own, rows, styles[method], place, method not in seen))
         seen.add(method)
+    if theirs := results.published_marks():
+        traces.append(_published(theirs, results, place))
     height: dict[str, Any] = {"title": {"text": axis.label}, "zeroline": False}
     if ticks is not None:
         height["tickvals"] = [place(tick / 100) for tick in ticks]
@@ -180,6 +184,26 @@ def _front(front: Sequence[Mark], place: Any) -> dict[str, Any]:
         "y": [place(mark.value) for mark in front],
         "line": {"shape": "hv", "width": 9, "color": "#d9d9d9"},
         "hoverinfo": "skip",
+    }
+
+
+def _published(marks: Sequence[Mark], results: ComparisonReport, place: Any) -> dict[str, Any]:
+    """What is published, and who says so on hovering."""
+    sources = {
+        row.title: f"{escape(row.source)}<br>{escape(row.setting)}" for row in results.published
+    }
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "name": "†: published, not measured here",
+        "x": [mark.bits for mark in marks],
+        "y": [place(mark.value) for mark in marks],
+        "marker": {"symbol": "star-open", "size": 12, "color": "#404040"},
+        "text": [
+            f"<b>{escape(mark.name)}</b><br>{percent(mark.value)}<br>{sources[mark.name]}"
+            for mark in marks
+        ],
+        "hovertemplate": "%{text}<extra></extra>",
     }
 
 

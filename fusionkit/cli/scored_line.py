@@ -34,7 +34,7 @@ from fusionkit.tasks.data_of import data_recipe
 from fusionkit.tasks.kinds import kinds_of
 
 _HELP = ("--help", "-h")
-_SEVERAL = ("data", "task", "labels", "codecs")
+_SEVERAL = ("data", "task", "labels", "codecs", "published")
 _RECIPES = ("model.", "data.", "trainer.", "calibration.")
 """What the options of a recipe begin with; a line takes them, too."""
 _OF_DATA = ("text", "label", "image", "limit", "batch_size")
@@ -158,6 +158,7 @@ def _of_models(verb: str, line: Line) -> dict[str, Any]:
     sections["model"] |= as_model(models, None if compares else line.codec)
     if compares:
         sections |= {"codecs": _compared(line), "calibrated": line.own["calibrated"]}
+        sections |= {"published": line.own["published"]} if line.own["published"] else {}
     return sections
 
 

@@ -68,10 +68,12 @@ class Compared(Scored):
         codecs: a list, as svd,sketch,emr or svd:rank=32:dtype=int4,svd:energy=0.9; what a codec
             needs, and is not given, is as usual (default: sketch,svd,emr).
         calibrated: each codec that has parts to learn calibrated, too.
+        published: YAML files of published figures, shown beside ours and marked.
     """
 
     codecs: list[str] | None = None
     calibrated: bool = False
+    published: list[str] | None = None
 
 
 @dataclass

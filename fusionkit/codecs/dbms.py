@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fusionkit.checkpoints.adapters.lowrank import LowRank
 from fusionkit.codecs.base import WHOLE_MODEL, DeltaCodec, Encoded, Encoder, Parts, SharedParts
+from fusionkit.codecs.decomposition import SMALL, energy
 from fusionkit.codecs.merged import Merged
 from fusionkit.codecs.payload import Payload
 from fusionkit.errors import CodecError
@@ -229,7 +230,7 @@ class DBMS(DeltaCodec):
             def dots(vectors: TaskVectors) -> Tensor:
                 sums = torch.zeros(3, len(scalars), dtype=torch.float64)
                 for task, delta in enumerate(vectors):
-                    sums[2, task] += delta.square().sum(dtype=torch.float64)
+                    sums[2, task] += energy(delta)
                     coded = deltas.delta(task, vectors.name, vectors.shape, vectors.device)
                     if coded is not None:
                         sums[:2, task] += _dots(delta, coded)
@@ -326,6 +327,9 @@ def _dots(one: Tensor, other: Tensor) -> Tensor:
     """⟨x, y⟩ and ⟨y, y⟩: float64 `(2,)`."""
     one, other = one.reshape(-1), other.reshape(-1)
     dots = torch.stack([torch.dot(one, other), torch.dot(other, other)])
+    if not SMALL < float(dots[1]) < torch.inf or not dots.isfinite().all():
+        one, other = one.to(torch.float64), other.to(torch.float64)
+        dots = torch.stack([torch.dot(one, other), torch.dot(other, other)])
     return dots.to(torch.float64).cpu()
 
 

@@ -17,6 +17,8 @@ _OVERSAMPLE = 32
 _ITERATIONS = 4
 _BLOCK = 1 << 14
 """Columns that are made float64 at once."""
+SMALL = 1e-20
+"""A sum of squares below it may lack what is smaller than float32's smallest."""
 _PIECE = 1 << 17
 """Entries that are squared at once."""
 
@@ -53,8 +55,12 @@ def matrix_of(shape: torch.Size) -> tuple[int, int]:
 
 def energy(values: Tensor) -> float:
     """The sum of squares, of float32 in pieces that stay in the cache, and of these in float64."""
-    pieces = [piece.square().sum() for piece in torch.split(values.reshape(-1), _PIECE)]
-    return float(torch.stack(pieces).sum(dtype=torch.float64)) if pieces else 0.0
+    flat = torch.split(values.reshape(-1), _PIECE)
+    total = float(torch.stack([piece.square().sum() for piece in flat]).sum(dtype=torch.float64))
+    if SMALL < total < math.inf:
+        return total
+    # Squares beyond float32's range, at either end.
+    return sum(float(piece.to(torch.float64).square_().sum()) for piece in flat)
 
 
 def squared_singular_values(matrix: Tensor) -> Tensor:

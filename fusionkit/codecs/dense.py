@@ -13,7 +13,7 @@ from fusionkit.codecs.values import ValueDtype, pack_values, unpack_values, valu
 
 @dataclass(frozen=True)
 class Dense(TensorCodec):
-    """Keep every value of every delta, in a chosen dtype.
+    """Keep every value of every delta, in a chosen dtype: off by its rounding alone.
 
     Args:
         dtype: how the values are stored.

@@ -23,7 +23,8 @@ class EMR(DeltaCodec):
 
     One vector is shared by all tasks; a task owns one bit per parameter and a scalar. The
     rescaler is Σ|τ_t| / Σ|M_t ⊙ τ_uni| over the whole model, the paper's formula. Adding a task
-    later masks the stored vector, which is then no longer elected from all tasks.
+    later masks the stored vector, which is then no longer elected from all tasks. What comes back
+    is off from λ_t M_t ⊙ τ_uni by λ_t times the rounding of τ_uni's dtype.
 
     Args:
         rescale: `l1`: the paper's formula. `l1_mean`: the authors' code, which sums each tensor's

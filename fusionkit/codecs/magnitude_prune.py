@@ -28,7 +28,8 @@ class MagnitudePrune(DeltaCodec):
     without, θ* = θ₀ and it is Post-Pruning. v_t is taken against θ* as stored, so that the
     rounding of the shared vector is not lost on the kept entries. The count is exact,
     round(density · P), less only where a delta has fewer non-zeros; of equal magnitudes the
-    first win. Nothing is rescaled.
+    first win. Nothing is rescaled: an entry that is kept is off by its dtype's rounding, the error
+    of the others is the whole v_t.
 
     Args:
         density: share of the entries that is kept, in [0, 1].

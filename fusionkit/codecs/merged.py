@@ -21,6 +21,8 @@ _PART = "merged"
 class Merged(DeltaCodec):
     """Plain merging: every task gets the merged model, θ̂_t = θ₀ + τ*; a task owns nothing.
 
+    τ* is off from the merge's formula by the rounding of its dtype, and of float32's sums.
+
     Args:
         merge: how the shared vector is computed.
         dtype: how its values are stored.

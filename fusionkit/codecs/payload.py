@@ -8,6 +8,7 @@ from typing import IO, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from fusionkit.checkpoints.safetensors_file import tensor_bytes
 from fusionkit.codecs.base import (
@@ -21,6 +22,7 @@ from fusionkit.codecs.base import (
 )
 from fusionkit.errors import CodecError, RangeError
 from fusionkit.task_vectors.family import Family
+from fusionkit.task_vectors.vectors import is_finite
 from fusionkit.task_vectors.workers import full_precision, total
 
 Form = TypeVar("Form")
@@ -80,7 +82,7 @@ def _encode(
         found = (gathered[name] for name in family.sizes)
         whole = encoder.finish(total(each for each in found if each is not None))
         if whole is not None:
-            yield form(_checked(whole, WHOLE_MODEL, codec, family))
+            yield form(_whole(whole, codec, family))
 
 
 def _one(
@@ -89,16 +91,39 @@ def _one(
     """What one tensor adds to the sums, and what was made of it."""
     vectors = family.vectors(name)
     try:
-        encoded = encoder.encode(vectors)
+        encoded = _checked(encoder.encode(vectors), name, codec, family)
+        _check_finite(encoded)
     except RangeError as error:
         largest = [float(vector.abs().max()) for vector in vectors]
         task = vectors.tasks[largest.index(max(largest))]
         where = f"moved most by task '{task}' ({family.finetuned[task].label})"
         raise RangeError(f"tensor '{name}', {where}: {error}") from error
-    except CodecError as error:
+    except (CodecError, LinAlgError) as error:
         raise CodecError(f"tensor '{name}': {error}") from error
-    encoded = _checked(encoded, name, codec, family)
     return encoded.sums, form(encoded)
+
+
+def _whole(encoded: Encoded, codec: DeltaCodec, family: Family) -> Encoded:
+    """The whole model's payload, if it is as the contract has it."""
+    encoded = _checked(encoded, WHOLE_MODEL, codec, family)
+    for task, parts in zip(family.tasks, encoded.tasks, strict=True):
+        try:
+            _check_finite(Encoded(WHOLE_MODEL, encoded.shared, [parts]))
+        except RangeError as error:
+            raise RangeError(f"task '{task}' ({family.finetuned[task].label}): {error}") from error
+    return encoded
+
+
+def _check_finite(encoded: Encoded) -> None:
+    """Check that no number in a payload is infinite or NaN: no model could come of it."""
+    for parts in (encoded.shared, *encoded.tasks):
+        for part, tensor in parts.items():
+            if tensor.is_floating_point() and not is_finite(tensor):
+                raise RangeError(
+                    f"the deltas are so large, or so uneven, that '{part}' of what is stored would "
+                    "be infinite or NaN; store the tensor whole (declare it private), or use a "
+                    "codec that takes each value by itself (dense)"
+                )
 
 
 def _checked(encoded: Encoded, name: str, codec: DeltaCodec, family: Family) -> Encoded:

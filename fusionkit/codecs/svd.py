@@ -39,7 +39,8 @@ class SVD(TensorCodec):
     matrix (first axis) × (all others). Vectors, and matrices whose factors would be larger than
     they are, are kept whole. The factors U √Σ and V √Σ are stored, alike in scale, so that both
     sit well in fp16 or in columns of integers; of integers each is fitted to the other as it is
-    stored.
+    stored. The error is that of the directions left out, (Σ_{i>q} σ_i²)^½, and at most √σ₁ times
+    what rounding takes from either factor.
 
     Exactly one of rank, energy, ratio and budget is given.
 

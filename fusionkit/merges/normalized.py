@@ -35,7 +35,7 @@ class Normalized(Merge):
         def squares(vectors: TaskVectors) -> Tensor:
             sums = torch.zeros(len(vectors), dtype=torch.float64)
             for _, block in vectors.blocks():
-                sums += block.square().sum(1).cpu()
+                sums += block.to(torch.float64).square_().sum(1).cpu()  # squares may overflow
             return sums
 
         total = family.total(squares)

@@ -7,6 +7,7 @@ import json
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from fnmatch import fnmatchcase
+from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -85,12 +86,17 @@ def tokenizer(
 
 def same_tokenizer(bundle: Bundle, one: str | None, other: str | None) -> bool:
     """Whether two tasks (None: the base) have the same tokenizer: it may take seconds to make."""
-    found = []
-    for task in (one, other):
-        files = _files(bundle, task)
-        names = [name for name in files for each in TOKENIZER if fnmatchcase(name, each)]
-        found.append({name: _bytes(files[name]) for name in names})
-    return found[0] == found[1]
+    return tokenizer_digest(bundle, one) == tokenizer_digest(bundle, other)
+
+
+def tokenizer_digest(bundle: Bundle, task: str | None) -> str:
+    """What tells a task's tokenizer (None: the base's) from those of other tasks."""
+    files = files_for(bundle, task)
+    said = sha256()
+    for name in sorted(name for name in files for each in TOKENIZER if fnmatchcase(name, each)):
+        content = _bytes(files[name])
+        said.update(f"{name}\0{len(content)}\0".encode() + content)
+    return said.hexdigest()
 
 
 def processor(
@@ -123,7 +129,7 @@ def config_for(bundle: Bundle, task: str | None) -> dict[str, Any]:
     Raises:
         BundleError: none is known.
     """
-    config = config_of(bundle, _files(bundle, task))
+    config = config_of(bundle, files_for(bundle, task))
     if config is None:
         raise BundleError(
             f"{bundle.path}: no {CONFIG} is known of its base ({bundle.base.label}), so that no "
@@ -142,7 +148,7 @@ def tell(model: nn.Module, bundle: Bundle, task: str | None) -> None:
         task: one of its tasks; None: the base.
     """
     inner: Any = getattr(model, "_orig_mod", model)
-    files = _files(bundle, task)
+    files = files_for(bundle, task)
     config = config_of(bundle, files)
     if not is_transformers(inner) or config is None or "model_type" not in config:
         return
@@ -158,17 +164,26 @@ def tell(model: nn.Module, bundle: Bundle, task: str | None) -> None:
     if isinstance(getattr(inner, "num_labels", None), int):
         inner.num_labels = made.num_labels
     if inner.can_generate():
-        from transformers import GenerationConfig
-
-        said = files.get(GENERATION)
-        inner.generation_config = (
-            GenerationConfig.from_model_config(inner.config)
-            if said is None
-            else GenerationConfig.from_dict(_json(said))
-        )
+        inner.generation_config = generation_config(files, inner.config)
 
 
-def _files(bundle: Bundle, task: str | None) -> Mapping[str, bytes | Path]:
+def generation_config(files: Mapping[str, bytes | Path], config: Any) -> Any:
+    """What a task's `generation_config.json` says, or else its configuration.
+
+    Args:
+        files: those beside the task's weights.
+        config: the task's, of transformers.
+    """
+    from transformers import GenerationConfig
+
+    said = files.get(GENERATION)
+    if said is None:
+        return GenerationConfig.from_model_config(config)
+    return GenerationConfig.from_dict(_json(said))
+
+
+def files_for(bundle: Bundle, task: str | None) -> Mapping[str, bytes | Path]:
+    """The files beside a task's weights, or the base's (None)."""
     return base_files(bundle) if task is None else files_of(bundle, task)
 
 
@@ -195,7 +210,7 @@ def _made(
     )
     file = base_file(bundle)
     place: AbstractContextManager[dict[str, str]]
-    if any(fnmatchcase(name, each) for name in _files(bundle, task) for each in patterns):
+    if any(fnmatchcase(name, each) for name in files_for(bundle, task) for each in patterns):
         place = _folder(bundle, task)
     elif file is not None and file.suffix == ".gguf":
         found = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
@@ -217,7 +232,7 @@ def _made(
 @contextmanager
 def _folder(bundle: Bundle, task: str | None) -> Iterator[dict[str, str]]:
     """A temporary folder with a task's files beside its weights."""
-    files = _files(bundle, task)
+    files = files_for(bundle, task)
     with TemporaryDirectory(prefix="fusionkit-") as folder:
         for name, content in files.items():
             (Path(folder) / name).write_bytes(_bytes(content))

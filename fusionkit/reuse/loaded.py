@@ -60,16 +60,7 @@ def load(
     source = opened(bundle, base)
     if task is not None:
         source.check([task])
-    config = config_for(source, task)
-    wanted = _dtype(dtype, source)
-    settings: dict[str, Any] = {}
-    if config.get("model_type"):
-        settings["dtype"] = wanted
-        if attn_implementation is not None:
-            settings["attn_implementation"] = attn_implementation
-    with _without_weights(wanted):
-        model = model_of(config, f"{source.path}: {task or 'base'}", **settings)
-    _give_memory(model, torch.device(device or "cpu"), wanted)
+    model: Any = unfilled(source, task, device, dtype, attn_implementation)
     lacking = [name for name in become(model, source, task) if not _is_buffer(model, name)]
     if lacking:
         raise BundleError(
@@ -79,6 +70,32 @@ def load(
         )
     tell(model, source, task)
     return model.eval()
+
+
+def unfilled(
+    bundle: Bundle,
+    task: str | None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    attn_implementation: str | None = None,
+) -> nn.Module:
+    """A model of a task's class, or the base's, whose weights are any; arguments as of `load`.
+
+    Raises:
+        BundleError: the class is not known.
+        CheckpointError: it can't be built here.
+    """
+    config = config_for(bundle, task)
+    wanted = _dtype(dtype, bundle)
+    settings: dict[str, Any] = {}
+    if config.get("model_type"):
+        settings["dtype"] = wanted
+        if attn_implementation is not None:
+            settings["attn_implementation"] = attn_implementation
+    with _without_weights(wanted):
+        model = model_of(config, f"{bundle.path}: {task or 'base'}", **settings)
+    _give_memory(model, torch.device(device or "cpu"), wanted)
+    return model
 
 
 def switch(

@@ -10,9 +10,7 @@ from fusionkit.bundles.bundle import Bundle
 from fusionkit.errors import FusionKitError
 from fusionkit.reuse.beside import same_tokenizer, tokenizer
 from fusionkit.reuse.loaded import load, switch
-
-Messages = list[dict[str, Any]]
-"""A conversation, as chat templates take it: `{"role": "user", "content": "…"}`, …"""
+from fusionkit.reuse.prompts import Messages, has_template, prompt_tokens
 
 
 class Speaker:
@@ -83,7 +81,7 @@ class Speaker:
     @property
     def has_template(self) -> bool:
         """Whether the tokenizer knows how a conversation is written."""
-        return bool(getattr(self.tokenizer, "chat_template", None))
+        return has_template(self.tokenizer)
 
     @property
     def context(self) -> int | None:
@@ -99,11 +97,10 @@ class Speaker:
             FusionKitError: there is no chat template, or it refuses the messages; or the prompt
                 is empty, or longer than the model's context.
         """
-        found: list[int]
-        if isinstance(prompt, str):
-            found = self.tokenizer(prompt)["input_ids"]
-        else:
-            found = self._conversation(prompt)
+        whose = "its base" if self.task is None else f"task '{self.task}'"
+        found = prompt_tokens(
+            self.tokenizer, prompt, f"{self.bundle.path}: the tokenizer of {whose}"
+        )
         context = self.context
         room = len(found) + (0 if self.model.config.is_encoder_decoder else 1)
         if context is not None and room > context:
@@ -185,25 +182,6 @@ class Speaker:
             )
         own = made[:, width:] if self._decoder_only else made
         found: list[str] = self.tokenizer.batch_decode(own, skip_special_tokens=True)
-        return found
-
-    def _conversation(self, messages: Messages) -> list[int]:
-        if not self.has_template:
-            whose = "its base" if self.task is None else f"task '{self.task}'"
-            raise FusionKitError(
-                f"{self.bundle.path}: the tokenizer of {whose} has no chat template, which "
-                "`messages` need; give `prompt`, a plain text, or put a chat_template.jinja beside "
-                "the base's tokenizer"
-            )
-        try:
-            found: list[int] = self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=False
-            )
-        except Exception as error:  # templates are programs, and raise what they like
-            raise FusionKitError(
-                f"the chat template can't write these messages ({error}); each has `role` and "
-                "`content`, in an order that the template takes"
-            ) from error
         return found
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fusionkit.errors import RequestError
+from fusionkit.reuse.prompts import Messages
 
 Finish = Literal["stop", "length", "cancelled"]
 """Why an answer ended: by itself or at a stop string; it was as long as may be; nobody waits."""
@@ -19,7 +20,7 @@ class Generate:
 
     Attributes:
         task: whose model answers; None: the base.
-        prompt: its tokens, at least one; see `Engine.tokens`.
+        prompt: a text, a conversation as chat templates take it, or tokens, at least one.
         max_tokens: the answer's length, at most; it ends sooner where the context is full.
         temperature: 0: the likeliest token always; else tokens are drawn, below 1 from a sharper
             distribution.
@@ -33,7 +34,7 @@ class Generate:
     """
 
     task: str | None
-    prompt: tuple[int, ...]
+    prompt: str | Messages | tuple[int, ...]
     max_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
@@ -42,7 +43,7 @@ class Generate:
     streamed: bool = True
 
     def __post_init__(self) -> None:
-        if not self.prompt:
+        if self.prompt == ():
             raise RequestError("the prompt is empty; give at least one token")
         if self.max_tokens < 1:
             raise RequestError(f"expected `max_tokens` of at least 1, got {self.max_tokens}")

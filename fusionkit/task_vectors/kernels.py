@@ -20,6 +20,9 @@ _SET = np.argsort(1 - _BITS, axis=1, kind="stable").astype(np.int32)
 """Where the bits of a byte are set, and how many are."""
 _COUNT = _BITS.sum(1)
 
+LIMIT = np.float32(2.0**110)
+"""No difference may be as large: there must be room for sums of them in float32."""
+
 
 @compiled
 def collect(
@@ -116,12 +119,12 @@ def histogram(values: NDArray[np.int32], bin_: int, counts: NDArray[np.int64]) -
 
 @compiled
 def difference(tuned: Floats, base: Floats, out: Floats) -> bool:
-    """θ_t − θ₀ of some entries, into `out`, which may be `tuned`; whether all of it is finite."""
-    check = np.float32(0)
+    """θ_t − θ₀ of some entries, into `out`, which may be `tuned`; whether none reaches `LIMIT`."""
+    beyond = 0
     for i in range(len(out)):
         out[i] = tuned[i] - base[i]
-        check += out[i] * np.float32(0)
-    return not np.isnan(check)
+        beyond |= not abs(out[i]) < LIMIT
+    return beyond == 0
 
 
 @compiled
@@ -129,7 +132,7 @@ def difference_of_bfloat16(tuned: NDArray[np.uint16], base: Floats, out: Floats)
     """The same of bfloat16, whose bits are the upper ones of a float32."""
     bits = np.empty(TILE, np.uint32)
     values = bits.view(np.float32)
-    check = np.float32(0)
+    beyond = 0
     for start in range(0, len(out), TILE):
         size = min(TILE, len(out) - start)
         theirs, ours, delta = tuned[start:], base[start:], out[start:]
@@ -137,8 +140,8 @@ def difference_of_bfloat16(tuned: NDArray[np.uint16], base: Floats, out: Floats)
             bits[i] = np.uint32(theirs[i]) << np.uint32(16)
         for i in range(size):
             delta[i] = values[i] - ours[i]
-            check += delta[i] * np.float32(0)
-    return not np.isnan(check)
+            beyond |= not abs(delta[i]) < LIMIT
+    return beyond == 0
 
 
 def above(values: Tensor, limit: float) -> Tensor:

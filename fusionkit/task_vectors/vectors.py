@@ -112,10 +112,10 @@ class TaskVectors:
             FamilyError: it holds a NaN or an infinity.
         """
         tuned = self._at(task).read()
-        if not _is_finite(tuned):
+        if not is_finite(tuned):
             bad = ~torch.isfinite(tuned) & ~unmoved(tuned, self.base.to(tuned.device))
             if bad.any():
-                raise self._not_finite(int(bad.sum()), task)
+                raise self._not_finite(tuned.masked_fill(~bad, 0), task)
         return tuned
 
     def stack(self) -> Tensor:
@@ -214,10 +214,10 @@ class TaskVectors:
         else:
             values = tuned if near and tuned.dtype == torch.float32 else out.copy_(tuned)
             finite = kernels.difference(values.numpy(), base.numpy(), out.numpy())
-        if not finite and not _is_finite(out):
+        if not finite and not _is_small(out):
             same = unmoved(tuned, stored.to(tuned.device)).to(out.device)
-            if not _is_finite(out.masked_fill_(same, 0)):
-                raise self._not_finite(int((~torch.isfinite(out)).sum()), task)
+            if not _is_small(out.masked_fill_(same, 0)):
+                raise self._not_finite(out, task)
         if narrows(tuned.dtype, stored.dtype) and (magnitude := float(lost(tuned, stored.dtype))):
             raise self._out_of_range(magnitude, stored.dtype, task)
 
@@ -240,25 +240,32 @@ class TaskVectors:
 
     def _check_finite(self, values: Tensor, task: int) -> None:
         """Check what an adapter says; there is no base in it that could be as it is."""
-        if not _is_finite(values):
+        if not _is_small(values):
             bad = int((~torch.isfinite(values)).sum())
+            holds = f"{bad} values that are NaN or infinite" if bad else _too_large(values)
             raise FamilyError(
-                f"{self._at(task).checkpoint.label}: tensor '{self.name}' holds {bad} values that "
-                f"are NaN or infinite (task '{self.tasks[task]}'); mend or retrain that adapter"
+                f"{self._at(task).checkpoint.label}: tensor '{self.name}' holds {holds} "
+                f"(task '{self.tasks[task]}'); mend or retrain that adapter"
             )
 
-    def _not_finite(self, bad: int, task: int) -> FamilyError:
-        """The error that a delta is not finite, and base and fine-tuned model are not the same."""
+    def _not_finite(self, values: Tensor, task: int) -> FamilyError:
+        """The error that a delta is not finite, and base and fine-tuned model are not the same.
+
+        Args:
+            values: some of it, or of the fine-tuned tensor; or finite, and too large to work with.
+            task: whose it is.
+        """
+        bad = int((~torch.isfinite(values)).sum())
         label, base = self._at(task).checkpoint.label, self.base_at.checkpoint.label
         holds = f"holds {bad} values that are NaN or infinite (task '{self.tasks[task]}')"
         retrain = "mend or retrain that checkpoint"
-        if not _is_finite(self._at(task).read()):
+        if not is_finite(self._at(task).read()):
             found = f"{label}: tensor '{self.name}' {holds}, where the base holds others"
-        elif not _is_finite(self.base):
+        elif not is_finite(self.base):
             found = f"{base} (the base): tensor '{self.name}' {holds}, where {label} does not"
         else:
             found, retrain = (
-                f"{label}: tensor '{self.name}' differs from the base's by more than float32 holds "
+                f"{label}: tensor '{self.name}' differs from the base's by {_too_large(values)} "
                 f"(task '{self.tasks[task]}')",
                 "",
             )
@@ -283,7 +290,7 @@ class TaskVectors:
 def difference(tuned: Tensor, base: Tensor) -> Tensor:
     """θ − θ₀: float32, 0 where neither is finite and both are the same."""
     delta = tuned.to(torch.float32) - base.to(torch.float32)
-    return delta if _is_finite(delta) else delta.masked_fill_(unmoved(tuned, base), 0)
+    return delta if is_finite(delta) else delta.masked_fill_(unmoved(tuned, base), 0)
 
 
 def unmoved(tuned: Tensor, base: Tensor) -> Tensor:
@@ -296,9 +303,26 @@ def unmoved(tuned: Tensor, base: Tensor) -> Tensor:
     return same & ~ours.isfinite()
 
 
-def _is_finite(values: Tensor) -> bool:
+def _is_small(values: Tensor) -> bool:
+    """Whether there is room for sums of such values in float32; not, where one isn't finite."""
+    if not values.numel():
+        return True
+    low, high = torch.aminmax(values)
+    return bool(max(-float(low), float(high)) < kernels.LIMIT)  # NaN of any: not
+
+
+def _too_large(values: Tensor) -> str:
+    """What is said of values that are not small."""
+    finite = values[values.isfinite()].abs()
+    reached = f"up to {float(finite.max()):.3g}, which is" if finite.numel() else "what is"
+    return f"{reached} more than the {kernels.LIMIT:.2g} that float32 has room to add up"
+
+
+def is_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite."""
     # The sum is one cheap pass; only a suspicious one is looked at entry by entry.
-    return bool(torch.isfinite(values.sum()) or torch.isfinite(values).all())
+    of_half = torch.float32 if values.dtype == torch.float16 else None
+    return bool(torch.isfinite(values.sum(dtype=of_half)) or torch.isfinite(values).all())
 
 
 class ChangedVectors(TaskVectors):

@@ -20,7 +20,8 @@ class BitDelta(TensorCodec):
 
     The scale is the one of least weight error; `fusionkit calibrate` learns it further, from the
     fine-tuned model's outputs (the paper's scale distillation). A delta of exactly 0 counts as
-    positive. Vectors, and matrices that match `keep`, are kept whole.
+    positive. Of n weights the squared error is ‖τ_t‖² − n a². Vectors, and matrices that match
+    `keep`, are kept whole.
 
     Args:
         keep: patterns of the matrices that are kept whole; the paper's are all but the linear

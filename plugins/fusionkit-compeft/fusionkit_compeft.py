@@ -27,7 +27,8 @@ class ComPEFT(DeltaCodec):
 
     The largest magnitudes are taken, and σ, the standard deviation, over the whole task vector.
     Positions are Golomb-Rice coded, signs take a bit each, the scalar a σ 4 bytes a task; it can
-    be learned by `fusionkit calibrate`.
+    be learned by `fusionkit calibrate`. An entry that is kept is off by ||τ_t| − a σ|, the others
+    by all that they were.
 
     Args:
         density: share of the entries that is kept, in (0, 1].

@@ -42,7 +42,8 @@ class DARE(DeltaCodec):
 
     Which entries are kept follows from a key of 8 bytes a tensor, so that only their values are
     stored: 16 (1 − p) bits per parameter in fp16. The same seed keeps the same entries wherever,
-    and with whatever device and version of torch, a bundle is read.
+    and with whatever device and version of torch, a bundle is read. What is kept comes back as
+    τ_t / (1 − p), off by the rounding of its dtype over 1 − p; the rest is dropped.
 
     `spread` and `shrink` are steps of UltraDelta (Wang et al., 2505.13563): its variance-based
     mixed sparsity allocation and its trace-norm-guided rescaling. It divides every tensor by 1 − p

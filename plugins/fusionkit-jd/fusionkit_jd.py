@@ -42,7 +42,8 @@ class JointDiagonalization(DeltaCodec):
     r (m + n): the more adapters there are, and the more alike, the more that saves. At a rank of
     the sum of the adapters' ranks nothing is lost. Adapters' products are never formed; vectors,
     and matrices that would not become smaller, are kept whole. Σ_t is fitted to U and V as they
-    are stored; a task that is added later is fitted to those that are there.
+    are stored; a task that is added later is fitted to those that are there. So no task is further
+    off than ‖δ_t‖ and what rounding takes from Σ_t.
 
     Args:
         rank: r, columns of U and V; no more than the tasks' deltas fill.

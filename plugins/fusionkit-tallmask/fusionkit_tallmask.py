@@ -49,7 +49,8 @@ def tall_mask(vector: Tensor, merged: Tensor, threshold: float | Tensor) -> Tens
 class TALLMask(DeltaCodec):
     """Mask a merged vector by task: θ̂_t = θ₀ + M_t ⊙ τ*, M_t = 1 where |τ_t| ≥ λ |τ* − τ_t|.
 
-    One vector is shared by all tasks; a task owns one bit per parameter.
+    One vector is shared by all tasks; a task owns one bit per parameter. Where it is set τ* comes
+    back as it is stored, else 0.
 
     Args:
         threshold: λ, or task → λ; the paper chooses each of {0.2, …, 0.6} on validation data, as

@@ -20,6 +20,7 @@ class TSVCompress(DeltaCodec):
     """TSV-Compress: of each matrix, a T-th of its singular directions, T the number of tasks.
 
     T compressed tasks then have about as many values as one uncompressed. Vectors are kept whole.
+    The error is that of the directions left out, and of rounding, as `SVD`'s is.
 
     Args:
         tasks: T; none: the tasks at hand. Give it where more will be added later.

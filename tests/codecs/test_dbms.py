@@ -174,6 +174,17 @@ class TestSearch:
             assert min(abs(shift - g * projection) for g in codec.grid if g) < 1e-5
             assert scale == pytest.approx(1, abs=1e-4)  # pruning is a projection
 
+    @pytest.mark.parametrize("scale", [2.0**-100, 2.0**-83, 2.0**83, 2.0**100])
+    def test_scalars_do_not_hang_on_the_size_of_the_deltas(self, scale: float) -> None:
+        """Nor where their squares are beyond float32."""
+        _, finetuned = random_family({"a": (12, 9)}, tasks=2)
+        base, codec = {"a": torch.zeros(12, 9)}, DBMS(MagnitudePrune(0.2, dtype="fp32"))
+        tuned = {task: {"a": scale * state["a"]} for task, state in finetuned.items()}
+        bundles = [fusionkit.compress(base, each, codec) for each in (finetuned, tuned)]
+        for task in finetuned:
+            plain, scaled = (scalars_of(bundle, task) for bundle in bundles)
+            assert scaled == pytest.approx(plain, rel=1e-3)
+
     def test_no_grid_is_no_shift(self, base: TinyNet, finetuned: States) -> None:
         bundle = fusionkit.compress(base, finetuned, DBMS(SVD(rank=1), grid=()), private=PRIVATE)
         assert [scalars_of(bundle, task) for task in TASKS] == [(0.0, 1.0)] * 3

@@ -14,6 +14,7 @@ from torch import Tensor
 import fusionkit
 from fusionkit import EMR, Bundle, Checkpoint
 from fusionkit.checkpoints.checkpoint import matches
+from fusionkit.errors import RangeError
 
 PRIVATE = ["head.*"]
 DELTAS = [name for name, _ in TinyNet().named_parameters() if not name.startswith("head")]
@@ -201,3 +202,15 @@ def test_only_the_shared_vector_is_rounded(dtype: str) -> None:
         assert np.array_equal(found[~masks[t]], wanted[~masks[t]])
         assert np.abs(found - wanted).max() <= step * np.abs(unified).max()
         assert dtype == "fp32" or not np.array_equal(found, wanted)
+
+
+def test_a_rescaler_that_would_be_infinite_is_refused_by_name() -> None:
+    """Task 'b' agrees with the elected signs in nothing but its smallest entry."""
+    base = {"w": torch.zeros(3)}
+    tuned = {
+        "a": {"w": torch.tensor([3e30, 3e30, 1e-40])},
+        "b": {"w": torch.tensor([-1e30, -1e30, 1e-40])},
+    }
+    text = r"^task 'b' \(.*\): the deltas are so .*'rescaler' .*infinite or NaN; .*private"
+    with pytest.raises(RangeError, match=text):
+        fusionkit.compress(base, tuned, EMR(dtype="fp32"))

@@ -178,3 +178,16 @@ def test_normalized_leaves_out_nothing_but_length() -> None:
     towards = [float(merged @ tau[t] / (merged.norm() * tau[t].norm())) for t in (0, 2, 3)]
     assert max(towards) - min(towards) < 0.1
     assert torch.isfinite(merged).all()
+
+
+@pytest.mark.parametrize("scale", [1e-35, 1e-25, 1e25, 1e30])
+def test_normalized_knows_lengths_whose_squares_float32_has_not(scale: float) -> None:
+    base, finetuned = random_family({"a": (30, 20)}, tasks=3)
+    base, zero = {"a": torch.zeros(30, 20)}, base
+    moved = {task: state["a"] - zero["a"] for task, state in finetuned.items()}
+    moved["task0"] *= 10
+    codec, merged = Merged(Normalized(), dtype="fp32"), []
+    for factor in (1.0, scale):
+        tuned = {task: {"a": factor * delta} for task, delta in moved.items()}
+        merged.append(decoded(fusionkit.compress(base, tuned, codec), "task0", ["a"]) / factor)
+    assert torch.allclose(*merged, rtol=1e-4, atol=1e-4 * float(merged[0].abs().max()))

@@ -14,6 +14,7 @@ from fusionkit.codecs.base import DeltaCodec
 from fusionkit.errors import FamilyError
 from fusionkit.task_vectors.vectors import difference
 
+LIMIT = 2.0**110
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 INF = math.inf
 DIFFERENT = [(-INF, INF), (-INF, math.nan), (0.0, math.nan)]
@@ -117,7 +118,7 @@ def test_a_matrix_of_a_stack_is_called_by_the_stack() -> None:
 def test_a_difference_beyond_float32_is_refused_and_private_is_a_mend() -> None:
     base = {"w": torch.randn(4), "m": torch.tensor([-3e38])}
     tuned = {"w": base["w"] + 1, "m": torch.tensor([3e38])}
-    with pytest.raises(FamilyError, match=r"more than float32 holds .*declare 'm' private"):
+    with pytest.raises(FamilyError, match=r"float32 has room to add up .*declare 'm' private"):
         fusionkit.compress(base, {"a": tuned}, fusionkit.Dense())
     state = fusionkit.compress(base, {"a": tuned}, fusionkit.Dense(), private=["m"]).state_dict("a")
     assert torch.equal(state["m"], tuned["m"])
@@ -127,3 +128,21 @@ def test_a_frozen_tensor_may_hold_what_is_no_number() -> None:
     base = masked(torch.float32)
     family = fusionkit.Family(base, {"a": moved(base, torch.bfloat16)}, frozen=["mask", "observer"])
     family.check_frozen()
+
+
+@pytest.mark.parametrize("of_tuned", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_difference_must_leave_room_for_sums(of_tuned: torch.dtype) -> None:
+    """Half of what is refused, of 200 tasks, can be added up."""
+    base, most = {"m": torch.zeros(5)}, torch.tensor([0.0, LIMIT / 2, -LIMIT / 2, 0, 1])
+    tuned = {f"t{place}": {"m": most.to(of_tuned)} for place in range(200)}
+    for codec in (
+        fusionkit.EMR(dtype="fp32"),
+        fusionkit.Merged(fusionkit.TaskArithmetic(1.0), "int4"),
+    ):
+        delta = fusionkit.compress(base, tuned, codec).delta("t7", "m")
+        assert delta is not None
+        assert delta.isfinite().all()
+    tuned["t7"] = {"m": 2 * most.to(of_tuned)}
+    text = r"'m' differs from the base's by up to 1.3e\+33, .*room to add up \(task 't7'\)"
+    with pytest.raises(FamilyError, match=text):
+        fusionkit.compress(base, tuned, fusionkit.EMR())
