@@ -59,36 +59,41 @@ def main(limit: int | None, counts: list[int]) -> None:
             )
             for rows in counts
         }
-        said = answers(module, tests, data.labels)
+        picked = {
+            rows: {task: router.pick(found) for task, found in features.items()}
+            for rows, router in routers.items()
+        }
+        said = answers(module, tests, picked, data.labels)
     truth = {
         task: [data.labels[task][n] for batch in batches for n in batch["labels"].tolist()]
         for task, batches in tests.items()
-    }
-    picked = {
-        rows: {task: router.pick(found) for task, found in features.items()}
-        for rows, router in routers.items()
     }
     report(truth, said, picked)
 
 
 def answers(
-    module: ReuseModule, tests: Batches, labels: Mapping[str, list[str]]
-) -> dict[str, dict[str, list[str]]]:
-    """By every task's model, of every task's rows: the class's name."""
-    found: dict[str, dict[str, list[str]]] = {}
-    for task in tests:
-        module.switch(task)
-        with torch.inference_mode():
-            found[task] = {
-                of: [
-                    labels[task][number]
-                    for batch in batches
-                    for number in module.model(
-                        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
-                    ).logits.argmax(-1).tolist()
+    module: ReuseModule, tests: Batches, picked: Any, labels: Mapping[str, list[str]]
+) -> dict[str, dict[tuple[str, int], str]]:
+    """By each task's model, of the rows of its own and those it is picked for: the class's name."""
+    found: dict[str, dict[tuple[str, int], str]] = {task: {} for task in tests}
+    for by in tests:
+        module.switch(by)
+        for of, batches in tests.items():
+            first = 0
+            for batch in batches:
+                count = len(batch["labels"])
+                wanted = [
+                    row
+                    for row in range(count)
+                    if by == of or any(each[of][first + row].task == by for each in picked.values())
                 ]
-                for of, batches in tests.items()
-            }  # fmt: skip
+                if wanted:
+                    inputs = {n: batch[n][wanted] for n in ("input_ids", "attention_mask")}
+                    with torch.inference_mode():
+                        classes = module.model(**inputs).logits.argmax(-1).tolist()
+                    for row, number in zip(wanted, classes, strict=True):
+                        found[by][of, first + row] = labels[by][number]
+                first += count
     return found
 
 
@@ -98,11 +103,11 @@ def report(truth: Any, said: Any, picked: Any) -> None:
     print(f"| task | rows | own model | {' | '.join(titles)} |\n|{'---|' * (3 + len(titles))}")
     sums = [0.0] * (1 + len(titles))
     for task, labels in truth.items():
-        cells = [share(said[task][task], labels)]
+        cells = [share([said[task][task, row] for row in range(len(labels))], labels)]
         for choices in picked.values():
             chosen = [each.task for each in choices[task]]
             cells.append(share(chosen, [task] * len(chosen)))
-            routed = [said[by][task][place] for place, by in enumerate(chosen)]
+            routed = [said[by][task, row] for row, by in enumerate(chosen)]
             cells.append(share(routed, labels))
         sums = [a + b for a, b in zip(sums, cells, strict=True)]
         print(f"| {task} | {len(labels)} | {' | '.join(f'{100 * c:.1f}' for c in cells)} |")

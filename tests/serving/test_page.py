@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 import httpx2
 import pytest
 import uvicorn
+from routed import routed_sorting, texts_of
 from served import application, asking
 
 import fusionkit
@@ -279,6 +280,19 @@ def test_a_key(sorting: Bundle, visit: Callable[..., Any]) -> None:
         assert {*sides(page)} == {"moods", "topics"}
         kept = "[localStorage.length, sessionStorage.length, document.cookie, location.href]"
         assert page.evaluate(kept) == [0, 0, "", f"{url}/"]
+
+
+def test_the_router_picks(sorting: Bundle, tmp_path: Path, visit: Callable[..., Any]) -> None:
+    with serving(routed_sorting(sorting.path, tmp_path), router=True) as url:
+        page = visit(url)
+        page.get_by_label("Text", exact=True).fill(texts_of("topics")[0])
+        page.get_by_label("First task").select_option(label="the router picks")
+        page.get_by_label("Second task").select_option("moods")
+        page.keyboard.press("Tab")
+        page.get_by_role("button", name="Ask both").click()
+        shown = sides(page)
+        assert list(shown) == ["topics", "moods"]
+        assert shown["topics"][-1].startswith("picked by the router, ")
 
 
 def test_no_script_but_the_pages_own(sorter_url: str, browser: Any) -> None:

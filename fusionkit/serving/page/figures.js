@@ -33,13 +33,13 @@ export class Figures {
     const mean = (name) => sum(`${name}_sum`) / sum(`${name}_count`);
     const shown = [
       ["Requests", counts.requests.toLocaleString("en")],
-      ["Requests a second", fixed(rate("requests"))],
+      ["Requests / s", fixed(rate("requests"))],
       ["Half within", within(samples, 0.5)],
       ["99% within", within(samples, 0.99)],
       ["Rows waiting", fixed(sum("rows_waiting"), 0)],
       ["Rows a step", fixed(mean("rows_per_step"))],
       ["Tasks a step", fixed(mean("tasks_per_step"))],
-      ["Tokens a second", counts.tokens ? fixed(rate("tokens")) : null],
+      ["Tokens / s", counts.tokens ? fixed(rate("tokens")) : null],
       ["Tasks ready", fixed(sum("operand_tasks"), 0)],
       ["Memory of tasks", Number.isFinite(sum("operand_bytes")) ? size(sum("operand_bytes")) : null],
     ];
