@@ -134,26 +134,8 @@ class TestOpenClip:
     @pytest.fixture
     def saved(self, tmp_path: Path) -> Path:
         """A tiny model in open_clip's own layout."""
-        library = pytest.importorskip("open_clip", reason="pip install .[clip]")
-        from open_clip.push_to_hf_hub import save_for_hf
-
-        shape = {"width": 16, "layers": 1}
-        config = {
-            "embed_dim": 12,
-            "vision_cfg": {**shape, "image_size": tiny_clip.SIZE, "patch_size": 8, "head_width": 8},
-            "text_cfg": {**shape, "context_length": 24, "vocab_size": 49408, "heads": 2},
-        }
-        torch.manual_seed(0)
-        made = library.CLIP(**config).eval()
-        library.factory.set_model_preprocess_cfg(
-            made, {"size": tiny_clip.SIZE, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
-        )
-
-        class Tokenizer:
-            def save_pretrained(self, folder: Any) -> None: ...
-
-        save_for_hf(made, Tokenizer(), config, str(tmp_path), safe_serialization=True)
-        return tmp_path
+        pytest.importorskip("open_clip", reason="pip install .[clip]")
+        return tiny_clip.open_clip_model(tmp_path)[0]
 
     def test_as_its_own_classifier_builder_has_it(self, saved: Path, work: Path) -> None:
         import open_clip
