@@ -33,6 +33,7 @@ GROUPS = {
         "generate": "have a task's language model answer the prompts of a file",
         "route": "make what picks the task of a request that names none",
         "sign": "sign it with a secret key of minisign",
+        "serve": "answer over HTTP: OpenAI's API, or POST /predict, for all tasks at once",
         "push": "put it on the Hugging Face Hub, with a model card",
         "pull": "get it from there, or one of its tasks",
         "add": "add fine-tuned models to a bundle",
