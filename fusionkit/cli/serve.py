@@ -78,7 +78,7 @@ def serve(
     admin = Keys([os.environ.get(_ADMIN, "")])
     if host != _HOSTS[0] and not keys:
         _tell_open(f"{host}:{port}")
-    source = Bundle.from_pretrained(bundle, base)  # what is wrong with it is said at once
+    source = _opened(bundle, base, router)  # what is wrong with it is said at once
     limits = Limits(
         body=max_body, upload=max_upload, tokens=max_tokens, seconds=timeout, grace=grace
     )
@@ -93,25 +93,26 @@ def serve(
         "max_queue": max_queue,
         "router": router,
     }
-    if router:
-        _check_router(source)
     _tell(f"loading {source.path}")
     Server(settings, engine, _tell).serve()
 
 
 def _tell_open(place: str) -> None:
-    _tell(
-        f"note: anyone who reaches {place} may ask; {_KEYS}=KEY,… lets in those alone who have a key"
-    )
+    lets_in = f"{_KEYS}=KEY,… lets in those alone who have a key"
+    _tell(f"note: anyone who reaches {place} may ask; {lets_in}")
 
 
-def _check_router(bundle: Bundle) -> None:
-    """See that there is one, before the model is loaded."""
-    from fusionkit.reuse.routing import Router
+def _opened(bundle: str, base: str | None, router: bool) -> Bundle:
+    """The bundle; its router is there, if it is asked for."""
+    source = Bundle.from_pretrained(bundle, base)
+    if router:
+        from fusionkit.reuse.routing import Router
 
-    known = Router.load(bundle).tasks
-    if unknown := [task for task in bundle.tasks if task not in known]:
-        _tell(f"note: the router never picks {in_line(unknown)}; 'fusionkit route' makes it anew")
+        known = Router.load(source).tasks
+        if unknown := [task for task in source.tasks if task not in known]:
+            names = in_line(unknown)
+            _tell(f"note: the router never picks {names}; 'fusionkit route' makes it anew")
+    return source
 
 
 def _folder(path: str) -> Path:
