@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from fusionkit.bundles.export_peft import export_adapter as export_adapter
     from fusionkit.bundles.sign_bundle import sign_bundle as sign_bundle
     from fusionkit.calibration.calibrate import calibrate as calibrate
+    from fusionkit.calibration.recalibrate import recalibrate as recalibrate
     from fusionkit.calibration.settings import Calibration as Calibration
     from fusionkit.checkpoints.adapters.lowrank import LowRank as LowRank
     from fusionkit.checkpoints.checkpoint import Checkpoint as Checkpoint
@@ -94,6 +95,7 @@ _PLACES = {
     "Parts": "fusionkit.codecs.base",
     "processor": "fusionkit.reuse.beside",
     "predict": "fusionkit.cli.predict",
+    "recalibrate": "fusionkit.calibration.recalibrate",
     "Regression": "fusionkit.tasks.regression",
     "RestoringCodec": "fusionkit.codecs.base",
     "ReuseModule": "fusionkit.reuse.module",

@@ -13,6 +13,7 @@ from tiny_tasks import trainer
 from torch import Tensor
 
 from fusionkit import SVD, Bundle, Family, ReuseModule
+from fusionkit.cli.kept_rows import _identity
 from fusionkit.errors import CheckpointError, DataError, FusionKitError
 from fusionkit.tasks.dual_encoders import ImageClassifier, dual_encoder
 from fusionkit.tasks.image_files import ImageClassification
@@ -177,6 +178,16 @@ class TestFamily:
             dual_encoder(str(clip)), ClassPrompts.read(work / "classes" / "two.json")
         )
         assert torch.equal(head, judged["head.weight"])
+
+    def test_other_words_are_another_model(self, clip: Path, work: Path) -> None:
+        """What a comparison keeps of an earlier run is not taken for one of other prompts."""
+        names: Any = {task: list(NAMES) for task in ("one", "two")}
+        told = []
+        for templates in (["{}"], ["a {}"], ["{}"]):
+            found = ZeroShotModels(f"{work}/towers/*", str(clip), names, templates)
+            family = Family(ImageClassifier(str(clip)), found, ["head.*"], FROZEN)
+            told.append(_identity(family.finetuned["one"]))
+        assert told[0] == told[2] != told[1]
 
     def test_compressed_switched_and_scored(self, clip: Path, work: Path, tmp_path: Path) -> None:
         """A bundle holds heads, and needs no text tower."""
