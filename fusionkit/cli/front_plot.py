@@ -124,7 +124,7 @@ def outer(marks: Iterable[Mark]) -> list[Mark]:
 def crowded(values: Sequence[float]) -> bool:
     """Whether shares crowd near that of the fine-tuned models, so that losses are to be drawn.
 
-    Not so where one is well above it: losses, counted from there, would no longer tell others apart.
+    Not so where one is well above it: losses, counted from there, would tell no others apart.
     """
     if any(value > _ABOVE for value in values):
         return False
