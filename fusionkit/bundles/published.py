@@ -14,7 +14,7 @@ from fusionkit.bundles.hub import CARD, download, is_name, name_of, push
 from fusionkit.bundles.manifest import Manifest
 from fusionkit.bundles.model_card import Scores, model_card
 from fusionkit.bundles.reader import BundleReader
-from fusionkit.bundles.signature import UnsignedWarning
+from fusionkit.bundles.signature import SIGNATURE, UnsignedWarning
 from fusionkit.checkpoints.checkpoint import Checkpoint, Source
 from fusionkit.checkpoints.disk import Needed
 from fusionkit.checkpoints.output_folder import check_replaceable, new_folder
@@ -157,7 +157,8 @@ class Published:
             if signature:
                 warnings.warn(_UNSIGNED.format(path=self.path), UnsignedWarning, stacklevel=2)
         self._stored.check_unchanged()
-        files[CARD] = model_card(name, manifest, base_model, titles, scores).encode()
+        signed = SIGNATURE in files
+        files[CARD] = model_card(name, manifest, base_model, titles, scores, signed).encode()
         return push(name, files, _STALE, message, private)
 
 
