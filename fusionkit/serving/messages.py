@@ -46,12 +46,15 @@ class Cancel:
     number: int
 
 
+What = Literal["figures", "pick", "add", "remove", "stop"]
+
+
 @dataclass(frozen=True)
 class Call:
     """Something of the engine itself; its result comes back as a row's answer does."""
 
     number: int
-    what: Literal["figures", "add", "remove", "stop"]
+    what: What
     argument: Any = None
 
 
@@ -63,11 +66,13 @@ class Ready:
         kind: whether the models generate text, or classify rows.
         tasks: their names.
         process: the model's process's number.
+        router: whether it picks the task of requests that name none.
     """
 
     kind: Literal["generation", "classification"]
     tasks: tuple[str, ...]
     process: int
+    router: bool = False
 
 
 Command = Ask | Cancel | Call
