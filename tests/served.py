@@ -26,6 +26,7 @@ from fusionkit.serving.settings import Keys, Limits, Settings
 from fusionkit.serving.worker import Desk
 
 ADMIN = "the-admin-token"
+_OF_ENGINE = ("max_batch", "max_queue", "router")
 
 
 class Served:
@@ -131,15 +132,15 @@ def application(bundle: Path, root: Path | None = None, **limits: Any) -> FastAP
     Args:
         bundle: the bundle's folder.
         root: as of `--tasks-root`.
-        limits: as of `Limits`, and `keys`, `max_batch`, `max_queue`.
+        limits: as of `Limits`, and `keys`, `max_batch`, `max_queue`, `router`.
     """
-    of_engine = {name: limits.pop(name) for name in ("max_batch", "max_queue") if name in limits}
+    of_engine = {name: limits.pop(name) for name in _OF_ENGINE if name in limits}
     keys = Keys(limits.pop("keys", ()))
     settings = Settings(
         bundle, None, "127.0.0.1", 8000, Limits(**limits), keys, Keys([ADMIN]), root
     )
     engine = Engine(str(bundle), device="cpu", **of_engine)
-    link = Link(Ready(engine.kind, tuple(engine.tasks), os.getpid()))
+    link = Link(Ready(engine.kind, tuple(engine.tasks), os.getpid(), engine.routes))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fusionkit.bundles.bundle import Bundle
 from fusionkit.cli.arguments import call
-from fusionkit.errors import FusionKitError, UsageError, of_extra
+from fusionkit.errors import FusionKitError, UsageError, in_line, of_extra
 
 _KEYS, _ADMIN = "FUSIONKIT_API_KEYS", "FUSIONKIT_ADMIN_TOKEN"
 _HOSTS = ("127.0.0.1", "0.0.0.0", "::")  # noqa: S104  (those that LitServe takes)
@@ -32,6 +32,7 @@ def serve(
     grace: float = 30.0,
     tasks_root: str | None = None,
     max_upload: int = 1_000_000_000,
+    router: bool = False,
 ) -> None:
     """Serve a bundle's tasks over HTTP, requests for different tasks in one batch.
 
@@ -50,6 +51,7 @@ def serve(
         grace: seconds that running requests have to end when the server is stopped.
         tasks_root: folder of which models may be added while it runs (POST /tasks).
         max_upload: bytes of a model that is sent (PUT /tasks/NAME), at most.
+        router: pick the task of requests that name none (fusionkit route makes what it takes).
     """
     of_extra("litserve", "serve", "fusionkit serve")
     of_extra("prometheus_client", "serve", "fusionkit serve")
@@ -75,11 +77,8 @@ def serve(
     keys = Keys(os.environ.get(_KEYS, "").split(","))
     admin = Keys([os.environ.get(_ADMIN, "")])
     if host != _HOSTS[0] and not keys:
-        _tell(
-            f"note: anyone who reaches {host}:{port} may ask; {_KEYS}=KEY,… lets in those alone "
-            "who have a key"
-        )
-    source = Bundle.from_pretrained(bundle, base)  # what is wrong with it is said at once
+        _tell_open(f"{host}:{port}")
+    source = _opened(bundle, base, router)  # what is wrong with it is said at once
     limits = Limits(
         body=max_body, upload=max_upload, tokens=max_tokens, seconds=timeout, grace=grace
     )
@@ -92,9 +91,28 @@ def serve(
         "dtype": dtype,
         "max_batch": max_batch,
         "max_queue": max_queue,
+        "router": router,
     }
     _tell(f"loading {source.path}")
     Server(settings, engine, _tell).serve()
+
+
+def _tell_open(place: str) -> None:
+    lets_in = f"{_KEYS}=KEY,… lets in those alone who have a key"
+    _tell(f"note: anyone who reaches {place} may ask; {lets_in}")
+
+
+def _opened(bundle: str, base: str | None, router: bool) -> Bundle:
+    """The bundle; its router is there, if it is asked for."""
+    source = Bundle.from_pretrained(bundle, base)
+    if router:
+        from fusionkit.reuse.routing import Router
+
+        known = Router.load(source).tasks
+        if unknown := [task for task in source.tasks if task not in known]:
+            names = in_line(unknown)
+            _tell(f"note: the router never picks {names}; 'fusionkit route' makes it anew")
+    return source
 
 
 def _folder(path: str) -> Path:

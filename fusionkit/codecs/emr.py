@@ -19,9 +19,17 @@ from fusionkit.codecs.base import (
     PartSpec,
     SharedParts,
 )
-from fusionkit.codecs.packing import bits_spec, pack_bits, unpack_bits
+from fusionkit.codecs.operands import (
+    Masked,
+)
+from fusionkit.codecs.packing import (
+    bits_spec,
+    pack_bits,
+    unpack_bits,
+)
 from fusionkit.codecs.values import (
     ValueDtype,
+    held_values,
     pack_values,
     unpack_values,
     values_bytes,
@@ -96,6 +104,11 @@ class EMR(DeltaCodec):
         delta = unpack_values(parts, shape.numel(), self.dtype, "elected")
         delta *= unpack_bits(parts["mask"], shape.numel())
         return delta.mul_(parts["rescaler"]).view(shape)
+
+    def operand(self, parts: Parts, shape: torch.Size) -> Masked:
+        """The mask over the shared vector."""
+        values = held_values(parts, shape.numel(), self.dtype, "elected")
+        return Masked(values, parts["mask"], float(parts["rescaler"]))
 
     def _tensor(
         self, vectors: TaskVectors, stored: Tensor | None

@@ -7,9 +7,20 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from fusionkit.codecs.base import DeltaCodec, Encoded, Encoder, Layout, Parts, SharedParts
+from fusionkit.codecs.base import (
+    DeltaCodec,
+    Encoded,
+    Encoder,
+    Layout,
+    Parts,
+    SharedParts,
+)
+from fusionkit.codecs.operands import (
+    Dense,
+)
 from fusionkit.codecs.values import (
     ValueDtype,
+    held_values,
     pack_values,
     unpack_values,
     values_bytes,
@@ -56,6 +67,10 @@ class Merged(DeltaCodec):
         """τ*."""
         return decode_shared(parts, shape, self.dtype)
 
+    def operand(self, parts: Parts, shape: torch.Size) -> Dense | None:
+        """The vector, which all tasks share."""
+        return shared_operand(parts, shape, self.dtype)
+
 
 class StoredVector(NamedTuple):
     """A shared vector's values as stored (None: there is no merge) and the parts to store."""
@@ -100,6 +115,13 @@ class SharedVector:
 def shared_layout(shape: torch.Size, dtype: ValueDtype) -> Layout:
     """What the parts of a shared vector must be."""
     return values_layout((shape.numel(),), dtype, _PART)
+
+
+def shared_operand(parts: Parts, shape: torch.Size, dtype: ValueDtype) -> Dense | None:
+    """The shared vector, to be kept in memory; None where none is stored."""
+    if _PART not in parts:
+        return None
+    return Dense(held_values(parts, shape.numel(), dtype, _PART))
 
 
 def decode_shared(parts: Parts, shape: torch.Size, dtype: ValueDtype) -> Tensor:

@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from fusionkit.errors import FusionKitError
-from fusionkit.serving import changes, classifying, openai
+from fusionkit.serving import changes, classifying, openai, page
 from fusionkit.serving.changer import Changer
 from fusionkit.serving.failures import SOON, ErrorBody, RefusedError, failure, malformed
 from fusionkit.serving.figures import Figures
@@ -59,6 +59,7 @@ def app_of(
     app.add_middleware(Gate, settings=settings, ended=figures.ended)
     _handle_errors(app, settings.limits.seconds)
     _add_states(app, link, health)
+    app.include_router(page.router())
     keyed = [BEARER] if settings.keys else []
     answering = openai if link.kind == "generation" else classifying
     app.include_router(answering.router(link, settings.limits), dependencies=keyed)

@@ -41,7 +41,11 @@ class StreamOptions(Body):
 class Asking(Body):
     """What is asked of a language model, however its prompt is given."""
 
-    model: Chars = Field(description="the task that answers; one of GET /v1/models")
+    model: Chars | None = Field(
+        None,
+        description="the task that answers, one of GET /v1/models; where the server has a router, "
+        "none, or auto, has it pick the task",
+    )
     max_tokens: int | None = Field(None, ge=1, description="the answer's length in tokens, at most")
     temperature: float | None = Field(
         None, ge=0, le=2, description="from 0, the likeliest token always, to 2; 1 if not given"
@@ -166,7 +170,11 @@ Input = Chars | Pair | Image | Values
 class PredictBody(Body):
     """`POST /predict`."""
 
-    task: Chars = Field(description="the task that answers; one of GET /tasks")
+    task: Chars | None = Field(
+        None,
+        description="the task that answers, one of GET /tasks; where the server has a router, "
+        "none, or auto, has it pick the task",
+    )
     inputs: Input | Annotated[list[Input], Field(min_length=1)] = Field(
         description="a text; {text, pair}; {image} in Base64; {values}; or a list of such"
     )

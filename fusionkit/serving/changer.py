@@ -52,7 +52,9 @@ class Changer:
     @property
     def tasks(self) -> TaskList:
         """The tasks that are served."""
-        return TaskList(kind=self._link.kind, tasks=self._served(self._link.tasks))
+        return TaskList(
+            kind=self._link.kind, router=self._link.router, tasks=self._served(self._link.tasks)
+        )
 
     def _served(self, names: tuple[str, ...]) -> list[Served]:
         records = Manifest.read(self._settings.bundle).tasks

@@ -6,8 +6,9 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from fusionkit.serving.asked_task import task_of
 from fusionkit.serving.bodies import PredictBody
-from fusionkit.serving.failures import RefusedError, no_task
+from fusionkit.serving.failures import RefusedError
 from fusionkit.serving.gate import record_of
 from fusionkit.serving.link import Link
 from fusionkit.serving.requests import Predict, Prediction
@@ -28,9 +29,6 @@ def router(link: Link, limits: Limits) -> APIRouter:
     async def predict(body: PredictBody, request: Request) -> Response:
         """Classify inputs, or predict their numbers."""
         record, rows = record_of(request.scope), body.rows
-        if body.task not in link.tasks:
-            raise no_task(body.task, link.tasks, "task")
-        record.task = body.task
         if len(rows) > limits.rows:
             raise RefusedError(
                 400,
@@ -38,14 +36,15 @@ def router(link: Link, limits: Limits) -> APIRouter:
                 "several requests",
                 param="inputs",
             )
-        asked = link.ask([Predict(body.task, row) for row in rows], record.deadline)
+        task, picked = await task_of(link, body.task, link.tasks, "task", rows, record)
+        asked = link.ask([Predict(task, row) for row in rows], record.deadline)
         record.closing.append(asked.close)
         found: list[dict[str, Any]] = [{}] * len(rows)
         async for place, prediction in asked.answers():
             found[place] = _plain(prediction)
             record.prompt_tokens += prediction.tokens
         usage = {"prompt_tokens": record.prompt_tokens}
-        content = {"task": body.task, "predictions": found, "usage": usage}
+        content = {"task": task, "predictions": found, "usage": usage, **picked}
         return Response(json.dumps(content), media_type="application/json")
 
     return routes

@@ -4,10 +4,20 @@ import asyncio
 import itertools
 import os
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from fusionkit.errors import StoppedError
-from fusionkit.serving.messages import READY, Ask, Call, Cancel, Command, Outbox, Ready, Text
+from fusionkit.serving.messages import (
+    READY,
+    Ask,
+    Call,
+    Cancel,
+    Command,
+    Outbox,
+    Ready,
+    Text,
+    What,
+)
 from fusionkit.serving.requests import Piece, Predict
 
 _GONE = "the model's process has ended, and is started again: ask again in a while"
@@ -31,7 +41,7 @@ class Link:
 
     def __init__(self, ready: Ready) -> None:
         self.ready: Ready | None = ready
-        self.kind, self.tasks = ready.kind, ready.tasks
+        self.kind, self.tasks, self.router = ready.kind, ready.tasks, ready.router
         self._takers: dict[int, Taker] = {}
         self._numbers = itertools.count(READY + 1)
         self._outbox: Outbox | None = None
@@ -69,9 +79,7 @@ class Link:
         """
         return Asked(self, rows, deadline)
 
-    async def call(
-        self, what: Literal["figures", "add", "remove", "stop"], argument: Any = None
-    ) -> Any:
+    async def call(self, what: What, argument: Any = None) -> Any:
         """Have the engine do something, and wait for its result.
 
         Raises:

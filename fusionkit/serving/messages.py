@@ -4,6 +4,7 @@ There, the engine runs in a process of its own, so that neither waits for the ot
 message between them is a list: under load one trip carries what many requests have to say.
 """
 
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
@@ -45,12 +46,15 @@ class Cancel:
     number: int
 
 
+What = Literal["figures", "pick", "add", "remove", "stop"]
+
+
 @dataclass(frozen=True)
 class Call:
     """Something of the engine itself; its result comes back as a row's answer does."""
 
     number: int
-    what: Literal["figures", "add", "remove", "stop"]
+    what: What
     argument: Any = None
 
 
@@ -62,11 +66,13 @@ class Ready:
         kind: whether the models generate text, or classify rows.
         tasks: their names.
         process: the model's process's number.
+        router: whether it picks the task of requests that name none.
     """
 
     kind: Literal["generation", "classification"]
     tasks: tuple[str, ...]
     process: int
+    router: bool = False
 
 
 Command = Ask | Cancel | Call
@@ -102,3 +108,5 @@ class Outbox:
                 self._send(items)
             except (EOFError, OSError):  # the other side has ended
                 return
+            except Exception:  # one that can't be sent must not keep the others
+                traceback.print_exc()

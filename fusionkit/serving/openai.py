@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from fusionkit.serving.asked_task import task_of
 from fusionkit.serving.bodies import Asking, ChatBody, CompletionBody
 from fusionkit.serving.failures import RefusedError, failure, no_task
 from fusionkit.serving.gate import Record, record_of
@@ -121,9 +122,6 @@ async def _answer(
     request: Request,
 ) -> Response:
     record = record_of(request.scope)
-    if body.model not in names_of(link):
-        raise no_task(body.model, link.tasks, "model")
-    record.task = body.model
     if tokens > limits.tokens:
         raise RefusedError(
             400,
@@ -139,7 +137,8 @@ async def _answer(
         )
     if body.stream_options is not None and not body.stream:
         raise RefusedError(400, "`stream_options` is for `stream` alone", param="stream_options")
-    task = None if body.model == BASE and BASE not in link.tasks else body.model
+    model, picked = await task_of(link, body.model, names_of(link), "model", prompts, record)
+    task = None if model == BASE and BASE not in link.tasks else model
     settings = {
         "temperature": 1.0 if body.temperature is None else body.temperature,
         "top_p": 1.0 if body.top_p is None else body.top_p,
@@ -149,7 +148,7 @@ async def _answer(
     }
     asked = link.ask([Text(task, each, tokens, settings) for each in prompts], record.deadline)
     record.closing.append(asked.close)
-    writer = _Writer(form, body, record, len(prompts), limits.seconds)
+    writer = _Writer(form, body, {"model": model, **picked}, record, len(prompts), limits.seconds)
     if not body.stream:
         return await writer.whole(asked)
     answers = asked.answers()
@@ -162,17 +161,25 @@ class _Writer:
     Args:
         form: the endpoint's.
         body: what was asked.
+        head: what each part of the answer says: the model, and how it was picked.
         record: of the request.
         count: how many prompts there are.
         seconds: that a request has.
     """
 
     def __init__(
-        self, form: Form, body: Asking, record: Record, count: int, seconds: float
+        self,
+        form: Form,
+        body: Asking,
+        head: Mapping[str, Any],
+        record: Record,
+        count: int,
+        seconds: float,
     ) -> None:
         self._form, self._body, self._record = form, body, record
         self._count, self._seconds = count, seconds
-        self._head = {"id": f"{form.prefix}{record.number}", "created": int(time.time())}
+        number = f"{form.prefix}{record.number}"
+        self._head = {"id": number, "created": int(time.time()), **head}
 
     async def whole(self, asked: Asked) -> Response:
         """The answer as one."""
@@ -188,7 +195,6 @@ class _Writer:
         content = {
             **self._head,
             "object": self._form.whole,
-            "model": self._body.model,
             "choices": choices,
             "usage": self._usage(),
         }
@@ -225,7 +231,6 @@ class _Writer:
         content = {
             **self._head,
             "object": self._form.chunk,
-            "model": self._body.model,
             "choices": choices,
             **more,
         }

@@ -13,6 +13,13 @@ class Usage(BaseModel):
     total_tokens: int
 
 
+class Routed(BaseModel):
+    """What the router picked, and how sure it is."""
+
+    task: str
+    probability: float
+
+
 class CompletionChoice(BaseModel):
     """An answer to a prompt."""
 
@@ -31,6 +38,7 @@ class Completion(BaseModel):
     model: str
     choices: list[CompletionChoice]
     usage: Usage
+    router: Routed | None = None
 
 
 class Reply(BaseModel):
@@ -59,6 +67,7 @@ class ChatCompletion(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    router: Routed | None = None
 
 
 class Model(BaseModel):
@@ -103,6 +112,7 @@ class Predictions(BaseModel):
     task: str
     predictions: list[Predicted]
     usage: PredictUsage
+    router: Routed | None = None
 
 
 class Served(BaseModel):
@@ -117,6 +127,7 @@ class TaskList(BaseModel):
 
     kind: Literal["generation", "classification"]
     tasks: list[Served]
+    router: bool = False
 
 
 class State(BaseModel):

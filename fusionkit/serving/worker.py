@@ -10,6 +10,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import parent_process
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,8 @@ from fusionkit.serving.requests import Answer, Generate, Piece, Predict, Ticket
 if TYPE_CHECKING:
     from fusionkit.serving.engine import Engine
 
+_LATER = object()
+"""A call's result comes from another thread."""
 CHANNEL = "fusionkit"
 """The name under which LitServe hands over all that comes from the model's process."""
 
@@ -58,7 +61,9 @@ class Models(LitAPI):  # type: ignore[misc]
                 traceback.print_exc()
             self._report.put(str(error) or type(error).__name__)
             os._exit(1)
-        self.ready = Ready(self.engine.kind, tuple(self.engine.tasks), os.getpid())
+        self.ready = Ready(
+            self.engine.kind, tuple(self.engine.tasks), os.getpid(), self.engine.routes
+        )
         self._report.put(self.ready)
 
 
@@ -118,6 +123,7 @@ class Desk:
     ) -> None:
         self._engine, self._answer, self._bundle = engine, answer, bundle
         self._rows: dict[int, _Row] = {}
+        self._picks = ThreadPoolExecutor(1, "fusionkit-pick")
 
     def take(self, command: Command) -> None:
         """Do what a command says; what is wrong with it is its answer."""
@@ -130,7 +136,9 @@ class Desk:
             if isinstance(command, Ask):
                 self._ask(command)
             else:
-                self._answer((command.number, self._call(command)))
+                found = self._call(command)
+                if found is not _LATER:
+                    self._answer((command.number, found))
         except Exception as error:
             self._rows.pop(command.number, None)
             self._answer((command.number, self._told(error)))
@@ -155,6 +163,9 @@ class Desk:
     def _call(self, call: Call) -> Any:
         if call.what == "figures":
             return dict(self._engine.figures())
+        if call.what == "pick":
+            self._picks.submit(self._pick, call)
+            return _LATER
         if call.what == "stop":
             self._engine.drain(call.argument)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -162,6 +173,13 @@ class Desk:
         change = self._engine.add if call.what == "add" else self._engine.remove
         change(call.argument)
         return tuple(self._engine.tasks)
+
+    def _pick(self, call: Call) -> None:
+        try:
+            found: Any = self._engine.pick(call.argument)
+        except Exception as error:
+            found = self._told(error)
+        self._answer((call.number, found))
 
     def _told(self, error: Exception) -> Exception:
         """An error as it is told; one that nobody foresaw stays in this process's log."""
