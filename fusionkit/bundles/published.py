@@ -16,7 +16,7 @@ from fusionkit.bundles.model_card import Scores, model_card
 from fusionkit.bundles.reader import BundleReader
 from fusionkit.bundles.signature import SIGNATURE, UnsignedWarning
 from fusionkit.checkpoints.checkpoint import Checkpoint, Source
-from fusionkit.checkpoints.disk import Needed
+from fusionkit.checkpoints.disk import Needed, check_space
 from fusionkit.checkpoints.output_folder import check_replaceable, new_folder
 from fusionkit.checkpoints.paths import is_remote, open_path
 from fusionkit.errors import BundleError, lacks
@@ -96,6 +96,7 @@ class Published:
         check_replaceable(target, overwrite, known_by=MANIFEST)
         part = replace(self.manifest, tasks={task: known[task] for task in chosen})
         needed = Needed(part.nbytes, part.nbytes)
+        check_space(target, needed)  # before anything is downloaded
         files = {name: self._stored.fetched(name) for name in _files(part, chosen)}
         with new_folder(target, overwrite, known_by=MANIFEST, needed=needed) as folder:
             for name, file in files.items():
