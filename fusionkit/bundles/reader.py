@@ -17,7 +17,8 @@ from fusionkit.bundles.small_parts import Names
 from fusionkit.bundles.snapshot import Stamp, as_opened, changed, stamp
 from fusionkit.checkpoints.paths import copy_file
 from fusionkit.checkpoints.vocabulary import with_rows
-from fusionkit.codecs.base import WHOLE, WHOLE_MODEL, DeltaCodec, Parts, check_parts
+from fusionkit.codecs.base import WHOLE, WHOLE_MODEL, DeltaCodec, Parts
+from fusionkit.codecs.layout import check_parts
 from fusionkit.errors import BundleError
 from fusionkit.registry import from_config
 

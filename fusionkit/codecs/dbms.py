@@ -9,17 +9,9 @@ import torch
 from torch import Tensor
 
 from fusionkit.checkpoints.adapters.lowrank import LowRank
-from fusionkit.codecs.base import (
-    WHOLE_MODEL,
-    DeltaCodec,
-    Encoded,
-    Encoder,
-    Layout,
-    Parts,
-    PartSpec,
-    SharedParts,
-)
+from fusionkit.codecs.base import WHOLE_MODEL, DeltaCodec, Encoded, Encoder, Parts, SharedParts
 from fusionkit.codecs.decomposition import SMALL, energy
+from fusionkit.codecs.layout import Layout, PartSpec
 from fusionkit.codecs.merged import Merged
 from fusionkit.codecs.operands import Operand, Sum, scaled
 from fusionkit.codecs.payload import Payload

@@ -7,7 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fusionkit.codecs.base import Layout, Parts, TensorCodec
+from fusionkit.codecs.base import Parts, TensorCodec
+from fusionkit.codecs.layout import Layout
 from fusionkit.codecs.values import (
     ValueDtype,
     pack_values,

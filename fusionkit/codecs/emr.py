@@ -9,16 +9,8 @@ import torch
 from torch import Tensor
 
 from fusionkit.codecs import kernels
-from fusionkit.codecs.base import (
-    WHOLE_MODEL,
-    DeltaCodec,
-    Encoded,
-    Encoder,
-    Layout,
-    Parts,
-    PartSpec,
-    SharedParts,
-)
+from fusionkit.codecs.base import WHOLE_MODEL, DeltaCodec, Encoded, Encoder, Parts, SharedParts
+from fusionkit.codecs.layout import Layout, PartSpec
 from fusionkit.codecs.operands import (
     Masked,
 )

@@ -7,8 +7,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fusionkit.codecs.base import DeltaCodec, Encoder, Layout, Parts, SharedParts
+from fusionkit.codecs.base import DeltaCodec, Encoder, Parts, SharedParts
 from fusionkit.codecs.dense import Dense
+from fusionkit.codecs.layout import Layout
 from fusionkit.codecs.merged import Merged
 from fusionkit.codecs.values import ValueDtype
 from fusionkit.errors import CodecError

@@ -8,15 +8,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fusionkit.codecs.base import (
-    DeltaCodec,
-    Encoded,
-    Encoder,
-    Layout,
-    Parts,
-    PartSpec,
-    SharedParts,
-)
+from fusionkit.codecs.base import DeltaCodec, Encoded, Encoder, Parts, SharedParts
+from fusionkit.codecs.layout import Layout, PartSpec
 from fusionkit.codecs.merged import (
     SharedVector,
     decode_shared,

@@ -7,14 +7,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from fusionkit.codecs.base import (
-    DeltaCodec,
-    Encoded,
-    Encoder,
-    Layout,
-    Parts,
-    SharedParts,
-)
+from fusionkit.codecs.base import DeltaCodec, Encoded, Encoder, Parts, SharedParts
+from fusionkit.codecs.layout import Layout
 from fusionkit.codecs.operands import (
     Dense,
 )

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fusionkit.codecs import kernels
-from fusionkit.codecs.base import PartSpec
+from fusionkit.codecs.layout import PartSpec
 from fusionkit.task_vectors.kernels import places
 
 _COMPLEMENT = 0x80

@@ -12,16 +12,8 @@ from torch import Tensor
 from fusionkit.checkpoints.adapters.lowrank import LowRank
 from fusionkit.codecs import sketch_codes
 from fusionkit.codecs.allocation import Share
-from fusionkit.codecs.base import (
-    WHOLE_MODEL,
-    DeltaCodec,
-    Encoded,
-    Encoder,
-    Layout,
-    Parts,
-    PartSpec,
-    SharedParts,
-)
+from fusionkit.codecs.base import WHOLE_MODEL, DeltaCodec, Encoded, Encoder, Parts, SharedParts
+from fusionkit.codecs.layout import Layout, PartSpec
 from fusionkit.codecs.operands import (
     Operand,
 )

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from fusionkit.codecs import entropy
-from fusionkit.codecs.base import PartSpec
 from fusionkit.codecs.entropy import Bits, Gaps, Gaussian, Laplace, Model
+from fusionkit.codecs.layout import PartSpec
 from fusionkit.codecs.quantized_factors import HEADER, QuantizedFactors
 from fusionkit.codecs.sign_sketch import Sketched
 

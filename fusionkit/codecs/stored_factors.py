@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fusionkit.checkpoints.adapters.lowrank import LowRank
-from fusionkit.codecs.base import Layout
 from fusionkit.codecs.decomposition import matrix_of
+from fusionkit.codecs.layout import Layout
 from fusionkit.codecs.values import ValueDtype, pack_values, unpack_values, values_layout
 
 _INTEGERS = ("int8", "int4", "int3", "int2")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fusionkit.checkpoints.adapters.lowrank import LowRank
-from fusionkit.codecs.base import Encoded, Encoder, Layout, Parts, SharedParts, TensorCodec
+from fusionkit.codecs.base import Encoded, Encoder, Parts, SharedParts, TensorCodec
 from fusionkit.codecs.decomposition import (
     Spectral,
     matrix_of,
@@ -18,6 +18,7 @@ from fusionkit.codecs.decomposition import (
     svd_product,
     svd_randomized,
 )
+from fusionkit.codecs.layout import Layout
 from fusionkit.codecs.stored_factors import factors_layout, pack_factors, unpack_factors
 from fusionkit.codecs.values import (
     ValueDtype,

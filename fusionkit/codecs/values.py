@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fusionkit.checkpoints.rounding import wider
-from fusionkit.codecs.base import PartSpec, check_parts
+from fusionkit.codecs.layout import PartSpec, check_parts
 from fusionkit.codecs.packing import pack_integers, unpack_integers
 from fusionkit.errors import CodecError, RangeError
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fusionkit import Parts, TensorCodec
-from fusionkit.codecs.base import Layout, PartSpec
 from fusionkit.codecs.decomposition import matrix_of
+from fusionkit.codecs.layout import Layout, PartSpec
 from fusionkit.codecs.operands import (
     Signs,
 )

@@ -16,10 +16,7 @@ from fusionkit import (
     SharedParts,
     TaskVectors,
 )
-from fusionkit.codecs.base import (
-    Layout,
-    PartSpec,
-)
+from fusionkit.codecs.layout import Layout, PartSpec
 from fusionkit.codecs.operands import (
     Operand,
     Sparse,

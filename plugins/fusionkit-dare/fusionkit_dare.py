@@ -21,8 +21,8 @@ from fusionkit import (
     SharedParts,
     TaskVectors,
 )
-from fusionkit.codecs.base import Layout, PartSpec
 from fusionkit.codecs.decomposition import matrix_of, squared_singular_values
+from fusionkit.codecs.layout import Layout, PartSpec
 from fusionkit.codecs.operands import (
     Operand,
     Sparse,

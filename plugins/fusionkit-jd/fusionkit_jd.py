@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from fusionkit import DeltaCodec, Encoded, Encoder, Family, LowRank, Parts, SharedParts, TaskVectors
-from fusionkit.codecs.base import Layout, PartSpec
 from fusionkit.codecs.decomposition import (
     Spectral,
     matrix_of,
@@ -16,6 +15,7 @@ from fusionkit.codecs.decomposition import (
     svd_product,
     svd_randomized,
 )
+from fusionkit.codecs.layout import Layout, PartSpec
 from fusionkit.codecs.values import (
     ValueDtype,
     pack_values,

@@ -10,7 +10,7 @@ import zstandard
 from torch import Tensor
 
 from fusionkit import Parts, RestoringCodec
-from fusionkit.codecs.base import Layout, PartSpec
+from fusionkit.codecs.layout import Layout, PartSpec
 from fusionkit.errors import CodecError
 
 _INTEGERS = {

@@ -19,9 +19,7 @@ from fusionkit import (
     TaskArithmetic,
     TaskVectors,
 )
-from fusionkit.codecs.base import (
-    Layout,
-)
+from fusionkit.codecs.layout import Layout
 from fusionkit.codecs.merged import (
     SharedVector,
     decode_shared,

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from fusionkit import SVD, DeltaCodec, Encoder, Family, LowRank, Parts, SharedParts, TensorMerge
-from fusionkit.codecs.base import Layout
 from fusionkit.codecs.decomposition import Spectral, svd_gram, svd_randomized
+from fusionkit.codecs.layout import Layout
 from fusionkit.codecs.values import ValueDtype
 from fusionkit.errors import CodecError
 
