@@ -8,8 +8,7 @@ from numpy.typing import NDArray
 from fusionkit.task_vectors.compiled import GATHER, TILE, TOP, Floats, compiled
 
 
-@compiled
-def elect(  # noqa: PLR0912
+def elect(
     vectors: Floats,
     elected: Floats,
     masks: NDArray[np.uint8],
@@ -29,12 +28,29 @@ def elect(  # noqa: PLR0912
         first: the block's place in the tensor; a multiple of 8.
         given: take τ_uni from `elected` instead of filling it.
         squared: to `sums` is added Σ M_t|τ_t||τ_uni| and Σ M_t τ_uni² instead.
+
+    Raises:
+        ValueError: the arrays are of other sizes.
     """
     tasks, count = vectors.shape
-    if len(elected) != count or sums.shape != (2, tasks) or first % 8:
+    if elected.shape != (count,) or sums.shape != (2, tasks) or first % 8:
         raise ValueError("an elected vector, or sums, of other sizes than the vectors")
     if len(masks) != tasks or 8 * masks.shape[1] < first + count:
         raise ValueError("masks of other sizes than the vectors")
+    _elect(vectors, elected, masks, sums, first, given, squared)
+
+
+@compiled
+def _elect(  # noqa: PLR0912
+    vectors: Floats,
+    elected: Floats,
+    masks: NDArray[np.uint8],
+    sums: NDArray[np.float64],
+    first: int,
+    given: bool,
+    squared: bool,
+) -> None:
+    tasks, count = vectors.shape
     sign = np.empty(TILE, np.float32)
     magnitude = np.empty(TILE, np.float32)
     bits = np.zeros(TILE, np.uint8)
