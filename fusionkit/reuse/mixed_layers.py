@@ -17,12 +17,17 @@ from fusionkit.reuse.mixed_layer import Layer, Running
 from fusionkit.reuse.operands import Operand, Whole
 from fusionkit.reuse.row_groups import by_group
 from fusionkit.reuse.row_tasks import Place, RowTasks, put, taken
+from fusionkit.reuse.thin_products import JoinedFactors, ThinProducts
 
 
 class LinearLayer(Layer):
     """A linear layer: the base's product once, and beside it each task's own on its own rows."""
 
     products = frozenset({"weight"})
+
+    def __init__(self, module: nn.Module, path: str) -> None:
+        super().__init__(module, path)
+        self._factors = JoinedFactors()
 
     def __call__(self, running: Running, x: Tensor) -> Tensor:
         """`(rows · k, …, in)` → `(rows · k, …, out)`."""
@@ -48,7 +53,8 @@ class LinearLayer(Layer):
             elif operand is not None:
                 products[task] = self._product(operand)
         biases = {task: _whole(each, "bias", bias) for task, each in own.items()}
-        return _LinearPlan(rows, self._lying(weight), biases, wholes, products)
+        thin = ThinProducts(rows, products, self._factors)
+        return _LinearPlan(rows, self._lying(weight), biases, wholes, thin)
 
     def _lying(self, weight: Tensor) -> Tensor:
         """A weight as `(out, in)`."""
@@ -77,7 +83,7 @@ class _LinearPlan:
         weight: the base's, `(out, in)`.
         biases: of each task, the base's where it has none of its own.
         wholes: the weights and biases of the tasks that have their own.
-        products: the factors of the tasks that have the base's and a product.
+        products: of the tasks that have the base's and a product.
 
     Attributes:
         width: how many outputs there are; those that a task lacks have the dtype's lowest value.
@@ -89,7 +95,7 @@ class _LinearPlan:
         weight: Tensor,
         biases: Mapping[str | None, Tensor | None],
         wholes: Mapping[str | None, tuple[Tensor, Tensor | None]],
-        products: Mapping[str | None, tuple[Tensor, Tensor]],
+        products: ThinProducts,
     ) -> None:
         self._weight = weight
         left = [task for task in rows.groups if task not in wholes]
@@ -103,11 +109,7 @@ class _LinearPlan:
         self._wholes = [
             (everything if alone else rows.groups[task], *own) for task, own in wholes.items()
         ]
-        self._products = [
-            (everything if alone else run, *products[task])
-            for task, run in rows.runs
-            if task in products
-        ]
+        self._products = products
         widths = [len(weight)] if left else []
         self.width = max(widths + [len(own) for own, _ in wholes.values()])
         used = [weight] * bool(left) + [own for own, _ in wholes.values()]
@@ -132,12 +134,7 @@ class _LinearPlan:
         if self._biases is not None:
             place, biases = self._biases
             out[place, :, :width] += biases
-        for run, right, left in self._products:
-            thin = x[run, :, : len(right)].reshape(-1, len(right)) @ right
-            if self.width == width:
-                out[run].view(-1, width).addmm_(thin, left)
-            else:
-                out[run, :, :width] += (thin @ left).view(-1, x.shape[1], width)
+        self._products.add(x, out)
         return out
 
 
