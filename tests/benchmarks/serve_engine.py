@@ -8,8 +8,8 @@ process, so that what else the machine does counts little.
 called over the same rows, tokenised beforehand, in the order in which they are asked.
 
 **lm**: the five language models of `../shared/zoo/lm`, tokens a second, up to 48 a prompt. The bare
-model is the base, called over 32 prompts, and then token by token with transformers' own cache;
-transformers' `generate` beside it.
+model is the base, called over 32 prompts, and then token by token with transformers' own cache, for
+as many tokens as the engine's answers have on average; transformers' `generate` beside it.
 
 Every answer is checked against the task's own model by itself: probabilities to 1e-4, texts token
 for token.
@@ -104,7 +104,7 @@ def lm_requests(bundle: Bundle, tokens: Any) -> list[Request]:
 def under_load(
     engine: Engine, requests: Sequence[Request], seconds: float
 ) -> tuple[list[Any], float]:
-    """Clients that ask for so long → pairs of a request and its answer, and the processor's seconds."""
+    """Clients that ask for so long → pairs of a request and its answer, and seconds."""
     found: list[Any] = []
     order = iter(range(10**9))
     start, ended, lock = time.process_time(), threading.Event(), threading.Lock()
@@ -150,8 +150,10 @@ def bare_text(bundle: Bundle, requests: Sequence[Any], seconds: float) -> float:
     return ROWS * count / (time.process_time() - start)
 
 
-def bare_lm(bundle: Bundle, requests: Sequence[Any], seconds: float, plain: bool) -> float:
-    """Tokens a second."""
+def bare_lm(
+    bundle: Bundle, requests: Sequence[Any], seconds: float, length: int, plain: bool
+) -> float:
+    """Tokens a second, of answers of a length."""
     model = fusionkit.load(bundle)
     model.generation_config.eos_token_id = None
     start, count = time.process_time(), 0
@@ -162,20 +164,20 @@ def bare_lm(bundle: Bundle, requests: Sequence[Any], seconds: float, plain: bool
             ids = torch.tensor([[0] * (width - len(row)) + [*row] for row in rows])
             mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
             if plain:
-                greedy(model, ids, mask)
+                greedy(model, ids, mask, length)
             else:
                 model.generate(
-                    input_ids=ids, attention_mask=mask, max_new_tokens=ANSWER, do_sample=False
+                    input_ids=ids, attention_mask=mask, max_new_tokens=length, do_sample=False
                 )
             count += ROWS
-    return ANSWER * count / (time.process_time() - start)
+    return length * count / (time.process_time() - start)
 
 
-def greedy(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> None:
+def greedy(model: Any, ids: torch.Tensor, mask: torch.Tensor, length: int) -> None:
     """The model's calls for so many tokens, and nothing else."""
     cache = DynamicCache()
     places = (mask.cumsum(-1) - 1).clamp(min=0)
-    for _ in range(ANSWER):
+    for _ in range(length):
         found = model(
             input_ids=ids, attention_mask=mask, position_ids=places, cache=cache, logits_to_keep=1
         )
@@ -241,9 +243,10 @@ def measured(kind: str, rank: int, seconds: float) -> Iterator[str]:
         if kind == "text":
             bare = {"bare model": bare_text(bundle, requests, seconds)}
         else:
+            length = round(made / len(found))
             bare = {
-                "bare model": bare_lm(bundle, requests, seconds, plain=True),
-                "generate": bare_lm(bundle, requests, seconds, plain=False),
+                "bare model": bare_lm(bundle, requests, seconds, length, plain=True),
+                "generate": bare_lm(bundle, requests, seconds, length, plain=False),
             }
         for name, value in bare.items():
             yield f"{kind}: {name} {value:.0f} {what}; the engine's share {rate / value:.0%}"
