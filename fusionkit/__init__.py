@@ -9,7 +9,9 @@ if TYPE_CHECKING:
     from fusionkit.bundles.compress import compress as compress
     from fusionkit.bundles.export_model import export_task as export_task
     from fusionkit.bundles.export_peft import export_adapter as export_adapter
+    from fusionkit.bundles.sign_bundle import sign_bundle as sign_bundle
     from fusionkit.calibration.calibrate import calibrate as calibrate
+    from fusionkit.calibration.recalibrate import recalibrate as recalibrate
     from fusionkit.calibration.settings import Calibration as Calibration
     from fusionkit.checkpoints.adapters.lowrank import LowRank as LowRank
     from fusionkit.checkpoints.checkpoint import Checkpoint as Checkpoint
@@ -93,10 +95,12 @@ _PLACES = {
     "Parts": "fusionkit.codecs.base",
     "processor": "fusionkit.reuse.beside",
     "predict": "fusionkit.cli.predict",
+    "recalibrate": "fusionkit.calibration.recalibrate",
     "Regression": "fusionkit.tasks.regression",
     "RestoringCodec": "fusionkit.codecs.base",
     "ReuseModule": "fusionkit.reuse.module",
     "SharedParts": "fusionkit.codecs.base",
+    "sign_bundle": "fusionkit.bundles.sign_bundle",
     "Sketch": "fusionkit.codecs.sketch",
     "SVD": "fusionkit.codecs.svd",
     "sweep": "fusionkit.cli.sweep",

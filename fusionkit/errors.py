@@ -38,6 +38,10 @@ class BundleError(FusionKitError):
     """
 
 
+class SignatureError(BundleError):
+    """A bundle is not signed by the key that it is to be verified by, or was changed since."""
+
+
 class WrongBaseError(BundleError):
     """The base model at hand is not the one that the bundle was made from."""
 

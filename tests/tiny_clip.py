@@ -59,6 +59,30 @@ def clip(folder: Path) -> Path:
     return folder
 
 
+def open_clip_model(folder: Path) -> tuple[Path, Any]:
+    """A folder that open_clip saved, and the model."""
+    import open_clip
+    from open_clip.push_to_hf_hub import save_for_hf
+
+    shape = {"width": 16, "layers": 1}
+    config = {
+        "embed_dim": 12,
+        "vision_cfg": {**shape, "image_size": SIZE, "patch_size": 8, "head_width": 8},
+        "text_cfg": {**shape, "context_length": 24, "vocab_size": 49408, "heads": 2},
+    }
+    torch.manual_seed(0)
+    made = open_clip.CLIP(**config).eval()
+    open_clip.factory.set_model_preprocess_cfg(
+        made, {"size": SIZE, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
+    )
+
+    class Tokenizer:
+        def save_pretrained(self, folder: Any) -> None: ...
+
+    save_for_hf(made, Tokenizer(), config, str(folder), safe_serialization=True)
+    return folder, made
+
+
 def tower(base: Path, folder: Path, seed: int) -> Path:
     """The image tower of a dual encoder, changed, as the class of an image tower saves it."""
     from transformers import CLIPModel, CLIPVisionModel

@@ -7,24 +7,23 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from msgspec.structs import replace
 from torch import Tensor
 
 from fusionkit.bundles.base import fitted, reopen_base
 from fusionkit.bundles.by_task import ByTask
-from fusionkit.bundles.changing import changing, current
-from fusionkit.bundles.format import INITIAL, MANIFEST, task_file
-from fusionkit.bundles.hub import in_cache
+from fusionkit.bundles.changeable import Changeable
+from fusionkit.bundles.changing import current
+from fusionkit.bundles.format import INITIAL, MANIFEST
 from fusionkit.bundles.manifest import Manifest
 from fusionkit.bundles.published import Published
 from fusionkit.bundles.reader import BundleReader, decoding
+from fusionkit.bundles.signature import key_of
 from fusionkit.bundles.snapshot import Stamp, at_once
 from fusionkit.bundles.weights import TaskWeights
 from fusionkit.checkpoints.adapters.lowrank import LowRank
 from fusionkit.checkpoints.adapters.with_start import WithStart
 from fusionkit.checkpoints.checkpoint import Checkpoint, Source
-from fusionkit.checkpoints.disk import check_writable
-from fusionkit.checkpoints.paths import is_remote, open_path
+from fusionkit.checkpoints.paths import open_path
 from fusionkit.checkpoints.stacks import row_name, split, unsplit
 from fusionkit.codecs.base import WHOLE, DeltaCodec, Parts
 from fusionkit.errors import BundleError, in_line, lacks, size
@@ -36,7 +35,7 @@ from fusionkit.task_vectors.workers import full_precision
 Decoded = TypeVar("Decoded")
 
 
-class Bundle(ByTask, Published):
+class Bundle(ByTask, Changeable, Published):
     """A family's compressed deltas on disk; opening one reads the manifest and nothing else.
 
     It is a mapping of its tasks: `len(bundle)`, `"dogs" in bundle`, `bundle["dogs"]`. Many threads
@@ -46,9 +45,12 @@ class Bundle(ByTask, Published):
     Args:
         path: the bundle's folder.
         base: the base model, where it is not where the manifest says.
+        key: minisign's public key, its text (`RWQ…`) or its file: the bundle must be signed by it.
+            By default what the environment variable FUSIONKIT_PUBLIC_KEY says; `""`: none.
 
     Attributes:
         path: the bundle's folder.
+        key: by which it was verified; None: it was not.
         manifest: what it says of itself.
         codec: the codec that decodes it.
         roles: base tensor's name → role; private tensors and tied names are not in it.
@@ -64,8 +66,13 @@ class Bundle(ByTask, Published):
         PluginError: its codec is not installed.
     """
 
-    def __init__(self, path: str | Path, base: Source | Checkpoint | None = None) -> None:
-        self.path = open_path(path)
+    def __init__(
+        self,
+        path: str | Path,
+        base: Source | Checkpoint | None = None,
+        key: str | Path | None = None,
+    ) -> None:
+        self.path, self.key = open_path(path), key_of(key)
         self.manifest, self._stored = at_once(self.path, self._read)
         codec = from_config(self.manifest.codec, f"{self.path / MANIFEST}: codec")
         if not isinstance(codec, DeltaCodec):
@@ -83,14 +90,19 @@ class Bundle(ByTask, Published):
             self._base = self._seen(Checkpoint.of(base, dequantize=record.dequantized))
 
     @classmethod
-    def load(cls, path: str | Path, base: Source | Checkpoint | None = None) -> "Bundle":
-        """The same as `Bundle(path, base)`."""
-        return cls(path, base)
+    def load(
+        cls,
+        path: str | Path,
+        base: Source | Checkpoint | None = None,
+        key: str | Path | None = None,
+    ) -> "Bundle":
+        """The same as `Bundle(path, base, key)`."""
+        return cls(path, base, key)
 
     @classmethod
     def temporary(cls, path: Path, base: Checkpoint) -> "Bundle":
         """Open a bundle whose folder goes when the object does."""
-        bundle = cls(path, base)
+        bundle = cls(path, base, key="")
         weakref.finalize(bundle, shutil.rmtree, path, ignore_errors=True)
         return bundle
 
@@ -318,47 +330,13 @@ class Bundle(ByTask, Published):
                 state.setdefault(alias, state[name])
         return state
 
-    def check_writable(self) -> None:
-        """Check that tasks can be added and removed.
-
-        Raises:
-            BundleError: the bundle is not on the local disk, or is in Hugging Face's cache, or may
-                not be written.
-        """
-        if is_remote(self.path) or in_cache(self.path):
-            raise BundleError(
-                f"{self.path}: can only be read where it is; save it to a local folder to change it"
-            )
-        for path in (self.path, self.path / MANIFEST):
-            check_writable(path)
-
-    def remove(self, task: str) -> None:
-        """Remove a task; the other tasks' files are not touched.
-
-        Raises:
-            BundleError: there is no such task, or no other; or as `changing`.
-        """
-        self.check_writable()
-        tasks = dict(self.manifest.tasks)
-        del tasks[self._known(task)]
-        if not tasks:
-            raise BundleError(f"{self.path}: '{task}' is the last task; delete the folder instead")
-        with changing(self.path, self.manifest):
-            self.update(replace(self.manifest, tasks=tasks))
-            (self.path / task_file(task)).unlink(missing_ok=True)
-
-    def update(self, manifest: Manifest) -> None:
-        """Write a new manifest, and see the tasks that it names."""
-        manifest.write(self.path)
-        self.reread()
-
     def reread(self) -> None:
         """See what other runs have changed since it was opened."""
         self.manifest, self._stored = at_once(self.path, self._read)
         self.version += 1
 
     def _read(self, moment: Stamp) -> tuple[Manifest, BundleReader]:
-        manifest = current(self.path)
+        manifest = current(self.path, self.key)
         return manifest, BundleReader(self.path, manifest, moment)
 
     def _seen(self, base: Checkpoint) -> Checkpoint:

@@ -5,10 +5,12 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from fusionkit.bundles.format import MANIFEST, SHARED, task_file
 from fusionkit.bundles.manifest import Manifest
+from fusionkit.bundles.signature import SIGNATURE, verify
 from fusionkit.bundles.snapshot import changed
 from fusionkit.checkpoints.disk import disk_errors
 from fusionkit.checkpoints.paths import is_remote
@@ -17,15 +19,22 @@ from fusionkit.checkpoints.sole_writer import bring_back, sole_writer
 _NEW = ".add."
 
 
-def current(path: Path) -> Manifest:
+def current(path: Path, key: str | Path | None = None) -> Manifest:
     """A bundle's manifest; of one that a killed run was replacing, as it was before.
+
+    Args:
+        path: the bundle's folder.
+        key: minisign's public key; it must be signed by it.
 
     Raises:
         BundleError: the folder holds no bundle.
+        SignatureError: it is not signed by the key.
     """
     if not is_remote(path):
         bring_back(path, MANIFEST)
-    return Manifest.read(path)
+    if key is None:
+        return Manifest.read(path)
+    return Manifest.read(path, partial(verify, signature=path / SIGNATURE, key=key))
 
 
 @contextmanager

@@ -101,7 +101,7 @@ def compress(
             return temporary_bundle(family, codec)
         _write_together(family, codec, open_path(out), overwrite)
     processes.gather(None)  # it is there
-    return Bundle(out, unsplit(family.base))
+    return Bundle(out, unsplit(family.base), key="")
 
 
 def check_codec(codec: DeltaCodec) -> None:

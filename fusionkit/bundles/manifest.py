@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
@@ -315,15 +316,15 @@ class Manifest(_Record, frozen=True):
         return sum(file.bytes for file in [*files, *filter(None, [self.shared])])
 
     @classmethod
-    def read(cls, folder: Path) -> "Manifest":
-        """Read and check a bundle's manifest.
+    def read(cls, folder: Path, vouch: Callable[[bytes], None] | None = None) -> "Manifest":
+        """Read and check a bundle's manifest; `vouch` is first called on its bytes, and may raise.
 
         Raises:
             BundleError: there is none, it was changed, or it is of a newer format.
         """
         path = folder / MANIFEST
         try:
-            content = _content(path)
+            content = _content(path, vouch)
         except FileNotFoundError as error:
             raise BundleError(
                 f"{folder}: not a bundle (it has no {MANIFEST}); make one with 'fusionkit compress'"
@@ -353,7 +354,7 @@ class Manifest(_Record, frozen=True):
         return found
 
 
-def _content(path: Path) -> Any:
+def _content(path: Path, vouch: Callable[[bytes], None] | None) -> Any:
     """What a file says, as JSON.
 
     Raises:
@@ -363,6 +364,8 @@ def _content(path: Path) -> Any:
         raw = file.read(_LARGEST + 1)
     if len(raw) > _LARGEST:
         raise ValueError(f"it has more than {_LARGEST >> 20} MiB")
+    if vouch:
+        vouch(raw)
     content = json.loads(raw.decode())
     if b"\\u" in raw and not is_text(content):
         raise ValueError("a name in it holds half a character")

@@ -1,6 +1,7 @@
 """A bundle as models are on the Hugging Face Hub: `from_pretrained`, `save_pretrained`, a push."""
 
 import re
+import warnings
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,6 +14,7 @@ from fusionkit.bundles.hub import CARD, download, is_name, name_of, push
 from fusionkit.bundles.manifest import Manifest
 from fusionkit.bundles.model_card import Scores, model_card
 from fusionkit.bundles.reader import BundleReader
+from fusionkit.bundles.signature import UnsignedWarning
 from fusionkit.checkpoints.checkpoint import Checkpoint, Source
 from fusionkit.checkpoints.disk import Needed
 from fusionkit.checkpoints.output_folder import check_replaceable, new_folder
@@ -21,7 +23,11 @@ from fusionkit.errors import BundleError, lacks
 
 Opened = TypeVar("Opened", bound="Published")
 
-_STALE = re.compile(r"task-[^/]*\.safetensors|shared\.safetensors")
+_STALE = re.compile(r"task-[^/]*\.safetensors|shared\.safetensors|manifest\.json\.minisig")
+_UNSIGNED = (
+    "{path}: is signed as a bundle of another base's name, and so what is pushed is not; pull it, "
+    "sign that, and push it without the base's name"
+)
 
 
 class Published:
@@ -42,6 +48,7 @@ class Published:
         name: str | Path,
         base: Source | Checkpoint | None = None,
         revision: str | None = None,
+        key: str | Path | None = None,
     ) -> Opened:
         """Open a bundle: a folder's, or one on the Hugging Face Hub.
 
@@ -52,6 +59,7 @@ class Published:
             name: a path, a URL, or `OWNER/NAME` where there is no such folder.
             base: the base model, where it is not where the bundle says.
             revision: of the repository: a branch, tag or commit.
+            key: as of `Bundle`.
 
         Raises:
             BundleError: there is no such bundle, or it can't be downloaded.
@@ -59,8 +67,8 @@ class Published:
         opened: Any = cls
         text = str(name)
         if is_remote(text) or open_path(text).exists() or not is_name(text):
-            return cast(Opened, opened(text, base))
-        return cast(Opened, opened(download(text, MANIFEST, revision).parent, base))
+            return cast(Opened, opened(text, base, key))
+        return cast(Opened, opened(download(text, MANIFEST, revision).parent, base, key))
 
     def save_pretrained(self, path: str | Path, overwrite: bool = False) -> None:
         """The same as `save`."""
@@ -69,7 +77,7 @@ class Published:
     def save(
         self, path: str | Path, overwrite: bool = False, tasks: Collection[str] | None = None
     ) -> None:
-        """Copy the bundle to another folder.
+        """Copy the bundle to another folder; of some tasks alone it is another, without signature.
 
         Args:
             path: the folder.
@@ -92,8 +100,9 @@ class Published:
         with new_folder(target, overwrite, known_by=MANIFEST, needed=needed) as folder:
             for name, file in files.items():
                 self._stored.copy(file, folder / name)
-            if tasks is None:
-                self._stored.copy(self.path / MANIFEST, folder / MANIFEST)
+            if set(chosen) == set(known):
+                for name in (MANIFEST, *self._stored.signature()):
+                    self._stored.copy(self.path / name, folder / name)
             else:
                 part.write(folder)
             self._stored.check_unchanged()
@@ -138,9 +147,15 @@ class Published:
         files: dict[str, Path | bytes] = {
             each: self._stored.fetched(each) for each in _files(manifest, list(manifest.tasks))
         }
-        with TemporaryDirectory(prefix="fusionkit-") as folder:
-            manifest.write(Path(folder))
-            files[MANIFEST] = (Path(folder) / MANIFEST).read_bytes()
+        signature = self._stored.signature()
+        if manifest is self.manifest:
+            files |= {each: self._stored.fetched(each) for each in (MANIFEST, *signature)}
+        else:
+            with TemporaryDirectory(prefix="fusionkit-") as folder:
+                manifest.write(Path(folder))
+                files[MANIFEST] = (Path(folder) / MANIFEST).read_bytes()
+            if signature:
+                warnings.warn(_UNSIGNED.format(path=self.path), UnsignedWarning, stacklevel=2)
         self._stored.check_unchanged()
         files[CARD] = model_card(name, manifest, base_model, titles, scores).encode()
         return push(name, files, _STALE, message, private)

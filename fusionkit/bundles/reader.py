@@ -12,6 +12,7 @@ from fusionkit.bundles.format import ADDED, INITIAL, SHARED, task_file
 from fusionkit.bundles.hub import fetched
 from fusionkit.bundles.manifest import Manifest
 from fusionkit.bundles.part_file import PartFile
+from fusionkit.bundles.signature import SIGNATURE
 from fusionkit.bundles.small_parts import Names
 from fusionkit.bundles.snapshot import Stamp, as_opened, changed, stamp
 from fusionkit.checkpoints.paths import copy_file
@@ -120,6 +121,14 @@ class BundleReader:
         """
         with as_opened(self._path, self._stamp):
             return fetched(self._path / name)
+
+    def signature(self) -> list[str]:
+        """The name of the signature's file, where there is one."""
+        try:
+            there = fetched(self._path / SIGNATURE).exists()
+        except BundleError:  # of a repository that has none
+            return []
+        return [SIGNATURE] if there else []
 
     def copy(self, source: Path, target: Path) -> None:
         """Copy one of the bundle's files; follow the last by `check_unchanged`.

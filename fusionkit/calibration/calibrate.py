@@ -129,4 +129,4 @@ def _finish(calibration: CalibrationModule, out: str | Path | None, overwrite: b
     if out is None:
         return bundle
     bundle.save(out, overwrite)
-    return Bundle(out, calibration.family.base)
+    return Bundle(out, calibration.family.base, key="")

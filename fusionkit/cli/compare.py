@@ -2,6 +2,7 @@
 
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,8 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from fusionkit.bundles.bundle import Bundle
 from fusionkit.calibration.calibrate import EPOCHS, calibrate
+from fusionkit.calibration.recalibrate import STALE, has_statistics
+from fusionkit.calibration.recalibrate import recalibrate as recalibrated
 from fusionkit.calibration.settings import Calibration
 from fusionkit.cli import report
 from fusionkit.cli.comparison import CALIBRATED, Comparison, ComparisonReport, averaged
@@ -33,6 +36,7 @@ from fusionkit.cli.scored_options import Compared
 from fusionkit.cli.test import EvaluationCLI, evaluate, plain_trainer
 from fusionkit.codecs.base import DeltaCodec
 from fusionkit.codecs.dbms import DBMS
+from fusionkit.codecs.merged import Merged
 from fusionkit.reuse.fused import Untuned
 from fusionkit.reuse.module import ReuseModule
 from fusionkit.task_vectors.family import Family
@@ -100,6 +104,12 @@ class CompareCLI(EvaluationCLI):
             default=[],
             help="files of published figures, shown beside ours and marked",
         )
+        parser.add_argument(
+            "--recalibrate",
+            type=bool,
+            default=False,
+            help="re-estimate BatchNorm's statistics of what each codec gives, on unlabelled rows",
+        )
 
     def compare(self) -> ComparisonReport:
         """Evaluate the fine-tuned models and the base, then each codec; write as rows come in."""
@@ -122,6 +132,7 @@ class CompareCLI(EvaluationCLI):
             spread=self.config["spread"],
             verbose=True,
             published=self.config["published"],
+            recalibrate=self.config["recalibrate"],
         )
 
 
@@ -142,6 +153,7 @@ def compare(
     spread: Spread = "rows",
     verbose: bool = False,
     published: Sequence[str | Path] = (),
+    recalibrate: bool = False,
 ) -> ComparisonReport:
     """Score the fine-tuned models as they are, then each codec over them.
 
@@ -167,6 +179,8 @@ def compare(
         verbose: show in the terminal what is being done.
         published: YAML files of published figures (`fusionkit.cli.published`), which are shown
             beside ours, marked, and never mixed into them.
+        recalibrate: re-estimate BatchNorm's statistics of what each codec that learns nothing
+            gives, on unlabelled rows; see `fusionkit.recalibrate`.
 
     Returns:
         a row for the fine-tuned models, and one for each codec; a notebook shows its table.
@@ -179,7 +193,7 @@ def compare(
     trainer = trainer or plain_trainer()
     family, known = module.family(), (module.finetuned_scores, module.base_scores)
     module.finetuned_scores = module.base_scores = None
-    asked = (settings, seeds, spread, verbose)
+    asked = (settings, seeds, spread, verbose, recalibrate)
     bench = _Bench(module, datamodule, trainer, make, *asked, family.base.nbytes)
     results = ComparisonReport(published=published_in(published))
 
@@ -244,6 +258,7 @@ class _Bench:
     seeds: Sequence[int]
     spread: Spread
     verbose: bool
+    recalibrate: bool
     base_nbytes: int
 
     def kept(self, folder: Path | None, family: Family) -> KeptRows:
@@ -267,6 +282,9 @@ class _Bench:
     def codec(self, kept: KeptRows, name: str, codec: DeltaCodec, calibrates: bool) -> Comparison:
         """A codec's row."""
         what, measure = [codec_inputs(codec)], self.compressed
+        if self.recalibrate and kept.keeps:
+            maker = self.make_trainer()
+            what += calibration_inputs(self.settings, (), self.datamodule, maker)
         if calibrates:
             measure = self.calibrated
             if kept.keeps:
@@ -300,10 +318,21 @@ class _Bench:
         return Comparison("base", "", scores, 0, 0.0, 0.0, kind="base", base_nbytes=nbytes)
 
     def compressed(self, name: str, codec: DeltaCodec) -> Comparison:
-        """A codec without data."""
+        """A codec without data; or with such as BatchNorm's statistics need."""
         started = time.perf_counter()
-        with progress_bar(name, self.verbose) as callback:
-            bundle = self.module.compress(codec=codec, progress=callback)
+        if self.recalibrate:
+            bundle = recalibrated(
+                self.module,
+                self.datamodule,
+                codec=codec,
+                rows=self.settings.rows,
+                seed=self.settings.seed,
+            )
+        else:
+            if isinstance(codec, Merged) and has_statistics(self.module.model):
+                warnings.warn(f"{name}: {STALE}", stacklevel=2)
+            with progress_bar(name, self.verbose) as callback:
+                bundle = self.module.compress(codec=codec, progress=callback)
         seconds = time.perf_counter() - started
         self.module.reuse(bundle)
         return self._row(name, bundle, seconds)

@@ -1,8 +1,12 @@
 """The command line: one verb a file, `fusionkit/cli/<verb>.py`, imported when it is asked for."""
 
 import os
+import signal
 import sys
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import version
 
@@ -22,11 +26,12 @@ GROUPS = {
         "fit": "fine-tune one task: in full, a LoRA, a linearized LoRA, or (IA)³",
         "fuse": "train families of adapters, fuse every set of tasks: table, CSV, plot",
     },
-    "on a bundle": {
+    "on a bundle (--key RWQ…, of minisign: refuse it unless it is signed by that key)": {
         "inspect": "show what a bundle holds",
         "export": "write one task's whole model to a file, or its delta as a PEFT adapter",
         "chat": "talk to a task's language model, and switch among them",
         "generate": "have a task's language model answer the prompts of a file",
+        "sign": "sign it with a secret key of minisign",
         "push": "put it on the Hugging Face Hub, with a model card",
         "pull": "get it from there, or one of its tasks",
         "add": "add fine-tuned models to a bundle",
@@ -41,6 +46,7 @@ GROUPS = {
 """What `fusionkit` can do: each a file of that name, whose `run` takes the arguments after it."""
 
 _GO_ON = ("compare", "compress")
+_WRITING = ("add", "compress", "export", "pull", "push", "remove", "sign", "sweep")
 VERBS = tuple(verb for verbs in GROUPS.values() for verb in verbs)
 # Not subcommands of jsonargparse: it would have to build every verb's parser to print one line.
 
@@ -66,21 +72,61 @@ def main(args: list[str] | None = None) -> None:
     if "" not in sys.path and "." not in sys.path:
         sys.path.append("")  # class paths of recipes may be in the folder where one is
     warnings.formatwarning = _note
+    if verb != "sign":
+        rest = _without_key(rest)
     try:
-        import_module(f"fusionkit.cli.{verb}").run(rest)
-        sys.stdout.flush()
+        with _ending_in_order(verb):
+            import_module(f"fusionkit.cli.{verb}").run(rest)
+            sys.stdout.flush()
     except FusionKitError as error:
         print(f"fusionkit {verb}: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except BrokenPipeError:  # who reads what is printed has seen enough, as `| head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        ended = isinstance(error, _Ended)
         more = "; the same command goes on from what was finished" * (verb in _GO_ON)
         print(
-            f"fusionkit {verb}: interrupted; nothing was left half-written{more}", file=sys.stderr
+            f"fusionkit {verb}: {'ended' if ended else 'interrupted'}; nothing was left "
+            f"half-written{more}",
+            file=sys.stderr,
         )
-        sys.exit(130)
+        sys.exit(128 + (signal.SIGTERM if ended else signal.SIGINT))
+
+
+class _Ended(KeyboardInterrupt):
+    """The system, or a scheduler, ends the process: as Ctrl-C does, in order."""
+
+
+@contextmanager
+def _ending_in_order(verb: str) -> Iterator[None]:
+    """A context in which SIGTERM is as Ctrl-C; where something is trained, it is Lightning's."""
+
+    def end(number: int, frame: object) -> None:
+        raise _Ended
+
+    if verb not in _WRITING or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _without_key(args: list[str]) -> list[str]:
+    """A line without `--key KEY`, which all verbs have; whatever opens a bundle then heeds it."""
+    left = []
+    words = iter(args)
+    for word in words:
+        if word == "--key" or word.startswith("--key="):
+            key = next(words, "") if word == "--key" else word.partition("=")[2]
+            os.environ["FUSIONKIT_PUBLIC_KEY"] = key
+        else:
+            left.append(word)
+    return left
 
 
 def overview() -> str:

@@ -34,4 +34,4 @@ def pull(
     opened = Bundle.from_pretrained(bundle, revision=revision)
     chosen = [each.strip() for each in task.split(",")] if task else list(opened.tasks)
     opened.save(out, overwrite, chosen)
-    report.show(f"written: {out} ({', '.join(chosen)}; {size(Bundle(out).nbytes)})")
+    report.show(f"written: {out} ({', '.join(chosen)}; {size(Bundle(out, key='').nbytes)})")

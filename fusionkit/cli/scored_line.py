@@ -158,7 +158,7 @@ def _of_models(verb: str, line: Line) -> dict[str, Any]:
     sections["model"] |= as_model(models, None if compares else line.codec)
     if compares:
         sections |= {"codecs": _compared(line), "calibrated": line.own["calibrated"]}
-        sections |= {"published": line.own["published"]} if line.own["published"] else {}
+        sections |= {k: line.own[k] for k in ("published", "recalibrate") if line.own[k]}
     return sections
 
 

@@ -69,11 +69,14 @@ class Compared(Scored):
             needs, and is not given, is as usual (default: sketch,svd,emr).
         calibrated: each codec that has parts to learn calibrated, too.
         published: YAML files of published figures, shown beside ours and marked.
+        recalibrate: re-estimate BatchNorm's statistics of what each codec gives, on unlabelled
+            rows.
     """
 
     codecs: list[str] | None = None
     calibrated: bool = False
     published: list[str] | None = None
+    recalibrate: bool = False
 
 
 @dataclass

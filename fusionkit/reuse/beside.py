@@ -41,7 +41,7 @@ def opened(bundle: str | Path | Bundle, base: Source | Checkpoint | None = None)
         BundleError: there is none.
     """
     if isinstance(bundle, Bundle):
-        return bundle if base is None else Bundle(bundle.path, base)
+        return bundle if base is None else Bundle(bundle.path, base, bundle.key or "")
     return Bundle.from_pretrained(bundle, base)
 
 

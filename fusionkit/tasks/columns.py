@@ -7,6 +7,9 @@ from fusionkit.tasks.table import Table
 
 _LABELS = ("label", "labels", "class", "category", "target", "score")
 _IMAGES = ("image", "img", "path", "file", "file_name", "filename", "image_path", "filepath")
+_CAPTIONS = ("caption", "captions", "text", "texts", "sentence", "sentences", "sentences_raw")
+_QUESTIONS = ("question", "prompt", "query", "text")
+_ANSWERS = ("answer", "answers", "completion", "multiple_choice_answer", "label", "labels")
 _TEXTS = ("text", "sentence", "content")
 _PAIRS = (
     ("sentence1", "sentence2"),
@@ -68,6 +71,29 @@ def image_column(table: Table, given: str | None) -> str:
         DataError: there is no such column, or it can't be told.
     """
     return _column(table, given, _IMAGES, "images or their paths", "image")
+
+
+def caption_column(table: Table, given: str | None) -> str:
+    """The column of the captions.
+
+    Args:
+        table: the rows.
+        given: what a setting says.
+
+    Raises:
+        DataError: there is no such column, or it can't be told.
+    """
+    return _column(table, given, _CAPTIONS, "captions", "caption")
+
+
+def question_column(table: Table, given: str | None) -> str:
+    """The column of the questions; arguments and errors as of `caption_column`."""
+    return _column(table, given, _QUESTIONS, "questions", "question")
+
+
+def answer_column(table: Table, given: str | None) -> str:
+    """The column of the answers; arguments and errors as of `caption_column`."""
+    return _column(table, given, _ANSWERS, "answers", "answer")
 
 
 def has_images(table: Table) -> bool:

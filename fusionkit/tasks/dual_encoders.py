@@ -6,13 +6,14 @@ tower alone, and a head: `ImageClassifier`. What makes heads of class names is i
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
 
 from fusionkit.checkpoints.paths import written_out
 from fusionkit.errors import CheckpointError, of_extra
-from fusionkit.tasks.models import quiet, tokenizer_of
+from fusionkit.tasks.models import config_of, quiet, tokenizer_of
 from fusionkit.tasks.open_clip_models import CONFIG, PREFIX, OpenClipModel
 
 
@@ -20,18 +21,14 @@ class DualEncoder(ABC):
     """An image tower and a text tower, in eval mode; `dual_encoder` opens one.
 
     Attributes:
-        path: where it is.
         module: all of it.
         towers: the parts that an image goes through, one after the other.
+        tokens: what makes of texts the module's arguments.
     """
 
-    path: str
     module: Any
     towers: tuple[str, ...]
-
-    @abstractmethod
-    def tokens(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Texts as the module takes them: the arguments by name, the tokens first, `(N, L)`."""
+    tokens: "TextTokens"
 
     @abstractmethod
     def text_features(self, texts: Sequence[str]) -> Tensor:
@@ -111,11 +108,46 @@ def pooled(said: Any) -> Tensor:
     return found
 
 
+class TextTokens:
+    """Makes of texts, and calls images, what a dual encoder takes as arguments; needs no weights.
+
+    Args:
+        path: the dual encoder's; see `dual_encoder`.
+
+    Attributes:
+        image: what it calls its images.
+
+    Raises:
+        DataError: there is no tokenizer.
+        CheckpointError: there is no such model.
+    """
+
+    def __init__(self, path: str) -> None:
+        theirs = OpenClipModel.at(written_out(path))
+        self.image = "image" if theirs else "pixel_values"
+        self._tokenizer = theirs.tokenizer if theirs else tokenizer_of(path)
+        self._config = None if theirs else config_of(path)
+
+    def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Texts as arguments by name, the tokens, int64 `(N, L)`, first."""
+        if self._config is None:
+            return {"text": self._tokenizer(list(texts))}
+        longest = "siglip" in self._config.model_type  # as it was trained
+        found = self._tokenizer(
+            list(texts),
+            padding="max_length" if longest else True,
+            truncation=True,
+            max_length=self._config.text_config.max_position_embeddings,
+            return_tensors="pt",
+        )
+        known = ("input_ids", "attention_mask")
+        return {name: found[name] for name in known if name in found}
+
+
 class _Transformers(DualEncoder):
     def __init__(self, path: str, pretrained: bool) -> None:
         transformers = of_extra("transformers", "text", "a dual encoder")
-        self.path = path
-        self._tokenizer: Any = None
+        self._path = path
         try:
             with quiet():
                 if pretrained:
@@ -137,20 +169,9 @@ class _Transformers(DualEncoder):
         known = [name for name, _ in self.module.named_children()]
         self.towers = tuple(n for n in ("vision_model", "visual_projection") if n in known)
 
-    def tokens(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        if self._tokenizer is None:
-            self._tokenizer = tokenizer_of(self.path)
-        config = self.module.config
-        longest = "siglip" in config.model_type  # as it was trained
-        found = self._tokenizer(
-            list(texts),
-            padding="max_length" if longest else True,
-            truncation=True,
-            max_length=config.text_config.max_position_embeddings,
-            return_tensors="pt",
-        )
-        known = ("input_ids", "attention_mask")
-        return {name: found[name] for name in known if name in found}
+    @cached_property
+    def tokens(self) -> TextTokens:  # type: ignore[override]
+        return TextTokens(self._path)
 
     def text_features(self, texts: Sequence[str]) -> Tensor:
         return pooled(self.module.get_text_features(**self.tokens(texts)))
@@ -169,12 +190,12 @@ class _OpenClip(DualEncoder):
     towers = ("visual",)
 
     def __init__(self, model: OpenClipModel, pretrained: bool) -> None:
-        self.path, self._model = model.path, model
+        self._path = model.path
         self.module, _ = model.made(pretrained)
 
-    def tokens(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        length = self.module.context_length
-        return {"text": self._model.tokenizer(list(texts), context_length=length)}
+    @cached_property
+    def tokens(self) -> TextTokens:  # type: ignore[override]
+        return TextTokens(self._path)
 
     def text_features(self, texts: Sequence[str]) -> Tensor:
         features: Tensor = self.module.encode_text(self.tokens(texts)["text"])

@@ -87,9 +87,9 @@ class Generation(Task):
                 f"{type(model).__name__} can't generate: it is no causal and no encoder-decoder "
                 "language model; build it by fusionkit.tasks.models.causal_lm, or seq2seq_lm"
             )
-        prompts = batch["prompts"]
+        asked = self.prompts(batch)
         settings = {**GREEDY, **self.settings}
-        read = 0 if model.config.is_encoder_decoder else prompts.shape[1]
+        read = 0 if model.config.is_encoder_decoder else asked["input_ids"].shape[1]
         context = getattr(model.config, "max_position_embeddings", None)
         if context is not None and read + settings["max_new_tokens"] > context:
             raise DataError(
@@ -101,11 +101,14 @@ class Generation(Task):
         own = getattr(model, "generation_config", None)
         end = getattr(own, "eos_token_id", None) or self.tokenizer.eos_token_id
         made: Tensor = model.generate(
-            input_ids=prompts,
-            attention_mask=batch["prompts_mask"],
+            **asked,
             **{"eos_token_id": end, "pad_token_id": pad_token(self.tokenizer), **settings},
         )
         return made[:, read:]
+
+    def prompts(self, batch: Any) -> dict[str, Tensor]:
+        """What `generate` is given of a batch: `input_ids`, `(B, P)`, and what goes with them."""
+        return {"input_ids": batch["prompts"], "attention_mask": batch["prompts_mask"]}
 
     def texts(self, outputs: Tensor) -> list[str]:
         """Generated tokens as texts, without what surrounds them."""

@@ -234,9 +234,21 @@ class _Decoded(Dataset[tuple[Tensor, int]]):
         return len(self._places)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image = _value(self._table, self._column, index)
-        image = opened(image, self._table.at(index), self._transform.mode)
+        image = image_in(self._table, self._column, index, self._transform.mode)
         return self._transform(image), self._places[index]
+
+
+def image_in(table: Table, column: str, row: int, mode: Literal["RGB", "L"]) -> Image.Image:
+    """The image of a table's row, or the one that its path leads to.
+
+    Raises:
+        DataError: nothing is there, or it is no image.
+    """
+    value = _value(table, column, row)
+    if isinstance(value, str):
+        path = _path(table, row, value)
+        return opened(path, path, mode)
+    return opened(value, table.at(row), mode)
 
 
 def opened(image: Any, at: str, mode: Literal["RGB", "L"]) -> Image.Image:

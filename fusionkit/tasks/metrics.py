@@ -68,7 +68,7 @@ def metrics_of(choice: MetricChoice, task: str, kind: Task) -> tuple[Metrics, Fa
     settings = choice if isinstance(choice, dict) else {}
     found = _several(choice, task, kind)
     counts = settings.get("counts")
-    if counts is None and len(found) > 1:
+    if counts is None and len(found) > 1 and choice is not None:
         raise FusionKitError(
             f"task '{task}' has several metrics, {', '.join(found)}, and it is not said which one "
             f"counts: metric: {{metrics: …, counts: {next(iter(found))}}}, say"
@@ -133,12 +133,13 @@ def _several(choice: MetricChoice, task: str, kind: Task) -> Metrics:
     """All metrics that are asked for, by name."""
     asked = choice.get("metrics") if isinstance(choice, dict) else None
     if asked is None:
-        return _flat(_made(choice, task, kind), task)
+        found = _flat(_made(choice, task, kind), task)
+        return found if choice is not None else {**found, **kind.others()}
     if isinstance(asked, Mapping):
         return {name: _one(each, task, kind) for name, each in asked.items()}
     if not isinstance(asked, list):
         return _flat(_made(asked, task, kind), task)
-    found: Metrics = {}
+    found = {}
     for each in asked:
         metric = _one(each, task, kind)
         name = _asked_name(each) or type(metric).__name__

@@ -105,6 +105,56 @@ def seq2seq_lm(
     return _checkpointed(model, path) if gradient_checkpointing else model
 
 
+def image_text_lm(
+    path: str, pretrained: bool = True, dtype: str = "auto", attention: str | None = None
+) -> nn.Module:
+    """A Hugging Face model that writes about images (SmolVLM, LLaVA, Qwen2-VL, PaliGemma, …).
+
+    Args:
+        path: as of `causal_lm`.
+        pretrained: load the weights; otherwise the architecture alone is built.
+        dtype: as of `causal_lm`.
+        attention: as of `causal_lm`.
+
+    Returns:
+        the model, in eval mode; it returns an object with `logits` `(B, L, vocabulary)`.
+
+    Raises:
+        FusionKitError: transformers, or the package that `path` names, is not installed.
+        CheckpointError: there is no such model.
+    """
+    return _built("ImageTextToText", path, pretrained, dtype=dtype, attn_implementation=attention)
+
+
+def processor_of(path: str) -> Any:
+    """A Hugging Face processor of texts and images, with a tokenizer.
+
+    Args:
+        path: a local folder, a hub name, or `package:NAME/FOLDER` of an installed package.
+
+    Raises:
+        FusionKitError: transformers, or the package that `path` names, is not installed.
+        DataError: there is none.
+    """
+    transformers = _transformers("a processor")
+    place, _ = _place(path)
+    try:
+        with quiet():
+            found = transformers.AutoProcessor.from_pretrained(place)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DataError(
+            f"{path}: no processor there; expected a folder with processor_config.json and a "
+            f"tokenizer, as `save_pretrained` of a processor writes it, or a hub name "
+            f"({_said(error)})"
+        ) from error
+    if not hasattr(found, "tokenizer") or not hasattr(found, "image_processor"):
+        raise DataError(
+            f"{path}: is {type(found).__name__}, which makes nothing of images and texts "
+            "together; give the folder of a vision-language model"
+        )
+    return found
+
+
 def tokenizer_of(path: str) -> Any:
     """A Hugging Face tokenizer.
 

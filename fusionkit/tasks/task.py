@@ -93,6 +93,10 @@ class Task(ABC):
     def metric(self) -> Metric:
         """The metric by which tasks of this kind are scored, where no other is asked for."""
 
+    def others(self) -> Mapping[str, Metric]:
+        """Fresh metrics that are told beside `metric`, where no other is asked for: by name."""
+        return {}
+
     @abstractmethod
     def update(self, metric: Metric, outputs: Tensor, batch: Any) -> None:
         """Let a metric take in what is scored of a batch: `answers`."""

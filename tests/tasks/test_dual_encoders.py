@@ -13,6 +13,7 @@ from tiny_tasks import trainer
 from torch import Tensor
 
 from fusionkit import SVD, Bundle, Family, ReuseModule
+from fusionkit.cli.kept_rows import _identity
 from fusionkit.errors import CheckpointError, DataError, FusionKitError
 from fusionkit.tasks.dual_encoders import ImageClassifier, dual_encoder
 from fusionkit.tasks.image_files import ImageClassification
@@ -134,26 +135,8 @@ class TestOpenClip:
     @pytest.fixture
     def saved(self, tmp_path: Path) -> Path:
         """A tiny model in open_clip's own layout."""
-        library = pytest.importorskip("open_clip", reason="pip install .[clip]")
-        from open_clip.push_to_hf_hub import save_for_hf
-
-        shape = {"width": 16, "layers": 1}
-        config = {
-            "embed_dim": 12,
-            "vision_cfg": {**shape, "image_size": tiny_clip.SIZE, "patch_size": 8, "head_width": 8},
-            "text_cfg": {**shape, "context_length": 24, "vocab_size": 49408, "heads": 2},
-        }
-        torch.manual_seed(0)
-        made = library.CLIP(**config).eval()
-        library.factory.set_model_preprocess_cfg(
-            made, {"size": tiny_clip.SIZE, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
-        )
-
-        class Tokenizer:
-            def save_pretrained(self, folder: Any) -> None: ...
-
-        save_for_hf(made, Tokenizer(), config, str(tmp_path), safe_serialization=True)
-        return tmp_path
+        pytest.importorskip("open_clip", reason="pip install .[clip]")
+        return tiny_clip.open_clip_model(tmp_path)[0]
 
     def test_as_its_own_classifier_builder_has_it(self, saved: Path, work: Path) -> None:
         import open_clip
@@ -195,6 +178,16 @@ class TestFamily:
             dual_encoder(str(clip)), ClassPrompts.read(work / "classes" / "two.json")
         )
         assert torch.equal(head, judged["head.weight"])
+
+    def test_other_words_are_another_model(self, clip: Path, work: Path) -> None:
+        """What a comparison keeps of an earlier run is not taken for one of other prompts."""
+        names: Any = {task: list(NAMES) for task in ("one", "two")}
+        told = []
+        for templates in (["{}"], ["a {}"], ["{}"]):
+            found = ZeroShotModels(f"{work}/towers/*", str(clip), names, templates)
+            family = Family(ImageClassifier(str(clip)), found, ["head.*"], FROZEN)
+            told.append(_identity(family.finetuned["one"]))
+        assert told[0] == told[2] != told[1]
 
     def test_compressed_switched_and_scored(self, clip: Path, work: Path, tmp_path: Path) -> None:
         """A bundle holds heads, and needs no text tower."""
