@@ -79,13 +79,9 @@ class CodecContract:
             metafunc.parametrize("codec", self.codecs, ids=_brief)
 
     def models(self, folder: Path, dtype: torch.dtype) -> Arguments:
-        """A base and three fine-tuned models, for `fusionkit.compress`.
+        """A base and three fine-tuned models, for `fusionkit.compress`; `folder` is empty.
 
         Override it for a codec that takes only a certain kind of model.
-
-        Args:
-            folder: an empty folder, for models on disk.
-            dtype: of their tensors.
         """
         return models(dtype)
 
@@ -131,6 +127,15 @@ class CodecContract:
                 if found is not None:
                     assert found.shape == base.shape, what
                     assert found.dtype == (dtype if codec.restores else torch.float32), what
+
+    def test_its_operands_are_what_it_decodes(self, codec: DeltaCodec, tmp_path: Path) -> None:
+        """In a batch of many tasks; None where they have to be decoded."""
+        bundle = compress(codec=codec, **self.models(tmp_path, torch.float32))
+        for task in bundle.tasks:
+            for name in bundle.manifest.base.names("delta"):
+                if operand := bundle.operand(task, name):
+                    found = operand.dense(bundle.base[name].shape)
+                    _check_same(found, bundle.delta(task, name), f"'{name}' of '{task}'", False)
 
     def test_whole_models_come_back(
         self, codec: DeltaCodec, dtype: torch.dtype, tmp_path: Path
@@ -285,10 +290,6 @@ def models(dtype: torch.dtype = torch.float32, seed: int = 0) -> Arguments:
     """A base and three fine-tuned models, with every shape that real ones have, and some more.
 
     Scalars to 4-D, empty, not contiguous, tied, of zero deltas, private; deltas have a heavy tail.
-
-    Args:
-        dtype: of all tensors.
-        seed: draws the values.
     """
     generator = torch.Generator().manual_seed(seed)
 

@@ -28,8 +28,8 @@ def tokenizer(template: str | None = None) -> Any:
     return made
 
 
-def models_of(kind: str) -> dict[str, Any]:
-    """A base and two tasks, whose answers differ."""
+def models_of(kind: str, context: int = 32) -> dict[str, Any]:
+    """A base and two tasks, whose answers differ; they see so many tokens."""
     torch.manual_seed(0)
     base = MODELS[kind]().eval()
     base.config.eos_token_id = ROWS - 1 if kind == "t5" else 1  # it would end at once
@@ -38,7 +38,7 @@ def models_of(kind: str) -> dict[str, Any]:
     if base.can_generate():
         base.generation_config = transformers.GenerationConfig.from_model_config(base.config)
     if not base.config.is_encoder_decoder and hasattr(base.config, "max_position_embeddings"):
-        base.config.max_position_embeddings = 32
+        base.config.max_position_embeddings = context
     found = {"base": base}
     for task in ("cats", "dogs"):
         torch.manual_seed(len(found))
@@ -53,9 +53,15 @@ def models_of(kind: str) -> dict[str, Any]:
     return found
 
 
-def bundle(kind: str, folder: Path, template: str | None = None, tokens: bool = True) -> Bundle:
+def bundle(
+    kind: str,
+    folder: Path,
+    template: str | None = None,
+    tokens: bool = True,
+    context: int = 32,
+) -> Bundle:
     """They as folders, `base` with the tokenizer, and compressed to `talk.bundle`."""
-    for name, model in models_of(kind).items():
+    for name, model in models_of(kind, context).items():
         model.save_pretrained(folder / name)
     if tokens:
         tokenizer(template).save_pretrained(folder / "base")

@@ -8,6 +8,7 @@ from fusionkit.checkpoints.checkpoint import Checkpoint
 from fusionkit.checkpoints.conformed import conformed
 from fusionkit.checkpoints.from_config import from_record
 from fusionkit.checkpoints.stacks import rows_of
+from fusionkit.checkpoints.view import renamed as prefixed
 from fusionkit.errors import BundleError, CheckpointError
 from fusionkit.task_vectors.opened import renamed
 
@@ -51,7 +52,7 @@ def fitted(base: Checkpoint, record: BaseRecord) -> Checkpoint:
     wanted = {rows[n][0] if n in rows else n for n in record.tensors} | record.tied.keys()
     best = renamed(base, wanted, record.rename, record.ignore)
     lacking = _lacking(best, wanted)
-    for way in (_by_class, _as_stored, _by_record) if lacking else ():
+    for way in (_by_class, _as_stored, _by_record, _as_before) if lacking else ():
         try:
             seen = renamed(way(base, record), wanted, record.rename, record.ignore)
         except CheckpointError:  # it can't be of that class
@@ -76,6 +77,11 @@ def _by_record(base: Checkpoint, record: BaseRecord) -> Checkpoint:
 
 def _as_stored(base: Checkpoint, record: BaseRecord) -> Checkpoint:
     return base.as_stored
+
+
+def _as_before(base: Checkpoint, record: BaseRecord) -> Checkpoint:
+    """With the prefixes that it had then, as a bare encoder has its classifiers'."""
+    return prefixed(base, record.strip_prefix, record.add_prefix)
 
 
 def _lacking(base: Checkpoint, wanted: Collection[str]) -> int:

@@ -26,6 +26,7 @@ from fusionkit.checkpoints.checkpoint import Checkpoint, Source
 from fusionkit.checkpoints.paths import open_path
 from fusionkit.checkpoints.stacks import row_name, split, unsplit
 from fusionkit.codecs.base import WHOLE, DeltaCodec, Parts
+from fusionkit.codecs.operands import Operand
 from fusionkit.errors import BundleError, in_line, lacks, size
 from fusionkit.registry import from_config
 from fusionkit.task_vectors.task_source import own_tensor
@@ -217,12 +218,12 @@ class Bundle(ByTask, Changeable, Published):
         return self._shaped(task, name, self._decoded(task, name, decode, base.device))
 
     def factors(self, task: str, name: str) -> LowRank | None:
-        """One task's delta of one matrix as a product; None where the codec has none.
-
-        Raises:
-            BundleError: as for `delta`.
-        """
+        """One task's delta of one matrix as a product; None where the codec has none."""
         return self._decoded(task, name, self.codec.factors)
+
+    def operand(self, task: str, name: str) -> Operand | None:
+        """One task's delta as the codec has it; None where it has to be decoded, or is zero."""
+        return self._decoded(task, name, self.codec.operand)
 
     @property
     def tasks_share(self) -> bool:

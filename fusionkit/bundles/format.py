@@ -5,6 +5,7 @@
     task-<name>.safetensors one per task: its parts, private and exact tensors, rows that it added
                             to the vocabulary; <name> is percent-encoded, and cut where it is too
                             long for a file's name
+    manifest.json.minisig   the manifest's signature, where there is one (signature.py)
 
 All tensor files are safetensors (part_file.py); of codecs with parts of a few bytes, small ones
 are packed in one tensor (small_parts.py). A tensor's parts are keyed `<tensor>/<part>`;

@@ -16,6 +16,7 @@ def model_card(
     base_model: str | None,
     titles: Sequence[str] = (),
     scores: Scores | None = None,
+    signed: bool = False,
 ) -> str:
     """A bundle's card: what is in it, how large, how good, and how each task is used.
 
@@ -25,6 +26,7 @@ def model_card(
         base_model: the base's name on the Hub; None where it is not there.
         titles: of the columns of scores.
         scores: by task.
+        signed: the bundle is.
     """
     head = ["library_name: fusionkit", "tags:", "- fusionkit", "- delta-compression"]
     if base_model:
@@ -61,7 +63,7 @@ def model_card(
 {len(manifest.tasks)} models that were fine-tuned from {base}, each as a small compressed delta
 (`{manifest.codec["id"]}`), by FusionKit. The base itself is not in here; it is checked by its
 fingerprint, `{manifest.base.fingerprint[:16]}…`. Of a task that is asked for, its own file is
-downloaded, and no other.
+downloaded, and no other.{_signed(name) if signed else ""}
 
 {table}
 
@@ -75,3 +77,10 @@ tokenizer = {tokenizer}
 `fusionkit.switch(model, bundle, task)`, with `bundle = fusionkit.Bundle.from_pretrained("{name}")`,
 makes it another task's in place.
 """
+
+
+def _signed(name: str) -> str:
+    return f"""
+
+It is signed with [minisign](https://jedisct1.github.io/minisign/), in `manifest.json.minisig`: by
+the public key, `fusionkit.Bundle.from_pretrained("{name}", key="RW…")` opens nothing else."""

@@ -14,9 +14,9 @@ from fusionkit.bundles.hub import CARD, download, is_name, name_of, push
 from fusionkit.bundles.manifest import Manifest
 from fusionkit.bundles.model_card import Scores, model_card
 from fusionkit.bundles.reader import BundleReader
-from fusionkit.bundles.signature import UnsignedWarning
+from fusionkit.bundles.signature import SIGNATURE, UnsignedWarning
 from fusionkit.checkpoints.checkpoint import Checkpoint, Source
-from fusionkit.checkpoints.disk import Needed
+from fusionkit.checkpoints.disk import Needed, check_space
 from fusionkit.checkpoints.output_folder import check_replaceable, new_folder
 from fusionkit.checkpoints.paths import is_remote, open_path
 from fusionkit.errors import BundleError, lacks
@@ -96,6 +96,7 @@ class Published:
         check_replaceable(target, overwrite, known_by=MANIFEST)
         part = replace(self.manifest, tasks={task: known[task] for task in chosen})
         needed = Needed(part.nbytes, part.nbytes)
+        check_space(target, needed)  # before anything is downloaded
         files = {name: self._stored.fetched(name) for name in _files(part, chosen)}
         with new_folder(target, overwrite, known_by=MANIFEST, needed=needed) as folder:
             for name, file in files.items():
@@ -157,7 +158,8 @@ class Published:
             if signature:
                 warnings.warn(_UNSIGNED.format(path=self.path), UnsignedWarning, stacklevel=2)
         self._stored.check_unchanged()
-        files[CARD] = model_card(name, manifest, base_model, titles, scores).encode()
+        signed = SIGNATURE in files
+        files[CARD] = model_card(name, manifest, base_model, titles, scores, signed).encode()
         return push(name, files, _STALE, message, private)
 
 

@@ -75,6 +75,11 @@ def _open_path(source: str, variant: str | None, dequantize: bool) -> Checkpoint
             f"{path}: variant '{variant}' chooses among a folder's files, and this is no folder; "
             "leave it out"
         )
+    if not path.is_file() and path.exists():
+        raise CheckpointError(
+            f"{path}: is no file but a pipe, or a device, and models are read more than once; "
+            "write it to a file first"
+        )
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; check the path (relative to {Path.cwd()})")
     # A configuration speaks of the folder's own model, not of any file that lies beside it.

@@ -4,6 +4,8 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
@@ -133,12 +135,31 @@ def local_copy(path: Path, key: str) -> Path:
     return copy
 
 
+@contextmanager
+def network_errors() -> Iterator[None]:
+    """A context in which whatever a URL's client raises is an error of the system.
+
+    Raises:
+        OSError: it can't be reached, or no longer.
+    """
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:  # of any kind
+        raise OSError(f"{type(error).__name__}: {error}") from error
+
+
 def copy_file(source: Path, target: Path) -> None:
-    """Copy a file, from and to wherever it is."""
+    """Copy a file, from and to wherever it is.
+
+    Raises:
+        OSError: it can't be read, or written.
+    """
     if not is_remote(source) and not is_remote(target):
         shutil.copyfile(source, target)  # within the kernel, where it can
         return
-    with source.open("rb") as read, target.open("wb") as written:
+    with network_errors(), source.open("rb") as read, target.open("wb") as written:
         shutil.copyfileobj(read, written, 1 << 24)
 
 

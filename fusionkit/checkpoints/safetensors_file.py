@@ -21,7 +21,7 @@ from fusionkit.checkpoints.checkpoint import (
     TensorSpec,
     reading,
 )
-from fusionkit.checkpoints.paths import is_remote
+from fusionkit.checkpoints.paths import is_remote, network_errors
 from fusionkit.checkpoints.steady_file import SteadyFile
 from fusionkit.errors import CheckpointError
 
@@ -90,7 +90,8 @@ class SafetensorsFile(Checkpoint):
         self._path = path
         try:
             self._file = None if is_remote(path) else SteadyFile(path)
-            self.nbytes = path.stat().st_size if self._file is None else self._file.size
+            with network_errors():
+                self.nbytes = path.stat().st_size if self._file is None else self._file.size
             header = _header(path, self._file, self.nbytes)
         except (OSError, ValueError) as error:
             raise CheckpointError(
@@ -165,7 +166,8 @@ class _RemoteFile:
     """A remote file, open for as long as this is kept."""
 
     def __init__(self, path: Path) -> None:
-        self._file: Any = path.open("rb")
+        with network_errors():
+            self._file: Any = path.open("rb")
 
     def read_into(self, memory: memoryview, start: int) -> None:
         """Fill memory with the bytes from an offset on.
@@ -175,7 +177,8 @@ class _RemoteFile:
         """
         self._file.seek(start)
         while memory.nbytes:
-            read = int(self._file.readinto(memory))
+            with network_errors():
+                read = int(self._file.readinto(memory))
             if not read:
                 raise OSError("the file was cut short after it was opened")
             memory = memory[read:]
@@ -204,12 +207,11 @@ def _header(path: Path, steady: SteadyFile | None, size: int) -> Header:
         ValueError: it is malformed, or says otherwise than the file's size.
         OSError: it can't be read.
     """
-    with path.open("rb") as file:
-        first = file.read(8) if steady is None else _bytes(steady, 0, 8)
-        length = int.from_bytes(first, "little")
-        if length > min(size - 8, _LONGEST):
-            raise ValueError("its header is longer than the file")
-        text = file.read(length) if steady is None else _bytes(steady, 8, length)
+    file = _RemoteFile(path) if steady is None else steady
+    length = int.from_bytes(_bytes(file, 0, 8), "little")
+    if length > min(size - 8, _LONGEST):
+        raise ValueError("its header is longer than the file")
+    text = _bytes(file, 8, length)
     header = parsed_header(text, 8 + length)
     end = 0
     for name, entry in sorted(header.tensors.items(), key=lambda item: item[1].data_offsets):
@@ -247,8 +249,10 @@ def parsed_header(text: bytes, start: int) -> Header:
         raise ValueError("its header is nested without end") from error
 
 
-def _bytes(file: SteadyFile, start: int, size: int) -> bytes:
-    return bytes(file.read(start, size).numpy().data)
+def _bytes(file: SteadyFile | _RemoteFile, start: int, size: int) -> bytes:
+    found = bytearray(size)
+    file.read_into(memoryview(found), start)
+    return bytes(found)
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

@@ -31,6 +31,8 @@ GROUPS = {
         "export": "write one task's whole model to a file, or its delta as a PEFT adapter",
         "chat": "talk to a task's language model, and switch among them",
         "generate": "have a task's language model answer the prompts of a file",
+        "route": "make what picks the task of a request that names none",
+        "serve": "answer over HTTP: OpenAI's API, or POST /predict, for all tasks at once",
         "sign": "sign it with a secret key of minisign",
         "push": "put it on the Hugging Face Hub, with a model card",
         "pull": "get it from there, or one of its tasks",

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from fusionkit.checkpoints.adapters.lowrank import LowRank
+from fusionkit.codecs.operands import Operand
 from fusionkit.errors import CodecError
 from fusionkit.registry import Plugin
 from fusionkit.task_vectors.family import Family
@@ -195,6 +196,21 @@ class DeltaCodec(Plugin, ABC):
             float32 factors, or None.
         """
         return None
+
+    def operand(self, parts: Parts, shape: torch.Size) -> Operand | None:
+        """One task's delta of one tensor in a form that is used without decoding it whole.
+
+        In a batch of many tasks it is what is in memory of the task. Overriding is optional.
+
+        Args:
+            parts: as for `decode`.
+            shape: the tensor's shape.
+
+        Returns:
+            what `decode` gives, but for rounding, as a product, by masks, signs or positions (see
+            `fusionkit.codecs.operands`); None where it has to be decoded. By default the `factors`.
+        """
+        return self.factors(parts, shape)
 
 
 class TensorCodec(DeltaCodec):

@@ -12,6 +12,7 @@ from fusionkit.checkpoints.adapters.lowrank import LowRank
 from fusionkit.codecs.base import WHOLE_MODEL, DeltaCodec, Encoded, Encoder, Parts, SharedParts
 from fusionkit.codecs.decomposition import SMALL, energy
 from fusionkit.codecs.merged import Merged
+from fusionkit.codecs.operands import Operand, Sum, scaled
 from fusionkit.codecs.payload import Payload
 from fusionkit.errors import CodecError
 from fusionkit.merges.normalized import Normalized
@@ -189,6 +190,20 @@ class DBMS(DeltaCodec):
             rights.append(product.right)
         return LowRank(torch.cat(lefts, 1), torch.cat(rights, 1)) if lefts else None
 
+    def operand(self, parts: Parts, shape: torch.Size) -> Operand | None:
+        """The shift's and the wrapped codec's, scaled; None where one of them has to be decoded."""
+        shift, scale = parts[_SCALARS].tolist()
+        terms = []
+        for kind, codec, factor in (("shift", self.direction, shift), ("delta", self.codec, scale)):
+            own = _under(parts, kind + _OF_TENSOR)
+            if not own or factor == 0:
+                continue
+            found = codec.operand({**_under(parts, kind + _OF_MODEL), **own}, shape)
+            if found is None:
+                return None
+            terms.append(scaled(found, factor))
+        return Sum(tuple(terms)) if len(terms) > 1 else next(iter(terms), None)
+
     def _search(
         self, family: Family, shift: Payload, shared: SharedParts | None
     ) -> dict[str, Scalars]:
@@ -280,6 +295,10 @@ class _AtScalars(DeltaCodec):
     def factors(self, parts: Parts, shape: torch.Size) -> LowRank | None:
         """As the DBMS."""
         return self.codec.factors(parts, shape)
+
+    def operand(self, parts: Parts, shape: torch.Size) -> Operand | None:
+        """As the DBMS."""
+        return self.codec.operand(parts, shape)
 
 
 def combine(

@@ -10,8 +10,15 @@ from torch import Tensor
 
 from fusionkit.codecs import kernels
 from fusionkit.codecs.base import WHOLE_MODEL, DeltaCodec, Encoded, Encoder, Parts, SharedParts
+from fusionkit.codecs.operands import Masked
 from fusionkit.codecs.packing import pack_bits, unpack_bits
-from fusionkit.codecs.values import ValueDtype, pack_values, unpack_values, values_bytes
+from fusionkit.codecs.values import (
+    ValueDtype,
+    held_values,
+    pack_values,
+    unpack_values,
+    values_bytes,
+)
 from fusionkit.merges.elect import signs
 from fusionkit.task_vectors.family import Family
 from fusionkit.task_vectors.vectors import TaskVectors
@@ -73,6 +80,11 @@ class EMR(DeltaCodec):
         delta = unpack_values(parts, shape.numel(), self.dtype, "elected")
         delta *= unpack_bits(parts["mask"], shape.numel())
         return delta.mul_(parts["rescaler"]).view(shape)
+
+    def operand(self, parts: Parts, shape: torch.Size) -> Masked:
+        """The mask over the shared vector."""
+        values = held_values(parts, shape.numel(), self.dtype, "elected")
+        return Masked(values, parts["mask"], float(parts["rescaler"]))
 
     def _tensor(
         self, vectors: TaskVectors, stored: Tensor | None

@@ -9,9 +9,16 @@ import torch
 from torch import Tensor
 
 from fusionkit.codecs.base import DeltaCodec, Encoded, Encoder, Parts, SharedParts
-from fusionkit.codecs.merged import SharedVector, decode_shared
+from fusionkit.codecs.merged import SharedVector, decode_shared, shared_operand
+from fusionkit.codecs.operands import Operand, Sparse, Sum
 from fusionkit.codecs.packing import decode_positions, encode_positions
-from fusionkit.codecs.values import ValueDtype, pack_values, unpack_values, values_bytes
+from fusionkit.codecs.values import (
+    ValueDtype,
+    held_values,
+    pack_values,
+    unpack_values,
+    values_bytes,
+)
 from fusionkit.errors import CodecError
 from fusionkit.merges.base import Merge
 from fusionkit.task_vectors.family import Family
@@ -94,6 +101,15 @@ class MagnitudePrune(DeltaCodec):
                 values += delta[positions]
             delta[positions] = values
         return delta.view(shape)
+
+    def operand(self, parts: Parts, shape: torch.Size) -> Operand | None:
+        """The kept values at their positions, and the shared vector beside them."""
+        shared = shared_operand(parts, shape, self.dtype)
+        if "positions" not in parts:
+            return shared
+        positions = decode_positions(parts["positions"], shape.numel())
+        own = Sparse.of(positions, held_values(parts, len(positions), self.dtype), shape)
+        return own if shared is None else Sum((shared, own))
 
     def _kept(
         self, vectors: TaskVectors, merged: Tensor | None, thresholds: Thresholds | None

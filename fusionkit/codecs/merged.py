@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from fusionkit.codecs.base import DeltaCodec, Encoded, Encoder, Parts, SharedParts
-from fusionkit.codecs.values import ValueDtype, pack_values, unpack_values, values_bytes
+from fusionkit.codecs.operands import Dense
+from fusionkit.codecs.values import (
+    ValueDtype,
+    held_values,
+    pack_values,
+    unpack_values,
+    values_bytes,
+)
 from fusionkit.merges.base import Merge
 from fusionkit.merges.mean import Mean
 from fusionkit.task_vectors.family import Family
@@ -45,6 +52,10 @@ class Merged(DeltaCodec):
     def decode(self, parts: Parts, shape: torch.Size) -> Tensor:
         """τ*."""
         return decode_shared(parts, shape, self.dtype)
+
+    def operand(self, parts: Parts, shape: torch.Size) -> Dense | None:
+        """The vector, which all tasks share."""
+        return shared_operand(parts, shape, self.dtype)
 
 
 class StoredVector(NamedTuple):
@@ -85,6 +96,13 @@ class SharedVector:
             return StoredVector(None, {})
         parts = pack_values(merged.view(-1), self._dtype, _PART)
         return StoredVector(decode_shared(parts, vectors.shape, self._dtype), parts)
+
+
+def shared_operand(parts: Parts, shape: torch.Size, dtype: ValueDtype) -> Dense | None:
+    """The shared vector, to be kept in memory; None where none is stored."""
+    if _PART not in parts:
+        return None
+    return Dense(held_values(parts, shape.numel(), dtype, _PART))
 
 
 def decode_shared(parts: Parts, shape: torch.Size, dtype: ValueDtype) -> Tensor:

@@ -13,6 +13,7 @@ from fusionkit.checkpoints.adapters.lowrank import LowRank
 from fusionkit.codecs import sketch_codes
 from fusionkit.codecs.allocation import Share
 from fusionkit.codecs.base import WHOLE_MODEL, DeltaCodec, Encoded, Encoder, Parts, SharedParts
+from fusionkit.codecs.operands import Operand
 from fusionkit.codecs.rotation import rotate, rotate_sparse
 from fusionkit.codecs.sketch_codes import Codes
 from fusionkit.codecs.sketch_encoder import How, encode_tensor, measure, sides
@@ -170,6 +171,10 @@ class Sketch(DeltaCodec):
         if codes.form != sketch_codes.NOTHING or codes.factors is None:
             return None
         return codes.factors.to(device).product(parts[_GAINS][codes.place, 0].to(torch.float32))
+
+    def operand(self, parts: Parts, shape: torch.Size) -> Operand | None:
+        """The directions, where there never is a sketch; what is rotated has to be decoded."""
+        return None if self.sketch else self.factors(parts, shape)
 
     def _sum(
         self,

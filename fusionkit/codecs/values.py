@@ -112,6 +112,16 @@ def unpack_values(
     return codes * scale
 
 
+def held_values(
+    parts: Mapping[str, Tensor], count: int, dtype: ValueDtype, part: str = "values"
+) -> Tensor:
+    """Values to be kept in memory: floats as they are stored, integers as float32.
+
+    Arguments as for `unpack_values`.
+    """
+    return parts[part] if dtype in _FLOATS else unpack_values(parts, count, dtype, part)
+
+
 def stored_bytes(shape: tuple[int, ...], dtype: ValueDtype) -> int:
     """Bytes that `pack_values` makes of values of this shape, scales included."""
     rows, columns = shape[0], 1 if len(shape) == 1 else shape[1]

@@ -5,7 +5,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from fusionkit.reuse.operands import TaskOperands
+import torch
+from torch import Tensor
+
+from fusionkit.reuse.operands import TaskOperands, held_by
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class HeldOperands:
         self.limit = limit
         self._lock = threading.Lock()
         self._held: OrderedDict[str, TaskOperands] = OrderedDict()
+        self._counts: dict[int, int] = {}  # by how many tasks a tensor is held
         self._in_use: Collection[str] = ()
         self._bytes = self._hits = self._misses = self._evicted = 0
 
@@ -72,8 +76,32 @@ class HeldOperands:
         with self._lock:
             self._drop(task)
             self._held[task] = operands
-            self._bytes += operands.nbytes
+            for tensor in operands.tensors:
+                self._count(tensor, 1)
             self._make_room(newest=task)
+
+    def keep_formed(self, task: str, name: str, tensor: Tensor) -> None:
+        """Keep a tensor that was formed of a task's operands, if there is room for it."""
+        with self._lock:
+            held = self._held.get(task)
+            if held is not None and self._bytes + tensor.nbytes <= self.limit:
+                held.formed[name] = tensor
+                self._bytes += tensor.nbytes
+
+    def alike(self, name: str, tensor: Tensor) -> Tensor:
+        """An equal tensor that the task used last has at this place; or the tensor itself."""
+        with self._lock:
+            last = next(reversed(self._held.values()), None)
+        operand = last.operands.get(name) if last else None
+        for other in [] if operand is None else held_by(operand):
+            same = (other.shape, other.dtype, other.device) == (
+                tensor.shape,
+                tensor.dtype,
+                tensor.device,
+            )
+            if same and torch.equal(other, tensor):
+                return other
+        return tensor
 
     def use(self, tasks: Collection[str]) -> None:
         """Keep these tasks' operands, whatever comes, until others are in use."""
@@ -87,12 +115,31 @@ class HeldOperands:
             for task in [task for task in self._held if wanted(task)]:
                 self._drop(task)
 
+    def _count(self, tensor: Tensor, change: int) -> None:
+        before = self._counts.pop(id(tensor), 0)
+        if before + change:
+            self._counts[id(tensor)] = before + change
+        if not before or not before + change:
+            self._bytes += change * tensor.nbytes
+
+    def _unform(self, held: TaskOperands) -> None:
+        self._bytes -= sum(tensor.nbytes for tensor in held.formed.values())
+        held.formed = {}
+
     def _drop(self, task: str) -> bool:
         found = self._held.pop(task, None)
-        self._bytes -= found.nbytes if found else 0
-        return found is not None
+        if found is None:
+            return False
+        self._unform(found)
+        for tensor in found.tensors:
+            self._count(tensor, -1)
+        return True
 
     def _make_room(self, newest: str | None = None) -> None:
+        for held in self._held.values():  # what can be formed again goes first
+            if self._bytes <= self.limit:
+                return
+            self._unform(held)
         # What was just made is for a batch that is about to begin.
         kept = {*self._in_use, newest}
         for task in [task for task in self._held if task not in kept]:

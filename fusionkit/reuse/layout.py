@@ -129,10 +129,9 @@ class Layout:
         Raises:
             BundleError: nothing.
         """
-        names = self.names(name)
+        self.names(name)
         tensor = self._tensor(name)
-        product = all(n.rpartition(".")[2] in self._of[n].products for n in names)
-        return Target(tensor.dtype, tensor.device, product and tensor.ndim == 2)
+        return Target(tensor.dtype, tensor.device)
 
     def classes(self, task: str | None) -> int | None:
         """How many rows the model's last matrix has for a task, if tasks have it to themselves."""

@@ -6,14 +6,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fusionkit.bundles.bundle import Bundle
 from fusionkit.errors import BundleError, FusionKitError, lacks
 from fusionkit.reuse.held_operands import Figures, HeldOperands
 from fusionkit.reuse.layout import Layout
 from fusionkit.reuse.mixed_layer import Layer
-from fusionkit.reuse.operands import Operand, TaskOperands, read
+from fusionkit.reuse.operands import Operand, TaskOperands, Whole, formed, read
 from fusionkit.reuse.row_tasks import RowTasks
 from fusionkit.reuse.sole_switch import sole_switch
 from fusionkit.task_vectors.task_source import TaskSource
@@ -175,6 +175,19 @@ class MixedBatch:
         """What a task of the running batch has of one of the model's tensors; None: the base's."""
         return None if task is None else self._batch[task].operands.get(name)
 
+    def tensor(self, task: str | None, name: str, base: Tensor) -> Tensor:
+        """A task's tensor itself, formed of the base's if need be, and kept while there is room."""
+        operand = self.operand(task, name)
+        if task is None or operand is None:
+            return base
+        if isinstance(operand, Whole):
+            return operand.tensor
+        own = self._batch[task].formed.get(name)
+        if own is None:
+            own = formed(base, operand, f"{self.source.label}: task '{task}': tensor '{name}'")
+            self._held.keep_formed(task, name, own)
+        return own
+
     def rows_of_call(self) -> RowTasks:
         """Whose rows are which in the call that runs.
 
@@ -256,11 +269,14 @@ class MixedBatch:
             held = self._held.peek(task, record)  # another thread may have been faster
             if held is None:
                 layout = self._layout
-                found = read(self.source, task, self.source.base, layout.target)
+                found = read(self.source, task, layout.target, self._alike)
                 places = {place: o for name, o in found.items() for place in layout.names(name)}
                 held = TaskOperands(places, record)
                 self._held.put(task, held)
         return held
+
+    def _alike(self, name: str, tensor: Tensor) -> Tensor:
+        return self._held.alike(self._layout.names(name)[0], tensor)
 
     def _record(self, task: str) -> object:
         """What the bundle says of a task's files: another, and the task was replaced."""

@@ -27,6 +27,10 @@ class Running(Protocol):
         """What a task has of one of the model's tensors; None: the base's."""
         ...
 
+    def tensor(self, task: str | None, name: str, base: Tensor) -> Tensor:
+        """A task's tensor itself, formed of the base's if need be."""
+        ...
+
     def within(self, rows: RowTasks) -> AbstractContextManager[None]:
         """A context in which the batch is some of its rows, all of one task."""
         ...
@@ -84,9 +88,6 @@ class Layer:
         leaves: the tensors that tasks may change, and no other layer has.
     """
 
-    products: frozenset[str] = frozenset()
-    """Names of the leaves that may be the base's and a product beside it."""
-
     def __init__(self, module: nn.Module, path: str) -> None:
         self.module, self.path = module, path or type(module).__name__
         self.leaves: list[Leaf] = []
@@ -126,10 +127,18 @@ class Layer:
         """What the module returns, each row's by its own task."""
         raise NotImplementedError
 
-    def own(self, running: Running, task: str | None) -> dict[str, Operand]:
-        """What a task has of the module's tensors, by the leaf's name; all else is the base's."""
-        found = {leaf.name: running.operand(task, leaf.full) for leaf in self.leaves}
-        return {name: operand for name, operand in found.items() if operand is not None}
+    def tensor(self, running: Running, task: str | None, name: str) -> Tensor | None:
+        """A task's tensor by the leaf's name, or the base's; None where there is none."""
+        base = self.base(name)
+        for leaf in self.leaves:
+            if leaf.name == name and base is not None:
+                return running.tensor(task, leaf.full, base)
+        return base
+
+    def operand(self, running: Running, task: str | None, name: str) -> Operand | None:
+        """What a task has of a tensor by the leaf's name; None: the base's."""
+        found = (running.operand(task, leaf.full) for leaf in self.leaves if leaf.name == name)
+        return next(found, None)
 
     def base(self, name: str) -> Tensor | None:
         """The base's tensor of that name, or the module's own that no task changes."""

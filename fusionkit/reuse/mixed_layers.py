@@ -4,9 +4,9 @@ The first axis of what they are given is the rows, or a multiple of them in thei
 else is refused.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,20 +14,14 @@ from torch.nn import functional
 
 from fusionkit.checkpoints.adapters.lowrank import LowRank
 from fusionkit.reuse.mixed_layer import Layer, Running
-from fusionkit.reuse.operands import Operand, Whole
+from fusionkit.reuse.operands import Whole
 from fusionkit.reuse.row_groups import by_group
+from fusionkit.reuse.row_products import Products
 from fusionkit.reuse.row_tasks import Place, RowTasks, put, taken
-from fusionkit.reuse.thin_products import JoinedFactors, ThinProducts
 
 
 class LinearLayer(Layer):
     """A linear layer: the base's product once, and beside it each task's own on its own rows."""
-
-    products = frozenset({"weight"})
-
-    def __init__(self, module: nn.Module, path: str) -> None:
-        super().__init__(module, path)
-        self._factors = JoinedFactors()
 
     def __call__(self, running: Running, x: Tensor) -> Tensor:
         """`(rows · k, …, in)` → `(rows · k, …, out)`."""
@@ -41,20 +35,29 @@ class LinearLayer(Layer):
         return plan(flat).view(-1, *x.shape[1:-1], plan.width)
 
     def _plan(self, running: Running, rows: RowTasks) -> "_LinearPlan":
-        weight, bias = self.base("weight"), self.base("bias")
+        weight = self.base("weight")
         assert weight is not None
-        own = {task: self.own(running, task) for task in rows.groups}
-        wholes: dict[str | None, tuple[Tensor, Tensor | None]] = {}
+        wholes: dict[str | None, _Weight] = {}
         products: dict[str | None, tuple[Tensor, Tensor]] = {}
-        for task, each in own.items():
-            operand = each.get("weight")
-            if isinstance(operand, Whole):
-                wholes[task] = self._lying(operand.tensor), _whole(each, "bias", bias)
-            elif operand is not None:
+        for task in rows.groups:
+            operand = self.operand(running, task, "weight")
+            if isinstance(operand, LowRank):
                 products[task] = self._product(operand)
-        biases = {task: _whole(each, "bias", bias) for task, each in own.items()}
-        thin = ThinProducts(rows, products, self._factors)
-        return _LinearPlan(rows, self._lying(weight), biases, wholes, thin)
+            elif operand is not None:
+                like = operand.tensor if isinstance(operand, Whole) else weight
+                wholes[task] = _Weight(self._getter(running, task), self._lying(like).shape)
+        biases = {task: self.tensor(running, task, "bias") for task in rows.groups}
+        return _LinearPlan(rows, self._lying(weight), biases, wholes, products)
+
+    def _getter(self, running: Running, task: str | None) -> Callable[[], Tensor]:
+        """What gives a task's own weight; held for a call alone, if there is no room for it."""
+
+        def weight() -> Tensor:
+            found = self.tensor(running, task, "weight")
+            assert found is not None
+            return self._lying(found)
+
+        return weight
 
     def _lying(self, weight: Tensor) -> Tensor:
         """A weight as `(out, in)`."""
@@ -75,6 +78,13 @@ class TransposedLayer(LinearLayer):
         return product.left, product.right.mT
 
 
+class _Weight(NamedTuple):
+    """A task's own weight, `(out, in)`: what gives it, and its shape."""
+
+    of: Callable[[], Tensor]
+    shape: torch.Size
+
+
 class _LinearPlan:
     """How one linear layer answers these rows; worked out once for all steps.
 
@@ -82,8 +92,8 @@ class _LinearPlan:
         rows: whose rows are which.
         weight: the base's, `(out, in)`.
         biases: of each task, the base's where it has none of its own.
-        wholes: the weights and biases of the tasks that have their own.
-        products: of the tasks that have the base's and a product.
+        wholes: the weights of the tasks that have their own.
+        products: the factors of the tasks that have the base's and a product.
 
     Attributes:
         width: how many outputs there are; those that a task lacks have the dtype's lowest value.
@@ -94,8 +104,8 @@ class _LinearPlan:
         rows: RowTasks,
         weight: Tensor,
         biases: Mapping[str | None, Tensor | None],
-        wholes: Mapping[str | None, tuple[Tensor, Tensor | None]],
-        products: ThinProducts,
+        wholes: Mapping[str | None, _Weight],
+        products: Mapping[str | None, tuple[Tensor, Tensor]],
     ) -> None:
         self._weight = weight
         left = [task for task in rows.groups if task not in wholes]
@@ -107,13 +117,12 @@ class _LinearPlan:
         self._bias = one if same else None
         self._biases = None if same else _by_row(rows, biases, left)
         self._wholes = [
-            (everything if alone else rows.groups[task], *own) for task, own in wholes.items()
+            (everything if alone else rows.groups[task], own, biases[task])
+            for task, own in wholes.items()
         ]
-        self._products = products
-        widths = [len(weight)] if left else []
-        self.width = max(widths + [len(own) for own, _ in wholes.values()])
-        used = [weight] * bool(left) + [own for own, _ in wholes.values()]
-        self._inputs = max(own.shape[1] for own in used)
+        self._products = Products(rows, products) if products else None
+        shapes = [weight.shape] * bool(left) + [own.shape for own in wholes.values()]
+        self.width, self._inputs = (max(sizes) for sizes in zip(*shapes, strict=True))
 
     def __call__(self, x: Tensor) -> Tensor:
         """`(rows, n, in)` → `(rows, n, out)`; each task's are as many as it has, from the first."""
@@ -129,12 +138,13 @@ class _LinearPlan:
                 _put_columns(out, self._base, part)
             for place, weight, bias in self._wholes:
                 own = taken(x, place)[..., : weight.shape[1]]
-                _put_columns(out, place, functional.linear(own, weight, bias))
+                _put_columns(out, place, functional.linear(own, weight.of(), bias))
         width = len(self._weight)
         if self._biases is not None:
             place, biases = self._biases
             out[place, :, :width] += biases
-        self._products.add(x, out)
+        if self._products is not None:
+            self._products.add(x, out if self.width == width else out[..., :width])
         return out
 
 
@@ -158,38 +168,31 @@ def _put_columns(out: Tensor, place: Place, part: Tensor) -> None:
 class EmbeddingLayer(Layer):
     """An embedding: each task's own rows of the table for its own tokens."""
 
-    products = frozenset({"weight"})
-
     def __call__(self, running: Running, tokens: Tensor) -> Tensor:
         """int64 `(rows, …)`, or `(1, …)`, every row's → `(rows, …, width)`."""
         rows = running.rows_of_call()
-        table = self.base("weight")
-        assert table is not None
         if rows.alone:
-            return self._looked_up(tokens, table, running.operand(rows.tasks[0], self._full))
+            return self._looked_up(running, rows.tasks[0], tokens)
         if tokens.ndim < 2:  # of positions, perhaps, which no row has to itself
             raise self.refused(tokens, rows)
         ids = self.by_rows(tokens, rows)
         parts = {
-            task: self._looked_up(taken(ids, place), table, running.operand(task, self._full))
+            task: self._looked_up(running, task, taken(ids, place))
             for task, place in rows.groups.items()
         }
-        out = next(iter(parts.values())).new_empty(*ids.shape, table.shape[1])
+        first = next(iter(parts.values()))
+        out = first.new_empty(*ids.shape, first.shape[-1])
         for task, place in rows.groups.items():
             put(out, place, parts[task])
         return out.flatten(0, 1)
 
-    @property
-    def _full(self) -> str:
-        return self.leaves[0].full
-
-    def _looked_up(self, ids: Tensor, table: Tensor, operand: Operand | None) -> Tensor:
-        if isinstance(operand, Whole):
-            return functional.embedding(ids, operand.tensor)
-        found = functional.embedding(ids, table)
-        if operand is not None:
-            found = found + functional.embedding(ids, operand.left) @ operand.right.mT
-        return found
+    def _looked_up(self, running: Running, task: str | None, ids: Tensor) -> Tensor:
+        table, operand = self.base("weight"), self.operand(running, task, "weight")
+        assert table is not None
+        if isinstance(operand, LowRank):
+            product = functional.embedding(ids, operand.left) @ operand.right.mT
+            return functional.embedding(ids, table).add_(product)
+        return functional.embedding(ids, running.tensor(task, self.leaves[0].full, table))
 
 
 class NormLayer(Layer):
@@ -199,8 +202,8 @@ class NormLayer(Layer):
         """`(rows · k, …, *shape)` → the same."""
         rows = running.rows_of_call()
         if rows.alone:
-            own = self.own(running, rows.tasks[0])
-            weight, bias = (_whole(own, name, self.base(name)) for name in ("weight", "bias"))
+            task = rows.tasks[0]
+            weight, bias = (self.tensor(running, task, name) for name in ("weight", "bias"))
             return functional.layer_norm(x, self._shape, weight, bias, self._eps)
         plan = rows.plans.get(self)
         if plan is None:
@@ -226,7 +229,7 @@ class NormLayer(Layer):
         base = self.base(name)
         if base is None:
             return None
-        own = {task: _whole(self.own(running, task), name, base) for task in rows.groups}
+        own = {task: self.tensor(running, task, name) for task in rows.groups}
         found = [own[task] for task in rows.tasks]
         return torch.stack([each for each in found if each is not None])
 
@@ -249,12 +252,8 @@ class GroupLayer(Layer):
 
     def own_tensors(self, running: Running, task: str | None) -> list[Tensor]:
         """The tensors that a task has, in the order of the leaves."""
-        found = []
-        for leaf, base in zip(self.leaves, self._held, strict=True):
-            operand = running.operand(task, leaf.full)
-            assert not isinstance(operand, LowRank)
-            found.append(base if operand is None else _like(base, operand.tensor))
-        return found
+        pairs = zip(self.leaves, self._held, strict=True)
+        return [_like(base, running.tensor(task, leaf.full, base)) for leaf, base in pairs]
 
     @contextmanager
     def _having(self, tensors: Sequence[Tensor]) -> Iterator[None]:
@@ -269,9 +268,6 @@ class GroupLayer(Layer):
 
 
 def _like(base: Tensor, own: Tensor) -> Tensor:
-    return nn.Parameter(own, requires_grad=False) if isinstance(base, nn.Parameter) else own
-
-
-def _whole(own: Mapping[str, Operand], name: str, base: Tensor | None) -> Tensor | None:
-    operand = own.get(name)
-    return operand.tensor if isinstance(operand, Whole) else base
+    if own is base or not isinstance(base, nn.Parameter):
+        return own
+    return nn.Parameter(own, requires_grad=False)

@@ -10,10 +10,11 @@ from torch import Tensor
 from fusionkit.bundles.bundle import Bundle
 from fusionkit.checkpoints.adapters.kinds import LoraModule
 from fusionkit.checkpoints.adapters.lowrank import LowRank
-from fusionkit.checkpoints.checkpoint import Checkpoint
 from fusionkit.checkpoints.rounding import rounded
 from fusionkit.checkpoints.stacks import row_name
 from fusionkit.checkpoints.vocabulary import extended
+from fusionkit.codecs.operands import Dense, Masked, Sum, changed, tensors_of
+from fusionkit.codecs.operands import Operand as Delta
 from fusionkit.task_vectors.task_source import folded_tensor
 
 
@@ -23,23 +24,21 @@ class Whole(NamedTuple):
     tensor: Tensor
 
 
-Operand = LowRank | Whole
-"""How a layer has a task's tensor: the base's and a product beside it, or the tensor itself."""
+Operand = Delta | Whole
+"""What a task has of a tensor: its delta as the codec has it, or the tensor itself."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """One of a model's tensors, as its layer is to have it.
+    """What the model has of one of the base's tensors.
 
     Attributes:
-        dtype: of the model's tensor.
+        dtype: its dtype.
         device: where it is.
-        as_product: whether the layer can do with the base's and a product beside it.
     """
 
     dtype: torch.dtype
     device: torch.device
-    as_product: bool
 
 
 class TaskOperands:
@@ -52,25 +51,55 @@ class TaskOperands:
     Attributes:
         operands: as given.
         record: as given.
-        nbytes: of all of it.
+        formed: tensors that were formed of deltas, as layers needed them, by the same name.
     """
 
     def __init__(self, operands: Mapping[str, Operand], record: object = None) -> None:
         self.operands, self.record = dict(operands), record
-        tensors = {id(t): t for each in self.operands.values() for t in each}
-        self.nbytes = sum(tensor.nbytes for tensor in tensors.values())
+        self.formed: dict[str, Tensor] = {}
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What the operands hold, each once."""
+        found: dict[int, Tensor] = {}
+        for each in self.operands.values():
+            found.update((id(tensor), tensor) for tensor in held_by(each))
+        return list(found.values())
+
+
+def held_by(operand: Operand) -> list[Tensor]:
+    """The tensors of an operand."""
+    return [operand.tensor] if isinstance(operand, Whole) else tensors_of(operand)
+
+
+def formed(base: Tensor, delta: Delta, what: str) -> Tensor:
+    """A task's tensor from the base's, in its dtype.
+
+    Args:
+        base: the model's own.
+        delta: the task's.
+        what: how messages call the tensor.
+
+    Raises:
+        BundleError: a value is too large for the dtype.
+    """
+    return rounded(delta.dense(base.shape).add_(base), base.dtype, what, copy=False)
 
 
 def read(
-    bundle: Bundle, task: str, base: Checkpoint, target: Callable[[str], Target]
+    bundle: Bundle,
+    task: str,
+    target: Callable[[str], Target],
+    alike: Callable[[str, Tensor], Tensor],
 ) -> dict[str, Operand]:
     """Read a task's operands from its bundle.
 
     Args:
         bundle: the bundle.
         task: one of its tasks.
-        base: the base's tensors by the bundle's names, stacks split; in the dtype that they had.
         target: the bundle's name of a tensor, a stack's whole → what the model has of it.
+        alike: given a tensor of that name, one of another task that is in memory and equal, or
+            itself: what tasks share is there once.
 
     Returns:
         operand by the bundle's name, a stack's whole.
@@ -78,14 +107,19 @@ def read(
     Raises:
         BundleError: a file was changed, or a value is too large for the model's dtype.
     """
-    return dict(_Reader(bundle, task, base, target).all())
+    return dict(_Reader(bundle, task, target, alike).all())
 
 
 class _Reader:
     def __init__(
-        self, bundle: Bundle, task: str, base: Checkpoint, target: Callable[[str], Target]
+        self,
+        bundle: Bundle,
+        task: str,
+        target: Callable[[str], Target],
+        alike: Callable[[str, Tensor], Tensor],
     ) -> None:
-        self._bundle, self._task, self._base, self._target = bundle, task, base, target
+        self._bundle, self._task, self._base = bundle, task, bundle.base
+        self._target, self._alike = target, alike
         self._exact = dict(bundle.exact(task))
         self._added = dict(bundle.added_rows(task))
         self._rows = {
@@ -107,11 +141,12 @@ class _Reader:
             yield name, self._whole(name, tensor)
 
     def _one(self, name: str) -> Operand | None:
-        if name not in self._added and self._target(name).as_product:
-            product = self._product(name)
-            if product is not None:
-                return LowRank(*(self._rounded(name, factor) for factor in product))
         base = self._base[name]
+        if name not in self._added and base.ndim > 1:
+            delta = self._delta(name)
+            whole = base.numel() * self._target(name).dtype.itemsize
+            if delta is not None and _own_bytes(delta) < whole:
+                return self._kept(name, delta)
         own = self._tensor(name, base)
         if name in self._added:
             own = extended(own, self._added[name])
@@ -123,18 +158,26 @@ class _Reader:
             return self._exact[name]
         return folded_tensor(self._bundle, self._task, name, base, self._bundle.initial)
 
-    def _product(self, name: str) -> LowRank | None:
+    def _delta(self, name: str) -> Delta | None:
+        """A task's delta as the codec, or an adapter, has it."""
         bundle = self._bundle
         module = bundle.space.layout.by_target.get(name) if bundle.space else None
-        if isinstance(module, LoraModule) and name == module.targets[0]:
-            if bundle.roles[name] == "delta":
-                return None
-            tensors = {n: bundle.initial[n] for n in module.tensors}
-            own = {n: folded_tensor(bundle, self._task, n, t, {}) for n, t in tensors.items()}
-            return module.low_rank(own, tensors)
-        if module is not None or bundle.roles[name] != "delta":
+        if module is None:
+            return bundle.operand(self._task, name) if bundle.roles[name] == "delta" else None
+        if not isinstance(module, LoraModule) or bundle.roles[name] == "delta":
             return None
-        return bundle.factors(self._task, name)
+        if name != module.targets[0]:
+            return None
+        start = {each: bundle.initial[each] for each in module.tensors}
+        own = {n: folded_tensor(bundle, self._task, n, t, {}) for n, t in start.items()}
+        return module.low_rank(own, start)
+
+    def _kept(self, name: str, delta: Delta) -> Delta:
+        """A delta in memory of its own; a product in the model's dtype."""
+        device = self._target(name).device
+        if isinstance(delta, LowRank):
+            return LowRank(*(self._rounded(name, factor) for factor in delta))
+        return changed(delta, lambda tensor: self._alike(name, tensor.to(device, copy=True)))
 
     def _stack(self, stack: str) -> Tensor | None:
         count = self._bundle.stacks[stack]
@@ -153,3 +196,11 @@ class _Reader:
         what = f"{self._bundle.label}: task '{self._task}': tensor '{name}'"
         dtype = target.dtype if tensor.is_floating_point() else tensor.dtype
         return rounded(tensor.detach(), dtype, what).to(target.device)
+
+
+def _own_bytes(delta: Delta) -> int:
+    """Bytes that a delta takes beside the vectors that tasks share."""
+    if isinstance(delta, Sum):
+        return sum(map(_own_bytes, delta.terms))
+    shared = delta.values.nbytes if isinstance(delta, Dense | Masked) else 0
+    return sum(tensor.nbytes for tensor in tensors_of(delta)) - shared

@@ -1,6 +1,6 @@
 """One base model in memory, and a thread of its own that answers requests of any task with it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from math import inf
 from pathlib import Path
@@ -24,10 +24,12 @@ from fusionkit.errors import (
 from fusionkit.reuse.beside import opened
 from fusionkit.reuse.mixed_batch import OPERAND_BYTES, MixedBatch
 from fusionkit.reuse.prompts import Messages
+from fusionkit.reuse.routing import Picked
 from fusionkit.serving.classification import Classification
 from fusionkit.serving.generation import Generation
 from fusionkit.serving.inputs import inputs_of
 from fusionkit.serving.model import Kind, kind_of, served_model
+from fusionkit.serving.picker import Picker
 from fusionkit.serving.requests import Answer, Generate, Request, Ticket, To
 from fusionkit.serving.served_tasks import ServedTasks
 from fusionkit.serving.work import Tally, Work
@@ -51,9 +53,11 @@ class Engine:
         max_batch: rows that run at once, at most.
         max_queue: requests that wait to run, at most.
         operand_bytes: as of `MixedBatch`.
+        router: pick tasks, too, by the bundle's router.
 
     Attributes:
         kind: whether it generates text or classifies rows.
+        routes: whether it picks tasks.
 
     Raises:
         BundleError: as of `fusionkit.load`.
@@ -71,6 +75,7 @@ class Engine:
         max_batch: int = 32,
         max_queue: int = 256,
         operand_bytes: int = OPERAND_BYTES,
+        router: bool = False,
     ) -> None:
         self._bundle = opened(bundle, base)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -79,13 +84,14 @@ class Engine:
         self._mixed = MixedBatch(model, self._bundle, operand_bytes)
         self._served = ServedTasks(self._bundle, self.kind == "generation")
         self._tally = Tally()
+        inputs = inputs_of(model, self._bundle) if self.kind == "classification" else None
         self._work: Work[Any] = (
             Generation(model, self._mixed, max_batch, self._tally)
-            if self.kind == "generation"
-            else Classification(
-                model, self._mixed, inputs_of(model, self._bundle), max_batch, self._tally
-            )
+            if inputs is None
+            else Classification(model, self._mixed, inputs, max_batch, self._tally)
         )
+        self._picker = Picker(model, self._bundle, self._served, inputs) if router else None
+        self.routes = router
         self._max_queue = max_queue
         self._tasks = dict.fromkeys(self._bundle.tasks)
         self._changed = Condition()
@@ -114,6 +120,20 @@ class Engine:
         """
         self._check(task)
         return self._served.find(task).tokens(prompt)
+
+    def pick(self, asked: Sequence[Any]) -> Picked:
+        """The task that rows are taken for; any thread may call it, while others' rows run.
+
+        Args:
+            asked: prompts, or inputs as of `Predict`; all of one task.
+
+        Raises:
+            RequestError: a row is nothing that the model takes; or there is no router, or it knows
+                none of the tasks.
+        """
+        if self._picker is None:
+            raise RequestError("there is no router here: name the task")
+        return self._picker.pick(asked, self._tasks)
 
     def submit(self, request: Request, to: To) -> Ticket:
         """Take a request; it is answered by and by. Any thread may call it; it does not block.

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fusionkit import Parts, TensorCodec
 from fusionkit.codecs.decomposition import matrix_of
+from fusionkit.codecs.operands import Signs
 from fusionkit.codecs.packing import pack_bits, unpack_bits
 from fusionkit.codecs.values import ValueDtype, pack_values, unpack_values
 from fusionkit.errors import CodecError
@@ -70,3 +71,10 @@ class BitDelta(TensorCodec):
         if self.scales == "row":
             scale = scale[:, None]
         return (signs.view(matrix_of(shape)) * scale).view(shape)
+
+    def operand(self, parts: Parts, shape: torch.Size) -> Signs | None:
+        """The signs and their scales; None of a tensor that was kept whole."""
+        if "values" in parts:
+            return None
+        scale = parts["scale"]
+        return Signs(parts["signs"], scale[:, None] if self.scales == "row" else scale)

@@ -16,6 +16,7 @@ from fusionkit import (
     SharedParts,
     TaskVectors,
 )
+from fusionkit.codecs.operands import Operand, Sparse, scaled
 from fusionkit.codecs.packing import decode_positions, encode_positions, pack_bits, unpack_bits
 from fusionkit.errors import CodecError
 from fusionkit.task_vectors import Thresholds
@@ -86,6 +87,12 @@ class ComPEFT(DeltaCodec):
         delta = torch.zeros(shape.numel(), device=signs.device)
         delta[positions] = signs
         return (delta * parts["scale"]).view(shape)
+
+    def operand(self, parts: Parts, shape: torch.Size) -> Operand:
+        """The signs at their positions."""
+        positions = decode_positions(parts["positions"], shape.numel())
+        signs = unpack_bits(parts["signs"], len(positions)).to(torch.int8).mul_(2).sub_(1)
+        return scaled(Sparse.of(positions, signs, shape), float(parts["scale"]))
 
 
 def _ternary(positions: Tensor, values: Tensor, total: int) -> dict[str, Tensor]:

@@ -22,7 +22,8 @@ from fusionkit import (
     TaskVectors,
 )
 from fusionkit.codecs.decomposition import matrix_of, squared_singular_values
-from fusionkit.codecs.values import ValueDtype, pack_values, unpack_values
+from fusionkit.codecs.operands import Operand, Sparse, scaled
+from fusionkit.codecs.values import ValueDtype, held_values, pack_values, unpack_values
 from fusionkit.errors import CodecError
 from fusionkit.task_vectors import Change, ChangedVectors
 
@@ -110,14 +111,24 @@ class DARE(DeltaCodec):
 
     def decode(self, parts: Parts, shape: torch.Size) -> Tensor:
         """γ τ_t / (1 − p) where it was kept."""
-        device = parts["values"].device
-        key, *limit = parts["key"].tolist()
-        drop = 1 - limit[0] / _HASHES if limit else self.drop
-        mask = kept(key, shape.numel(), drop, device)
-        delta = torch.zeros(shape.numel(), device=device)
+        mask, drop = self._mask(parts, shape)
+        delta = torch.zeros(shape.numel(), device=mask.device)
         values = unpack_values(parts, int(mask.sum()), self.dtype)
         delta[mask] = values.div_(1 - drop)
         return delta.view(shape)
+
+    def operand(self, parts: Parts, shape: torch.Size) -> Operand:
+        """The values at their positions."""
+        mask, drop = self._mask(parts, shape)
+        positions = mask.nonzero().view(-1)
+        values = held_values(parts, len(positions), self.dtype)
+        return scaled(Sparse.of(positions, values, shape), 1 / (1 - drop))
+
+    def _mask(self, parts: Parts, shape: torch.Size) -> tuple[Tensor, float]:
+        """Which entries were kept, and p."""
+        key, *limit = parts["key"].tolist()
+        drop = 1 - limit[0] / _HASHES if limit else self.drop
+        return kept(key, shape.numel(), drop, parts["values"].device), drop
 
     def _encode(self, vectors: TaskVectors, plans: Sequence["_Plan"]) -> Encoded:
         """γ times the values kept, and the key; beside it 2⁵³ (1 − p), where p was placed."""

@@ -19,7 +19,8 @@ from fusionkit import (
     TaskArithmetic,
     TaskVectors,
 )
-from fusionkit.codecs.merged import SharedVector, decode_shared
+from fusionkit.codecs.merged import SharedVector, decode_shared, shared_operand
+from fusionkit.codecs.operands import Masked
 from fusionkit.codecs.packing import pack_bits, unpack_bits
 from fusionkit.codecs.values import ValueDtype
 from fusionkit.errors import CodecError
@@ -96,6 +97,11 @@ class TALLMask(DeltaCodec):
         """M_t ⊙ τ*."""
         merged = decode_shared(parts, shape, self.dtype)
         return merged.mul_(unpack_bits(parts["mask"], shape.numel()).view(shape))
+
+    def operand(self, parts: Parts, shape: torch.Size) -> Masked | None:
+        """The mask over the shared vector."""
+        shared = shared_operand(parts, shape, self.dtype)
+        return None if shared is None else Masked(shared.values, parts["mask"])
 
 
 @dataclass(frozen=True)

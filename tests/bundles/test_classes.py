@@ -12,6 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
@@ -355,6 +358,26 @@ def test_a_live_model_over_the_bundle_s_is_switched_whole(tmp_path: Path) -> Non
     assert torch.equal(whole.lm_head.weight, head)
     module.switch(None)
     assert torch.equal(whole.model.norm.weight, encoder.norm.weight)  # type: ignore[union-attr]
+
+
+def test_a_bare_encoder_that_has_moved(tmp_path: Path) -> None:
+    """Given from another place, it has the names that the classifiers over it have, as before."""
+    config = BertConfig(vocab_size=20, max_position_embeddings=8, **SIZES)
+    encoder = BertModel(config)
+    model = BertForSequenceClassification(config)
+    model.bert.load_state_dict(encoder.state_dict())
+    encoder.save_pretrained(tmp_path / "base")
+    moved(model).save_pretrained(tmp_path / "tuned")
+    paths = {"t": tmp_path / "tuned"}
+    bundle = compress(
+        tmp_path / "base", paths, Dense("fp32"), tmp_path / "b", private=["classifier.*"]
+    )
+    expected = bundle.state_dict("t")
+    shutil.move(tmp_path / "base", tmp_path / "elsewhere")
+    for given in (tmp_path / "elsewhere", BertModel.from_pretrained(tmp_path / "elsewhere")):
+        found = Bundle.load(tmp_path / "b", given).state_dict("t")
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_a_live_model_that_the_bundle_s_is_over_is_never_switched_in_part(tmp_path: Path) -> None:

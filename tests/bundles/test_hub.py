@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import minisign
 import pytest
 from hub import Hub
 from talking import bundle
@@ -14,6 +15,8 @@ from tiny_net import TESTS
 
 from fusionkit import Bundle, add_tasks
 from fusionkit.bundles.hub import MARK
+from fusionkit.bundles.sign_bundle import sign_bundle
+from fusionkit.bundles.signature import SIGNATURE
 
 pytestmark = pytest.mark.slow
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -148,3 +151,25 @@ def test_what_is_not_there_is_told(run: Run) -> None:
     done = run("pull", "someone/nothing", HF_HUB_OFFLINE="1")
     assert "can't be downloaded" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_signed_bundle_goes_there_and_comes_back(hub: Hub, run: Run, tmp_path: Path) -> None:
+    """Its signature is carried, and verified by what is pulled, unless it is another bundle."""
+    source, pair = bundle("llama, tied", tmp_path), minisign.KeyPair.generate()
+    (tmp_path / "team.key").write_bytes(bytes(pair.secret_key))
+    key = pair.public_key.to_base64().decode()
+    sign_bundle(source, tmp_path / "team.key")
+    assert run("push", str(source.path), NAME).returncode == 0
+    pushed = hub.repositories[NAME][-1]
+    assert pushed[SIGNATURE] == (source.path / SIGNATURE).read_bytes()
+    assert "signed" in pushed["README.md"].decode()
+    done = run("pull", NAME, "--out", "whole", "--key", key)
+    assert done.returncode == 0, done.stderr
+    assert Bundle(tmp_path / "whole", key=key).tasks == source.tasks
+    other = minisign.KeyPair.generate().public_key.to_base64().decode()
+    done = run("pull", NAME, "--out", "other", "--key", other)
+    assert done.returncode == 1
+    assert "is no signature of this manifest.json by the key" in done.stderr
+    done = run("push", str(source.path), NAME, "--base", "someone/base")
+    assert "and so what is pushed is not" in done.stderr
+    assert SIGNATURE not in hub.repositories[NAME][-1]

@@ -2,7 +2,11 @@
 
 import io
 import json
+import os
+import re
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +17,11 @@ from checks import check_same, contents
 from safetensors.torch import load_file, save_file
 from tiny_net import TASKS, Files
 
-from fusionkit import EMR, Bundle, Checkpoint, MagnitudePrune, add_tasks
+from fusionkit import EMR, Bundle, Checkpoint, Dense, MagnitudePrune, add_tasks
 from fusionkit.bundles.compress import compress
 from fusionkit.checkpoints import safetensors_file
 from fusionkit.checkpoints.checkpoint import find_checkpoints
+from fusionkit.checkpoints.paths import open_path
 from fusionkit.errors import BundleError, CheckpointError, FusionKitError
 from fusionkit.reuse.module import ReuseModule
 
@@ -64,8 +69,11 @@ def test_only_what_is_asked_for_is_fetched(store: Any, monkeypatch: pytest.Monke
         read(self, memory, start)
 
     monkeypatch.setattr(safetensors_file._RemoteFile, "read_into", count)
-    checkpoint = Checkpoint.of("memory://zoo/tasks/bee/model.safetensors")
-    assert not fetched
+    checkpoint = safetensors_file.SafetensorsFile(
+        open_path("memory://zoo/tasks/bee/model.safetensors"), "bee"
+    )
+    assert sum(fetched) == min(checkpoint._starts.values())  # the header
+    fetched.clear()
     tensor = checkpoint["hidden.weight"]
     assert sum(fetched) == tensor.nbytes
 
@@ -147,3 +155,65 @@ def test_a_file_cut_short_is_refused(store: Any) -> None:
         store.pipe("/zoo/cut.safetensors", cut)
         with pytest.raises(CheckpointError, match=r"cut\.safetensors: not a whole safetensors"):
             Checkpoint.of("memory://zoo/cut.safetensors")
+
+
+class Leaving(BaseHTTPRequestHandler):
+    """Serves a file for some requests, and then is gone in one way or another."""
+
+    content = b""
+    left = 0
+    way = ""
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        cls = type(self)
+        cls.left -= 1
+        if cls.left < 0 and cls.way == "missing":
+            self.send_error(404)
+        elif cls.left < 0 and cls.way == "cut":
+            self.send_response(206)
+            self.send_header("Content-Length", "100000")
+            self.end_headers()
+            self.wfile.write(b"0")
+        elif cls.left >= 0:
+            start, end = 0, len(cls.content) - 1
+            if asked := re.match(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
+                start, end = int(asked[1]), min(int(asked[2]), end)
+            self.send_response(206)
+            self.send_header("Accept-Ranges", "bytes")
+            self.send_header("Content-Range", f"bytes {start}-{end}/{len(cls.content)}")
+            self.send_header("Content-Length", str(end - start + 1))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(cls.content[start : end + 1])
+
+    do_HEAD = do_GET
+
+
+@pytest.mark.parametrize("way", ["missing", "cut", "silent"])
+def test_a_base_that_goes_while_it_is_read(tmp_path: Path, way: str) -> None:
+    """One error, whichever request it is; and no bundle."""
+    pytest.importorskip("aiohttp")
+    save_file({"w": torch.zeros(400, 100)}, tmp_path / "base.safetensors")
+    save_file({"w": torch.ones(400, 100)}, tmp_path / "a.safetensors")
+    Leaving.content, Leaving.way = (tmp_path / "base.safetensors").read_bytes(), way
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Leaving)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/base.safetensors"
+    try:
+        for requests in range(1, 8):
+            Leaving.left = requests
+            with pytest.raises(FusionKitError, match=r"base.safetensors"):
+                compress(url, {"a": tmp_path / "a.safetensors"}, Dense(), tmp_path / "b")
+            assert not (tmp_path / "b").exists()
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_pipe_is_no_checkpoint(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "base.safetensors")
+    with pytest.raises(CheckpointError, match=r"base.safetensors: is no file but a pipe"):
+        Checkpoint.of(tmp_path / "base.safetensors")

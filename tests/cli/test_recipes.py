@@ -104,24 +104,35 @@ def at_root(monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.slow
 def test_uncompressed_models_reproduce_their_scores(at_root: Path, tmp_path: Path) -> None:
-    """All eight, all test rows: to 0.2 points of what was measured when they were trained."""
+    """To 0.2 points what was measured when they were trained, of four tasks on all test rows.
+
+    Of the others, which have most, the first 200: what a bare loop over them finds, with neither
+    Trainer nor FusionKit.
+    """
+    own = {path.parent.name: json.loads(path.read_text()) for path in at_root.glob("*/result.json")}
+    wanted, data = {task: result["full_acc"] for task, result in own.items()}, {}
+    for task in own:
+        data[task] = SHARED / "data/text" / task
+        rows = gzip.decompress((data[task] / "test.tsv.gz").read_bytes()).splitlines()
+        if len(rows) > 1000:
+            data[task] = tmp_path / task
+            data[task].mkdir()
+            (data[task] / "test.tsv.gz").write_bytes(gzip.compress(b"\n".join(rows[:200])))
+            wanted[task] = _bare_score(at_root, task, data[task])
+    assert sum(path.parent == tmp_path for path in data.values()) == 4
     run(
         *("test", "--config", TEXT / "emr.yaml", "--model.bundle=null", "--model.codec=null"),
+        f"--data.tasks={json.dumps(data, default=str)}",
         *("--out", tmp_path, "--trainer.enable_progress_bar=false"),
     )
-    rows = {row["task"]: row for row in csv.DictReader((tmp_path / "scores.csv").open())}
-    own = {path.parent.name: json.loads(path.read_text()) for path in at_root.glob("*/result.json")}
-    assert rows.keys() - {"mean"} == own.keys()
-    # The rows of subj were drawn anew after its model had been scored: a bare loop over them, with
-    # neither Trainer nor FusionKit, is its reference.
-    wanted = {task: result["full_acc"] for task, result in own.items()}
-    wanted["subj"] = _bare_score(at_root, "subj")
+    scores = {row["task"]: row for row in csv.DictReader((tmp_path / "scores.csv").open())}
+    assert scores.keys() - {"mean"} == own.keys()
     for task, score in wanted.items():
-        assert float(rows[task]["score"]) == pytest.approx(score, abs=0.002), task
+        assert float(scores[task]["score"]) == pytest.approx(score, abs=0.002), task
 
 
-def _bare_score(folder: Path, task: str) -> float:
-    """Accuracy of a fine-tuned checkpoint, in plain transformers."""
+def _bare_score(folder: Path, task: str, data: Path) -> float:
+    """Accuracy of a fine-tuned checkpoint on test rows, in plain transformers."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     names = json.loads((folder / task / "labels.json").read_text())["labels"]
@@ -130,7 +141,7 @@ def _bare_score(folder: Path, task: str) -> float:
     state = load_file(folder / task / "model.safetensors")
     model.load_state_dict({name: t.float() for name, t in state.items()}, strict=False)
     tokenizer = AutoTokenizer.from_pretrained(path)
-    text = gzip.decompress((SHARED / "data/text" / task / "test.tsv.gz").read_bytes()).decode()
+    text = gzip.decompress((data / "test.tsv.gz").read_bytes()).decode()
     rows = [line.split("\t", 1) for line in text.splitlines()]
     right = 0
     with torch.inference_mode():

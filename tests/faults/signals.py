@@ -61,6 +61,7 @@ def run(line: Line, folder: Path, moment: int, number: int) -> tuple[int, str, i
     """
     count = 0
     journal._DUE = 0
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` has it ignored
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal count
