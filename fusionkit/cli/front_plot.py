@@ -31,6 +31,8 @@ MARKERS = {
 _DASHES: tuple[Any, ...] = ("-", "--", "-.", ":")
 _CROWDED = 0.95
 """Share from which on codecs are so near to the fine-tuned models that losses are drawn."""
+_ABOVE = 1.01
+"""Share above which none may be for that."""
 _ROOM = 0.25
 """How far above the highest share, in percent, the axis of losses ends."""
 _TICKS = (0, 50, 80, 90, 95, 98, 99, 99.5, 99.8, 100)
@@ -120,7 +122,12 @@ def outer(marks: Iterable[Mark]) -> list[Mark]:
 
 
 def crowded(values: Sequence[float]) -> bool:
-    """Whether shares crowd near that of the fine-tuned models, so that losses are to be drawn."""
+    """Whether shares crowd near that of the fine-tuned models, so that losses are to be drawn.
+
+    Not so where one is well above it: losses, counted from there, would tell no others apart.
+    """
+    if any(value > _ABOVE for value in values):
+        return False
     near = sum(value >= _CROWDED for value in values)
     return near >= 3 or 2 * near > len(values)
 

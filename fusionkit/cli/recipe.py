@@ -30,7 +30,10 @@ from fusionkit.reuse.module import ReuseModule
 
 _DATA = tuple(
     f"fusionkit.tasks.{name}"
-    for name in ("digits", "image_files", "images", "language_data", "lm_eval", "texts")
+    for name in (
+        *("digits", "image_files", "image_questions", "image_text_pairs", "images"),
+        *("language_data", "lm_eval", "texts"),
+    )
 )
 """The modules that have datamodules."""
 

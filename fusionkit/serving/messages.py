@@ -4,6 +4,7 @@ There, the engine runs in a process of its own, so that neither waits for the ot
 message between them is a list: under load one trip carries what many requests have to say.
 """
 
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
@@ -107,3 +108,5 @@ class Outbox:
                 self._send(items)
             except (EOFError, OSError):  # the other side has ended
                 return
+            except Exception:  # one that can't be sent must not keep the others
+                traceback.print_exc()

@@ -103,12 +103,13 @@ class Server(LitServer):  # type: ignore[misc]
 
     def _make_app(self, ready: Ready) -> None:
         settings, link, health = self._settings, Link(ready), Health()
-        place = f"[{settings.host}]" if ":" in settings.host else settings.host
+        parent = os.getpid()
+        children = [each.pid for each in multiprocessing.active_children() if each.pid]
         figures = Figures()
 
         @asynccontextmanager
         async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-            queue = self._get_request_queue(self._channel)
+            queue = self.litapi_request_queues[self._channel]
 
             def put(commands: list[Command]) -> None:
                 queue.put((0, CHANNEL, time.monotonic(), commands))
@@ -116,21 +117,34 @@ class Server(LitServer):  # type: ignore[misc]
             self.response_buffer[CHANNEL] = ResponseBufferItem(asyncio.Event(), link)
             async with self.lifespan(app):
                 link.open(put)
-                watching = asyncio.ensure_future(link.watch())
+                beside = link.watch(), _end_with(parent, children), self._announce(ready)
+                tasks = [asyncio.ensure_future(each) for each in beside]
                 ending = _Ending(link, health, settings.limits.grace, self._tell)
                 ending.hear()
-                self._tell(
-                    f"serving {len(ready.tasks)} tasks on http://{place}:{settings.port}; Ctrl-C "
-                    "stops"
-                )
-                log("started", tasks=len(ready.tasks), kind=ready.kind)
                 yield
-                watching.cancel()
+                for task in tasks:
+                    task.cancel()
                 with suppress(StoppedError, TimeoutError):
                     await asyncio.wait_for(link.call("stop", 1.0), 3.0)
                 log("stopped")
 
         self.app = app_of(settings, link, figures, health, lifespan)
+
+    async def _announce(self, ready: Ready) -> None:
+        """Say that it serves, as soon as it does: uvicorn listens after all else has begun."""
+        host, port = self._settings.host, self._settings.port
+        own = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
+        while True:
+            try:
+                _, writer = await asyncio.open_connection(own, port)
+            except OSError:
+                await asyncio.sleep(0.02)
+                continue
+            writer.close()
+            break
+        log("started", tasks=len(ready.tasks), kind=ready.kind)
+        place = f"[{host}]" if ":" in host else host
+        self._tell(f"serving {len(ready.tasks)} tasks on http://{place}:{port}; Ctrl-C stops")
 
 
 class _Ending:
@@ -169,6 +183,16 @@ class _Ending:
             f"and have {self._grace:g} s"
         )
         asyncio.get_running_loop().call_later(self._grace, self._link.stop)
+
+
+async def _end_with(parent: int, children: list[int]) -> None:
+    """End when the process that started this one has been killed, and what else it started."""
+    while os.getppid() == parent:
+        await asyncio.sleep(1.0)
+    for each in children:
+        with suppress(ProcessLookupError):
+            os.kill(each, signal.SIGKILL)
+    os._exit(1)
 
 
 def _check_port(host: str, port: int) -> None:

@@ -68,6 +68,23 @@ def dual_encoder(path: str, pretrained: bool = True) -> DualEncoder:
     return _OpenClip(theirs, pretrained) if theirs else _Transformers(place, pretrained)
 
 
+def both_towers(path: str, pretrained: bool = True) -> nn.Module:
+    """The whole of a dual encoder, a model for recipes: for tasks of images and texts.
+
+    Args:
+        path: as of `dual_encoder`.
+        pretrained: as of `dual_encoder`.
+
+    Returns:
+        the model, in eval mode; it returns features of images and of texts.
+
+    Raises:
+        FusionKitError: as of `dual_encoder`.
+    """
+    model: nn.Module = dual_encoder(path, pretrained).module
+    return model
+
+
 class ImageClassifier(nn.Module):
     """The image tower of a dual encoder under a linear head: the logits of each task's classes.
 

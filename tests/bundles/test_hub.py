@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -23,30 +24,80 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 NAME = "someone/talk"
 
 
-@pytest.fixture
-def hub() -> Iterator[Hub]:
+VERBS = """
+import io, json, os, sys
+from contextlib import redirect_stderr, redirect_stdout
+from fusionkit.cli.main import main
+for line in sys.stdin:
+    folder, args = json.loads(line)
+    os.chdir(folder)
+    before = dict(os.environ)  # as `--key` says there what it is
+    out, errors, code = io.StringIO(), io.StringIO(), 0
+    with redirect_stdout(out), redirect_stderr(errors):
+        try:
+            main(args)
+        except SystemExit as ended:
+            code = ended.code or 0
+    os.environ.clear()
+    os.environ.update(before)
+    print(json.dumps([code, out.getvalue(), errors.getvalue()]), flush=True)
+"""
+"""Runs verbs one after another: most of what one takes is its imports."""
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Hub]:
     made = Hub()
     yield made
     made.close()
 
 
 @pytest.fixture
-def run(hub: Hub, tmp_path: Path) -> Run:
+def hub(server: Hub, environment: dict[str, str]) -> Hub:
+    """Empty, as the cache is."""
+    shutil.rmtree(Path(environment["HF_HOME"]) / "hub", ignore_errors=True)
+    server.repositories.clear()
+    server.served.clear()
+    server.refuse = set()
+    return server
+
+
+@pytest.fixture(scope="module")
+def environment(server: Hub, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Where the stand-in is the Hub, which is looked at when its library is imported."""
+    return {
+        **os.environ,
+        "PYTHONPATH": f"{TESTS.parent}:{TESTS}",
+        "HF_ENDPOINT": server.url,
+        "HF_HOME": str(tmp_path_factory.mktemp("cache")),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_TOKEN": "hf_none",
+    }
+
+
+@pytest.fixture(scope="module")
+def verbs(environment: dict[str, str]) -> Iterator["subprocess.Popen[str]"]:
+    line = [sys.executable, "-c", VERBS]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(line, env=environment, text=True, **pipes) as process:  # type: ignore[call-overload]
+        yield process
+        process.stdin.close()
+
+
+@pytest.fixture
+def run(environment: dict[str, str], verbs: "subprocess.Popen[str]", tmp_path: Path) -> Run:
     """Runs `fusionkit VERB …`, or Python code, where the stand-in is the Hub."""
 
     def run(*args: str, **settings: str) -> "subprocess.CompletedProcess[str]":
-        environment = {
-            **os.environ,
-            "PYTHONPATH": f"{TESTS.parent}:{TESTS}",
-            "HF_ENDPOINT": hub.url,
-            "HF_HOME": str(tmp_path / "cache"),
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_TOKEN": "hf_none",
-            **settings,
-        }
+        if args[0] != "-c" and not settings:
+            assert verbs.stdin
+            assert verbs.stdout
+            print(json.dumps([str(tmp_path), args]), file=verbs.stdin, flush=True)
+            return subprocess.CompletedProcess(args, *json.loads(verbs.stdout.readline()))
         line = [sys.executable, *(args if args[0] == "-c" else ("-m", "fusionkit", *args))]
+        own = {**environment, **settings}
         return subprocess.run(
-            line, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+            line, env=own, cwd=tmp_path, capture_output=True, text=True, check=False
         )
 
     return run

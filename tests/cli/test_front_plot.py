@@ -94,6 +94,7 @@ def test_the_front_is_what_nothing_smaller_outdoes() -> None:
 def test_losses_are_drawn_where_shares_crowd() -> None:
     assert crowded([0.99, 0.97, 0.96, 0.5, 0.4, 0.3, 0.2])
     assert not crowded([0.99, 0.6, 0.7, 0.8])
+    assert not crowded([0.99, 0.97, 0.96, 1.06])  # from 106% on, 99 and 100 would be one tick
     figure = drawn(field(35))
     (axes,) = figure.axes
     place = axes.transData.transform([[1, 98], [1, 99], [1, 99.5], [1, 99.8]])[:, 1]

@@ -117,8 +117,9 @@ def take_nothing(server: Served, models: Path, draw: random.Random) -> None:
     made.settimeout(60)
     while b"data: [DONE]" not in read:
         piece = made.recv(1 << 16)
-        assert piece, read[-500:]
         read += piece
+        assert piece, read[-500:]
+        assert b" 200 OK" in read, read
     made.close()
 
 
@@ -228,11 +229,14 @@ def main(seconds: float = 60, seed: int = 0) -> None:
             expected = answers(server)
             others = Others(server, expected, 8)
             end = time.monotonic() + seconds
-            while time.monotonic() < end:
-                fault = draw.choice(FAULTS if draw.random() < 0.9 else CHANGES)
-                fault(server, models, draw)
-                counts[fault.__name__] += 1
-            others.end()
+            try:
+                while time.monotonic() < end:
+                    fault = draw.choice(FAULTS if draw.random() < 0.9 else CHANGES)
+                    fault(server, models, draw)
+                    counts[fault.__name__] += 1
+            finally:
+                others.end()
+                print(*server.told, sep="\n")
             print(f"{dict(counts)}; others: {others.answered} right, {len(others.wrong)} wrong")
             print(*others.wrong[:5], sep="\n")
             _kill_the_model(server, expected)

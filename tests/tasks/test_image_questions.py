@@ -8,7 +8,9 @@ import pytest
 import tiny_clip
 import tiny_vision_language
 import torch
+import yaml
 from PIL import Image
+from program import run
 from tiny_tasks import trainer
 
 import fusionkit
@@ -138,6 +140,35 @@ class TestWholeWay:
         with torch.no_grad():
             assert kind.texts(kind.answers(model, batch)) == said
             assert torch.isfinite(kind.loss_of(model, batch))
+
+
+def test_a_recipe(llava: Path, images: list[Path], tmp_path: Path) -> None:
+    tuned_of(llava, tmp_path / "tuned")
+    content = {
+        "model": {
+            "model": {
+                "class_path": "fusionkit.tasks.models.image_text_lm",
+                "init_args": {"path": str(llava)},
+            },
+            "finetuned": {"vqa": str(tmp_path / "tuned")},
+            "codec": "emr",
+            "metric": "WordF1",
+        },
+        "data": {
+            "class_path": "image_questions",
+            "init_args": {
+                "tasks": {"vqa": str(rows_of(tmp_path / "vqa.jsonl", images, ["x"] * 6))},
+                "processor": str(llava),
+                "prompt": PROMPT,
+                "generation": NEW,
+            },
+        },
+        "trainer": {"accelerator": "cpu", "enable_progress_bar": False, "logger": False},
+        "out": str(tmp_path / "out"),
+    }
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(content))
+    assert "WordF1" in run("test", "--config", recipe)
 
 
 class TestRefusals:

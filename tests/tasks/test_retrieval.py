@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import tiny_clip
 import torch
+import yaml
 from PIL import Image
+from program import run
 from tiny_tasks import trainer
 from torch import Tensor, nn
 from torchmetrics.retrieval import RetrievalHitRate, RetrievalRecall
@@ -190,6 +192,33 @@ class TestTask:
         learned = bundle.manifest.tasks["t"].calibration
         assert learned is not None
         assert learned.loss_after <= learned.loss_before
+
+
+def test_a_recipe(clip: Path, pairs: Path, tmp_path: Path) -> None:
+    from transformers import CLIPModel
+
+    tiny_clip.changed(CLIPModel.from_pretrained(clip), 1).save_pretrained(tmp_path / "tuned")
+    content = {
+        "model": {
+            "model": {
+                "class_path": "fusionkit.tasks.dual_encoders.both_towers",
+                "init_args": {"path": str(clip)},
+            },
+            "finetuned": {"t": str(tmp_path / "tuned")},
+            "codec": "emr",
+        },
+        "data": {
+            "class_path": "image_text_pairs",
+            "init_args": {"tasks": {"t": str(pairs)}, "encoder": str(clip)},
+        },
+        "trainer": {"accelerator": "cpu", "enable_progress_bar": False, "logger": False},
+        "out": str(tmp_path / "out"),
+    }
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(content))
+    said = run("test", "--config", recipe)
+    assert "CrossModalRecall" in said
+    assert "text_to_image@10" in said
 
 
 class TestData:
