@@ -309,7 +309,9 @@ def _setting(value: object, kind: Any, place: str, levels: int) -> Any:
 
     plain = _from_json(value, place, levels)
     try:
-        return msgspec.convert(plain, kind, dec_hook=nested)
+        found = msgspec.convert(plain, kind, dec_hook=nested)
+        # A whole number where a float may stand stays one: messages show it as it was given.
+        return plain if isinstance(plain, int) and found == plain else found
     except msgspec.ValidationError as error:
         raise PluginError(f"{place}: {str(error).replace(' - at `$', ' at `')}") from error
     except (TypeError, NotImplementedError):  # an annotation that JSON knows nothing of

@@ -69,9 +69,10 @@ def switched(folder: Path, switches: int, tasks: int) -> Found:
     draw, wrong, compared = random.Random(0), 0, 0
     before = (0, 0)
     for count in range(switches):
-        if count == switches // 4:
+        if count == max(switches // 4, 4 * tasks):
             before = memory(), files()
-        task = draw.choice(list(known))
+        first = count < 2 * tasks  # each by either way
+        task = f"t{count // 2}" if first else draw.choice(list(known))
         model = module.model if count % 2 else plain
         if count % 2:
             module.switch(task)
