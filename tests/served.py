@@ -63,7 +63,7 @@ class Served:
         threading.Thread(target=self._read_told, daemon=True).start()
 
     def __enter__(self) -> "Served":
-        end = time.monotonic() + 120
+        end = time.monotonic() + 300
         while not any("serving" in line for line in self.told):
             assert self.process.poll() is None, self.told
             assert time.monotonic() < end, self.told
@@ -79,7 +79,7 @@ class Served:
         """Send a signal, and wait for the end; the exit code."""
         self.process.send_signal(number)
         try:
-            return self.process.wait(timeout=60)
+            return self.process.wait(timeout=180)
         finally:
             if self.process.poll() is None:
                 os.killpg(self.process.pid, signal.SIGKILL)

@@ -19,6 +19,7 @@ from fusionkit.reuse.mixed_layers import (
     TransposedLayer,
 )
 from fusionkit.reuse.operands import Target
+from fusionkit.reuse.scale_layer import ScaleLayer
 from fusionkit.reuse.seen import Seen
 
 _EXPERTS = re.compile(r"(^|\.)[^.]*experts?(\.|$)", re.IGNORECASE)
@@ -229,7 +230,7 @@ def _kind(module: nn.Module) -> type[Layer]:
         return NormLayer
     if type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers."):
         return TransposedLayer
-    return GroupLayer
+    return ScaleLayer if ScaleLayer.fits(module) else GroupLayer
 
 
 def _ends(path: str) -> Iterator[int]:

@@ -88,6 +88,15 @@ class MixedBatch:
         if task is not None:
             self._operands(task)
 
+    def holds(self, task: str | None) -> bool:
+        """Whether a task's operands are at hand, so that `ready` need not read them.
+
+        Raises:
+            BundleError: the bundle has no such task.
+        """
+        self._check_known([task])
+        return task is None or self._held.peek(task, self._record(task)) is not None
+
     def forget(self, task: str) -> None:
         """Let go of a task's operands; a batch that runs keeps them to its end."""
         self._held.forget(lambda each: each == task)
@@ -127,7 +136,8 @@ class MixedBatch:
         if not tasks:
             raise FusionKitError("a batch has no rows; give a task, or None, for each row")
         self._check_known(tasks)
-        if not self._running.acquire(blocking=False):
+        # Where no batch runs, a thread that readies a task may look at the model for a moment.
+        if not self._running.acquire(blocking=self._owner is None):
             raise FusionKitError(
                 "another batch runs on this model; run one at a time, or have a model for each"
             )

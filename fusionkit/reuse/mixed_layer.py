@@ -92,6 +92,7 @@ class Layer:
         self.module, self.path = module, path or type(module).__name__
         self.leaves: list[Leaf] = []
         self._held: list[Tensor] = []
+        self._guards: list[tuple[Tensor, Tensor]] = []  # of each tensor, made once
         self._before: Any = None
         self._forward: Callable[..., Any] = module.forward
 
@@ -100,8 +101,16 @@ class Layer:
         self._before = self.module.__dict__.get("forward")
         self._forward = self.module.forward
         self._held = [leaf.now() for leaf in self.leaves]
-        for leaf, tensor in zip(self.leaves, self._held, strict=True):
-            leaf.put(held(tensor, leaf.full))
+        before = self._guards
+        if len(before) != len(self._held) or any(
+            tensor is not own for tensor, (own, _) in zip(self._held, before, strict=True)
+        ):
+            self._guards = [
+                (tensor, held(tensor, leaf.full))
+                for leaf, tensor in zip(self.leaves, self._held, strict=True)
+            ]
+        for leaf, (_, guard) in zip(self.leaves, self._guards, strict=True):
+            leaf.put(guard)
         self.module.__dict__["forward"] = lambda *args, **kwargs: self(running, *args, **kwargs)
 
     def leave(self) -> None:

@@ -153,6 +153,7 @@ class Engine:
             does = "generate text" if self.kind == "generation" else "classify rows"
             raise RequestError(f"the models of {self._bundle.path} {does}, and do nothing else")
         self._check(request.task)
+        known = self._served.known(request.task) is not None and self._mixed.holds(request.task)
         ticket = Ticket(request, to)
         with self._changed:
             if self._stop_at is not None:
@@ -162,7 +163,7 @@ class Engine:
                     f"{self._max_queue} requests wait already, as many as may; ask again later"
                 )
             self._preparing += 1
-        if self._served.known(request.task) is None:
+        if not known:
             self._loader.submit(self._prepare, ticket)
         elif isinstance(request, Generate) and isinstance(request.prompt, tuple):
             self._prepare(ticket)

@@ -22,6 +22,9 @@ _FAULTS = 3
 """Steps that may fail one after the other without any row that fails by itself."""
 _PATIENCE = 64
 """Steps after which one row more may run, where memory ran out before."""
+_TOGETHER = 8
+"""Of so many rows one: as many places are to be free before rows join, where more rows wait than
+there is room for, and before rows that ended leave. Other rows cost what is worked out for them."""
 
 Told = list[tuple[Row, Answer]]
 """What rows' clients are to be told."""
@@ -40,7 +43,8 @@ class Generation:
         FusionKitError: the model does not answer rows of a batch as it answers them alone.
 
     Attributes:
-        rows: those that run; of one task side by side, as the model goes through them task by task.
+        rows: those that run, and some that ended; of one task side by side, as the model goes
+            through them task by task.
         resumed: rows that memory had no room for; they join again with what they have.
     """
 
@@ -57,7 +61,7 @@ class Generation:
     @property
     def running(self) -> list[Row]:
         """The rows that run, and those that have to join again."""
-        return [*self.rows, *self.resumed]
+        return [*(row for row in self.rows if not row.ended), *self.resumed]
 
     @property
     def cache_bytes(self) -> int:
@@ -91,13 +95,16 @@ class Generation:
         return Row(ticket, task, prompt, longest)
 
     def choose(self, waiting: Sequence[Row]) -> list[Row]:
-        """As many as there is room for."""
-        return [*waiting[: max(self._most - len(self.running), 0)]]
+        """As many as there is room for; if that is little, and more wait, none for a while."""
+        running = len(self.running)
+        room = max(self._most - running, 0)
+        few = room < min(len(waiting), self._most // _TOGETHER)
+        return [] if few and running else [*waiting[:room]]
 
     def turn(self, rows: Sequence[Row]) -> Told:
         """Rows join; then a token for each."""
-        count = max(self._most - len(self.rows) - len(rows), 0)
-        again, self.resumed = self.resumed[:count], self.resumed[count:]
+        room = max(self._most - len(self.running) + len(self.resumed) - len(rows), 0)
+        again, self.resumed = self.resumed[:room], self.resumed[room:]
         told = self.join([*again, *rows]) if again or rows else []
         return told + (self.step() if self.rows else [])
 
@@ -110,6 +117,7 @@ class Generation:
 
         A row whose prompt the model fails over ends with the error; the others don't notice.
         """
+        self._arrange()
         told: Told = []
         for group in _of_size(sorted(rows, key=lambda row: row.length)):
             for part, found in answered(by_task(group), self._read):
@@ -141,7 +149,9 @@ class Generation:
             if self._tally.steps % _PATIENCE == 0:
                 self._most = min(self._most + 1, self._max_rows)
             told = self._taken(self.rows, logits)
-            self._arrange()
+            ended = sum(row.ended for row in self.rows)
+            if ended == len(self.rows) or ended >= max(self._most // _TOGETHER, 1):
+                self._arrange()
             return told
         return self._mended(failed)
 
@@ -163,6 +173,9 @@ class Generation:
         return self._calls.ahead(names, last, [row.length for row in rows], cache)
 
     def _taken(self, rows: Sequence[Row], logits: Tensor) -> Told:
+        live = [place for place, row in enumerate(rows) if not row.ended]
+        if len(live) < len(rows):
+            rows, logits = [rows[place] for place in live], logits[live]
         tokens = next_tokens(logits, [row.draw for row in rows])
         self._tally.tokens += len(rows)
         told: Told = []
@@ -185,6 +198,7 @@ class Generation:
     def _mended(self, error: Exception) -> Told:
         """After a failed step: rows over which the model fails by themselves end."""
         release(error)
+        self._arrange()
         if no_memory(error) and len(self.rows) > 1:
             self._most = len(self.rows) // 2
             self.resumed += self.rows[self._most :]

@@ -1,14 +1,15 @@
 """The engine under load, within the process, against the bare model called in batches as large.
 
 A closed loop: 64 clients, each asking again as soon as it has its answer, of tasks at random. The
-model has 32 rows at once, and FusionKit's default number of threads.
+model has 32 rows at once, and one thread. Rates are by the processor's time, of all threads of the
+process, so that what else the machine does counts little.
 
 **text**: the eight classifiers of `../shared/zoo/text`, rows a second. The bare model is the base,
 called over the same rows, tokenised beforehand, in the order in which they are asked.
 
 **lm**: the five language models of `../shared/zoo/lm`, tokens a second, up to 48 a prompt. The bare
-model is the base, called over 32 prompts, and then token by token with transformers' own cache;
-transformers' `generate` beside it.
+model is the base, called over 32 prompts, and then token by token with transformers' own cache, for
+as many tokens as the engine's answers have on average; transformers' `generate` beside it.
 
 Every answer is checked against the task's own model by itself: probabilities to 1e-4, texts token
 for token.
@@ -106,13 +107,13 @@ def under_load(
     """Clients that ask for so long → pairs of a request and its answer, and seconds."""
     found: list[Any] = []
     order = iter(range(10**9))
-    start, ended, lock = time.perf_counter(), threading.Event(), threading.Lock()
+    start, ended, lock = time.process_time(), threading.Event(), threading.Lock()
     running = CLIENTS
 
     def ask() -> None:
         nonlocal running
         with lock:
-            if time.perf_counter() - start > seconds:
+            if time.process_time() - start > seconds:
                 running -= 1
                 if not running:
                     ended.set()
@@ -128,7 +129,7 @@ def under_load(
     for _ in range(CLIENTS):
         ask()
     ended.wait()
-    return found, time.perf_counter() - start
+    return found, time.process_time() - start
 
 
 def bare_text(bundle: Bundle, requests: Sequence[Any], seconds: float) -> float:
@@ -141,40 +142,42 @@ def bare_text(bundle: Bundle, requests: Sequence[Any], seconds: float) -> float:
         )
         for at in range(0, len(requests) - ROWS, ROWS)
     ]
-    start, count = time.perf_counter(), 0
+    start, count = time.process_time(), 0
     with torch.inference_mode():
-        while time.perf_counter() - start < seconds:
+        while time.process_time() - start < seconds:
             model(**batches[count % len(batches)])
             count += 1
-    return ROWS * count / (time.perf_counter() - start)
+    return ROWS * count / (time.process_time() - start)
 
 
-def bare_lm(bundle: Bundle, requests: Sequence[Any], seconds: float, plain: bool) -> float:
-    """Tokens a second."""
+def bare_lm(
+    bundle: Bundle, requests: Sequence[Any], seconds: float, length: int, plain: bool
+) -> float:
+    """Tokens a second, of answers of a length."""
     model = fusionkit.load(bundle)
     model.generation_config.eos_token_id = None
-    start, count = time.perf_counter(), 0
+    start, count = time.process_time(), 0
     with torch.inference_mode():
-        while time.perf_counter() - start < seconds:
+        while time.process_time() - start < seconds:
             rows = [requests[(count + row) % len(requests)].prompt for row in range(ROWS)]
             width = max(map(len, rows))
             ids = torch.tensor([[0] * (width - len(row)) + [*row] for row in rows])
             mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
             if plain:
-                greedy(model, ids, mask)
+                greedy(model, ids, mask, length)
             else:
                 model.generate(
-                    input_ids=ids, attention_mask=mask, max_new_tokens=ANSWER, do_sample=False
+                    input_ids=ids, attention_mask=mask, max_new_tokens=length, do_sample=False
                 )
             count += ROWS
-    return ANSWER * count / (time.perf_counter() - start)
+    return length * count / (time.process_time() - start)
 
 
-def greedy(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> None:
+def greedy(model: Any, ids: torch.Tensor, mask: torch.Tensor, length: int) -> None:
     """The model's calls for so many tokens, and nothing else."""
     cache = DynamicCache()
     places = (mask.cumsum(-1) - 1).clamp(min=0)
-    for _ in range(ANSWER):
+    for _ in range(length):
         found = model(
             input_ids=ids, attention_mask=mask, position_ids=places, cache=cache, logits_to_keep=1
         )
@@ -240,9 +243,10 @@ def measured(kind: str, rank: int, seconds: float) -> Iterator[str]:
         if kind == "text":
             bare = {"bare model": bare_text(bundle, requests, seconds)}
         else:
+            length = round(made / len(found))
             bare = {
-                "bare model": bare_lm(bundle, requests, seconds, plain=True),
-                "generate": bare_lm(bundle, requests, seconds, plain=False),
+                "bare model": bare_lm(bundle, requests, seconds, length, plain=True),
+                "generate": bare_lm(bundle, requests, seconds, length, plain=False),
             }
         for name, value in bare.items():
             yield f"{kind}: {name} {value:.0f} {what}; the engine's share {rate / value:.0%}"
@@ -256,6 +260,7 @@ if __name__ == "__main__":
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=20)
     given = parser.parse_args()
+    torch.set_num_threads(1)
     for each in given.kind:
         for line in measured(each, given.rank, given.seconds):
             print(line, flush=True)

@@ -281,3 +281,24 @@ def test_a_weight_that_is_read_past_its_layer_is_refused() -> None:
         batch.rows(["ant", "bee"]),
     ):
         base(torch.randn(2, 4))
+
+
+def test_a_batch_waits_for_a_thread_that_looks_at_the_model(batch: MixedBatch) -> None:
+    """As one does that readies a task which came later, with tensors that no other task has."""
+    batch._running.acquire()
+    looking = threading.Timer(0.1, batch._running.release)
+    looking.start()
+    with batch.rows([None, "ant"]):
+        pass
+    looking.join()
+
+
+def test_what_is_held_is_known(batch: MixedBatch) -> None:
+    assert batch.holds(None)
+    assert not batch.holds("ant")
+    batch.ready("ant")
+    assert batch.holds("ant")
+    batch.forget("ant")
+    assert not batch.holds("ant")
+    with pytest.raises(BundleError, match="has no task 'wasp'"):
+        batch.holds("wasp")
