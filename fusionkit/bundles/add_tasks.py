@@ -18,7 +18,7 @@ from fusionkit.checkpoints.checkpoint import Checkpoint, Source, find_checkpoint
 from fusionkit.checkpoints.disk import check_space
 from fusionkit.checkpoints.stacks import rows_of
 from fusionkit.checkpoints.view import View
-from fusionkit.errors import BundleError, CodecError, listing
+from fusionkit.errors import BundleError, CodecError, FamilyError, listing
 from fusionkit.task_vectors.family import Family
 from fusionkit.task_vectors.progress import followed
 from fusionkit.task_vectors.workers import Progress, Workers
@@ -65,7 +65,10 @@ def add_tasks(
         followed(progress, "adding") as callback,
         changing(bundle.path, bundle.manifest) as folder,
     ):
-        family = _family(bundle, finetuned, callback)
+        try:
+            family = _family(bundle, finetuned, callback)
+        except FamilyError as error:
+            raise FamilyError(f"{bundle.path}: {error}") from error
         check_space(folder, bundle_needs(family, bundle.codec))
         shared = bundle.shared_parts if keep_shared else None
         names = bundle.manifest.base.tensors
