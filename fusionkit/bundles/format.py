@@ -24,6 +24,7 @@ from collections.abc import Iterable
 from hashlib import sha256
 from urllib.parse import quote
 
+from fusionkit.checkpoints.json_text import is_text
 from fusionkit.checkpoints.path_text import one_form
 from fusionkit.errors import BundleError
 
@@ -65,10 +66,14 @@ def refuse_alike(tasks: Iterable[str]) -> None:
     """Refuse tasks that nobody can tell from each other, nor some file systems.
 
     Raises:
-        BundleError: two names differ in their Unicode form alone.
+        BundleError: two names differ in their Unicode form alone, or one is no text.
     """
     known: dict[str, str] = {}
     for task in tasks:
+        if not is_text(task):
+            raise BundleError(
+                f"task {task!a}: its name is not UTF-8, which bundles keep names in; rename it"
+            )
         other = known.setdefault(one_form(task), task)
         if other != task:
             raise BundleError(

@@ -121,8 +121,17 @@ class BaseRecord(_Record, frozen=True):
 
     @classmethod
     def of(cls, family: Family) -> "BaseRecord":
-        """Fingerprint a family's base: one read of each tensor, shared out like a pass."""
+        """Fingerprint a family's base: one read of each tensor, shared out like a pass.
+
+        Raises:
+            BundleError: its path, or a tensor's name, is no text.
+        """
         base, workers = family.base, family.workers
+        for name in (base.label, *family.roles):
+            if not is_text(name):
+                raise BundleError(
+                    f"{name!a}: is not UTF-8, which bundles keep names and paths in; rename it"
+                )
         sizes = {name: base.specs[name].numel for name in family.roles}
         own = {name: sizes[name] for name in workers.share(sizes)}
         found = dict(workers.run(lambda name: _sha256(base, name), own, counted=False))

@@ -177,3 +177,14 @@ def test_tasks_that_look_the_same_are_refused() -> None:
     bundle = compress("~/base.safetensors", {COMPOSED: tuned}, EMR(), "b")
     with pytest.raises(BundleError, match=said):
         add_tasks(bundle, {DECOMPOSED: tuned}, keep_shared=True)
+
+
+def test_what_is_no_text_is_refused_before_any_work() -> None:
+    """A manifest could not be read again."""
+    tuned, base = "~/tuned/ant.safetensors", Path("ba\udcffse.safetensors")
+    with pytest.raises(BundleError, match=r"task 'a\\udcff': its name is not UTF-8"):
+        compress("~/base.safetensors", {"a\udcff": tuned}, EMR(), "b")
+    base.write_bytes(Path("~/base.safetensors").expanduser().read_bytes())
+    with pytest.raises(BundleError, match=r"ba\\udcffse\.safetensors': is not UTF-8"):
+        compress(str(base), {"ant": tuned}, EMR(), "b")
+    assert here() == [base.name]
