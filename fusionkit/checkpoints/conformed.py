@@ -155,7 +155,9 @@ class Conformed(View):
             self.prefetch(name)
 
     def touches(self, name: str) -> bool:
-        """As below."""
+        """As below; what is not seen here may be anything."""
+        if name not in self._made:
+            return super().touches(name)
         return any(self._below.touches(source) for source in self._sources(name))
 
     def delta(self, name: str) -> Tensor | None:

@@ -94,7 +94,7 @@ def _opened(
         if checkpoint.architecture is None and known is not None:
             checkpoint = conformed(checkpoint, known)
         elif known is not None and not any(name in wanted for name in checkpoint):
-            checkpoint = _within(checkpoint, known, wanted)
+            checkpoint = _within(checkpoint, known, wanted, is_base=shorter)
         return renamed(checkpoint, wanted, rename, ignore, shorter)
 
     start = fitted(start, next(iter(whole.values()), ()), shorter=True)
@@ -109,14 +109,19 @@ def _opened(
     return Opened(start, opened, None)
 
 
-def _within(checkpoint: Checkpoint, known: Architecture, wanted: Collection[str]) -> Checkpoint:
+def _within(
+    checkpoint: Checkpoint, known: Architecture, wanted: Collection[str], is_base: bool
+) -> Checkpoint:
     """A model of another class than the one that is known, which may be a part of it.
 
-    So is a bare encoder of a classifier, or one tower of two, whose own tensors have a prefix.
+    So is a bare encoder of a classifier, whose own tensors have a prefix; or, fine-tuned, one tower
+    of a base of two. A base keeps its names: fine-tuned files are brought to these.
     """
     seen = conformed(checkpoint.as_stored, known)
     if any(name in wanted for name in seen):
         return seen
+    if is_base:
+        return checkpoint
     prefix = prefix_over(list(checkpoint), wanted)
     return prefixed(checkpoint, "", prefix) if prefix else checkpoint
 

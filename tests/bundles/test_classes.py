@@ -380,6 +380,24 @@ def test_a_bare_encoder_that_has_moved(tmp_path: Path) -> None:
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
+def test_fine_tuned_files_alone_without_what_they_never_changed(tmp_path: Path) -> None:
+    """A bare encoder's folder, and files of classifiers over it, embeddings left out."""
+    torch.manual_seed(0)
+    bare = BertModel(BertConfig(vocab_size=20, **SIZES), add_pooling_layer=False)
+    bare.save_pretrained(tmp_path / "base")
+    tuned = BertForSequenceClassification(BertConfig(vocab_size=20, **SIZES))
+    kept = {n: t for n, t in tuned.state_dict().items() if not n.startswith("bert.embeddings.")}
+    (tmp_path / "cats").mkdir()
+    save_file(kept, tmp_path / "cats/model.safetensors")
+    private = ["classifier.*", "*pooler.*"]
+    with pytest.raises(FamilyError, match="misses tensor 'embeddings"):
+        Family(tmp_path / "base", {"cats": tmp_path / "cats"}, private)
+    family = Family(tmp_path / "base", {"cats": tmp_path / "cats"}, private, ["embeddings.*"])
+    name = "encoder.layer.0.output.dense.weight"
+    difference = kept[f"bert.{name}"] - bare.state_dict()[name]
+    assert torch.equal(family.vectors(name)[0], difference)
+
+
 def test_a_live_model_that_the_bundle_s_is_over_is_never_switched_in_part(tmp_path: Path) -> None:
     """Its body lies higher than the bundle's, whose head has no place in it."""
     base = llama()
