@@ -16,7 +16,9 @@ FOLDERS = sorted((Path(__file__).parents[1] / "plugins").glob("fusionkit-*"))
 PUBLIC = {
     "fusionkit",
     "fusionkit.codecs.decomposition",
+    "fusionkit.codecs.layout",
     "fusionkit.codecs.merged",
+    "fusionkit.codecs.operands",
     "fusionkit.codecs.packing",
     "fusionkit.codecs.values",
     "fusionkit.errors",

@@ -83,7 +83,7 @@ class MagnitudePrune(DeltaCodec):
             return shared
         bits = 8 * values_bytes(shapes, self.dtype) / max(sum(map(prod, shapes.values())), 1)
         kept = sum(self.density * prod(shape) for shape in shapes.values())
-        return shared + round(tasks * kept * (bits + log2(1 / self.density) + 1.4) / 8)
+        return shared + round(tasks * kept * (bits - log2(self.density) + 1.4) / 8)
 
     def prepare(self, family: Family, shared: SharedParts | None = None) -> Encoder:
         """What the merge needs; over the whole model, two or three passes for the thresholds."""

@@ -221,6 +221,9 @@ def test_infinities_of_both_signs_are_not_lost_in_a_sum() -> None:
 
 def test_finite_values_whose_sum_overflows_are_accepted() -> None:
     large = torch.full((10,), 3e38)
+    with pytest.raises(FamilyError, match=r"'w' differs .* up to 3e\+38, which is more than"):
+        Family({"w": torch.zeros(10)}, {"a": {"w": large}}).vectors("w")[0]
+    large = torch.full((10,), 1.2e33)
     vectors = Family({"w": torch.zeros(10)}, {"a": {"w": large}, "b": {"w": large}}).vectors("w")
     assert torch.equal(vectors[0], large)
     assert torch.equal(next(vectors.blocks())[1], torch.stack([large, large]))
