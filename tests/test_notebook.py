@@ -22,6 +22,7 @@ def test_what_it_shows_is_stored() -> None:
     assert NOTEBOOK.stat().st_size < 300_000
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     client = pytest.importorskip("nbclient", reason="pip install 'fusionkit[test]'")

@@ -193,7 +193,13 @@ JOBS: dict[str, Callable[[Path, Processes], None]] = {
 }
 
 
-@pytest.fixture(scope="module", params=[pytest.param(n, marks=pytest.mark.slow) for n in (2, 3)])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(2, marks=pytest.mark.slow),
+        pytest.param(3, marks=[pytest.mark.slow, pytest.mark.nightly]),
+    ],
+)
 def by_several(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Bundles by all codecs, compressed by several processes."""
     folder = tmp_path_factory.mktemp("several")

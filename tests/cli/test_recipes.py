@@ -61,6 +61,7 @@ def test_what_runs_after_the_demo_needs_nothing_else() -> None:
         assert "../" not in path.read_text(), path
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole way with short training: trained, compared, plotted; then all from the cache."""
@@ -102,6 +103,7 @@ def at_root(monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_uncompressed_models_reproduce_their_scores(at_root: Path, tmp_path: Path) -> None:
     """To 0.2 points what was measured when they were trained, of four tasks on all test rows.
@@ -155,6 +157,7 @@ def _bare_score(folder: Path, task: str, data: Path) -> float:
     return right / len(rows)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_emr_of_the_text_zoo_from_disk(at_root: Path, tmp_path: Path) -> None:
     """Compress to disk, score from disk; a fifth of the rows is enough to see it work."""

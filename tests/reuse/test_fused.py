@@ -356,6 +356,7 @@ class TestLoraHub:
         found = LoraHub(120, penalty=10.0).search(module, family, batches, kinds)
         assert max(abs(weight) for weight in found.weights.values()) < 0.1
 
+    @pytest.mark.nightly
     def test_stays_sound_long_after_it_has_converged(self) -> None:
         module, family, batches, kinds = separable()
         hub = LoraHub(1500)

@@ -50,6 +50,7 @@ def test_it_is_what_hf_is_of_the_exported_model(bundle: Bundle, tmp_path: Path) 
     assert shorter != found
 
 
+@pytest.mark.nightly
 @pytest.mark.slow  # lm-eval's command reads its thousands of tasks
 def test_its_command_knows_it(bundle: Bundle, tmp_path: Path) -> None:
     path = choices(tmp_path / "c.yaml")

@@ -424,7 +424,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=[pytest.param(n, marks=pytest.mark.slow) for n in (2, 3)])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(2, marks=pytest.mark.slow),
+        pytest.param(3, marks=[pytest.mark.slow, pytest.mark.nightly]),
+    ],
+)
 def ranks(request: pytest.FixtureRequest, folder: Path) -> list[dict[str, Any]]:
     """What each rank found, of two and of three."""
     count: int = request.param

@@ -49,6 +49,7 @@ def test_scores(tmp_path: Path, known: dict[str, Any]) -> None:
             assert said == wanted[column], (task, row)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_scores_of_adapters(tmp_path: Path, known: dict[str, Any]) -> None:
     run("test", "--config", recipe("stories_lora.yaml", tmp_path / "r.yaml"), "--out", tmp_path)
