@@ -96,6 +96,7 @@ def test_every_setting_on_the_command_line(dbms: Path, tmp_path: Path) -> None:
     assert (learned.rows, learned.seed, learned.epochs) == (8, 3, 4)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_interrupted_and_resumed(dbms: Path, tmp_path: Path) -> None:
     whole = tmp_path / "whole"

@@ -188,6 +188,7 @@ def test_who_reads_may_stop_reading() -> None:
     assert done.stderr == ""
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_two_processes_report_once_what_one_reports(recipe: Path, tmp_path: Path) -> None:
     """Started by the program, as Lightning does."""

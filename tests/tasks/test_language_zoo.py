@@ -36,6 +36,7 @@ def digits(score: float, metric: str) -> float:
     return round(score, 4) if metric == "bits per byte" else round(100 * score, 2)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_scores(tmp_path: Path, known: dict[str, Any]) -> None:
     """Of the full fine-tunes, and of the base, which the shares of bits per byte need."""
