@@ -25,6 +25,7 @@ DEAR = {
 """Fixture that takes seconds to make → the group of those that are made in one worker."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Groups, in one worker each, then the slow ones, so that what is short evens out the rest."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)

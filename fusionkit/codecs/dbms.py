@@ -1,6 +1,6 @@
 """DBMS: shift the base towards the task, compress the delta from there, scale it (2505.11344)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import ClassVar
@@ -27,8 +27,8 @@ PLAIN: Scalars = (0.0, 1.0)
 """No shift, no scale: the wrapped codec, as it is."""
 
 _SCALARS = "scalars"
-_OF_TENSOR, _OF_MODEL = ".", ":"
-"""After `shift` or `delta` in a part's name: whether it is of the tensor or of the whole model."""
+_KINDS, _OF_TENSOR, _OF_MODEL = ("shift", "delta"), ".", ":"
+"""After one of the kinds in a part's name: whether it is of the tensor or of the whole model."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ class DBMS(DeltaCodec):
     def layout(self, shape: torch.Size) -> Layout:
         """The scalars; and what shift and codec say, of the tensor and of the whole model."""
         found = {_SCALARS: PartSpec(torch.float32, (2,))}
-        for kind, codec in (("shift", self.direction), ("delta", self.codec)):
+        for kind, codec in zip(_KINDS, (self.direction, self.codec), strict=True):
             for name, spec in codec.layout(shape).items():
                 found |= {kind + level + name: spec for level in (_OF_TENSOR, _OF_MODEL)}
         return found
@@ -174,25 +174,18 @@ class DBMS(DeltaCodec):
             parts: as for `decode`.
             shape: the tensor's shape.
         """
-        found = []
-        for kind, codec in (("shift", self.direction), ("delta", self.codec)):
-            own = _under(parts, kind + _OF_TENSOR)
-            whole = _under(parts, kind + _OF_MODEL)
-            found.append(codec.decode({**whole, **own}, shape) if own else None)
-        return found[0], found[1]
+        shift, delta = _wrapped(parts)
+        direction = self.direction.decode(shift, shape) if shift else None
+        return direction, self.codec.decode(delta, shape) if delta else None
 
     def factors(self, parts: Parts, shape: torch.Size) -> LowRank | None:
         """The wrapped codec's factors, scaled, where the base is not shifted.
 
         A shift by another product only adds its factors.
         """
-        shift, scale = parts[_SCALARS].tolist()
         lefts, rights = [], []
-        for kind, codec, factor in (("shift", self.direction, shift), ("delta", self.codec, scale)):
-            own = _under(parts, kind + _OF_TENSOR)
-            if not own or factor == 0:
-                continue
-            product = codec.factors({**_under(parts, kind + _OF_MODEL), **own}, shape)
+        for codec, own, factor in self._terms(parts):
+            product = codec.factors(own, shape)
             if product is None:
                 return None
             lefts.append(product.left * factor)
@@ -201,17 +194,20 @@ class DBMS(DeltaCodec):
 
     def operand(self, parts: Parts, shape: torch.Size) -> Operand | None:
         """The shift's and the wrapped codec's, scaled; None where one of them has to be decoded."""
-        shift, scale = parts[_SCALARS].tolist()
         terms = []
-        for kind, codec, factor in (("shift", self.direction, shift), ("delta", self.codec, scale)):
-            own = _under(parts, kind + _OF_TENSOR)
-            if not own or factor == 0:
-                continue
-            found = codec.operand({**_under(parts, kind + _OF_MODEL), **own}, shape)
+        for codec, own, factor in self._terms(parts):
+            found = codec.operand(own, shape)
             if found is None:
                 return None
             terms.append(scaled(found, factor))
         return Sum(tuple(terms)) if len(terms) > 1 else next(iter(terms), None)
+
+    def _terms(self, parts: Parts) -> Iterator[tuple[DeltaCodec, Parts, float]]:
+        """Of shift and delta what is not zero: codec, its parts, and what it is multiplied by."""
+        codecs, scalars = (self.direction, self.codec), parts[_SCALARS].tolist()
+        for codec, own, factor in zip(codecs, _wrapped(parts), scalars, strict=True):
+            if own and factor:
+                yield codec, own, factor
 
     def _search(
         self, family: Family, shift: Payload, shared: SharedParts | None
@@ -387,6 +383,12 @@ def _view(shared: SharedParts | None, kind: str) -> SharedParts | None:
 
 def _over(parts: Parts, prefix: str) -> dict[str, Tensor]:
     return {prefix + name: tensor for name, tensor in parts.items()}
+
+
+def _wrapped(parts: Parts) -> list[Parts]:
+    """The parts of shift and delta, as their codecs know them; empty where a tensor has none."""
+    found = [(_under(parts, k + _OF_MODEL), _under(parts, k + _OF_TENSOR)) for k in _KINDS]
+    return [{**whole, **own} if own else {} for whole, own in found]
 
 
 def _under(parts: Parts, prefix: str) -> dict[str, Tensor]:

@@ -21,10 +21,7 @@ from fusionkit.codecs.operands import (
     Sparse,
     Sum,
 )
-from fusionkit.codecs.packing import (
-    decode_positions,
-    encode_positions,
-)
+from fusionkit.codecs.packing import decode_positions, encode_positions
 from fusionkit.codecs.values import (
     ValueDtype,
     held_values,

@@ -9,9 +9,7 @@ from torch import Tensor
 
 from fusionkit.codecs.base import DeltaCodec, Encoded, Encoder, Parts, SharedParts
 from fusionkit.codecs.layout import Layout
-from fusionkit.codecs.operands import (
-    Dense,
-)
+from fusionkit.codecs.operands import Dense
 from fusionkit.codecs.values import (
     ValueDtype,
     held_values,

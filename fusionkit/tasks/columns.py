@@ -96,6 +96,30 @@ def answer_column(table: Table, given: str | None) -> str:
     return _column(table, given, _ANSWERS, "answers", "answer")
 
 
+def texts_in(value: object, at: str, what: str) -> list[str]:
+    """The texts of a field that holds one, or a list of such.
+
+    Args:
+        value: what the field holds.
+        at: where it is, for messages.
+        what: what is expected: an article, and how the setting is called that names the column.
+
+    Raises:
+        DataError: it holds something else.
+    """
+    found = [value] if isinstance(value, str) else value
+    if (
+        not isinstance(found, Sequence)
+        or not found
+        or not all(isinstance(text, str) for text in found)
+    ):
+        raise DataError(
+            f"{at}: expected {what}, or a list of such, got {str(value)[:40]!r}; "
+            f"`{what.rsplit(maxsplit=1)[-1]}` chooses another column"
+        )
+    return list(found)
+
+
 def has_images(table: Table) -> bool:
     """Whether a table has a column that is called as images, or their paths, are."""
     return any(name in table.columns for name in _IMAGES)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from fusionkit.errors import DataError
-from fusionkit.tasks.columns import answer_column, image_column, question_column
+from fusionkit.tasks.columns import answer_column, image_column, question_column, texts_in
 from fusionkit.tasks.data import Split, TaskData
 from fusionkit.tasks.generation import pad_token
 from fusionkit.tasks.image_files import image_in
@@ -94,7 +94,7 @@ class ImageQuestions(TaskData):
         named = question_column(table, question)
         questions = [_text(t, table.at(r)) for r, t in enumerate(table.column(named))]
         given = table.column(answer_column(table, answer))
-        answers = [_answers(each, table.at(row)) for row, each in enumerate(given)]
+        answers = [texts_in(each, table.at(row), "an answer") for row, each in enumerate(given)]
         return _Rows(table, image_column(table, image), questions, answers)
 
     def collate(self, rows: list[Row]) -> dict[str, Any]:
@@ -195,14 +195,3 @@ def _text(value: Any, at: str) -> str:
             "column"
         )
     return value
-
-
-def _answers(value: Any, at: str) -> list[str]:
-    found = [value] if isinstance(value, str) else value
-    known = isinstance(found, Sequence) and found and all(isinstance(each, str) for each in found)
-    if not known:
-        raise DataError(
-            f"{at}: expected an answer, or a list of such, got {str(value)[:40]!r}; `answer` "
-            "chooses another column"
-        )
-    return list(found)

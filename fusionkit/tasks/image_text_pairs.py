@@ -1,14 +1,12 @@
 """Images with captions, for retrieval."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fusionkit.errors import DataError
-from fusionkit.tasks.columns import caption_column, image_column
+from fusionkit.tasks.columns import caption_column, image_column, texts_in
 from fusionkit.tasks.data import Split, TaskData
 from fusionkit.tasks.dual_encoders import TextTokens
 from fusionkit.tasks.image_files import image_in
@@ -74,7 +72,7 @@ class ImageTextPairs(TaskData):
         places: dict[Any, tuple[int, list[str]]] = {}
         for row, (name, given) in enumerate(zip(named, captions, strict=True)):
             _, own = places.setdefault(name, (row, []))
-            own.extend(_texts(given, table.at(row)))
+            own.extend(texts_in(given, table.at(row), "a caption"))
         return _Pairs(table, column, list(places.values()), self.transform)
 
     def collate(self, rows: list[Row]) -> dict[str, Tensor]:
@@ -105,13 +103,3 @@ class _Pairs(Dataset[Row]):
         row, captions = self._places[index]
         image = image_in(self._table, self._column, row, self._transform.mode)
         return self._transform(image), captions
-
-
-def _texts(given: Any, at: str) -> list[str]:
-    found = [given] if isinstance(given, str) else given
-    if not isinstance(found, Sequence) or not found or not all(isinstance(t, str) for t in found):
-        raise DataError(
-            f"{at}: expected a caption, or a list of such, got {str(given)[:40]!r}; `caption` "
-            "chooses another column"
-        )
-    return list(found)

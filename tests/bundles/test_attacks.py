@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from manifests import Json, edit, sign
 from torch import Tensor
 
 from fusionkit import EMR, Bundle, MagnitudePrune, Mean
@@ -24,7 +25,6 @@ from fusionkit.bundles.compress import compress
 from fusionkit.codecs.base import DeltaCodec
 from fusionkit.errors import BundleError, FusionKitError, PluginError
 
-Json = dict[str, Any]
 BASE = {"w": torch.arange(40.0).view(8, 5), "b": torch.zeros(8), "n": torch.arange(3)}
 
 
@@ -47,21 +47,6 @@ def emr(tmp_path: Path) -> Path:
 @pytest.fixture
 def prune(tmp_path: Path) -> Path:
     return bundle_of(MagnitudePrune(0.3, merge=Mean(), dtype="int8"), tmp_path / "prune")
-
-
-def sign(folder: Path, manifest: Json) -> None:
-    """Write a manifest whose checksum agrees."""
-    manifest.pop("checksum", None)
-    text = json.dumps(manifest, sort_keys=True)
-    manifest["checksum"] = hashlib.sha256(text.encode()).hexdigest()
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-
-
-def edit(folder: Path, change: Callable[[Json], object]) -> None:
-    """Change the manifest."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    change(manifest)
-    sign(folder, manifest)
 
 
 def replace_payload(folder: Path, name: str, header: bytes, data: bytes) -> None:

@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from faults.sealed import CODECS, Json, edit, made, sign, weights
+from faults.sealed import CODECS, made, weights
+from manifests import Json, edit, sign
 from torch import nn
 
 import fusionkit

@@ -1,11 +1,7 @@
 """Small bundles of every codec, and how one is spoiled so that its checksums agree again."""
 
-import hashlib
-import json
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from fusionkit_bitdelta import BitDelta
@@ -36,7 +32,6 @@ from fusionkit.bundles.part_writer import Part, PartWriter
 from fusionkit.bundles.small_parts import Names
 from fusionkit.codecs.base import DeltaCodec
 
-Json = dict[str, Any]
 Key = tuple[str, str, str]
 """A task, or nothing of what all share; a tensor; a part."""
 
@@ -123,18 +118,3 @@ def with_parts(folder: Path, parts: dict[Key, Tensor], task: str) -> None:
         replace(manifest, tasks=tasks).write(folder)
     else:
         replace(manifest, shared=record).write(folder)
-
-
-def sign(folder: Path, manifest: Json) -> None:
-    """Write a manifest whose checksum agrees."""
-    manifest.pop("checksum", None)
-    text = json.dumps(manifest, sort_keys=True)
-    manifest["checksum"] = hashlib.sha256(text.encode()).hexdigest()
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-
-
-def edit(folder: Path, change: Callable[[Json], object]) -> None:
-    """Change a manifest, and sign it."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    change(manifest)
-    sign(folder, manifest)
