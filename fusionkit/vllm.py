@@ -25,6 +25,7 @@ from fusionkit.bundles.hub import base_in_cache, is_name
 from fusionkit.bundles.manifest import Manifest
 from fusionkit.bundles.served_folder import alike
 from fusionkit.checkpoints.adapters.adapter import CONFIG
+from fusionkit.checkpoints.paths import written_out
 from fusionkit.errors import BundleError, FusionKitError, in_line
 
 BUNDLE = "FUSIONKIT_VLLM_BUNDLE"
@@ -64,7 +65,7 @@ class BundleResolver(LoRAResolver):  # type: ignore[misc]
     ) -> None:
         own = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fusionkit" / "vllm"
         self._bundle = Bundle.load(bundle)
-        self._cache, self._base, self._rank = Path(cache or own).expanduser(), base, rank
+        self._cache, self._base, self._rank = Path(written_out(str(cache or own))), base, rank
         self._source: str | None = None
         self._ids: dict[int, str] = {}
         self._lock = Lock()
@@ -103,10 +104,11 @@ class BundleResolver(LoRAResolver):  # type: ignore[misc]
     def _with_base(self, manifest: Manifest, base_model_name: str) -> Bundle:
         """The bundle as it is now, over the base that vLLM serves, checked when it is read."""
         source = self._base or base_model_name
-        if not Path(source).exists() and is_name(source):
-            source = base_in_cache(f"hf://{source}")  # vLLM has downloaded it
         if source != self._source or manifest.text() != self._bundle.manifest.text():
-            self._bundle, self._source = Bundle.load(self._bundle.path, source), source
+            found = source
+            if not Path(source).exists() and is_name(source):
+                found = base_in_cache(f"hf://{source}")  # vLLM has downloaded it
+            self._bundle, self._source = Bundle.load(self._bundle.path, found), source
         return self._bundle
 
     def _export(self, bundle: Bundle, task: str, folder: Path, base_name: str) -> None:

@@ -25,13 +25,8 @@ from fusionkit.checkpoints.adapters.with_start import WithStart
 from fusionkit.checkpoints.checkpoint import Checkpoint, Source
 from fusionkit.checkpoints.paths import open_path
 from fusionkit.checkpoints.stacks import row_name, split, unsplit
-from fusionkit.codecs.base import (
-    WHOLE,
-    Parts,
-)
-from fusionkit.codecs.operands import (
-    Operand,
-)
+from fusionkit.codecs.base import WHOLE, Parts
+from fusionkit.codecs.operands import Operand
 from fusionkit.errors import BundleError, in_line, lacks, size
 from fusionkit.task_vectors.task_source import own_tensor
 from fusionkit.task_vectors.vectors import difference

@@ -1,5 +1,6 @@
 """What a bundle's files hold, by task and tensor; each file is opened when it is first needed."""
 
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ from fusionkit.registry import from_config
 _OPEN = 32
 """Task files that are kept open, those used last. What stays open of each lies among the memory
 that tensors are decoded into, which the system's allocator then can't use again."""
+_LISTING = threading.Lock()
+"""Held while the list of open files is changed. Not a reader's own: a bundle can be copied."""
 
 
 class BundleReader:
@@ -200,15 +203,19 @@ class BundleReader:
         return kept[1]
 
     def _file(self, task: str) -> PartFile:
-        file = self._tasks.pop(task, None)
-        if file is None:
-            if task not in self._manifest.tasks:  # it was removed through the same object
-                raise changed(self._path)
-            path = fetched(self._path / task_file(task))
-            file = PartFile(path, self._manifest.tasks[task].file, self._names)
-        self._tasks[task] = file  # the last, as it is used last
-        if len(self._tasks) > _OPEN:
-            self._tasks.popitem(last=False)
+        with _LISTING:
+            if found := self._tasks.get(task):
+                self._tasks.move_to_end(task)
+                return found
+        if task not in self._manifest.tasks:  # it was removed through the same object
+            raise changed(self._path)
+        path = fetched(self._path / task_file(task))
+        file = PartFile(path, self._manifest.tasks[task].file, self._names)
+        with _LISTING:
+            replaced = self._tasks.pop(task, None)  # another thread was as fast
+            self._tasks[task] = file
+            oldest = self._tasks.popitem(last=False) if len(self._tasks) > _OPEN else None
+        del replaced, oldest  # files that are closed here, and not while others wait
         return file
 
 

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from fusionkit.checkpoints.adapters.lowrank import LowRank
 from fusionkit.checkpoints.checkpoint import Checkpoint, Pieces
 from fusionkit.checkpoints.view import View
 from fusionkit.errors import CheckpointError
@@ -49,3 +50,11 @@ class WithHead(View):
     def touches(self, name: str) -> bool:
         """As the model says; a head is the task's own."""
         return name in self._head or super().touches(name)
+
+    def delta(self, name: str) -> Tensor | None:
+        """As the model says; of a head, nobody does."""
+        return None if name in self._head else super().delta(name)
+
+    def low_rank(self, name: str) -> LowRank | None:
+        """As the model says; of a head, nobody does."""
+        return None if name in self._head else super().low_rank(name)

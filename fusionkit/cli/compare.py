@@ -189,13 +189,13 @@ def compare(
         FusionKitError: `out` is a URL; tasks, data, codecs or checkpoints don't fit together.
     """
     folder = None if out is None else report.local_folder(out)
+    results = ComparisonReport(published=published_in(published))
     make = make_trainer or (lambda: plain_trainer(max_epochs=EPOCHS))
     trainer = trainer or plain_trainer()
     family, known = module.family(), (module.finetuned_scores, module.base_scores)
     module.finetuned_scores = module.base_scores = None
     asked = (settings, seeds, spread, verbose, recalibrate)
     bench = _Bench(module, datamodule, trainer, make, *asked, family.base.nbytes)
-    results = ComparisonReport(published=published_in(published))
 
     def add(row: Comparison) -> None:
         results.rows.append(related(row, finetuned.scores.values, base.scores.values))

@@ -10,6 +10,7 @@ from fusionkit.bundles.export_model import export_task
 from fusionkit.bundles.export_peft import Server, export_adapter
 from fusionkit.bundles.served_folder import alike, export_adapters
 from fusionkit.checkpoints.checkpoint import Checkpoint
+from fusionkit.checkpoints.disk import bytes_of
 from fusionkit.checkpoints.paths import open_path
 from fusionkit.cli import report
 from fusionkit.cli.arguments import call
@@ -117,5 +118,4 @@ def _for_vllm(bundle: Bundle, out: str, tasks: Sequence[str], settings: dict[str
 
 
 def _bytes(path: Path) -> int:
-    files = path.rglob("*") if path.is_dir() else [path]
-    return sum(each.stat().st_size for each in files if each.is_file())
+    return bytes_of(path) if path.is_dir() else path.stat().st_size

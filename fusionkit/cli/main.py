@@ -74,9 +74,9 @@ def main(args: list[str] | None = None) -> None:
     if "" not in sys.path and "." not in sys.path:
         sys.path.append("")  # class paths of recipes may be in the folder where one is
     warnings.formatwarning = _note
-    if verb != "sign":
-        rest = _without_key(rest)
     try:
+        if verb != "sign":
+            rest = _without_key(rest)
         with _ending_in_order(verb):
             import_module(f"fusionkit.cli.{verb}").run(rest)
             sys.stdout.flush()
@@ -124,7 +124,9 @@ def _without_key(args: list[str]) -> list[str]:
     words = iter(args)
     for word in words:
         if word == "--key" or word.startswith("--key="):
-            key = next(words, "") if word == "--key" else word.partition("=")[2]
+            key = next(words, None) if word == "--key" else word.partition("=")[2]
+            if key is None:
+                raise UsageError("--key: give minisign's public key, RWQ…, or its file")
             os.environ["FUSIONKIT_PUBLIC_KEY"] = key
         else:
             left.append(word)

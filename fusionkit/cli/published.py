@@ -209,13 +209,16 @@ def _faults(content: Any) -> list[str]:
         faults.append("`tasks` is a list of names")
     if not isinstance(rows, dict):
         faults.append("`rows` is a mapping: a method's name → its scores, mean and bits")
+    metrics = content.get("metrics") or {}
+    if not isinstance(metrics, dict) or not all(isinstance(v, str) for v in metrics.values()):
+        faults.append("`metrics` is a mapping: a task → torchmetrics' name of what scores it")
     if faults:
         return faults
     high = _UNITS[content["unit"]]
     named = {**rows, "finetuned": content.get("finetuned") or {"mean": high}}
     for name, row in named.items():
         faults += [f"'{name}': {fault}" for fault in _faults_of_row(row, tasks, high)]
-    others = sorted(set(content.get("metrics") or {}) - set(tasks))
+    others = sorted(set(metrics) - set(tasks), key=str)
     return faults + [f"`metrics` names {task}, which `tasks` lacks" for task in others]
 
 
@@ -223,25 +226,27 @@ def _faults_of_row(row: Any, tasks: Sequence[str], high: float) -> list[str]:
     if not isinstance(row, dict) or not (row.get("scores") or row.get("mean") is not None):
         return ["expected `scores` by task, or a `mean`"]
     faults = [_unknown(key, _ROW) for key in row if key not in _ROW]
-    scores = row.get("scores") or {}
+    scores, mean = row.get("scores") or {}, row.get("mean")
+    if not isinstance(scores, dict):
+        return ["`scores` is a mapping: a task → its score"]
     strange = [task for task in scores if task not in tasks]
     faults += [f"a score of {task}, which `tasks` lacks" for task in strange]
-    numbers = {**scores, "mean": row.get("mean")}
+    numbers = dict(scores) if mean is None else {**scores, "mean": mean}
     faults += [
         f"{key}: expected a number up to {high:g}, by its `unit`, got {value!r}"
         for key, value in numbers.items()
-        if value is not None and not _is_number(value, high)
+        if not _is_number(value, high)
     ]
     bits = row.get("bits")
     if bits is not None and not (_is_number(bits, math.inf) and bits > 0):
         faults.append(f"bits: expected a number of bits per parameter, got {bits!r}")
     if faults:
         return faults
-    if row.get("mean") is not None and len(scores) == len(tasks):
-        mean = statistics.fmean(scores.values())
-        if abs(mean - row["mean"]) > _APART * high / 100:
-            faults.append(f"its mean is {row['mean']:g}, that of its scores {mean:.2f}")
-    if row.get("mean") is None and (lacking := [task for task in tasks if task not in scores]):
+    if mean is not None and len(scores) == len(tasks):
+        own = statistics.fmean(scores.values())
+        if abs(own - mean) > _APART * high / 100:
+            faults.append(f"its mean is {mean:g}, that of its scores {own:.2f}")
+    if mean is None and (lacking := [task for task in tasks if task not in scores]):
         faults.append(f"neither a mean nor a score of {in_line(lacking)}")
     return faults
 

@@ -1,18 +1,17 @@
 """`fusionkit route`."""
 
 from fusionkit.bundles.bundle import Bundle
-from fusionkit.checkpoints.disk import disk_errors
-from fusionkit.checkpoints.path_text import beside
+from fusionkit.checkpoints.disk import check_writable
+from fusionkit.checkpoints.output_folder import new_file
 from fusionkit.checkpoints.paths import is_remote
 from fusionkit.cli import report
 from fusionkit.cli.arguments import call
 from fusionkit.cli.named_data import paired
 from fusionkit.cli.table import Table
 from fusionkit.cli.words import gathered
-from fusionkit.errors import BundleError, FusionKitError, size
-from fusionkit.reuse.in_place import become
-from fusionkit.reuse.loaded import load
+from fusionkit.errors import BundleError, FusionKitError, of_extra, size
 from fusionkit.reuse.routing import ROUTER, router_over
+from fusionkit.serving.model import served_model
 from fusionkit.tasks.data_of import data_of
 
 
@@ -49,16 +48,16 @@ def route(
     opened = Bundle.load(bundle, base)
     if is_remote(opened.path):
         raise BundleError(f"{opened.path}: is not on the local disk; pull it, and try again")
+    path = opened.path / ROUTER
+    check_writable(path)
+    of_extra("sklearn.neighbors", "serve", "a router")
     paths, _ = paired(opened.tasks, data)
-    model = load(opened, opened.tasks[0], device=device)
-    become(model, opened, None)
+    model, _ = served_model(opened, device, None)
     datamodule = data_of(paths, model=base or opened.manifest.base.source)
     batches = datamodule.calibration_dataloaders(rows, seed)
     made = router_over(model, batches, opened.manifest.base.fingerprint, rows)
-    path = opened.path / ROUTER
-    with disk_errors(path):
-        made.save(beside(path, "tmp"))
-        beside(path, "tmp").replace(path)
+    with new_file(path) as new:
+        made.save(new)
     shown = Table("", ("task", "rows", "found again"), footer=1)
     found = made.found_again()
     for task, share in found.items():

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from fusionkit.bundles.bundle import Bundle
+from fusionkit.checkpoints.paths import written_out
 from fusionkit.cli.arguments import call
 from fusionkit.errors import FusionKitError, UsageError, in_line, of_extra
 
@@ -116,7 +117,7 @@ def _opened(bundle: str, base: str | None, router: bool) -> Bundle:
 
 
 def _folder(path: str) -> Path:
-    found = Path(path).expanduser()
+    found = Path(written_out(path))
     if not found.is_dir():
         raise FusionKitError(f"--tasks-root {path}: no such folder (relative to {Path.cwd()})")
     return found.resolve()

@@ -10,7 +10,7 @@ from fusionkit.bundles.sign_bundle import sign_bundle
 from fusionkit.bundles.signature import PASSWORD, PUBLIC_KEY
 from fusionkit.cli import report
 from fusionkit.cli.arguments import call
-from fusionkit.errors import FusionKitError
+from fusionkit.errors import FusionKitError, UsageError
 
 
 def run(args: list[str]) -> None:
@@ -27,6 +27,8 @@ def sign(bundle: str, key: str, comment: str | None = None) -> None:
             in the environment variable FUSIONKIT_KEY_PASSWORD.
         comment: that is signed with it, in a line; by default the time.
     """
+    if comment is not None and any(c != "\t" and not " " <= c < "\x7f" for c in comment):
+        raise UsageError("--comment: expected one line of plain ASCII text")
     opened = Bundle(bundle, key="")
     path = sign_bundle(opened, key, password=lambda: _password(key), comment=comment)
     report.show(

@@ -11,14 +11,8 @@ from torch import Tensor
 from fusionkit.codecs import kernels
 from fusionkit.codecs.base import WHOLE_MODEL, DeltaCodec, Encoded, Encoder, Parts, SharedParts
 from fusionkit.codecs.layout import Layout, PartSpec
-from fusionkit.codecs.operands import (
-    Masked,
-)
-from fusionkit.codecs.packing import (
-    bits_spec,
-    pack_bits,
-    unpack_bits,
-)
+from fusionkit.codecs.operands import Masked
+from fusionkit.codecs.packing import bits_spec, pack_bits, unpack_bits
 from fusionkit.codecs.values import (
     ValueDtype,
     held_values,

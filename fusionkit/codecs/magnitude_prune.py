@@ -10,17 +10,8 @@ from torch import Tensor
 
 from fusionkit.codecs.base import DeltaCodec, Encoded, Encoder, Parts, SharedParts
 from fusionkit.codecs.layout import Layout, PartSpec
-from fusionkit.codecs.merged import (
-    SharedVector,
-    decode_shared,
-    shared_layout,
-    shared_operand,
-)
-from fusionkit.codecs.operands import (
-    Operand,
-    Sparse,
-    Sum,
-)
+from fusionkit.codecs.merged import SharedVector, decode_shared, shared_layout, shared_operand
+from fusionkit.codecs.operands import Operand, Sparse, Sum
 from fusionkit.codecs.packing import decode_positions, encode_positions
 from fusionkit.codecs.values import (
     ValueDtype,

@@ -14,9 +14,7 @@ from fusionkit.codecs import sketch_codes
 from fusionkit.codecs.allocation import Share
 from fusionkit.codecs.base import WHOLE_MODEL, DeltaCodec, Encoded, Encoder, Parts, SharedParts
 from fusionkit.codecs.layout import Layout, PartSpec
-from fusionkit.codecs.operands import (
-    Operand,
-)
+from fusionkit.codecs.operands import Operand
 from fusionkit.codecs.rotation import rotate, rotate_sparse
 from fusionkit.codecs.sketch_codes import Codes
 from fusionkit.codecs.sketch_encoder import How, encode_tensor, measure, sides

@@ -1,5 +1,6 @@
 """The routes of tasks that are added and removed while the others are served."""
 
+import asyncio
 import tempfile
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def changing(changer: Changer) -> APIRouter:
     @routes.post("/tasks", status_code=201)
     async def add(body: AddBody, request: Request) -> Served:
         """Add a fine-tuned model that is on the server's disk; with the admin token."""
-        path = changer.located(body.path)
+        path = await asyncio.to_thread(changer.located, body.path)
         async with changer.alone():
             return await changer.add(body.name, path)
 

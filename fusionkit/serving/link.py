@@ -7,17 +7,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Protocol
 
 from fusionkit.errors import StoppedError
-from fusionkit.serving.messages import (
-    READY,
-    Ask,
-    Call,
-    Cancel,
-    Command,
-    Outbox,
-    Ready,
-    Text,
-    What,
-)
+from fusionkit.serving.messages import READY, Ask, Call, Cancel, Command, Outbox, Ready, Text, What
 from fusionkit.serving.requests import Piece, Predict
 
 _GONE = "the model's process has ended, and is started again: ask again in a while"

@@ -105,6 +105,8 @@ class ServedTasks:
         Raises:
             BundleError: a file of it can't be read.
         """
+        if (found := self.known(task)) is not None:  # without waiting for another's first look
+            return found
         with self._lock:
             if task not in self._known:
                 self._known[task] = self._found(task)

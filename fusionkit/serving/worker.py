@@ -61,9 +61,7 @@ class Models(LitAPI):  # type: ignore[misc]
                 traceback.print_exc()
             self._report.put(str(error) or type(error).__name__)
             os._exit(1)
-        self.ready = Ready(
-            self.engine.kind, tuple(self.engine.tasks), os.getpid(), self.engine.routes
-        )
+        self.ready = Ready(self.engine.kind, self.engine.tasks, os.getpid(), self.engine.routes)
         self._report.put(self.ready)
 
 
@@ -162,7 +160,7 @@ class Desk:
 
     def _call(self, call: Call) -> Any:
         if call.what == "figures":
-            return dict(self._engine.figures())
+            return self._engine.figures()
         if call.what == "pick":
             self._picks.submit(self._pick, call)
             return _LATER
@@ -172,7 +170,7 @@ class Desk:
             return None
         change = self._engine.add if call.what == "add" else self._engine.remove
         change(call.argument)
-        return tuple(self._engine.tasks)
+        return self._engine.tasks
 
     def _pick(self, call: Call) -> None:
         try:

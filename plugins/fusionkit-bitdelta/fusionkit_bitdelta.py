@@ -10,20 +10,9 @@ from torch import Tensor
 from fusionkit import Parts, TensorCodec
 from fusionkit.codecs.decomposition import matrix_of
 from fusionkit.codecs.layout import Layout, PartSpec
-from fusionkit.codecs.operands import (
-    Signs,
-)
-from fusionkit.codecs.packing import (
-    bits_spec,
-    pack_bits,
-    unpack_bits,
-)
-from fusionkit.codecs.values import (
-    ValueDtype,
-    pack_values,
-    unpack_values,
-    values_layout,
-)
+from fusionkit.codecs.operands import Signs
+from fusionkit.codecs.packing import bits_spec, pack_bits, unpack_bits
+from fusionkit.codecs.values import ValueDtype, pack_values, unpack_values, values_layout
 from fusionkit.errors import CodecError
 
 

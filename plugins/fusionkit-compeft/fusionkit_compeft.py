@@ -17,11 +17,7 @@ from fusionkit import (
     TaskVectors,
 )
 from fusionkit.codecs.layout import Layout, PartSpec
-from fusionkit.codecs.operands import (
-    Operand,
-    Sparse,
-    scaled,
-)
+from fusionkit.codecs.operands import Operand, Sparse, scaled
 from fusionkit.codecs.packing import decode_positions, encode_positions, pack_bits, unpack_bits
 from fusionkit.errors import CodecError
 from fusionkit.task_vectors import Thresholds

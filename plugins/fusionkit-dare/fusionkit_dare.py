@@ -23,11 +23,7 @@ from fusionkit import (
 )
 from fusionkit.codecs.decomposition import matrix_of, squared_singular_values
 from fusionkit.codecs.layout import Layout, PartSpec
-from fusionkit.codecs.operands import (
-    Operand,
-    Sparse,
-    scaled,
-)
+from fusionkit.codecs.operands import Operand, Sparse, scaled
 from fusionkit.codecs.values import (
     ValueDtype,
     held_values,

@@ -20,20 +20,9 @@ from fusionkit import (
     TaskVectors,
 )
 from fusionkit.codecs.layout import Layout
-from fusionkit.codecs.merged import (
-    SharedVector,
-    decode_shared,
-    shared_layout,
-    shared_operand,
-)
-from fusionkit.codecs.operands import (
-    Masked,
-)
-from fusionkit.codecs.packing import (
-    bits_spec,
-    pack_bits,
-    unpack_bits,
-)
+from fusionkit.codecs.merged import SharedVector, decode_shared, shared_layout, shared_operand
+from fusionkit.codecs.operands import Masked
+from fusionkit.codecs.packing import bits_spec, pack_bits, unpack_bits
 from fusionkit.codecs.values import ValueDtype
 from fusionkit.errors import CodecError
 

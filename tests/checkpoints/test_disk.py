@@ -132,8 +132,8 @@ def test_a_full_disk_says_what_is_missing(tmp_path: Path, free: Callable[[int], 
     assert "more are needed" not in full(None, None, tmp_path / "b")
 
 
-def as_nobody(folder: Path) -> list[str]:
-    """What somebody is told who may not write there."""
+def as_nobody(folder: Path) -> list[str] | None:
+    """What somebody is told who may not write there; None if nobody may read what is installed."""
     base: dict[str, Tensor] = {"w": torch.zeros(4)}
     bundle = Bundle(folder / "b", base)
     with TemporaryDirectory() as there:  # what is imported at its first use, before nobody may
@@ -143,6 +143,8 @@ def as_nobody(folder: Path) -> list[str]:
             export_task(bundle, "a", Path(there, f"a.{ending}"))
         add_tasks(Bundle(Path(there, "b"), base), {"c": base})
     os.setuid(65534)
+    if not os.access(torch.__file__, os.R_OK):
+        return None
     said = []
     for call in (
         lambda: check_writable(folder / "x"),
@@ -172,6 +174,9 @@ def test_who_may_not_write_is_told_first() -> None:
         compress(base, {"a": base, "b": base}, Dense(), folder / "b")
         code, said = by_itself(as_nobody, folder)
     assert code == 0
+    if said is None:
+        pytest.skip("others may not read the installed packages")
     assert len(said) == 8
-    assert all(f"can't be written in {folder}: you may not write there" in s for s in said[:-1])
+    refusal = f"can't be written in {folder}: you may not write there"
+    assert [each for each in said[:-1] if refusal not in each] == []
     assert f"{folder / 'closed' / 'b'}: you may not look there (Permission denied)" in said[-1]
