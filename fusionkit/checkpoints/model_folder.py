@@ -6,12 +6,12 @@ a `variant` puts itself before the last dot (`model.fp16.safetensors`,
 refused: which of them is loaded depends on the library.
 """
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 from fusionkit.checkpoints.checkpoint import Checkpoint, same_values
+from fusionkit.checkpoints.json_text import read_json
 from fusionkit.errors import CheckpointError
 
 _LIBRARIES = (("model", "pytorch_model"), ("diffusion_pytorch_model", "diffusion_pytorch_model"))
@@ -74,7 +74,7 @@ def file_of_folder(folder: Path, variant: str | None, opened: Callable[[Path], C
 def _told_by_config(folder: Path) -> Path | None:
     """The file that `transformers_weights` in `config.json` names, before any other."""
     try:
-        config = json.loads((folder / "config.json").read_bytes())
+        config = read_json(folder / "config.json")
     except (OSError, ValueError):
         return None  # a folder of weights alone; who reads the config says what is wrong with it
     name = config.get("transformers_weights") if isinstance(config, dict) else None

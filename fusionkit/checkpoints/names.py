@@ -4,6 +4,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from itertools import islice
 
+from fusionkit.checkpoints.patterns import check_pattern
 from fusionkit.errors import CheckpointError
 
 _WRAPPERS = re.compile(
@@ -12,6 +13,7 @@ _WRAPPERS = re.compile(
 """Put into names by torch.compile, FSDP and activation checkpointing; never anyone's own."""
 _PARALLEL = re.compile(r"(?:^|(?<=\.))module\.")
 """Put there by (Distributed)DataParallel, DeepSpeed; may be a model's own as well."""
+_LONGEST = 4096
 
 
 def unwrapped(names: Iterable[str]) -> dict[str, str]:
@@ -74,19 +76,22 @@ def replaced(names: Iterable[str], rename: Mapping[str, str], label: str) -> dic
         new name → name as it is, in the same order.
 
     Raises:
-        CheckpointError: a pattern is no regular expression, or two names become one.
+        CheckpointError: a pattern is no regular expression, or could take long, or two names
+            become one.
     """
+    names = list(names)
+    changed = names
+    for pattern, replacement in rename.items():
+        try:
+            check_pattern(pattern, max(map(len, changed), default=0))
+            changed = [_shorter(re.sub(pattern, replacement, name)) for name in changed]
+        except (re.error, ValueError) as error:
+            raise CheckpointError(
+                f"{label}: `rename`: '{pattern[:99]}' → '{replacement[:99]}': {error}; write "
+                "`\\.` for a dot and `\\1` for a group"
+            ) from error
     found: dict[str, str] = {}
-    for name in names:
-        new = name
-        for pattern, replacement in rename.items():
-            try:
-                new = re.sub(pattern, replacement, new)
-            except re.error as error:
-                raise CheckpointError(
-                    f"rename: '{pattern}' → '{replacement}' is no regular expression ({error}); "
-                    "write `\\.` for a dot and `\\1` for a group"
-                ) from error
+    for name, new in zip(names, changed, strict=True):
         if new in found:
             raise CheckpointError(
                 f"{label}: `rename` gives '{found[new]}' and '{name}' one name, '{new}'; make its "
@@ -94,3 +99,9 @@ def replaced(names: Iterable[str], rename: Mapping[str, str], label: str) -> dic
             )
         found[new] = name
     return found
+
+
+def _shorter(name: str) -> str:
+    if len(name) > _LONGEST:
+        raise ValueError(f"a name would have more than {_LONGEST} letters")
+    return name

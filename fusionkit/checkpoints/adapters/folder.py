@@ -6,7 +6,6 @@ started: the seed that draws the initial tensors, or the file that holds them. A
 that plain PEFT refuses it.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from fusionkit.checkpoints.adapters.adapter import CONFIG, Adapter
 from fusionkit.checkpoints.adapters.refusals import refuse_config
 from fusionkit.checkpoints.checkpoint import Checkpoint
+from fusionkit.checkpoints.json_text import read_json
 from fusionkit.checkpoints.paths import open_path
 from fusionkit.checkpoints.view import View
 from fusionkit.errors import CheckpointError
@@ -85,7 +85,7 @@ def _plain(file: Checkpoint, label: str, files: tuple[Path, ...]) -> Checkpoint:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         if not isinstance(content, dict):
             raise TypeError("not an object")  # noqa: TRY301
     except (OSError, ValueError, TypeError) as error:
