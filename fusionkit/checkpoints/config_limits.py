@@ -14,7 +14,7 @@ _MOST = {
     re.compile(r"(?:^|_)(?:layers?|depths?|blocks)$"): 1024,
     re.compile(r"(?:^|_)(?:n|num|number)_(?!positions|ctx)|label|expert"): 1 << 20,
 }
-"""What is in keys of numbers that classes make as many parts, or entries of a list, of → the most."""
+"""What is in the key of a number that classes make as many parts, or entries, of → the most."""
 
 
 @contextmanager
@@ -54,4 +54,4 @@ def _refuse_counts(value: Any, key: str = "") -> None:
     elif isinstance(value, int | float):
         most = min((most for pattern, most in _MOST.items() if pattern.search(key)), default=value)
         if value > most:
-            raise ValueError(f"'{key}' is {value:.3g}, and may be up to {most:,}")
+            raise ValueError(f"'{key}' is {str(value)[:32]}, and may be up to {most:,}")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 _WIDTH = 160
+_DEEPEST = 64
 _LARGEST = 64 << 20
 """Bytes of a file; of tokenizers, some have half of it."""
 
@@ -37,8 +38,12 @@ def read_bytes(path: Path, largest: int) -> bytes:
     return content
 
 
-def parsed_json(text: bytes | str) -> Any:
+def parsed_json(text: bytes | str, levels: int = _DEEPEST) -> Any:
     """What JSON says.
+
+    Args:
+        text: JSON, of bytes in UTF-8.
+        levels: as of `refuse_deep`.
 
     Raises:
         ValueError: it is no JSON in UTF-8, is nested deeper than `refuse_deep` has it, or holds
@@ -49,7 +54,7 @@ def parsed_json(text: bytes | str) -> Any:
         content = json.loads(text)
     except RecursionError as error:
         raise ValueError("it is nested without end") from error
-    refuse_deep(content)
+    refuse_deep(content, levels)
     if "\\u" in text and not is_text(content):
         raise ValueError("a name in it holds half a character")
     return content
@@ -83,7 +88,7 @@ def is_text(value: Any) -> bool:
     return True
 
 
-def refuse_deep(value: Any, levels: int = 64) -> None:
+def refuse_deep(value: Any, levels: int = _DEEPEST) -> None:
     """Refuse what is nested deeper than anything that is meant.
 
     Args:
