@@ -22,13 +22,8 @@ from fusionkit.bundles.part_file import FileRecord
 from fusionkit.checkpoints.adapters.modules import AdapterSpace
 from fusionkit.checkpoints.architecture import Kind
 from fusionkit.checkpoints.checkpoint import MOST_TENSORS, Checkpoint
-from fusionkit.checkpoints.json_text import (
-    is_text,
-    json_text,
-    parsed_json,
-    read_bytes,
-    refuse_deep,
-)
+from fusionkit.checkpoints.json_text import is_text, json_text, parsed_json, read_bytes, refuse_deep
+from fusionkit.checkpoints.names import MOST_PATTERNS, MOST_REPLACED
 from fusionkit.checkpoints.safetensors_file import Size, tensor_bytes
 from fusionkit.checkpoints.stacks import rows_of
 from fusionkit.errors import BundleError, WrongBaseError, listing
@@ -48,6 +43,8 @@ Dtype = Annotated[str, Meta(pattern="^[a-z0-9_]{1,32}$")]
 Digest = Annotated[str, Meta(max_length=64)]
 Ties = Annotated[dict[Name, Name], Meta(max_length=MOST_TENSORS)]
 Counts = Annotated[dict[Name, Rows], Meta(max_length=MOST_TENSORS)]
+Replacement = Annotated[str, Meta(max_length=MOST_REPLACED)]
+Renaming = Annotated[dict[Name, Replacement], Meta(max_length=MOST_PATTERNS)]
 Patterns = Annotated[list[Name], Meta(max_length=1 << 20)]
 
 
@@ -101,7 +98,7 @@ class BaseRecord(_Record, frozen=True):
     tensors: Annotated[dict[Name, BaseTensor], Meta(max_length=MOST_TENSORS)]
     tied: Ties
     stacks: Counts = field(default_factory=dict)
-    rename: Annotated[dict[Name, Name], Meta(max_length=256)] = field(default_factory=dict)
+    rename: Renaming = field(default_factory=dict)
     ignore: Patterns = field(default_factory=list)
     kinds: Annotated[dict[Name, Kind], Meta(max_length=MOST_TENSORS)] = field(default_factory=dict)
     architecture: dict[str, Any] = field(default_factory=dict)

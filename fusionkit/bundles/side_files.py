@@ -21,7 +21,7 @@ from fusionkit.bundles.format import SIDE_FILE, task_file
 from fusionkit.checkpoints.checkpoint import Checkpoint
 from fusionkit.checkpoints.from_config import CONFIG
 from fusionkit.checkpoints.json_text import parsed_json
-from fusionkit.checkpoints.paths import open_path
+from fusionkit.checkpoints.paths import is_file_name, open_path
 from fusionkit.codecs.base import WHOLE
 from fusionkit.errors import BundleError, FusionKitError
 
@@ -153,7 +153,7 @@ def files_of(bundle: Bundle, task: str) -> Mapping[str, bytes | Path]:
 def _content(bundle: Bundle, task: str, name: str) -> bytes:
     file = name.removeprefix(SIDE_FILE)
     try:
-        if Path(file).name != file:
+        if not is_file_name(file):
             raise ValueError("it is no name of a file")  # noqa: TRY301
         packed = bundle.task_parts(task, name)[WHOLE].numpy().tobytes()
         if not packed:

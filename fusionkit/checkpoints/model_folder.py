@@ -12,6 +12,7 @@ from pathlib import Path
 
 from fusionkit.checkpoints.checkpoint import Checkpoint, same_values
 from fusionkit.checkpoints.json_text import read_json
+from fusionkit.checkpoints.paths import is_file_name
 from fusionkit.errors import CheckpointError
 
 _LIBRARIES = (("model", "pytorch_model"), ("diffusion_pytorch_model", "diffusion_pytorch_model"))
@@ -80,10 +81,10 @@ def _told_by_config(folder: Path) -> Path | None:
     name = config.get("transformers_weights") if isinstance(config, dict) else None
     if not isinstance(name, str):
         return None
-    if Path(name).name != name or not (folder / name).is_file():
+    if not is_file_name(name) or not (folder / name).is_file():
         raise CheckpointError(
-            f"{folder}: config.json says `transformers_weights: {name}`, and the folder has no "
-            "such file; fetch it, or take the entry out of config.json"
+            f"{folder}: config.json says `transformers_weights: {name[:255]}`, and the folder has "
+            "no such file; fetch it, or take the entry out of config.json"
         )
     return folder / name
 

@@ -13,7 +13,12 @@ _WRAPPERS = re.compile(
 """Put into names by torch.compile, FSDP and activation checkpointing; never anyone's own."""
 _PARALLEL = re.compile(r"(?:^|(?<=\.))module\.")
 """Put there by (Distributed)DataParallel, DeepSpeed; may be a model's own as well."""
-_LONGEST = 4096
+_LONGEST = 1024
+"""Letters of a name that a renaming gives."""
+MOST_PATTERNS = 256
+"""Of a renaming."""
+MOST_REPLACED = 512
+"""Letters of what one of them is replaced by."""
 
 
 def unwrapped(names: Iterable[str]) -> dict[str, str]:
@@ -79,12 +84,18 @@ def replaced(names: Iterable[str], rename: Mapping[str, str], label: str) -> dic
         CheckpointError: a pattern is no regular expression, or could take long, or two names
             become one.
     """
+    if len(rename) > MOST_PATTERNS:
+        raise CheckpointError(
+            f"{label}: `rename` has {len(rename)} patterns, and may have {MOST_PATTERNS}; join some"
+        )
     names = list(names)
     changed = names
     for pattern, replacement in rename.items():
         try:
+            _check_letters("what replaces it", replacement, MOST_REPLACED)
             check_pattern(pattern, max(map(len, changed), default=0))
-            changed = [_shorter(re.sub(pattern, replacement, name)) for name in changed]
+            changed = [re.sub(pattern, replacement, name) for name in changed]
+            _check_letters("a name", max(changed, key=len, default=""), _LONGEST)
         except (re.error, ValueError) as error:
             raise CheckpointError(
                 f"{label}: `rename`: '{pattern[:99]}' → '{replacement[:99]}': {error}; write "
@@ -101,7 +112,6 @@ def replaced(names: Iterable[str], rename: Mapping[str, str], label: str) -> dic
     return found
 
 
-def _shorter(name: str) -> str:
-    if len(name) > _LONGEST:
-        raise ValueError(f"a name would have more than {_LONGEST} letters")
-    return name
+def _check_letters(what: str, text: str, most: int) -> None:
+    if len(text) > most:
+        raise ValueError(f"{what} has more than {most} letters")

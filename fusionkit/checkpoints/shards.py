@@ -16,6 +16,7 @@ from fusionkit.checkpoints.checkpoint import (
     same_values,
 )
 from fusionkit.checkpoints.json_text import read_json
+from fusionkit.checkpoints.paths import is_file_name
 from fusionkit.errors import CheckpointError, listing
 
 
@@ -48,8 +49,10 @@ class Shards(Checkpoint):
         paths = {file: index.parent / file for file in sorted(set(weight_map.values()))}
         shards: dict[str, Checkpoint] = {}
         for file, path in paths.items():
-            if Path(file).name != file:
-                raise CheckpointError(f"{index}: names a shard outside its own folder: '{file}'")
+            if not is_file_name(file):
+                raise CheckpointError(
+                    f"{index}: names a shard outside its own folder: '{file[:255]}'"
+                )
             if not path.is_file():
                 raise CheckpointError(f"{index}: names a shard that is missing: '{file}'")
             shards[file] = open_file(path)

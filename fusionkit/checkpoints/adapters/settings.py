@@ -55,7 +55,7 @@ def by_pattern(patterns: Mapping[str, Any] | None, name: str, otherwise: Any, la
         CheckpointError: a pattern is no regular expression, or could take long.
     """
     for pattern, value in (patterns or {}).items():
-        if _matches(rf"(?:.*\.)?(?:{pattern})$", name, label):
+        if _matches(pattern, r"(?:.*\.)?(?:", ")$", name, label):
             return value
     return otherwise
 
@@ -67,14 +67,15 @@ def is_feedforward(patterns: str | list[str] | None, name: str, label: str) -> b
         CheckpointError: as of `by_pattern`.
     """
     if isinstance(patterns, str):
-        return _matches(rf"(?:{patterns})\Z", name, label)
+        return _matches(patterns, "(?:", r")\Z", name, label)
     return any(name.endswith(pattern) for pattern in patterns or [])
 
 
-def _matches(pattern: str, name: str, label: str) -> bool:
+def _matches(pattern: str, before: str, after: str, name: str, label: str) -> bool:
+    whole = f"^{before}{pattern}{after}"
     try:
-        check_pattern(f"^{pattern}", len(name))
-        return re.match(pattern, name) is not None
+        check_pattern(whole, len(name))
+        return re.match(whole, name) is not None
     except (re.error, ValueError) as error:
         raise CheckpointError(
             f"{label}: the pattern '{pattern[:99]}' in its config can't be used: {error}"
