@@ -1,194 +1,109 @@
-"""Files of the Hub in Hugging Face's cache: whether they are there, whole; how they come there.
+"""What lies in Hugging Face's cache already, and is read from there: models, data sets.
 
-Everything goes through huggingface_hub: its cache, its credentials, its environment variables. It
-resumes what was cut off, and keeps a file that several commits share once.
+The cache has a folder for each commit of a repository, `models--OWNER--NAME/snapshots/COMMIT`,
+and says in `refs` which commit a branch was at. What is there whole needs no network.
 """
 
-import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from errno import ENOSPC
+import json
+import re
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
-from fusionkit.checkpoints.hub_lock import Locked, LockedFile
-from fusionkit.checkpoints.hub_names import Repository
-from fusionkit.errors import FusionKitError, HubError, of_extra
+from fusionkit.checkpoints.hub_names import of_url
 
-_PIECE = 1 << 20
-
-
-def snapshot(name: Repository, commit: str) -> Path:
-    """The folder of a repository's commit in the cache, which need not be there."""
-    return _storage(name) / "snapshots" / commit
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
+_PART = re.compile(r"(.+)-(\d+)-of-(\d+)(\..+)")
+"""How one of several files is called that are one."""
 
 
-def cache_folder() -> Path:
-    """Hugging Face's cache."""
-    hub = of_extra("huggingface_hub", "text", "the Hugging Face Hub")
-    return Path(hub.constants.HF_HUB_CACHE)
+def in_hub_cache(url: str) -> Path | None:
+    """A model's folder, or a file of it, as it lies in the cache.
+
+    Args:
+        url: `hf://OWNER/NAME[@REVISION][/FILE]`; of anything else nothing is known.
+
+    Returns:
+        the path; None where it is not there, or a folder's weights are not all there.
+    """
+    named = of_url(url)
+    if named is None or named[0].kind != "model":
+        return None
+    repository, inside = named
+    folder = snapshot(repository.name, repository.revision)
+    if folder is None:
+        return None
+    if inside:
+        return folder / inside if (folder / inside).exists() else None
+    files = [each.name for each in folder.iterdir()]
+    indexes = [folder / name for name in files if name.endswith(".index.json")]
+    shards = [(folder / name) for index in indexes for name in _shards(index)]
+    whole = any(name.endswith(_WEIGHTS) for name in files) and all(map(Path.is_file, shards))
+    return folder if whole else None
 
 
-def absent(name: Repository, locked: Locked) -> list[str]:
-    """The files that are not in the commit's folder in the cache."""
-    folder = snapshot(name, locked.commit)
-    return [file for file in locked.files if not (folder / file).exists()]
+def lacking_on_hub(url: str) -> str | None:
+    """Why there is nothing at a URL of the Hub, and what to do; None for other paths."""
+    named = of_url(url)
+    if named is None:
+        return None
+    from huggingface_hub import constants
 
-
-def bytes_to_download(name: Repository, locked: Locked) -> int:
-    """Of files that are not in the cache, of this commit or another, or are cut short there."""
-    blobs, wrong = _storage(name) / "blobs", cut_short(name, locked)
-    return sum(
-        each.size
-        for file, each in locked.files.items()
-        if file in wrong
-        or not (
-            (snapshot(name, locked.commit) / file).exists()
-            or (blobs / (each.sha256 or each.blob or "none")).is_file()
+    if constants.HF_HUB_OFFLINE:
+        return (
+            f"is not in Hugging Face's cache ({constants.HF_HUB_CACHE}), or not whole, and the Hub "
+            "is not asked, since HF_HUB_OFFLINE is set; unset it, or download it first: hf "
+            f"download {named[0].name}"
         )
+    return (
+        "the Hub gives no such repository or file; check the name, and for what is gated or "
+        "private log in: hf auth login"
     )
 
 
-def cut_short(name: Repository, locked: Locked) -> dict[str, str]:
-    """Files in the cache of another size than is locked → what is wrong with each."""
-    folder, found = snapshot(name, locked.commit), {}
-    for file, each in locked.files.items():
-        there = folder / file
-        if there.exists() and (size := there.stat().st_size) != each.size:
-            found[file] = f"{there} has {size:,} bytes, and {each.size:,} are locked"
-    return found
-
-
-def damaged(name: Repository, locked: Locked) -> dict[str, str]:
-    """Files in the cache that are not what is locked, to the byte → what is wrong with each."""
-    folder, found = snapshot(name, locked.commit), cut_short(name, locked)
-    for file, each in locked.files.items():
-        there = folder / file
-        if file in found or not there.exists():
-            continue
-        said, is_ = each.sha256 or each.blob, _hash(there, each)
-        if said != is_:
-            kind = "SHA-256" if each.sha256 else "Git id"
-            found[file] = f"{there} has the {kind} {is_[:12]}…, and {str(said)[:12]}… is locked"
-    return found
-
-
-def download(
-    name: Repository, commit: str, files: Sequence[str], update: str, anew: bool = False
-) -> None:
-    """Download files of a commit, unless they are in the cache.
+def snapshot(
+    name: str, revision: str = "", kind: Literal["model", "dataset"] = "model"
+) -> Path | None:
+    """The folder of a repository's commit in the cache; None where there is none.
 
     Args:
-        name: the repository.
-        commit: which.
-        files: their paths in it.
-        update: the command that takes a newer commit.
-        anew: replace what is in the cache.
-
-    Raises:
-        HubError: they can't be had.
+        name: `OWNER/NAME`.
+        revision: a commit, branch or tag; by default `main`.
+        kind: of the repository.
     """
-    hub = of_extra("huggingface_hub", "text", "the Hugging Face Hub")
-    if anew:
-        for file in files:
-            _forget(snapshot(name, commit) / file)
-    with hub_errors(name, commit, update):
-        # `[` and `*` in a file's own name would be a pattern's
-        patterns = [file.translate({ord(c): f"[{c}]" for c in "[*?"}) for file in files]
-        hub.snapshot_download(
-            name.name, repo_type=name.kind, revision=commit, allow_patterns=patterns
-        )
+    if find_spec("huggingface_hub") is None:
+        return None
+    from huggingface_hub import constants
+
+    repository = Path(constants.HF_HUB_CACHE) / f"{kind}s--{name.replace('/', '--')}"
+    reference = repository / "refs" / (revision or "main")
+    commit = reference.read_text().strip() if reference.is_file() else revision
+    folder = repository / "snapshots" / commit if commit else None
+    return folder if folder and folder.is_dir() else None
 
 
-def point_at(name: Repository, commit: str) -> None:
-    """Have whoever asks the cache for the repository by name, without a network, get a commit."""
-    ref = _storage(name) / "refs" / (name.revision or "main")
-    ref.parent.mkdir(parents=True, exist_ok=True)
-    ref.write_text(commit)
-
-
-@contextmanager
-def hub_errors(name: Repository, commit: str = "", update: str = "") -> Iterator[None]:
-    """A context that says in plain words why a repository can't be had.
+def dataset_in_hub_cache(name: str) -> Path | None:
+    """A data set's folder in the cache; None where it is not there, or files of it lack.
 
     Args:
-        name: the repository.
-        commit: which was asked for, where one is pinned.
-        update: the command that takes a newer one.
-
-    Raises:
-        HubError: it can't be had.
+        name: `OWNER/NAME`.
     """
+    folder = snapshot(name, kind="dataset")
+    if folder is None:
+        return None
+    files = [each for each in folder.rglob("*") if each.is_file()]
+    parts: dict[tuple[str, ...], int] = {}
+    for each in files:
+        if match := _PART.fullmatch(str(each.relative_to(folder))):
+            parts[match[1], match[3], match[4]] = parts.get((match[1], match[3], match[4]), 0) + 1
+    whole = all(count == int(of) for (_, of, _), count in parts.items())
+    held = any(not each.name.startswith(".") and each.name != "README.md" for each in files)
+    return folder if held and whole else None
+
+
+def _shards(index: Path) -> set[str]:
+    """The files that an index names; one that is none if it can't be read."""
     try:
-        yield
-    except FusionKitError:
-        raise
-    except Exception as error:  # what clients of the network raise is of any kind
-        raise HubError(f"{name}: {_reason(name, commit, update, error)}") from error
-
-
-def _reason(name: Repository, commit: str, update: str, error: BaseException) -> str:
-    from huggingface_hub import errors
-
-    causes = _causes(error)
-    page = f"https://huggingface.co/{'datasets/' * (name.kind == 'dataset')}{name.name}"
-    kind = "data set" if name.kind == "dataset" else "model"
-    said = " ".join(str(error).split())[:300]
-
-    def of(*kinds: type[BaseException]) -> bool:
-        return any(isinstance(each, kinds) for each in causes)
-
-    if of(errors.GatedRepoError):
-        reason = (
-            f"is gated: its owners say who may read it; ask for access at {page}, log in (hf auth "
-            "login, or HF_TOKEN=…), and give the command again"
-        )
-    elif of(errors.RevisionNotFoundError) and commit:
-        reason = (
-            f"has no commit {commit} any more, which is locked: its history was rewritten; take "
-            f"its newest: {update}"
-        )
-    elif of(errors.RevisionNotFoundError):
-        reason = f"has no branch, tag or commit '{name.revision}'; look at {page}/commits/main"
-    elif of(errors.RepositoryNotFoundError):
-        reason = (
-            f"there is no {kind} of that name on the Hub, or it is private; check the name, and "
-            "for what is not public log in: hf auth login"
-        )
-    elif any(getattr(each, "errno", None) == ENOSPC for each in causes):
-        reason = "the disk is full; make room, or set HF_HOME to a folder on another disk"
-    elif of(ConnectionError, errors.LocalEntryNotFoundError):
-        reason = f"the Hub can't be reached ({said}); check the network, and HF_HUB_OFFLINE"
-    else:
-        reason = f"can't be had of the Hub ({type(error).__name__}: {said}); check the network"
-    return reason
-
-
-def _causes(error: BaseException) -> list[BaseException]:
-    found: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None:
-        found.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    return found
-
-
-def _storage(name: Repository) -> Path:
-    return cache_folder() / f"{name.kind}s--{name.name.replace('/', '--')}"
-
-
-def _forget(file: Path) -> None:
-    """Take a file out of the cache, and what it is a link to."""
-    if file.is_symlink():
-        file.resolve().unlink(missing_ok=True)
-    file.unlink(missing_ok=True)
-
-
-def _hash(file: Path, like: LockedFile) -> str:
-    """A file's SHA-256; of one that is not of LFS its id in Git."""
-    made = hashlib.sha256() if like.sha256 else hashlib.sha1(usedforsecurity=False)
-    if not like.sha256:
-        made.update(b"blob %d\0" % file.stat().st_size)
-    with file.open("rb") as read:
-        while piece := read.read(_PIECE):
-            made.update(piece)
-    return made.hexdigest()
+        return {str(name) for name in json.loads(index.read_bytes())["weight_map"].values()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {""}

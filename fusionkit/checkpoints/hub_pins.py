@@ -8,7 +8,7 @@ nothing more is asked of the network.
 import warnings
 from pathlib import Path
 
-from fusionkit.checkpoints.hub_cache import absent, cut_short, download, snapshot
+from fusionkit.checkpoints.hub_download import absent, cut_short, download, snapshot
 from fusionkit.checkpoints.hub_lock import Locked, lock_in_force
 from fusionkit.checkpoints.hub_names import Repository, of_url
 from fusionkit.errors import HubError, in_line

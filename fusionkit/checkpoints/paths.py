@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
+from fusionkit.checkpoints.hub_cache import in_hub_cache
 from fusionkit.checkpoints.hub_pins import pinned_url
 from fusionkit.checkpoints.path_text import expanded, in_its_form, refuse_long_names
 from fusionkit.errors import BundleError, FusionKitError
@@ -32,8 +33,9 @@ def open_path(path: str | Path) -> Path:
         path: of the local disk; `package:NAME/FOLDER`, the folder of an installed package; or an
             fsspec URL, for which `pip install 'fusionkit[remote]'` and what its protocol needs
             (`s3fs`, `huggingface_hub`, …) must be installed. `~`, `~user`, `$NAME` and `${NAME}`
-            are written out. A local name that is there in another Unicode form alone is found. A
-            URL of the Hub that a lock file pins is the folder of that commit in the cache.
+            are written out. A local name that is there in another Unicode form alone is found.
+            Of the Hugging Face Hub, what lies whole in its cache is read from there; what a lock
+            file pins is the folder of that commit.
 
     Returns:
         a `pathlib.Path`; for a URL what acts like one.
@@ -48,8 +50,8 @@ def open_path(path: str | Path) -> Path:
     if not is_remote(path):
         refuse_long_names(Path(path))
         return in_its_form(Path(path))
-    if found := pinned_url(path):
-        return found
+    if (cached := pinned_url(path) or in_hub_cache(path)) is not None:
+        return cached
     try:
         from upath import UPath
 

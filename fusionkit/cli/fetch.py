@@ -12,7 +12,7 @@ import yaml
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LightningArgumentParser
 
-from fusionkit.checkpoints import hub_cache
+from fusionkit.checkpoints import hub_download
 from fusionkit.checkpoints.hub_lock import Lock, Locked, lock_beside, read_lock
 from fusionkit.checkpoints.hub_names import Repository
 from fusionkit.checkpoints.hub_pins import fetch_line
@@ -20,6 +20,7 @@ from fusionkit.cli import report
 from fusionkit.cli.hub_files import listing, locked_of
 from fusionkit.cli.hub_names_in import Names, Read, names_in
 from fusionkit.cli.recipe import RecipeCLI
+from fusionkit.cli.recipe_file import RecipeFile
 from fusionkit.cli.recipe_parser import recipes_in
 from fusionkit.cli.table import Table
 from fusionkit.errors import HubError, UsageError, in_line, size
@@ -104,7 +105,7 @@ class FetchCLI(RecipeCLI):
         locked = {of: _locked(of, own, before, update, line) for of, own in reads.items()}
         if update:
             _tell_moves(before, locked)
-        needed = {name: hub_cache.bytes_to_download(name, each) for name, each in locked.items()}
+        needed = {name: hub_download.bytes_to_download(name, each) for name, each in locked.items()}
         report.show(_table(locked, needed))
         _check_space(sum(needed.values()), only_say=self.config["dry_run"])
         if self.config["dry_run"]:
@@ -115,7 +116,7 @@ class FetchCLI(RecipeCLI):
             for name, each in locked.items():
                 _download(name, each, line)
         for name in sorted(names.by_name, key=str):
-            hub_cache.point_at(name, locked[name].commit)
+            hub_download.point_at(name, locked[name].commit)
             report.show(
                 f"{name}: is opened by its library, by name: offline the locked commit, and "
                 "with a network the newest"
@@ -136,8 +137,8 @@ def verify(path: Path, lock: Lock | None) -> None:
         f"{name}: {each}"
         for name, own in locked.items()
         for each in (
-            *hub_cache.damaged(name, own).values(),
-            *(f"{file} is not in the cache" for file in hub_cache.absent(name, own)),
+            *hub_download.damaged(name, own).values(),
+            *(f"{file} is not in the cache" for file in hub_download.absent(name, own)),
         )
     ]
     if wrong:
@@ -174,13 +175,13 @@ def _download(name: Repository, locked: Locked, line: str) -> None:
     Raises:
         HubError: it can't be had, or the Hub itself has something else.
     """
-    wrong = hub_cache.damaged(name, locked)
+    wrong = hub_download.damaged(name, locked)
     if wrong:
         report.show(f"{name}: damaged in the cache, and fetched again: {in_line([*wrong])}")
-        hub_cache.download(name, locked.commit, [*wrong], line, anew=True)
-    if missing := hub_cache.absent(name, locked):
-        hub_cache.download(name, locked.commit, missing, line)
-    if (wrong or missing) and (wrong := hub_cache.damaged(name, locked)):
+        hub_download.download(name, locked.commit, [*wrong], line, anew=True)
+    if missing := hub_download.absent(name, locked):
+        hub_download.download(name, locked.commit, missing, line)
+    if (wrong or missing) and (wrong := hub_download.damaged(name, locked)):
         raise HubError(
             f"{name}: what was downloaded is not what is locked: {next(iter(wrong.values()))}; "
             f"try again, or take the newest commit: {line}"
@@ -214,7 +215,7 @@ def _table(locked: Mapping[Repository, Locked], needed: Mapping[Repository, int]
     total, missing = sum(each.nbytes for each in locked.values()), sum(needed.values())
     count = sum(len(each.files) for each in locked.values())
     table.add(f"{len(locked)} in all", "", "", f"{count:,}", size(missing), size(total - missing))
-    table.note = f"{hub_cache.cache_folder()}: {size(_free())} free"
+    table.note = f"{hub_download.cache_folder()}: {size(_free())} free"
     return table
 
 
@@ -227,9 +228,9 @@ def _check_space(needed: int, only_say: bool) -> None:
     if needed <= (free := _free()):
         return
     said = (
-        f"{size(needed)} are to be downloaded, and {size(free)} are free on the disk of "
-        f"{hub_cache.cache_folder()}: {size(needed - free)} are missing; make room there, or set "
-        "HF_HOME to a folder on another disk"
+        f"{hub_download.cache_folder()}: {size(needed)} are to be downloaded, and {size(free)} are "
+        f"free on its disk: {size(needed - free)} are missing; make room there, or set HF_HOME to "
+        "a folder on another disk"
     )
     if not only_say:
         raise HubError(said)
@@ -237,7 +238,7 @@ def _check_space(needed: int, only_say: bool) -> None:
 
 
 def _free() -> int:
-    place = hub_cache.cache_folder().absolute()
+    place = hub_download.cache_folder().absolute()
     return shutil.disk_usage(next(each for each in (place, *place.parents) if each.is_dir())).free
 
 
@@ -257,11 +258,12 @@ def _bars() -> Iterator[None]:
 
 def _content(recipe: Path) -> dict[str, Any]:
     """A recipe's content as its file has it; the parser says what is wrong with it."""
+    file = RecipeFile(str(recipe))
     try:
-        told = yaml.safe_load(recipe.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        told = yaml.safe_load(file.text())
+    except yaml.YAMLError:
         return {}
-    content = dict(told) if isinstance(told, dict) else {}
+    content = file.written_out(told) if isinstance(told, dict) else {}
     if isinstance(piece := content.get("model"), str):
         content["model"] = _content(recipe.parent / piece)
     return content

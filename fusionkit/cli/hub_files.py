@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from fusionkit.bundles.format import MANIFEST
-from fusionkit.checkpoints.hub_cache import hub_errors
+from fusionkit.checkpoints.hub_download import hub_errors
 from fusionkit.checkpoints.hub_lock import Locked, LockedFile
 from fusionkit.checkpoints.hub_names import Repository, Use
 from fusionkit.checkpoints.model_folder import BESIDE, weights_among

@@ -15,12 +15,15 @@ from fusionkit.checkpoints.hub_places import named_dataset, named_model
 from fusionkit.checkpoints.paths import written_out
 from fusionkit.errors import of_extra
 from fusionkit.registry import Plugin
+from fusionkit.tasks.data import Split, splits_of
 from fusionkit.tasks.open_clip_models import PREFIX
 from fusionkit.tasks.table_files import names_of_split
 from fusionkit.tasks.transforms import known_to_timm
 
 _LIBRARIES = ("fusionkit", "lightning", "timm", "torch", "torchmetrics", "torchvision")
 """Whose code has no names of its own that recipes would not say."""
+
+_SPLITS: tuple[Split, Split] = ("test", "train")
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,8 @@ class Read:
         use: what it is for.
         inside: a file or folder in it, with one `*` at most; of a data set the configuration.
         variant: of a folder's weights.
-        splits: of a data set: what each split may be called; the first that is there is read.
+        splits: of a data set, what its test and its training rows may be called; the first that
+            is there is read.
         key: where the recipe names it.
     """
 
@@ -45,8 +49,9 @@ class Read:
 
     def __str__(self) -> str:
         """In words, as the lock file keeps it."""
-        names = ", ".join("|".join(each) for each in self.splits)
-        return " ".join(filter(None, (self.use.value, self.inside, self.variant or "", names)))
+        called = zip(_SPLITS, self.splits, strict=False)
+        own = (f"{split}={names[0]}" for split, names in called if len(names) == 1)
+        return " ".join(filter(None, (self.use.value, self.inside, self.variant, *own)))
 
 
 @dataclass
@@ -114,9 +119,12 @@ def _of_call(
     uses = names_read_by(opener)
     for name, use in uses.items():
         own = Use.BESIDE if use is Use.MODEL and arguments.get("pretrained") is False else use
-        for text in _texts(arguments.get(name)):
-            where = f"{key}.{name}".lstrip(".")
-            yield from _of_parameter(text, own, arguments, where)
+        for task, text in _texts(arguments.get(name)):
+            where = f"{key}.{name}.{task}".strip(".")
+            if use is Use.ROWS:
+                yield from _of_rows(text, splits_of(arguments.get("splits"), task), where)
+            else:
+                yield from _of_parameter(text, own, where)
     if path.startswith("timm.") and arguments.get("pretrained"):
         yield from _of_timm(str(arguments.get("model_name")), key)
     variant = arguments.get("variant")  # of a Checkpoint
@@ -126,15 +134,15 @@ def _of_call(
         found.unseen.append(f"{path} ({key})")
 
 
-def _of_parameter(
-    text: str, use: Use, arguments: Mapping[str, Any], key: str
-) -> Iterator[tuple[Read, bool]]:
-    if use is Use.ROWS:
-        if named := named_dataset(text):
-            called = arguments.get("splits")
-            splits = tuple(names_of_split(each, called) for each in ("test", "train"))
-            yield Read(named[0], use, named[1], splits=splits, key=key), False
-        return
+def _of_rows(text: str, called: Mapping[str, str], key: str) -> Iterator[tuple[Read, bool]]:
+    """What a task's rows are read from."""
+    if named := named_dataset(text):
+        splits = tuple(names_of_split(each, called) for each in _SPLITS)
+        yield Read(named[0], Use.ROWS, named[1], splits=splits, key=key), False
+
+
+def _of_parameter(text: str, use: Use, key: str) -> Iterator[tuple[Read, bool]]:
+    """What a parameter that names a model reads."""
     place = written_out(text)
     if place.startswith(PREFIX) and not of_library(place):
         yield from _of_open_clip(place.removeprefix(PREFIX), key)
@@ -168,14 +176,14 @@ def _of_open_clip(name: str, key: str) -> Iterator[tuple[Read, bool]]:
         yield Read(of, Use.OPEN_CLIP, "/".join(file), key=key), True
 
 
-def _texts(value: Any) -> Iterator[str]:
-    """The texts in an argument: itself, or those of a list or mapping."""
+def _texts(value: Any) -> Iterator[tuple[str, str]]:
+    """The texts in an argument, itself or those of a list or mapping, and what each is called."""
     if isinstance(value, str):
-        yield value
+        yield "", value
     elif isinstance(value, list | tuple):
-        yield from (each for each in value if isinstance(each, str))
+        yield from (("", each) for each in value if isinstance(each, str))
     elif isinstance(value, Mapping):
-        yield from (each for each in value.values() if isinstance(each, str))
+        yield from ((name, each) for name, each in value.items() if isinstance(each, str))
 
 
 def _named(path: str) -> Any:

@@ -1,4 +1,4 @@
-"""A recipe's file: variables written out, and paths that are meant from its own folder.
+"""A recipe's file: variables written out, its pieces put in, and paths from its own folder.
 
 `${NAME}` in a value is the environment variable's; `$${NAME}` is the text itself.
 
@@ -6,6 +6,10 @@ A relative path is one from the working directory, as in a shell. One with a `/`
 nowhere from there, and to something from the recipe's own folder, is taken from that; one that
 leads to something from both is refused. What is written (`out`, `bundle`, …) always goes by the
 working directory: what another run left beside the recipe says nothing of where this one writes.
+
+A mapping's `piece` is a YAML file, or a list of such, from the folder of the file that names it:
+the mapping has what they have, and its own keys go before, at any depth. What a piece says of
+variables and paths is its own.
 """
 
 import os
@@ -17,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import get_loader
 
 from fusionkit.checkpoints.paths import is_remote
-from fusionkit.errors import FusionKitError, UsageError
+from fusionkit.errors import FusionKitError, UsageError, meant
 
 _VARIABLE = re.compile(r"\$(\$?)\{([A-Za-z_]\w*)\}", re.ASCII)
 _WRITTEN = ("out", "bundle", "default_root_dir", "dirpath", "save_dir")
@@ -28,6 +33,8 @@ _LARGEST, _MOST = 4 << 20, 100_000
 """Bytes of a recipe, and its values."""
 _PIECE = (".yaml", ".yml")
 """How a file ends that holds a piece of a recipe: the parser finds it from the recipe's folder."""
+_PUT_IN = "piece"
+"""The key of the pieces that a mapping has."""
 
 
 class RecipeFile:
@@ -35,10 +42,11 @@ class RecipeFile:
 
     Args:
         path: where it is.
+        within: of a piece, the files that it is a piece of.
     """
 
-    def __init__(self, path: str) -> None:
-        self.path, self._here = path, Path.cwd().resolve()
+    def __init__(self, path: str, within: tuple[Path, ...] = ()) -> None:
+        self.path, self._here, self._within = path, Path.cwd().resolve(), within
         self.folder = None if is_remote(path) else Path(path).parent
 
     def text(self) -> str:
@@ -55,15 +63,56 @@ class RecipeFile:
             sys.path += [own] * (own not in sys.path)
 
     def written_out(self, content: dict[str, Any]) -> dict[str, Any]:
-        """Its content with variables and paths written out.
+        """Its content with variables, paths and pieces written out.
 
         Raises:
             FusionKitError: a variable is not set, or a path leads to two things.
+            UsageError: a piece is not there, is no mapping, or is a piece of itself.
         """
         told: dict[str, Any] = _each_text(content, self._with_variables)
         if self.folder is not None and (self._here / self.folder).resolve() != self._here:
             told = _each_text(told, self._from_its_folder)
-        return told
+        found: dict[str, Any] = self._composed(told, "")
+        return found
+
+    def _composed(self, value: Any, key: str) -> Any:
+        """A value with the pieces of all mappings in it put in."""
+        if isinstance(value, list):
+            return [self._composed(each, key) for each in value]
+        if not isinstance(value, dict):
+            return value
+        own = {n: self._composed(each, f"{key}.{n}".lstrip(".")) for n, each in value.items()}
+        named = own.get(_PUT_IN)
+        files = named if isinstance(named, list) else [named]
+        if not files or not all(str(each).endswith(_PIECE) for each in files):
+            return own
+        del own[_PUT_IN]
+        found: dict[str, Any] = {}
+        for each in files:
+            found = _laid_over(found, self._piece(str(each), key))
+        return _laid_over(found, own)
+
+    def _piece(self, name: str, key: str) -> dict[str, Any]:
+        """A piece's content, written out."""
+        at = f"{self.path}: {key}.{_PUT_IN}".replace(" .", " ")
+        path = Path(name).expanduser() if self.folder is None else self.folder / name
+        known = (*self._within, (self._here / self.path).resolve())
+        if not path.is_file():
+            close = meant(path.name, [each.name for each in path.parent.glob("*.y*ml")])
+            raise UsageError(f"{at}: no such file: {path} (relative to {self._here}){close}")
+        if path.resolve() in known:
+            raise UsageError(f"{at}: {path} is a piece of itself; take one of the two out")
+        file = RecipeFile(str(path), known)
+        text = file.text()
+        refuse_endless(text, file.path)
+        try:
+            content = get_loader("yaml")(text)
+        except yaml.YAMLError as error:
+            said = " ".join(str(error).split())
+            raise UsageError(f"{at}: {path} is no YAML ({said})") from error
+        if not isinstance(content, dict):
+            raise UsageError(f"{at}: expected a mapping in {path}, got {type(content).__name__}")
+        return file.written_out(content)
 
     def _with_variables(self, key: str, text: str) -> str:
         def value(match: re.Match[str]) -> str:
@@ -151,6 +200,15 @@ def _each_text(value: Any, change: Callable[[str, str], str], key: str = "") -> 
     if isinstance(value, dict):
         return {n: _each_text(each, change, f"{key}.{n}".lstrip(".")) for n, each in value.items()}
     return value
+
+
+def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Two mappings as one: where both have a value, and not both a mapping, it is the second's."""
+    found = {**below, **above}
+    for name, value in above.items():
+        if isinstance(value, dict) and isinstance(below.get(name), dict):
+            found[name] = _laid_over(below[name], value)
+    return found
 
 
 def _led_to(path: Path) -> list[Path]:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fusionkit.checkpoints.hub_cache import dataset_in_hub_cache
 from fusionkit.checkpoints.hub_lock import Locked
 from fusionkit.checkpoints.hub_places import dataset_place
 from fusionkit.errors import DataError, FusionKitError, HubError, in_line
@@ -17,7 +18,8 @@ def read_dataset(path: Path, split: Split, names: Sequence[str], saved: bool) ->
     """Read one split of a folder, or of a data set on the hub.
 
     Args:
-        path: the folder; where there is none, the data set's name, `ORG/NAME[:CONFIG]`.
+        path: the folder; where there is none, the data set's name, `ORG/NAME[:CONFIG]`, which is
+            read from Hugging Face's cache where it is there whole.
         split: which.
         names: what it may be called; the first that is there counts.
         saved: whether it is a folder that `save_to_disk` wrote.
@@ -31,13 +33,15 @@ def read_dataset(path: Path, split: Split, names: Sequence[str], saved: bool) ->
     local = path.is_dir()
     datasets = _library(str(path))
     name, _, config = (str(path), "", "") if local else str(path).partition(":")
-    place = None if local else dataset_place(str(path))
+    pinned = None if local else dataset_place(str(path))
     if saved:
         found = _loaded(path, lambda: datasets.load_from_disk(name))
-    elif place:
-        found = _loaded(path, lambda: _locked(*place))
+    elif pinned is not None:
+        found = _loaded(path, lambda: _locked(*pinned))
     else:
-        found = _loaded(path, lambda: datasets.load_dataset(name, config or None), hub=not local)
+        cached = None if local else dataset_in_hub_cache(name)
+        place, hub = str(cached or name), not local and cached is None
+        found = _loaded(path, lambda: datasets.load_dataset(place, config or None), hub)
     if isinstance(found, datasets.Dataset):  # no splits
         if split == "train":
             raise MissingSplitError(
