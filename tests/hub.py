@@ -103,6 +103,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _missing(self, code: str, status: int = 404) -> None:
         self._send({"error": code}, status, X_Error_Code=code)
 
+    def _named(self, parts: list[str]) -> tuple[str, list[str]]:
+        """The repository that a path begins with, of one part or, with its owner, two; the rest."""
+        count = 3 if parts[0] == "datasets" else 1 if parts[0] in self.own.repositories else 2
+        return "/".join(parts[:count]), parts[count:]
+
     def _commit_at(self, name: str, revision: str) -> int | None:
         """Which of a repository's commits is meant, from 1; None, and the answer is sent."""
         if name not in self.own.repositories:
@@ -139,20 +144,18 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         parts = self.path.partition("?")[0].strip("/").split("/")
         if parts[0] == "api":
-            name = "/".join(parts[2:4])
-            name = f"datasets/{name}" if parts[1] == "datasets" else name
-            what, revision = (*parts[4:6], *("", "main")[len(parts[4:6]) :])
-            return self._api(name, what, revision, unquote("/".join(parts[6:])))
-        after = 3 if parts[0] == "datasets" else 2
-        if parts[after : after + 1] != ["resolve"]:
+            name, asked = self._named(parts[1:] if parts[1] == "datasets" else parts[2:])
+            what, revision = (*asked[:2], *("", "main")[len(asked[:2]) :])
+            return self._api(name, what, revision, unquote("/".join(asked[2:])))
+        name, asked = self._named(parts)
+        if asked[:1] != ["resolve"]:
             return self._missing("EntryNotFound")
-        name, revision = "/".join(parts[:after]), parts[after + 1]
-        place = self._commit_at(name, revision)
+        place = self._commit_at(name, asked[1])
         if place is None:
             return None
         if name in self.own.gated:
             return self._missing("GatedRepo", 403)
-        file = unquote("/".join(parts[after + 2 :]))
+        file = unquote("/".join(asked[2:]))
         content = self.own.repositories[name][place - 1].get(file)
         if content is None:
             return self._missing("EntryNotFound")

@@ -5,7 +5,7 @@ its parameters may be names on the Hub. A URL (`hf://…`) is a name wherever it
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib import import_module
 from inspect import isclass
 from typing import Any
@@ -23,6 +23,7 @@ from fusionkit.tasks.transforms import known_to_timm
 _LIBRARIES = ("fusionkit", "lightning", "timm", "torch", "torchmetrics", "torchvision")
 """Whose code has no names of its own that recipes would not say."""
 
+_LM_EVAL = "fusionkit.tasks.lm_eval.LMEval"
 _SPLITS: tuple[Split, Split] = ("test", "train")
 
 
@@ -85,10 +86,12 @@ def names_in(config: Any) -> Names:
     return found
 
 
-def _within(value: Any, key: str, found: Names) -> Iterator[tuple[Read, bool]]:
+def _within(
+    value: Any, key: str, found: Names, variant: str | None = None
+) -> Iterator[tuple[Read, bool]]:
     """All reads within a value of the recipe, and whether a library opens them by name."""
     if isinstance(value, str):
-        if read := _of_text(value, key):
+        if read := _of_text(value, key, variant):
             yield read, False
     elif isinstance(value, list | tuple):
         for place, each in enumerate(value):
@@ -97,15 +100,16 @@ def _within(value: Any, key: str, found: Names) -> Iterator[tuple[Read, bool]]:
         if isinstance(path := value.get("class_path"), str):
             yield from _of_call(path, value.get("init_args") or {}, key, found)
         for name, each in value.items():
+            variant = value.get("variant") if name == "source" else None  # of a Checkpoint
             if name != "class_path":
-                yield from _within(each, f"{key}.{name}".lstrip("."), found)
+                yield from _within(each, f"{key}.{name}".lstrip("."), found, variant)
 
 
-def _of_text(text: str, key: str) -> Read | None:
+def _of_text(text: str, key: str, variant: str | None) -> Read | None:
     """What a text means wherever it stands."""
     if named := of_url(text):
         use = Use.MODEL if named[0].kind == "model" else Use.ROWS
-        return Read(named[0], use, named[1], key=key)
+        return Read(named[0], use, named[1], variant, key=key)
     if library := of_library(text):
         return Read(*library, key=key)
     return None
@@ -127,10 +131,9 @@ def _of_call(
                 yield from _of_parameter(text, own, where)
     if path.startswith("timm.") and arguments.get("pretrained"):
         yield from _of_timm(str(arguments.get("model_name")), key)
-    variant = arguments.get("variant")  # of a Checkpoint
-    if variant and (read := _of_text(str(arguments.get("source")), f"{key}.source")):
-        yield replace(read, variant=variant), False
-    if not uses and _may_read(opener, path):
+    if path == _LM_EVAL:
+        found.unseen.append(f"lm-eval's tasks ({key})")
+    elif not uses and _may_read(opener, path):
         found.unseen.append(f"{path} ({key})")
 
 
