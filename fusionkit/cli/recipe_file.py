@@ -1,4 +1,4 @@
-"""A recipe's file: variables written out, and paths that are meant from its own folder.
+"""Recipes' files, and those of their pieces: variables and paths in them are written out.
 
 `${NAME}` in a value is the environment variable's; `$${NAME}` is the text itself.
 
@@ -6,20 +6,25 @@ A relative path is one from the working directory, as in a shell. One with a `/`
 nowhere from there, and to something from the recipe's own folder, is taken from that; one that
 leads to something from both is refused. What is written (`out`, `bundle`, …) always goes by the
 working directory: what another run left beside the recipe says nothing of where this one writes.
+
+A piece is a YAML file that stands for what it holds: a section, a class, a mapping. Its path is
+from the folder of the file that names it; to the paths in it, its own folder is the recipe's.
 """
 
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import get_loader
 
-from fusionkit.checkpoints.paths import is_remote
-from fusionkit.errors import FusionKitError, UsageError
+from fusionkit.checkpoints.paths import is_remote, open_path
+from fusionkit.errors import FusionKitError, UsageError, meant
 
 _VARIABLE = re.compile(r"\$(\$?)\{([A-Za-z_]\w*)\}", re.ASCII)
 _WRITTEN = ("out", "bundle", "default_root_dir", "dirpath", "save_dir")
@@ -27,18 +32,19 @@ _NO_PATH = ("class_path",)
 _LARGEST, _MOST = 4 << 20, 100_000
 """Bytes of a recipe, and its values."""
 _PIECE = (".yaml", ".yml")
-"""How a file ends that holds a piece of a recipe: the parser finds it from the recipe's folder."""
+"""How a file ends that holds a piece of a recipe."""
 
 
 class RecipeFile:
-    """A recipe's file, as the working directory is now.
+    """A recipe's file.
 
     Args:
         path: where it is.
+        here: the working directory; by default as it is now.
     """
 
-    def __init__(self, path: str) -> None:
-        self.path, self._here = path, Path.cwd().resolve()
+    def __init__(self, path: str, here: Path | None = None) -> None:
+        self.path, self.here = path, here or Path.cwd().resolve()
         self.folder = None if is_remote(path) else Path(path).parent
 
     def text(self) -> str:
@@ -51,17 +57,17 @@ class RecipeFile:
     def let_import(self) -> None:
         """Let the recipe name classes of modules that lie beside it."""
         if self.folder is not None:
-            own = str((self._here / self.folder).resolve())
+            own = str((self.here / self.folder).resolve())
             sys.path += [own] * (own not in sys.path)
 
-    def written_out(self, content: dict[str, Any]) -> dict[str, Any]:
+    def written_out(self, content: Any) -> Any:
         """Its content with variables and paths written out.
 
         Raises:
             FusionKitError: a variable is not set, or a path leads to two things.
         """
-        told: dict[str, Any] = _each_text(content, self._with_variables)
-        if self.folder is not None and (self._here / self.folder).resolve() != self._here:
+        told = _each_text(content, self._with_variables)
+        if self.folder is not None and (self.here / self.folder).resolve() != self.here:
             told = _each_text(told, self._from_its_folder)
         return told
 
@@ -86,7 +92,7 @@ class RecipeFile:
             return text
         assert self.folder is not None
         beside = str(self.folder / text)
-        there, here = _led_to(self._here / beside), _led_to(self._here / text)
+        there, here = _led_to(self.here / beside), _led_to(self.here / text)
         if not there or there == here:
             return text
         if not here:
@@ -95,6 +101,76 @@ class RecipeFile:
             f"{self.path}: {key}: {text} is there twice, from the working directory and from the "
             f"recipe's folder ({beside}); write the one that is meant as an absolute path"
         )
+
+
+class RecipeFiles:
+    """The files that are being read: a recipe's, and within it those of its pieces."""
+
+    def __init__(self) -> None:
+        self._open: list[RecipeFile] = []
+
+    @property
+    def current(self) -> RecipeFile | None:
+        """The one that is being read; None of a command line."""
+        return self._open[-1] if self._open else None
+
+    @contextmanager
+    def reading(self, path: str) -> Iterator[RecipeFile]:
+        """While a file is read; the modules beside it can be imported."""
+        # The parser changes the working directory while it reads.
+        file = RecipeFile(path, self.current.here if self.current else None)
+        file.let_import()
+        self._open.append(file)
+        try:
+            yield file
+        finally:
+            self._open.pop()
+
+    def piece(self, text: str, needed: bool) -> str | None:
+        """The path of the piece that a text is; None of any other text.
+
+        Args:
+            text: what a file, or the command line, has where a piece may stand.
+            needed: it can be nothing else, if it ends like one.
+
+        Raises:
+            UsageError: there is no such file, or it is being read already.
+        """
+        own = self.current
+        if not text.endswith(_PIECE) or is_remote(text) or (own and own.folder is None):
+            return None
+        path = open_path(text)
+        if own is not None and own.folder is not None:
+            path = own.here / own.folder / path
+        if not path.is_file():
+            if not needed:
+                return None
+            close = meant(path.name, (each.name for each in path.parent.glob("*.y*ml")))
+            raise UsageError(f"{text}: no such piece (relative to {path.parent.resolve()}){close}")
+        if any((each.here / each.path).resolve() == path.resolve() for each in self._open):
+            raise UsageError(f"{text}: is a piece of itself; write out what is meant")
+        return str(path)
+
+    @contextmanager
+    def inside(self, path: str) -> Iterator[Any]:
+        """A piece's content, while it is written out.
+
+        Raises:
+            FusionKitError: a variable in it is not set, or a path in it leads to two things.
+            UsageError: it is no YAML; or what is raised while it is written out, with its path.
+        """
+        with self.reading(path) as file:
+            text = file.text()
+            refuse_endless(text, path)
+            try:
+                content = get_loader("yaml")(text)
+            except yaml.YAMLError as error:
+                raise UsageError(f"{path}: not YAML ({error})") from error
+            told = file.written_out(content)
+            try:
+                yield told
+            except UsageError as error:
+                raise UsageError(f"{path}: {error}") from error
 
 
 def refuse_endless(text: str, place: str) -> None:
