@@ -27,7 +27,7 @@ from fusionkit.checkpoints.paths import open_path
 from fusionkit.checkpoints.stacks import row_name, split, unsplit
 from fusionkit.codecs.base import WHOLE, Parts
 from fusionkit.codecs.operands import Operand
-from fusionkit.errors import BundleError, in_line, lacks, size
+from fusionkit.errors import BundleError, in_line, size
 from fusionkit.task_vectors.task_source import own_tensor
 from fusionkit.task_vectors.vectors import difference
 from fusionkit.task_vectors.workers import full_precision
@@ -73,18 +73,27 @@ class Bundle(ByTask, Changeable, Published):
         key: str | Path | None = None,
     ) -> None:
         self.path, self.key = open_path(path), key_of(key)
+        self.version, self._given = 0, base
+        self._open()
+        self._see_base()
+
+    def _open(self) -> None:
+        """Read the manifest, and set what follows from it."""
         self.manifest, self._stored = at_once(self.path, self._read)
         self.codec = self._stored.codec
         record = self.manifest.base
         self.roles = {name: tensor.role for name, tensor in record.tensors.items()}
         self.space, self.stacks = record.space, record.stacks
         self.tied, self.rename = record.tied, record.rename
-        self.version = 0
+
+    def _see_base(self) -> None:
+        """See the base that was given by the manifest's names; another is opened when needed."""
         self._base_checked = False
         self._initial: dict[str, Tensor] = {}
         self._base: Checkpoint | None = None
-        if base is not None:
-            self._base = self._seen(Checkpoint.of(base, dequantize=record.dequantized))
+        if self._given is not None:
+            dequantize = self.manifest.base.dequantized
+            self._base = self._seen(Checkpoint.of(self._given, dequantize=dequantize))
 
     @classmethod
     def load(
@@ -159,9 +168,9 @@ class Bundle(ByTask, Changeable, Published):
         Raises:
             WrongBaseError: it is another model.
         """
-        base = self._seen(base)
-        self.manifest.base.check(base, f"{self.path}: {base.label}")
-        self._base, self._base_checked = base, True
+        seen = self._seen(base)
+        self.manifest.base.check(seen, f"{self.path}: {seen.label}")
+        self._given, self._base, self._base_checked = base, seen, True
 
     def delta(self, task: str, name: str, device: torch.device | None = None) -> Tensor | None:
         """Decode one task's delta of one tensor, or of a whole stack; nothing else is read.
@@ -278,7 +287,7 @@ class Bundle(ByTask, Changeable, Published):
         Raises:
             BundleError: one has another shape than the base's.
         """
-        return self._stored.exact(self._known(task), self.codec)
+        return self._stored.exact(self._known(task))
 
     def adapter_tensors(self, task: str) -> dict[str, Tensor]:
         """A task's adapter as it comes back: float32, by name; empty where weights are reused."""
@@ -328,9 +337,16 @@ class Bundle(ByTask, Changeable, Published):
         return state
 
     def reread(self) -> None:
-        """See what other runs have changed since it was opened."""
-        self.manifest, self._stored = at_once(self.path, self._read)
+        """See what other runs have changed since it was opened, be it all that is in it.
+
+        Raises:
+            BundleError, PluginError: as when it is opened.
+        """
+        known = self.manifest.base
+        self._open()
         self.version += 1
+        if self.manifest.base != known:
+            self._see_base()
 
     def _read(self, moment: Stamp) -> tuple[Manifest, BundleReader]:
         manifest = current(self.path, self.key)
@@ -340,11 +356,6 @@ class Bundle(ByTask, Changeable, Published):
         """The base as deltas are taken from: by the bundle's names, with adapters' start."""
         base = split(fitted(unsplit(base), self.manifest.base), self.stacks)
         return WithStart(base, self.initial) if self.space and base.plain is base else base
-
-    def _known(self, task: str) -> str:
-        if task not in self.manifest.tasks:
-            raise BundleError(lacks(f"{self.path}:", task, self.tasks))
-        return task
 
     def _decoded(
         self,

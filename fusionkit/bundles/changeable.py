@@ -53,9 +53,7 @@ class Changeable:
         """
         self.check_writable()
         tasks = dict(self.manifest.tasks)
-        if task not in tasks:
-            raise BundleError(lacks(f"{self.path}:", task, tuple(tasks)))
-        del tasks[task]
+        del tasks[self._known(task)]
         if not tasks:
             raise BundleError(f"{self.path}: '{task}' is the last task; delete the folder instead")
         with changing(self.path, self.manifest):
@@ -76,3 +74,13 @@ class Changeable:
             )
         self.manifest, self.version = manifest, self.version + 1
         self._stored = BundleReader(self.path, manifest, stamp(self.path))
+
+    def _known(self, task: str) -> str:
+        """A task's name.
+
+        Raises:
+            BundleError: there is none of this name.
+        """
+        if task not in self.manifest.tasks:
+            raise BundleError(lacks(f"{self.path}:", task, tuple(self.manifest.tasks)))
+        return task

@@ -23,7 +23,7 @@ from fusionkit.checkpoints.adapters.modules import AdapterSpace
 from fusionkit.checkpoints.architecture import Kind
 from fusionkit.checkpoints.checkpoint import MOST_TENSORS, Checkpoint
 from fusionkit.checkpoints.json_text import is_text, json_text, refuse_deep
-from fusionkit.checkpoints.safetensors_file import tensor_bytes
+from fusionkit.checkpoints.safetensors_file import Size, tensor_bytes
 from fusionkit.checkpoints.stacks import rows_of
 from fusionkit.errors import BundleError, WrongBaseError, listing
 from fusionkit.registry import Config
@@ -35,7 +35,6 @@ _LARGEST = 256 << 20
 """Bytes of a manifest."""
 
 Name = Annotated[str, Meta(max_length=4096)]
-Size = Annotated[int, Meta(ge=0, lt=1 << 62)]
 Rows = Annotated[int, Meta(gt=0, lt=1 << 62)]
 Dtype = Annotated[str, Meta(pattern="^[a-z0-9_]{1,32}$")]
 Digest = Annotated[str, Meta(max_length=64)]

@@ -105,14 +105,14 @@ class BundleReader:
             ) from error
         return parts
 
-    def exact(self, task: str, codec: DeltaCodec) -> Iterator[tuple[str, Tensor]]:
+    def exact(self, task: str) -> Iterator[tuple[str, Tensor]]:
         """A task's tensors that are stored exactly, by name.
 
         Raises:
             BundleError: one has another shape than the base's.
         """
         for name in self._manifest.base.names("exact"):
-            with decoding(self._path, task, name, codec):
+            with decoding(self._path, task, name, self.codec):
                 whole = self.own(task, name).get(WHOLE)
             shape = self._manifest.base.tensors[name].shape
             if whole is not None and list(whole.shape) != shape:

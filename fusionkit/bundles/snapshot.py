@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from fusionkit.bundles.format import MANIFEST
 from fusionkit.checkpoints.paths import is_remote
+from fusionkit.checkpoints.steady_file import stamp_of
 from fusionkit.errors import BundleError, FusionKitError
 
 Opened = TypeVar("Opened")
@@ -30,10 +31,9 @@ def stamp(path: Path) -> Stamp:
     if is_remote(path):
         return None
     try:
-        found = (path / MANIFEST).stat()
+        return stamp_of((path / MANIFEST).stat())
     except OSError:
         return None
-    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def changed(path: Path) -> BundleError:

@@ -77,17 +77,19 @@ def recalibrate(
         )
     quiet: Any = dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary"), False)
     trainer = trainer or Trainer(devices=1, enable_progress_bar=False, **quiet)
-    codec = codec or module.codec
-    module.reuse(module.compress(codec=codec))
+    if trainer.world_size > 1:
+        raise FusionKitError(
+            "statistics are re-estimated by one process, of all rows: --trainer.devices 1"
+        )
+    compressed = module.compress(codec=codec)
+    module.reuse(compressed)
     found = _estimated(module, CalibrationData(datamodule, rows, seed), trainer)
     family = module.family()
     told = {task: WithStart(family.finetuned[task], own) for task, own in found.items()}
-    for task, each in told.items():
-        each.rename = family.finetuned[task].rename
     bundle = compress(
         module.base_source or module.base_weights,
         {**family.finetuned, **told},
-        codec or "merged",
+        compressed.codec,
         private=module.private,
         frozen=module.frozen,
         rename=module.rename,
@@ -96,7 +98,7 @@ def recalibrate(
     )
     if out is not None:
         bundle.save(out, overwrite)
-        bundle = Bundle(out, family.base)
+        bundle = Bundle(out, family.base, key="")
     module.reuse(bundle)
     return bundle
 
@@ -161,10 +163,6 @@ def _estimated(
     module: ReuseModule, data: CalibrationData, trainer: Trainer
 ) -> dict[str, dict[str, Tensor]]:
     """Task → its statistics by name."""
-    if trainer.world_size > 1:
-        raise FusionKitError(
-            "statistics are re-estimated by one process, of all rows: --trainer.devices 1"
-        )
     data.prepare_data()
     data.setup("fit")
     loaders = data.train_dataloader()

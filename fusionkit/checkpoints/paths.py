@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
+from fusionkit.checkpoints.hub_cache import in_hub_cache
 from fusionkit.checkpoints.path_text import expanded, in_its_form, refuse_long_names
 from fusionkit.errors import BundleError, FusionKitError
 
@@ -30,6 +31,7 @@ def open_path(path: str | Path) -> Path:
             fsspec URL, for which `pip install 'fusionkit[remote]'` and what its protocol needs
             (`s3fs`, `huggingface_hub`, …) must be installed. `~`, `~user`, `$NAME` and `${NAME}`
             are written out. A local name that is there in another Unicode form alone is found.
+            Of the Hugging Face Hub, what lies whole in its cache is read from there.
 
     Returns:
         a `pathlib.Path`; for a URL what acts like one.
@@ -44,6 +46,8 @@ def open_path(path: str | Path) -> Path:
     if not is_remote(path):
         refuse_long_names(Path(path))
         return in_its_form(Path(path))
+    if (cached := in_hub_cache(path)) is not None:
+        return cached
     try:
         from upath import UPath
 

@@ -34,7 +34,7 @@ class SteadyFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = -1
-        self._stamp = _stamp(path.stat())
+        self._stamp = stamp_of(path.stat())
         self.size = self._stamp[1]
 
     def read(self, start: int, size: int) -> Tensor:
@@ -63,7 +63,7 @@ class SteadyFile:
                     raise OSError("the file was cut short after it was opened")
                 memory, start = memory[read:], start + read
             # Looked at behind the reading: whatever was written over it before then, shows.
-            if _stamp(os.fstat(file)) != self._stamp:
+            if stamp_of(os.fstat(file)) != self._stamp:
                 raise OSError("the file was changed after it was opened; open it again")
         finally:
             if file != self._file:
@@ -108,7 +108,7 @@ _ALONE = threading.Lock()
 _AHEAD = 1 << 17
 
 
-def _stamp(stat: os.stat_result) -> tuple[int, int, int]:
+def stamp_of(stat: os.stat_result) -> tuple[int, int, int]:
     """What tells a file from another, or from itself once it was written to."""
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
 

@@ -1,4 +1,4 @@
-"""Recipes' files, and those of their pieces: variables and paths in them are written out.
+"""A recipe's file: variables written out, its pieces put in, and paths from its own folder.
 
 `${NAME}` in a value is the environment variable's; `$${NAME}` is the text itself.
 
@@ -7,15 +7,15 @@ nowhere from there, and to something from the recipe's own folder, is taken from
 leads to something from both is refused. What is written (`out`, `bundle`, …) always goes by the
 working directory: what another run left beside the recipe says nothing of where this one writes.
 
-A piece is a YAML file that stands for what it holds: a section, a class, a mapping. Its path is
-from the folder of the file that names it; to the paths in it, its own folder is the recipe's.
+A mapping's `piece` is a YAML file, or a list of such, from the folder of the file that names it:
+the mapping has what they have, and its own keys go before, at any depth. What a piece says of
+variables and paths is its own.
 """
 
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 from jsonargparse import get_loader
 
-from fusionkit.checkpoints.paths import is_remote, open_path
+from fusionkit.checkpoints.paths import is_remote
 from fusionkit.errors import FusionKitError, UsageError, meant
 
 _VARIABLE = re.compile(r"\$(\$?)\{([A-Za-z_]\w*)\}", re.ASCII)
@@ -32,19 +32,23 @@ _NO_PATH = ("class_path",)
 _LARGEST, _MOST = 4 << 20, 100_000
 """Bytes of a recipe, and its values."""
 _PIECE = (".yaml", ".yml")
-"""How a file ends that holds a piece of a recipe."""
+"""How a file ends that holds a piece of a recipe: the parser finds it from the recipe's folder."""
+_PUT_IN = "piece"
+"""The key of the pieces that a mapping has."""
 
 
 class RecipeFile:
-    """A recipe's file.
+    """A recipe's file, or a piece's.
 
     Args:
         path: where it is.
-        here: the working directory; by default as it is now.
+        within: of a piece, the files that it is a piece of.
+        here: the working directory, if not as it is now: the parser changes it while it reads.
     """
 
-    def __init__(self, path: str, here: Path | None = None) -> None:
-        self.path, self.here = path, here or Path.cwd().resolve()
+    def __init__(self, path: str, within: tuple[Path, ...] = (), here: Path | None = None) -> None:
+        self.path, self._within = path, within
+        self._here = here or Path.cwd().resolve()
         self.folder = None if is_remote(path) else Path(path).parent
 
     def text(self) -> str:
@@ -57,19 +61,61 @@ class RecipeFile:
     def let_import(self) -> None:
         """Let the recipe name classes of modules that lie beside it."""
         if self.folder is not None:
-            own = str((self.here / self.folder).resolve())
+            own = str((self._here / self.folder).resolve())
             sys.path += [own] * (own not in sys.path)
 
-    def written_out(self, content: Any) -> Any:
-        """Its content with variables and paths written out.
+    def written_out(self, content: dict[str, Any]) -> dict[str, Any]:
+        """Its content with variables, paths and pieces written out.
 
         Raises:
             FusionKitError: a variable is not set, or a path leads to two things.
+            UsageError: a piece is not there, is no mapping, or is a piece of itself.
         """
-        told = _each_text(content, self._with_variables)
-        if self.folder is not None and (self.here / self.folder).resolve() != self.here:
+        told: dict[str, Any] = _each_text(content, self._with_variables)
+        if self.folder is not None and (self._here / self.folder).resolve() != self._here:
             told = _each_text(told, self._from_its_folder)
-        return told
+        found: dict[str, Any] = self._composed(told, "")
+        return found
+
+    def _composed(self, value: Any, key: str) -> Any:
+        """A value with the pieces of all mappings in it put in."""
+        if isinstance(value, list):
+            return [self._composed(each, key) for each in value]
+        if not isinstance(value, dict):
+            return value
+        own = {n: self._composed(each, f"{key}.{n}".lstrip(".")) for n, each in value.items()}
+        named = own.get(_PUT_IN)
+        files = named if isinstance(named, list) else [named]
+        if not files or not all(str(each).endswith(_PIECE) for each in files):
+            return own
+        del own[_PUT_IN]
+        found: dict[str, Any] = {}
+        for each in files:
+            found = _laid_over(found, self._piece(str(each), key))
+        return _laid_over(found, own)
+
+    def _piece(self, name: str, key: str) -> dict[str, Any]:
+        """A piece's content, written out."""
+        at = f"{self.path}: {key}.{_PUT_IN}".replace(" .", " ")
+        path = Path(name).expanduser() if self.folder is None else self.folder / name
+        path = self._here / path
+        known = (*self._within, (self._here / self.path).resolve())
+        if not path.is_file():
+            close = meant(path.name, [each.name for each in path.parent.glob("*.y*ml")])
+            raise UsageError(f"{at}: no such file: {path} (relative to {self._here}){close}")
+        if path.resolve() in known:
+            raise UsageError(f"{at}: {path} is a piece of itself; take one of the two out")
+        file = RecipeFile(str(path), known, self._here)
+        text = file.text()
+        refuse_endless(text, file.path)
+        try:
+            content = get_loader("yaml")(text)
+        except yaml.YAMLError as error:
+            said = " ".join(str(error).split())
+            raise UsageError(f"{at}: {path} is no YAML ({said})") from error
+        if not isinstance(content, dict):
+            raise UsageError(f"{at}: expected a mapping in {path}, got {type(content).__name__}")
+        return file.written_out(content)
 
     def _with_variables(self, key: str, text: str) -> str:
         def value(match: re.Match[str]) -> str:
@@ -92,7 +138,7 @@ class RecipeFile:
             return text
         assert self.folder is not None
         beside = str(self.folder / text)
-        there, here = _led_to(self.here / beside), _led_to(self.here / text)
+        there, here = _led_to(self._here / beside), _led_to(self._here / text)
         if not there or there == here:
             return text
         if not here:
@@ -101,76 +147,6 @@ class RecipeFile:
             f"{self.path}: {key}: {text} is there twice, from the working directory and from the "
             f"recipe's folder ({beside}); write the one that is meant as an absolute path"
         )
-
-
-class RecipeFiles:
-    """The files that are being read: a recipe's, and within it those of its pieces."""
-
-    def __init__(self) -> None:
-        self._open: list[RecipeFile] = []
-
-    @property
-    def current(self) -> RecipeFile | None:
-        """The one that is being read; None of a command line."""
-        return self._open[-1] if self._open else None
-
-    @contextmanager
-    def reading(self, path: str) -> Iterator[RecipeFile]:
-        """While a file is read; the modules beside it can be imported."""
-        # The parser changes the working directory while it reads.
-        file = RecipeFile(path, self.current.here if self.current else None)
-        file.let_import()
-        self._open.append(file)
-        try:
-            yield file
-        finally:
-            self._open.pop()
-
-    def piece(self, text: str, needed: bool) -> str | None:
-        """The path of the piece that a text is; None of any other text.
-
-        Args:
-            text: what a file, or the command line, has where a piece may stand.
-            needed: it can be nothing else, if it ends like one.
-
-        Raises:
-            UsageError: there is no such file, or it is being read already.
-        """
-        own = self.current
-        if not text.endswith(_PIECE) or is_remote(text) or (own and own.folder is None):
-            return None
-        path = open_path(text)
-        if own is not None and own.folder is not None:
-            path = own.here / own.folder / path
-        if not path.is_file():
-            if not needed:
-                return None
-            close = meant(path.name, (each.name for each in path.parent.glob("*.y*ml")))
-            raise UsageError(f"{text}: no such piece (relative to {path.parent.resolve()}){close}")
-        if any((each.here / each.path).resolve() == path.resolve() for each in self._open):
-            raise UsageError(f"{text}: is a piece of itself; write out what is meant")
-        return str(path)
-
-    @contextmanager
-    def inside(self, path: str) -> Iterator[Any]:
-        """A piece's content, while it is written out.
-
-        Raises:
-            FusionKitError: a variable in it is not set, or a path in it leads to two things.
-            UsageError: it is no YAML; or what is raised while it is written out, with its path.
-        """
-        with self.reading(path) as file:
-            text = file.text()
-            refuse_endless(text, path)
-            try:
-                content = get_loader("yaml")(text)
-            except yaml.YAMLError as error:
-                raise UsageError(f"{path}: not YAML ({error})") from error
-            told = file.written_out(content)
-            try:
-                yield told
-            except UsageError as error:
-                raise UsageError(f"{path}: {error}") from error
 
 
 def refuse_endless(text: str, place: str) -> None:
@@ -227,6 +203,15 @@ def _each_text(value: Any, change: Callable[[str, str], str], key: str = "") -> 
     if isinstance(value, dict):
         return {n: _each_text(each, change, f"{key}.{n}".lstrip(".")) for n, each in value.items()}
     return value
+
+
+def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Two mappings as one: where both have a value, and not both a mapping, it is the second's."""
+    found = {**below, **above}
+    for name, value in above.items():
+        if isinstance(value, dict) and isinstance(below.get(name), dict):
+            found[name] = _laid_over(below[name], value)
+    return found
 
 
 def _led_to(path: Path) -> list[Path]:

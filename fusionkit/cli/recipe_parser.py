@@ -1,7 +1,8 @@
 """The parser of recipes: what they say in short is written out, and errors say what to do."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
@@ -12,7 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from fusionkit import registry
 from fusionkit.checkpoints.paths import is_remote, open_path
-from fusionkit.cli.recipe_file import RecipeFiles, refuse_endless
+from fusionkit.cli.recipe_file import RecipeFile, refuse_endless
 from fusionkit.cli.recipe_values import RecipeValues
 from fusionkit.cli.words import with_values
 from fusionkit.errors import UsageError, meant
@@ -36,15 +37,12 @@ _MENDS = {
 class RecipeParser(LightningArgumentParser):
     """Writes out what recipes say in short; names the installed codecs where one is not known."""
 
-    @cached_property
-    def files(self) -> RecipeFiles:
-        """What is being read."""
-        return RecipeFiles()
+    _file: RecipeFile | None = None
 
     @cached_property
     def values(self) -> RecipeValues:
         """What its options take; not to be asked for before they are all there."""
-        return RecipeValues(self, self.files)
+        return RecipeValues(self)
 
     def parse_args(self, args: Any = None, *others: Any, **kwargs: Any) -> Any:
         """Parse a command line.
@@ -62,7 +60,7 @@ class RecipeParser(LightningArgumentParser):
                 close = meant(open_path(recipe).name, near)
                 raise UsageError(f"{recipe}: no such recipe (relative to {Path.cwd()}){close}")
             else:
-                with self.files.reading(recipe) as file:
+                with self._reading(recipe) as file:
                     self._written_out(file.text())
         return super().parse_args(self.values.options(words), *others, **kwargs)
 
@@ -73,7 +71,7 @@ class RecipeParser(LightningArgumentParser):
             FusionKitError: a variable in it is not set, or a path in it leads to two things.
             UsageError: a key, a class or a setting in it is mistyped.
         """
-        with self.files.reading(str(path)):
+        with self._reading(str(path)):
             return super().parse_path(path, *args, **kwargs)
 
     def parse_string(self, content: str, *args: Any, **kwargs: Any) -> Any:
@@ -95,16 +93,26 @@ class RecipeParser(LightningArgumentParser):
         super().error(message, ex)
         raise AssertionError  # super().error never returns
 
+    @contextmanager
+    def _reading(self, path: str) -> Iterator[RecipeFile]:
+        """While a recipe's file is read."""
+        self._file = RecipeFile(path)
+        self._file.let_import()
+        try:
+            yield self._file
+        finally:
+            self._file = None
+
     def _written_out(self, content: str) -> str:
         """A recipe's text with what it says in short written out."""
-        file = self.files.current
-        refuse_endless(content, file.path if file else "the recipe")
+        refuse_endless(content, self._file.path if self._file else "the recipe")
         try:
             told = get_loader("yaml")(content)
         except yaml.YAMLError:
             return content  # the parser says what is wrong with it
         if not isinstance(told, dict):
             return content
+        file = self._file
         try:
             told = self.values.content(file.written_out(told) if file else told)
         except UsageError as error:

@@ -1,23 +1,19 @@
 """What a recipe and its options may say in short, written out for the parser.
 
 Codecs and merges by id (`codec: svd`), data modules and Lightning modules by their class's words
-(`data: text_classification`), one text for a list of one (`private: head.*`), a file for what it
-holds (`data: pieces/images.yaml`), and what a function hands on as its own settings
-(`timm.create_model`'s `img_size`). What is no key, option, class or setting, but close to one, is
-refused by name. A setting's type says which of these it takes: that of the parser's own, or of the
-parameter of the class that is named.
+(`data: text_classification`), one text for a list of one (`private: head.*`). What is no key,
+option, class or setting, but close to one, is refused by name. A setting's type says which of
+these it takes: that of the parser's own, or of the parameter of the class that is named.
 """
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
 from jsonargparse import ArgumentParser, get_loader
 
 from fusionkit.cli.class_names import ClassNames, classes_in, holds_texts, inside, kinds_of
-from fusionkit.cli.recipe_file import RecipeFiles
 from fusionkit.errors import UsageError, meant
 
 _NONE = ("null", "None")
@@ -28,13 +24,12 @@ class RecipeValues:
 
     Args:
         parser: has all its arguments.
-        files: those that are being read.
 
     Attributes:
         flags: the options that may stand alone.
     """
 
-    def __init__(self, parser: ArgumentParser, files: RecipeFiles) -> None:
+    def __init__(self, parser: ArgumentParser) -> None:
         own = [each for each in parser._actions if each.option_strings]
         options = {name.lstrip("-"): each for each in own for name in each.option_strings}
         self._types = {
@@ -42,7 +37,7 @@ class RecipeValues:
         }
         self._keys = set(options)
         self._settings = {each.dest for each in own if each.dest in self._types}
-        self._names, self._files = ClassNames(), files
+        self._names = ClassNames()
         self.flags = [name for name, hint in self._types.items() if kinds_of(hint) == [bool]]
 
     def content(self, content: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,7 +91,7 @@ class RecipeValues:
         kinds = kinds_of(hint)
         classes = classes_in(kinds)
         if isinstance(value, str):
-            return self._text(value, hint, key)
+            return self._text(value, kinds, classes, key)
         if isinstance(value, list):
             items = inside(kinds, Sequence) or (hint if classes else None)
             return value if items is None else [self.value(each, items, key) for each in value]
@@ -109,15 +104,7 @@ class RecipeValues:
             return value
         return {name: self.value(each, held, f"{key}.{name}") for name, each in value.items()}
 
-    def _text(self, value: str, hint: Any, key: str) -> Any:
-        """A text: a piece's path, a class's name, one of a list, or itself."""
-        kinds = kinds_of(hint)
-        classes = classes_in(kinds)
-        if classes or inside(kinds, Mapping) is not None:
-            piece = self._files.piece(value, needed={str, Path}.isdisjoint(kinds))
-            if piece is not None:
-                with self._files.inside(piece) as content:
-                    return self.value(content, hint, key)
+    def _text(self, value: str, kinds: Sequence[Any], classes: Sequence[type], key: str) -> Any:
         if str in kinds or value in _NONE:
             return value
         if classes:
@@ -139,19 +126,13 @@ class RecipeValues:
             if plain:
                 return told
             on = {name: each for name, each in told.items() if self._names.hands_on(key, name)}
-            own = {name: each for name, each in told.items() if name not in on}
-            found = {**found, "init_args": own}
+            found["init_args"] = {name: each for name, each in told.items() if name not in on}
             if on:
                 found["dict_kwargs"] = {**(found.get("dict_kwargs") or {}), **on}
         return found
 
     def _under(self, key: str, value: Any) -> Any:
         """What a recipe has at a key."""
-        group = key not in self._settings and self._inside(key)
-        piece = self._files.piece(value, True) if group and isinstance(value, str) else None
-        if piece is not None:
-            with self._files.inside(piece) as content:
-                return self._under(key, content)
         if key in self._settings:
             return self.value(value, self._types[key], key)
         if not self._inside(key):
@@ -214,9 +195,11 @@ class RecipeValues:
 
     def _handed_on(self, name: str) -> str:
         """An option's name, as the parser knows those that a function hands on."""
-        above, _, last = name.rpartition(".")
+        above, _, last = name.removesuffix("+").rpartition(".")
         key = ".".join(part for part in above.split(".") if part != "init_args")
-        return f"{above}.dict_kwargs.{last}" if self._names.hands_on(key, last) else name
+        if last == "help" or not self._names.hands_on(key, last):
+            return name
+        return f"{above.removesuffix('.init_args')}.dict_kwargs.{name.rpartition('.')[2]}"
 
     def _as_text(self, value: str, hint: Any, key: str) -> str:
         """An option's value, written out."""

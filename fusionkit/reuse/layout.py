@@ -71,6 +71,7 @@ class Layout:
             self._of[leaf.full] = layers[path]
         self._names: dict[str, list[str]] = {}
         self._classes: dict[str | None, tuple[object, int]] = {}
+        self._head_of: tuple[int, str | None] = (-1, None)
         self.form = [(each.dtype, each.device) for each in self._state.values()]
         self._stamp = self._now()
 
@@ -135,13 +136,7 @@ class Layout:
 
     def classes(self, task: str | None) -> int | None:
         """How many rows the model's last matrix has for a task, if tasks have it to themselves."""
-        last = next((leaf for leaf in reversed(self._leaves) if leaf.tensor.ndim > 1), None)
-        bundle = self._bundle
-        own = [
-            *self._private,
-            *dict.fromkeys(n for each in bundle.tasks for n in bundle.added(each)),
-        ]
-        head = next((n for n in own if last and last.full in self.names(n)), None)
+        bundle, head = self._bundle, self._head()
         if head is None:
             return None
         if task is not None and head in bundle.private(task):
@@ -150,6 +145,17 @@ class Layout:
                 self._classes[task] = record, len(bundle.private_tensor(task, head))
             return self._classes[task][1]
         return len(self._tensor(head)) + (0 if task is None else bundle.added(task).get(head, 0))
+
+    def _head(self) -> str | None:
+        """The bundle's name of the model's last matrix, if tasks have rows of it to themselves."""
+        bundle = self._bundle
+        if self._head_of[0] != bundle.version:
+            last = next((leaf for leaf in reversed(self._leaves) if leaf.tensor.ndim > 1), None)
+            added = (name for task in bundle.tasks for name in bundle.added(task))
+            own = dict.fromkeys([*self._private, *added])
+            found = next((n for n in own if last and last.full in self.names(n)), None)
+            self._head_of = bundle.version, found
+        return self._head_of[1]
 
     def _tensor(self, name: str) -> Tensor:
         """The model's own tensor, by the bundle's name."""

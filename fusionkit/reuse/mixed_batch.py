@@ -284,8 +284,9 @@ class MixedBatch:
         return manifest.tasks[task], manifest.shared
 
     def _check_known(self, tasks: Sequence[str | None]) -> None:
+        known = self.source.manifest.tasks
         for task in tasks:
-            if task is not None and task not in self.source.tasks:
+            if task is not None and task not in known:
                 raise BundleError(lacks(f"{self.source.path}:", task, self.source.tasks))
 
 

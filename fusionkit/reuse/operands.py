@@ -1,5 +1,6 @@
 """What a task does to a model's tensors, in a form that a layer can use on some of its rows."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from fusionkit.checkpoints.stacks import row_name
 from fusionkit.checkpoints.vocabulary import extended
 from fusionkit.codecs.operands import Dense, Masked, Sum, changed, tensors_of
 from fusionkit.codecs.operands import Operand as Delta
-from fusionkit.task_vectors.task_source import folded_tensor
+from fusionkit.task_vectors.task_source import folded_tensor, own_tensor, written
 
 
 class Whole(NamedTuple):
@@ -128,9 +129,8 @@ class _Reader:
 
     def all(self) -> Iterator[tuple[str, Operand]]:
         bundle = self._bundle
-        adapters = set(bundle.space.layout.tensors) if bundle.space else set()
-        for name in bundle.roles:
-            if name in adapters or name in self._rows or name not in self._base:
+        for name in dict.fromkeys([*written(bundle), *self._added]):
+            if name in self._rows or name not in self._base:
                 continue
             if (operand := self._one(name)) is not None:
                 yield name, operand
@@ -141,12 +141,13 @@ class _Reader:
             yield name, self._whole(name, tensor)
 
     def _one(self, name: str) -> Operand | None:
-        base = self._base[name]
-        if name not in self._added and base.ndim > 1:
+        shape = self._base.specs[name].shape
+        if name not in self._added and len(shape) > 1:
             delta = self._delta(name)
-            whole = base.numel() * self._target(name).dtype.itemsize
+            whole = math.prod(shape) * self._target(name).dtype.itemsize
             if delta is not None and _own_bytes(delta) < whole:
                 return self._kept(name, delta)
+        base = self._base[name]
         own = self._tensor(name, base)
         if name in self._added:
             own = extended(own, self._added[name])
@@ -169,7 +170,7 @@ class _Reader:
         if name != module.targets[0]:
             return None
         start = {each: bundle.initial[each] for each in module.tensors}
-        own = {n: folded_tensor(bundle, self._task, n, t, {}) for n, t in start.items()}
+        own = {n: own_tensor(bundle, self._task, n, t) for n, t in start.items()}
         return module.low_rank(own, start)
 
     def _kept(self, name: str, delta: Delta) -> Delta:

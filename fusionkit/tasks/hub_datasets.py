@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fusionkit.checkpoints.hub_cache import dataset_in_hub_cache
 from fusionkit.errors import DataError, FusionKitError
 from fusionkit.tasks.data import Split
 from fusionkit.tasks.table import MissingSplitError, Table
@@ -15,7 +16,8 @@ def read_dataset(path: Path, split: Split, names: Sequence[str], saved: bool) ->
     """Read one split of a folder, or of a data set on the hub.
 
     Args:
-        path: the folder; where there is none, the data set's name, `ORG/NAME[:CONFIG]`.
+        path: the folder; where there is none, the data set's name, `ORG/NAME[:CONFIG]`, which is
+            read from Hugging Face's cache where it is there whole.
         split: which.
         names: what it may be called; the first that is there counts.
         saved: whether it is a folder that `save_to_disk` wrote.
@@ -31,7 +33,9 @@ def read_dataset(path: Path, split: Split, names: Sequence[str], saved: bool) ->
     if saved:
         found = _loaded(path, lambda: datasets.load_from_disk(name))
     else:
-        found = _loaded(path, lambda: datasets.load_dataset(name, config or None), hub=not local)
+        cached = None if local else dataset_in_hub_cache(name)
+        place, hub = str(cached or name), not local and cached is None
+        found = _loaded(path, lambda: datasets.load_dataset(place, config or None), hub)
     if isinstance(found, datasets.Dataset):  # no splits
         if split == "train":
             raise MissingSplitError(

@@ -110,7 +110,6 @@ def _(codec: EMR, seen: Seen) -> None:
         limit = allowed(elected, codec.dtype)
         if seen.bundle.shared_parts(name):
             check_within(stored[name], elected, limit, f"elected {name}")
-        mask = flat * elected > 0
         # Products of the smallest values vanish: the signs count.
         mask = (np.sign(flat) * np.sign(elected)) > 0
         masks[name] = mask, elected, limit, unsure_of(flat)

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from manifests import Json, edit, sign
+from manifests import Json, edit, replace_payload
 from torch import Tensor
 
 from fusionkit import EMR, Bundle, MagnitudePrune, Mean
@@ -47,17 +47,6 @@ def emr(tmp_path: Path) -> Path:
 @pytest.fixture
 def prune(tmp_path: Path) -> Path:
     return bundle_of(MagnitudePrune(0.3, merge=Mean(), dtype="int8"), tmp_path / "prune")
-
-
-def replace_payload(folder: Path, name: str, header: bytes, data: bytes) -> None:
-    """Write a payload file, its size and its header's digest into the manifest."""
-    (folder / name).write_bytes(len(header).to_bytes(8, "little") + header + data)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    shared = name.startswith("shared")
-    record = manifest["shared"] if shared else manifest["tasks"][name[5:-12]]["file"]
-    record["bytes"] = 8 + len(header) + len(data)
-    record["header_sha256"] = hashlib.sha256(header).hexdigest()
-    sign(folder, manifest)
 
 
 def edit_header(change: Callable[[Json], object]) -> Callable[[Path], None]:

@@ -10,16 +10,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from checks import contents
+from checks import check_same, contents
+from safetensors.torch import save_file
 from tiny_net import TASKS, Files, TinyNet
 from torch import Tensor
 
-from fusionkit import DBMS, EMR, Bundle, Dense, MagnitudePrune, Sketch, add_tasks, compress
+from fusionkit import (
+    DBMS,
+    EMR,
+    Bundle,
+    Checkpoint,
+    Dense,
+    MagnitudePrune,
+    Sketch,
+    add_tasks,
+    compress,
+)
 from fusionkit.bundles import reader
 from fusionkit.checkpoints.output_folder import new_file
 from fusionkit.checkpoints.sole_writer import sole_writer
 from fusionkit.codecs.base import DeltaCodec
-from fusionkit.errors import BundleError
+from fusionkit.errors import BundleError, WrongBaseError
 
 AGAIN = "b: another run has changed it since it was opened here; open it again"
 States = dict[str, dict[str, Tensor]]
@@ -66,6 +77,32 @@ def test_many_threads_read_one_bundle(
         for thread in threads:
             thread.join()
     assert not faults
+
+
+def test_rereading_a_bundle_that_became_another(files: Files, tmp_path: Path) -> None:
+    """Of another codec, with other roles, of another base: it is as if it were opened again."""
+    path, moved = tmp_path / "b", tmp_path / "moved.safetensors"
+    compress(files.base, files.finetuned, EMR(), path, private=["head.*"])
+    given, found = Bundle(path, files.base), Bundle(path)
+    for bundle in (given, found):
+        bundle.state_dict("ant")
+    base = {
+        name: tensor + 1 if tensor.is_floating_point() else tensor.clone()
+        for name, tensor in Checkpoint.of(files.base).items()
+    }
+    save_file(base, moved)
+    tuned = {"ant": files.finetuned["ant"]}
+    compress(moved, tuned, Dense("fp16"), path, private=["head.*", "norm.*"], overwrite=True)
+    found.reread()
+    fresh = Bundle(path)
+    assert (found.codec, found.roles, found.tasks) == (fresh.codec, fresh.roles, fresh.tasks)
+    assert found.version == 1
+    check_same(found.state_dict("ant"), fresh.state_dict("ant"))
+    given.reread()
+    with pytest.raises(WrongBaseError, match="is not the base that this bundle was made from"):
+        given.state_dict("ant")
+    given.attach_base(Checkpoint.of(moved))
+    check_same(given.state_dict("ant"), fresh.state_dict("ant"))
 
 
 def changes(kind: str, files: Files, path: Path) -> None:

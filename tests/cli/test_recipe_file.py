@@ -11,7 +11,7 @@ from program import PROGRAM, run
 from tiny_net import TASKS, TESTS, Files
 
 import fusionkit
-from fusionkit.cli.recipe_file import refuse_endless
+from fusionkit.cli.recipe_file import RecipeFile, refuse_endless
 from fusionkit.errors import UsageError
 
 
@@ -134,3 +134,73 @@ def test_aliases_of_aliases_are_refused_at_once() -> None:
     with pytest.raises(UsageError, match="more than 4 MiB"):
         refuse_endless("#" * (5 << 20), "r.yaml")
     refuse_endless("a: &a [1, 2]\nb: [*a, *a]", "r.yaml")
+
+
+class TestPieces:
+    """A mapping's `piece`: files beside the recipe, under what the recipe says itself."""
+
+    def composed(self, folder: Path, content: str, **pieces: str) -> dict[str, object]:
+        (folder / "shared").mkdir(exist_ok=True)
+        for name, text in pieces.items():
+            (folder / "shared" / f"{name}.yaml").write_text(text)
+        path = folder / "r.yaml"
+        path.write_text(content)
+        return RecipeFile(str(path)).written_out(yaml.safe_load(content))
+
+    def test_own_keys_go_before_at_any_depth(self, tmp_path: Path) -> None:
+        found = self.composed(
+            tmp_path,
+            "codecs: {piece: [shared/few.yaml, shared/more.yaml], B: {init_args: {rank: 4}}, "
+            "C: c}\n"
+            "list: [{piece: shared/few.yaml}]",
+            few="A: {class_path: EMR}\nB: {class_path: SVD, init_args: {rank: 2, dtype: int4}}",
+            more="A: {class_path: Dense}",
+        )
+        svd = {"class_path": "SVD", "init_args": {"rank": 4, "dtype": "int4"}}
+        assert found["codecs"] == {"A": {"class_path": "Dense"}, "B": svd, "C": "c"}
+        assert list(found["codecs"]) == ["A", "B", "C"]  # type: ignore[call-overload]
+        assert found["list"] == [
+            {"A": {"class_path": "EMR"}, "B": {**svd, "init_args": {"rank": 2, "dtype": "int4"}}}
+        ]
+
+    def test_a_whole_recipe_is_one(self, recipe: Path, elsewhere: Path) -> None:
+        """Of another recipe, in another folder: what it reads is found from its own."""
+        (recipe.parent / "own").mkdir()
+        own = recipe.parent / "own" / "dense.yaml"
+        own.write_text("piece: ../recipe.yaml\nmodel: {codec: {class_path: dense}, bundle: there}")
+        run("compress", "--config", own)
+        assert fusionkit.Bundle.load(elsewhere / "there").codec == fusionkit.Dense()
+        run("compress", "--overwrite", "--config", f"../own/{own.name}")
+
+    def test_variables_and_paths_are_the_pieces_own(
+        self, tmp_path: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("NAME", "cats")
+        (tmp_path / "shared/rows").mkdir(parents=True)
+        (tmp_path / "shared/rows/cats").touch()
+        found = self.composed(
+            tmp_path,
+            "data: {piece: shared/data.yaml}",
+            data="tasks: {piece: tasks.yaml}\nsaid: $${NAME}",
+            tasks="a: rows/${NAME}",
+        )
+        assert found == {
+            "data": {"tasks": {"a": str(tmp_path / "shared/rows/cats")}, "said": "${NAME}"}
+        }
+
+    @pytest.mark.parametrize(
+        ("content", "piece", "said"),
+        [
+            ("piece: shared/on.yaml", "a: 1", r"piece: no such file: .*on\.yaml .*'one\.yaml'"),
+            ("a: {piece: shared/one.yaml}", "[1]", "a.piece: expected a mapping in .*, got list"),
+            ("a: {piece: shared/one.yaml}", "a: [", "a.piece: .* is no YAML"),
+            ("a: {piece: shared/one.yaml}", "b: {piece: one.yaml}", "is a piece of itself"),
+        ],
+    )
+    def test_refused(self, tmp_path: Path, content: str, piece: str, said: str) -> None:
+        with pytest.raises(UsageError, match=said):
+            self.composed(tmp_path, content, one=piece)
+
+    def test_a_key_of_that_name(self, tmp_path: Path) -> None:
+        """A task, or a codec's name in a table, may be called so."""
+        assert self.composed(tmp_path, "tasks: {piece: data/x}") == {"tasks": {"piece": "data/x"}}

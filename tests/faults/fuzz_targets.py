@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from manifests import sign
 
 from fusionkit import Bundle
 from fusionkit.bundles.small_parts import Names
@@ -29,13 +30,11 @@ def manifest(data: bytes) -> None:
     try:
         content = json.loads(data[1:])
         if isinstance(content, dict) and "checksum" in content:
-            content.pop("checksum")
-            text = json.dumps(content, sort_keys=True)
-            content["checksum"] = hashlib.sha256(text.encode()).hexdigest()
-        made = json.dumps(content).encode()
+            sign(folder, content)
+        else:
+            (folder / "manifest.json").write_text(json.dumps(content))
     except (ValueError, RecursionError):
-        made = data[1:]
-    (folder / "manifest.json").write_bytes(made)
+        (folder / "manifest.json").write_bytes(data[1:])
     _read(folder)
 
 
@@ -54,10 +53,7 @@ def parts(data: bytes) -> None:
     length = int.from_bytes(payload[:8], "little")
     records[file]["bytes"] = len(payload)
     records[file]["header_sha256"] = hashlib.sha256(payload[8 : 8 + length]).hexdigest()
-    content.pop("checksum")
-    text = json.dumps(content, sort_keys=True)
-    content["checksum"] = hashlib.sha256(text.encode()).hexdigest()
-    (folder / "manifest.json").write_text(json.dumps(content))
+    sign(folder, content)
     (folder / file).write_bytes(payload)
     try:
         _read(folder)

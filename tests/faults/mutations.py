@@ -3,8 +3,10 @@
 A bit is flipped, a file cut short, a field of the manifest or of a part file's header set to
 another value, a part's bytes are replaced; for most of them the checksums are mended, as an
 attacker would. Then it is opened, decoded, looked at, switched to, added to, and a task removed.
-Each must end in an error that names something under the bundle's folder, or in values: those of
-the sound bundle, unless what was changed and vouched for is a value itself. From the folder
+Each must end, within two seconds, in an error that names something under the bundle's folder, or
+in values. Where no checksum was mended, these are the sound bundle's to the bit. Where they were,
+the bundle says what its values are: they are held to the names, dtypes and shapes of the base
+(deltas to float32), but for tensors that the manifest has been made to leave out. From the folder
 `tests`:
 
     python -m faults.mutations [--trials N] [--seed S]
@@ -26,8 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from faults.lying_parts import same
 from faults.sealed import CODECS, made, weights
-from manifests import Json, edit, sign
+from manifests import edit, replace_payload
 from torch import nn
 
 import fusionkit
@@ -104,18 +107,6 @@ def _file(folder: Path, draw: random.Random) -> Path:
     return draw.choice(sorted(folder.glob("*.safetensors")))
 
 
-def _vouched(folder: Path, path: Path, header: bytes, data: bytes) -> None:
-    """Write a part file, and the manifest that vouches for it."""
-    path.write_bytes(len(header).to_bytes(8, "little") + header + data)
-    manifest: Json = json.loads((folder / "manifest.json").read_text())
-    task = path.name.removeprefix("task-").removesuffix(".safetensors")
-    shared = path.name.startswith("shared")
-    record = manifest["shared"] if shared else manifest["tasks"][task]["file"]
-    record["bytes"] = 8 + len(header) + len(data)
-    record["header_sha256"] = hashlib.sha256(header).hexdigest()
-    sign(folder, manifest)
-
-
 def _split(raw: bytes) -> tuple[bytes, bytes]:
     length = int.from_bytes(raw[:8], "little")
     return raw[8 : 8 + length], raw[8 + length :]
@@ -138,7 +129,7 @@ def of_header(folder: Path, draw: random.Random) -> None:
     text, data = _split(path.read_bytes())
     header = json.loads(text)
     spoil(header, draw)
-    _vouched(folder, path, json.dumps(header).encode(), data)
+    replace_payload(folder, path.name, json.dumps(header).encode(), data)
 
 
 def of_header_bytes(folder: Path, draw: random.Random) -> None:
@@ -147,7 +138,7 @@ def of_header_bytes(folder: Path, draw: random.Random) -> None:
     text, data = _split(path.read_bytes())
     raw = bytearray(text)
     raw[draw.randrange(len(raw))] = draw.randrange(256)
-    _vouched(folder, path, bytes(raw), data)
+    replace_payload(folder, path.name, bytes(raw), data)
 
 
 def of_data(folder: Path, draw: random.Random) -> None:
@@ -163,7 +154,7 @@ def of_data(folder: Path, draw: random.Random) -> None:
     digests = [hashlib.sha256(raw[start:end]).hexdigest()[:16] for start, end in spans]
     metadata["digests"] = "".join(digests)
     text = json.dumps({"__metadata__": metadata, **header}).encode()
-    _vouched(folder, path, text + b" " * (-len(text) % 8), bytes(raw))
+    replace_payload(folder, path.name, text + b" " * (-len(text) % 8), bytes(raw))
 
 
 MUTATIONS: dict[str, Callable[[Path, random.Random], None]] = {
@@ -176,25 +167,35 @@ MUTATIONS: dict[str, Callable[[Path, random.Random], None]] = {
 }
 
 
+_UNMENDED = {"manifest's bytes", "part file's bits"}
+"""Of these the checksums tell: a value that comes back is the sound bundle's."""
+
+
 def uses(folder: Path) -> dict[str, Callable[[], Any]]:
-    """What is done with a bundle."""
+    """What is done with a bundle, in turn: each gives what came of it."""
 
     def opened() -> Bundle:
         return Bundle(folder, weights(0))
 
-    def inspected() -> None:
+    def inspected() -> Any:
         bundle = opened()
         bundle_table(bundle)
-        for task in bundle.tasks:
-            contents(bundle, task)
+        return [contents(bundle, task) for task in bundle.tasks]
 
     def switched() -> dict[str, torch.Tensor]:
         net = Net()
         fusionkit.switch(net, opened(), "x")
         return {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}
 
-    def added() -> None:
-        add_tasks(opened(), {"z": weights(3)}, keep_shared=True)
+    def added() -> dict[str, torch.Tensor]:
+        bundle = opened()
+        add_tasks(bundle, {"z": weights(3)}, keep_shared=True)
+        return bundle.state_dict("z")
+
+    def removed() -> dict[str, torch.Tensor]:
+        bundle = opened()
+        bundle.remove("y")
+        return bundle.state_dict("x")
 
     return {
         "weights": lambda: opened().state_dict("x"),
@@ -202,12 +203,39 @@ def uses(folder: Path) -> dict[str, Callable[[], Any]]:
         "inspect": inspected,
         "switch": switched,
         "add": added,
-        "remove": lambda: opened().remove("y"),
+        "remove": removed,
     }
 
 
-def trial(start: Path, here: Path, mutation: str, draw: random.Random) -> tuple[str, str]:
-    """One of them: how it ended, and of a fault, what."""
+def unlike(mutation: str, use: str, found: Any) -> str:
+    """What of values that a changed bundle vouches for can't be the model's; empty: nothing."""
+    if use == "inspect":
+        return ""
+    base = weights(0)
+    if use == "deltas":
+        base = {name: base[name].float() for name, each in found.items() if each is not None}
+    for name, like in base.items():
+        if name not in found:
+            if mutation == "manifest":
+                continue  # which does not speak of it any more
+            return f"{name} is missing"
+        if found[name].dtype != like.dtype or found[name].shape != like.shape:
+            return f"{name} is {found[name].dtype} {tuple(found[name].shape)}"
+    return ""
+
+
+def trial(
+    start: Path, here: Path, mutation: str, draw: random.Random, wanted: dict[str, Any]
+) -> tuple[str, str]:
+    """One of them: how it ended, and of a fault, what.
+
+    Args:
+        start: the sound bundle.
+        here: the folder of its copy that is changed.
+        mutation: which of `MUTATIONS`.
+        draw: of what is drawn.
+        wanted: what each of `uses` gives with the sound bundle.
+    """
     shutil.rmtree(here, ignore_errors=True)
     shutil.copytree(start, here)
     MUTATIONS[mutation](here, draw)
@@ -221,22 +249,33 @@ def trial(start: Path, here: Path, mutation: str, draw: random.Random) -> tuple[
     for use, run in uses(here).items():
         begun = time.perf_counter()
         try:
-            run()
-            ends.add("right")
+            found = run()
         except FusionKitError as error:
             if str(here) not in str(error):
                 return "fault", f"{use}: no file is named: {type(error).__name__}: {error}"
             ends.add("refused")
         except Exception as error:
             return "fault", f"{use}: {type(error).__name__}: {error}"
+        else:
+            if mutation in _UNMENDED and not same(found, wanted[use]):
+                return "fault", f"{use}: other values than the sound bundle's"
+            if wrong := unlike(mutation, use, found):
+                return "fault", f"{use}: {wrong}"
+            ends.add("right")
         if time.perf_counter() - begun > SLOW:
             return "fault", f"{use}: took {time.perf_counter() - begun:.1f} s"
     return ("refused" if "refused" in ends else "right"), ""
 
 
+def results(start: Path, here: Path) -> dict[str, Any]:
+    """What each of `uses` gives with a sound bundle, of which a copy is made."""
+    shutil.rmtree(here, ignore_errors=True)
+    return {use: run() for use, run in uses(shutil.copytree(start, here)).items()}
+
+
 def main(trials: int, seed: int) -> int:
     """All of them, and a table; how many faults there were."""
-    draw, start = random.Random(seed), time.perf_counter()
+    draw, begun = random.Random(seed), time.perf_counter()
     table: dict[str, Counter[str]] = {name: Counter() for name in MUTATIONS}
     with tempfile.TemporaryDirectory() as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -244,12 +283,12 @@ def main(trials: int, seed: int) -> int:
         sound = {
             name: made(codec, folder / name.replace(" ", "-")) for name, codec in CODECS.items()
         }
-        for use in uses(shutil.copytree(sound["emr"], folder / "first")).values():
-            use()  # whose first call imports and compiles
+        # Whose first call imports and compiles, too.
+        wanted = {name: results(start, folder / "copy") for name, start in sound.items()}
         for number in range(trials):
             name, mutation = draw.choice(list(CODECS)), draw.choice(list(MUTATIONS))
             own = random.Random(f"{seed} {number}")
-            end, what = trial(sound[name], folder / "spoiled", mutation, own)
+            end, what = trial(sound[name], folder / "spoiled", mutation, own, wanted[name])
             table[mutation][end] += 1
             if what:
                 print(f"  {number}, {name}, {mutation}: {what[:400]}", flush=True)
@@ -257,7 +296,7 @@ def main(trials: int, seed: int) -> int:
     for mutation, found in {**table, "together": whole}.items():
         columns = [f"{end} {found[end]:6}" for end in ("refused", "right", "fault")]
         print(f"{mutation:18} {found.total():6} trials: {', '.join(columns)}")
-    print(f"{time.perf_counter() - start:.0f} s, seed {seed}", flush=True)
+    print(f"{time.perf_counter() - begun:.0f} s, seed {seed}", flush=True)
     return whole["fault"]
 
 

@@ -21,7 +21,7 @@ class WithStart(Checkpoint):
         self._below, self._start = base, start
         self.label, self.live, self.serial = base.label, base.live, base.serial
         self.strip_prefix, self.add_prefix = base.strip_prefix, base.add_prefix
-        self.variant = base.variant
+        self.variant, self.rename = base.variant, dict(base.rename)
         self.dequantized = base.dequantized
         self.nbytes, self.files, self.buffers = base.nbytes, base.files, base.buffers
         self.architecture, self.unread = base.architecture, base.unread
