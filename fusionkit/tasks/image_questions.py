@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from fusionkit.errors import DataError
 from fusionkit.tasks.columns import answer_column, image_column, question_column, texts_in
-from fusionkit.tasks.data import Split, TaskData
+from fusionkit.tasks.data import Split, Splits, TaskData, checked_splits
 from fusionkit.tasks.generation import pad_token
 from fusionkit.tasks.image_files import image_in
 from fusionkit.tasks.language_modeling import IGNORED
@@ -49,7 +49,7 @@ class ImageQuestions(TaskData):
         image: column of the images; by default as it is commonly called.
         question: column of the questions; by default as it is commonly called.
         answer: column of the answers; by default as it is commonly called.
-        splits: `train` and `test` → what they are called.
+        splits: `train` and `test` → what they are called; see `Splits`.
 
     Raises:
         DataError: there are no such rows or columns, no processor, or nothing says how questions
@@ -70,11 +70,11 @@ class ImageQuestions(TaskData):
         image: str | None = None,
         question: str | None = None,
         answer: str | None = None,
-        splits: dict[str, str] | None = None,
+        splits: Splits | None = None,
     ) -> None:
         super().__init__(tasks, batch_size, val_fraction, limit, num_workers, seed)
         self.columns = (image, question, answer)
-        self.splits = dict(splits or {})
+        self.splits = checked_splits(splits, tasks)
         self.processor = processor_of(processor)
         self.prompt = self._prompt(prompt, processor)
         kind = VisualQuestions(
@@ -89,7 +89,7 @@ class ImageQuestions(TaskData):
 
     def read(self, task: str, split: Split) -> Dataset[Row]:
         """All rows: images are opened as they are needed."""
-        table = read_table(self.paths[task], split, self.splits)
+        table = read_table(self.paths[task], split, self.called(task))
         image, question, answer = self.columns
         named = question_column(table, question)
         questions = [_text(t, table.at(r)) for r, t in enumerate(table.column(named))]

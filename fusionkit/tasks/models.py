@@ -32,7 +32,22 @@ def sequence_classifier(path: str, num_labels: int = 2, pretrained: bool = True)
         FusionKitError: transformers, or the package that `path` names, is not installed.
         CheckpointError: there is no such model.
     """
-    return _built("SequenceClassification", path, pretrained, num_labels=num_labels)
+    return padded(_built("SequenceClassification", path, pretrained, num_labels=num_labels))
+
+
+def padded(model: nn.Module) -> nn.Module:
+    """A classifier that knows what fills rows up, where its configuration does not say it.
+
+    It looks for a row's last token before what fills it up: GPT-2, Llama.
+
+    Args:
+        model: changed in place, if it is of transformers; `TextData` fills rows up by the same.
+    """
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "pad_token_id", 0) is None:
+        end = getattr(config, "eos_token_id", None)
+        config.pad_token_id = end[0] if isinstance(end, list) else end
+    return model
 
 
 def causal_lm(
