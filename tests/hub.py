@@ -105,7 +105,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _named(self, parts: list[str]) -> tuple[str, list[str]]:
         """The repository that a path begins with, of one part or, with its owner, two; the rest."""
-        count = 3 if parts[0] == "datasets" else 1 if parts[0] in self.own.repositories else 2
+        count = (
+            3 if parts[:1] == ["datasets"] else 2 - ("".join(parts[:1]) in self.own.repositories)
+        )
         return "/".join(parts[:count]), parts[count:]
 
     def _commit_at(self, name: str, revision: str) -> int | None:

@@ -26,9 +26,10 @@ TINY = save({"weight": torch.ones(2)})
 @pytest.fixture
 def hub(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """The stand-in, and an empty cache."""
-    pytest.importorskip("datasets", reason="pip install .[test]")
     made, constants = Hub(), "huggingface_hub.constants"
     monkeypatch.setattr(f"{constants}.HF_HUB_OFFLINE", False)
+    pytest.importorskip("datasets", reason="pip install .[test]")  # which copies that
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(f"{constants}.HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(f"{constants}.ENDPOINT", made.url)
     template = made.url + "/{repo_id}/resolve/{revision}/{filename}"
