@@ -33,6 +33,8 @@ _LARGEST, _MOST = 4 << 20, 100_000
 """Bytes of a recipe, and its values."""
 _PIECE = (".yaml", ".yml")
 """How a file ends that holds a piece of a recipe: the parser finds it from the recipe's folder."""
+_NO_PIECE = ("published",)
+"""Keys of files that end so, and are read by something else."""
 _PUT_IN = "piece"
 """The key of the pieces that a mapping has."""
 
@@ -42,17 +44,18 @@ class RecipeFile:
 
     Args:
         path: where it is.
-        within: of a piece, the files that it is a piece of.
+        within: of a piece, the file that it is a piece of.
     """
 
-    def __init__(self, path: str, within: tuple[Path, ...] = ()) -> None:
-        self.path, self._here, self._within = path, Path.cwd().resolve(), within
+    def __init__(self, path: str, within: "RecipeFile | None" = None) -> None:
+        self.path, self._within = path, within
+        self._here: Path = within._here if within else Path.cwd().resolve()
         self.folder = None if is_remote(path) else Path(path).parent
 
     def text(self) -> str:
         """What it says; nothing of a file that is not of the local disk, or can't be read."""
         try:
-            return "" if self.folder is None else Path(self.path).read_text()
+            return "" if self.folder is None else (self._here / self.path).read_text()
         except (OSError, UnicodeDecodeError):
             return ""  # the parser says why
 
@@ -94,15 +97,16 @@ class RecipeFile:
 
     def _piece(self, name: str, key: str) -> dict[str, Any]:
         """A piece's content, written out."""
-        at = f"{self.path}: {key}.{_PUT_IN}".replace(" .", " ")
+        at = f"{key}.{_PUT_IN}".lstrip(".")
+        at = f"{self.path}: {at}" if self._within else at
         path = Path(name).expanduser() if self.folder is None else self.folder / name
-        known = (*self._within, (self._here / self.path).resolve())
-        if not path.is_file():
-            close = meant(path.name, [each.name for each in path.parent.glob("*.y*ml")])
+        there = self._here / path
+        if not there.is_file():
+            close = meant(path.name, [each.name for each in there.parent.glob("*.y*ml")])
             raise UsageError(f"{at}: no such file: {path} (relative to {self._here}){close}")
-        if path.resolve() in known:
+        if there.resolve() in self._files():
             raise UsageError(f"{at}: {path} is a piece of itself; take one of the two out")
-        file = RecipeFile(str(path), known)
+        file = RecipeFile(str(path), self)
         text = file.text()
         refuse_endless(text, file.path)
         try:
@@ -113,6 +117,11 @@ class RecipeFile:
         if not isinstance(content, dict):
             raise UsageError(f"{at}: expected a mapping in {path}, got {type(content).__name__}")
         return file.written_out(content)
+
+    def _files(self) -> list[Path]:
+        """The file itself, and those that it is a piece of."""
+        above = self._within._files() if self._within else []
+        return [*above, (self._here / self.path).resolve()]
 
     def _with_variables(self, key: str, text: str) -> str:
         def value(match: re.Match[str]) -> str:
@@ -130,7 +139,7 @@ class RecipeFile:
     def _from_its_folder(self, key: str, text: str) -> str:
         name = key.rpartition(".")[2]
         apart = is_remote(text) or text.startswith(("~", "package:")) or os.path.isabs(text)
-        apart |= text.endswith(_PIECE)
+        apart |= text.endswith(_PIECE) and key not in _NO_PIECE
         if "/" not in text or apart or "\n" in text or name in (*_WRITTEN, *_NO_PATH):
             return text
         assert self.folder is not None
