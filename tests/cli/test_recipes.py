@@ -27,6 +27,7 @@ from fusionkit.tasks import digits
 TEXT = TESTS / "recipes"
 RECIPES = [
     *sorted((TESTS.parent / "recipes").glob("*.yaml")),
+    *sorted((TESTS.parent / "recipes/papers").glob("*.yaml")),
     *sorted(TEXT.glob("*.yaml")),
     *sorted(TEXT.glob("lm/*.yaml")),
 ]
