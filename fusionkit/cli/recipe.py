@@ -32,7 +32,7 @@ _DATA = tuple(
     f"fusionkit.tasks.{name}"
     for name in (
         *("digits", "image_files", "image_questions", "image_text_pairs", "images"),
-        *("language_data", "lm_eval", "texts"),
+        *("joined", "language_data", "lm_eval", "texts"),
     )
 )
 """The modules that have datamodules."""

@@ -9,13 +9,13 @@ working directory: what another run left beside the recipe says nothing of where
 
 A mapping's `piece` is a YAML file, or a list of such, from the folder of the file that names it:
 the mapping has what they have, and its own keys go before, at any depth. What a piece says of
-variables and paths is its own.
+variables and paths is its own; `with`, beside it, sets variables in it, and in its pieces.
 """
 
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
@@ -35,27 +35,35 @@ _PIECE = (".yaml", ".yml")
 """How a file ends that holds a piece of a recipe: the parser finds it from the recipe's folder."""
 _NO_PIECE = ("published",)
 """Keys of files that end so, and are read by something else."""
-_PUT_IN = "piece"
-"""The key of the pieces that a mapping has."""
+_PUT_IN, _WITH = "piece", "with"
+"""The key of the pieces that a mapping has, and of variables in them."""
 
 
 class RecipeFile:
-    """A recipe's file, as the working directory is now.
+    """A recipe's file, or a piece's.
 
     Args:
         path: where it is.
-        within: of a piece, the file that it is a piece of.
+        within: of a piece, the files that it is a piece of.
+        given: variables that go before the environment's.
+        here: the working directory, if not as it is now: the parser changes it while it reads.
     """
 
-    def __init__(self, path: str, within: "RecipeFile | None" = None) -> None:
-        self.path, self._within = path, within
-        self._here: Path = within._here if within else Path.cwd().resolve()
+    def __init__(
+        self,
+        path: str,
+        within: tuple[Path, ...] = (),
+        given: Mapping[str, str] | None = None,
+        here: Path | None = None,
+    ) -> None:
+        self.path, self._here, self._within = path, here or Path.cwd().resolve(), within
+        self._given, self._used = dict(given or {}), set[str]()
         self.folder = None if is_remote(path) else Path(path).parent
 
     def text(self) -> str:
         """What it says; nothing of a file that is not of the local disk, or can't be read."""
         try:
-            return "" if self.folder is None else (self._here / self.path).read_text()
+            return "" if self.folder is None else Path(self.path).read_text()
         except (OSError, UnicodeDecodeError):
             return ""  # the parser says why
 
@@ -70,7 +78,8 @@ class RecipeFile:
 
         Raises:
             FusionKitError: a variable is not set, or a path leads to two things.
-            UsageError: a piece is not there, is no mapping, or is a piece of itself.
+            UsageError: a piece is not there, is no mapping, is a piece of itself, or has no such
+                variable as it is given.
         """
         told: dict[str, Any] = _each_text(content, self._with_variables)
         if self.folder is not None and (self._here / self.folder).resolve() != self._here:
@@ -91,22 +100,46 @@ class RecipeFile:
             return own
         del own[_PUT_IN]
         found: dict[str, Any] = {}
+        given, used = self._variables(own.pop(_WITH, {}), key), set[str]()
         for each in files:
-            found = _laid_over(found, self._piece(str(each), key))
+            content, names = self._piece(str(each), key, {**self._given, **given})
+            found, used = _laid_over(found, content), used | names
+        self._used |= used
+        if unused := sorted(given.keys() - used):
+            raise UsageError(
+                f"{self._at(key, _WITH)}: no `${{{unused[0]}}}` is in {', '.join(map(str, files))}"
+                f"{meant(unused[0], used) or ';'} leave it out"
+            )
         return _laid_over(found, own)
 
-    def _piece(self, name: str, key: str) -> dict[str, Any]:
-        """A piece's content, written out."""
-        at = f"{key}.{_PUT_IN}".lstrip(".")
-        at = f"{self.path}: {at}" if self._within else at
+    def _at(self, key: str, name: str) -> str:
+        """How messages call a key; of the recipe itself, the parser says which file it is."""
+        at = f"{key}.{name}".lstrip(".")
+        return f"{self.path}: {at}" if self._within else at
+
+    def _variables(self, value: Any, key: str) -> dict[str, str]:
+        """The variables that a mapping gives its pieces."""
+        if isinstance(value, dict) and all(isinstance(each, str | int) for each in value.values()):
+            return {name: str(each) for name, each in value.items()}
+        raise UsageError(
+            f"{self._at(key, _WITH)}: expected variables and their values, {{NAME: text}}, got "
+            f"{value!r}"
+        )
+
+    def _piece(
+        self, name: str, key: str, given: Mapping[str, str]
+    ) -> tuple[dict[str, Any], set[str]]:
+        """A piece's content, written out, and the variables in it."""
+        at = self._at(key, _PUT_IN)
         path = Path(name).expanduser() if self.folder is None else self.folder / name
-        there = self._here / path
-        if not there.is_file():
-            close = meant(path.name, [each.name for each in there.parent.glob("*.y*ml")])
+        path = self._here / path
+        known = (*self._within, (self._here / self.path).resolve())
+        if not path.is_file():
+            close = meant(path.name, [each.name for each in path.parent.glob("*.y*ml")])
             raise UsageError(f"{at}: no such file: {path} (relative to {self._here}){close}")
-        if there.resolve() in self._files():
+        if path.resolve() in known:
             raise UsageError(f"{at}: {path} is a piece of itself; take one of the two out")
-        file = RecipeFile(str(path), self)
+        file = RecipeFile(str(path), known, given, self._here)
         text = file.text()
         refuse_endless(text, file.path)
         try:
@@ -116,21 +149,22 @@ class RecipeFile:
             raise UsageError(f"{at}: {path} is no YAML ({said})") from error
         if not isinstance(content, dict):
             raise UsageError(f"{at}: expected a mapping in {path}, got {type(content).__name__}")
-        return file.written_out(content)
-
-    def _files(self) -> list[Path]:
-        """The file itself, and those that it is a piece of."""
-        above = self._within._files() if self._within else []
-        return [*above, (self._here / self.path).resolve()]
+        return file.written_out(content), file._used
 
     def _with_variables(self, key: str, text: str) -> str:
         def value(match: re.Match[str]) -> str:
             if match[1]:
                 return match[0][1:]
+            self._used.add(match[2])
+            if match[2] in self._given:
+                return self._given[match[2]]
             if match[2] not in os.environ:
+                mend = "or write the value out"
+                if self._within:
+                    mend = f"or give it where the piece is named (with: {{{match[2]}: …}})"
                 raise FusionKitError(
                     f"{self.path}: {key}: {text}: the environment variable '{match[2]}' is not "
-                    f"set; set it (export {match[2]}=…), or write the value out"
+                    f"set; set it (export {match[2]}=…), {mend}"
                 )
             return os.environ[match[2]]
 

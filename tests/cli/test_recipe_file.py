@@ -12,7 +12,7 @@ from tiny_net import TASKS, TESTS, Files
 
 import fusionkit
 from fusionkit.cli.recipe_file import RecipeFile, refuse_endless
-from fusionkit.errors import UsageError
+from fusionkit.errors import FusionKitError, UsageError
 
 
 @pytest.fixture
@@ -41,20 +41,20 @@ def local(recipe: Path, files: Files) -> Path:
 def test_variables(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A whole value, or a part; of any type; what is not set is told with its key."""
     monkeypatch.setenv("CODEC", "svd")
-    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WIDTH", "2")
     monkeypatch.setenv("PLACE", str(tmp_path))
     content = yaml.safe_load(recipe.read_text())
-    content["model"]["codec"] = {"class_path": "${CODEC}", "init_args": {"rank": "${RANK}"}}
+    content["model"]["codec"] = {"class_path": "${CODEC}", "init_args": {"rank": "${WIDTH}"}}
     content["model"]["bundle"] = "${PLACE}/there"
     content["out"] = "$${PLACE}"
     recipe.write_text(yaml.safe_dump(content))
     run("compress", "--config", recipe)
     assert fusionkit.Bundle.load(tmp_path / "there").codec == fusionkit.SVD(rank=2)
-    monkeypatch.delenv("RANK")
+    monkeypatch.delenv("WIDTH")
     said = run("compress", "--config", recipe, "--overwrite", code=1)
     assert said == (
-        f"fusionkit compress: {recipe}: model.codec.init_args.rank: ${{RANK}}: the environment "
-        "variable 'RANK' is not set; set it (export RANK=…), or write the value out\n"
+        f"fusionkit compress: {recipe}: model.codec.init_args.rank: ${{WIDTH}}: the environment "
+        "variable 'WIDTH' is not set; set it (export WIDTH=…), or write the value out\n"
     )
 
 
@@ -170,6 +170,7 @@ class TestPieces:
         own.write_text("piece: ../recipe.yaml\nmodel: {codec: {class_path: dense}, bundle: there}")
         run("compress", "--config", "../own/dense.yaml")
         assert fusionkit.Bundle.load(elsewhere / "there").codec == fusionkit.Dense()
+        run("compress", "--overwrite", "--config", f"../own/{own.name}")
 
     def test_variables_and_paths_are_the_pieces_own(
         self, tmp_path: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
@@ -187,6 +188,33 @@ class TestPieces:
             "data": {"tasks": {"a": str(tmp_path / "shared/rows/cats")}, "said": "${NAME}"},
             "published": [str(tmp_path / "shared/data.yaml")],
         }
+
+    def test_variables_are_given(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """They go before the environment's, and hold in pieces of pieces."""
+        monkeypatch.setenv("SIZE", "small")
+        found = self.composed(
+            tmp_path,
+            "b: {piece: shared/model.yaml, with: {SIZE: base, WIDTH: 3}}\n"
+            "l: {piece: shared/model.yaml, with: {SIZE: large, WIDTH: 4}}",
+            model="path: org/${SIZE}-${WIDTH}\ntowers: {piece: towers.yaml}",
+            towers="cats: org/${SIZE}_cats",
+        )
+        assert found == {
+            "b": {"path": "org/base-3", "towers": {"cats": "org/base_cats"}},
+            "l": {"path": "org/large-4", "towers": {"cats": "org/large_cats"}},
+        }
+
+    def test_variables_that_are_not(self, tmp_path: Path) -> None:
+        with pytest.raises(UsageError, match=r"a\.with: no `\${SIEZ}` is in .*one.*'SIZE'\?"):
+            self.composed(
+                tmp_path,
+                "a: {piece: shared/one.yaml, with: {SIEZ: s, SIZE: b}}",
+                one="path: ${SIZE}",
+            )
+        with pytest.raises(UsageError, match=r"a\.with: expected variables .*, got \['SIZE'\]"):
+            self.composed(tmp_path, "a: {piece: shared/one.yaml, with: [SIZE]}")
+        with pytest.raises(FusionKitError, match=r"'SIZE' is not set; .*\(with: {SIZE: …}\)"):
+            self.composed(tmp_path, "a: {piece: shared/one.yaml}")
 
     @pytest.mark.parametrize(
         ("content", "piece", "said"),
