@@ -20,6 +20,7 @@ from fusionkit.cli.compare import CompareCLI
 from fusionkit.cli.fit import FitCLI
 from fusionkit.cli.fuse import FuseCLI
 from fusionkit.cli.recipe import RecipeCLI, recipes_folder
+from fusionkit.cli.recipe_file import RecipeFile
 from fusionkit.cli.sweep import SweepCLI
 from fusionkit.cli.test import TestCLI
 from fusionkit.tasks import digits
@@ -28,6 +29,7 @@ TEXT = TESTS / "recipes"
 RECIPES = [
     *sorted((TESTS.parent / "recipes").glob("*.yaml")),
     *sorted((TESTS.parent / "recipes").glob("vision/*.yaml")),
+    *sorted((TESTS.parent / "recipes/papers").glob("*.yaml")),
     *sorted(TEXT.glob("*.yaml")),
     *sorted(TEXT.glob("lm/*.yaml")),
 ]
@@ -38,7 +40,7 @@ def test_recipe_parses_and_says_how_to_run_it(path: Path, monkeypatch: pytest.Mo
     root = TESTS.parent
     monkeypatch.chdir(root)  # where it is to be run
     text = path.read_text()
-    content = yaml.safe_load(text)
+    content = RecipeFile(str(path.relative_to(root))).written_out(yaml.safe_load(text))
     cli: type[RecipeCLI] = CompareCLI if "codecs" in content else TestCLI
     if "data" not in content:
         cli = SweepCLI
