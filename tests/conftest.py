@@ -50,6 +50,14 @@ def _seed() -> None:
 
 
 @pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of Hugging Face's cache, empty; the Hub is not asked. `hub_cache.py` fills it."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return tmp_path / "hub"
+
+
+@pytest.fixture
 def base() -> TinyNet:
     return TinyNet().eval()
 

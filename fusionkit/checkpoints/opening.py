@@ -11,6 +11,7 @@ from fusionkit.checkpoints.conformed import conformed
 from fusionkit.checkpoints.from_config import architecture_of
 from fusionkit.checkpoints.gguf_file import open_gguf
 from fusionkit.checkpoints.headed import Headed
+from fusionkit.checkpoints.hub_cache import lacking_on_hub
 from fusionkit.checkpoints.in_memory import LiveModel, TensorMapping
 from fusionkit.checkpoints.model_folder import file_of_folder, is_index, is_weights
 from fusionkit.checkpoints.names import unwrapped
@@ -81,7 +82,9 @@ def _open_path(source: str, variant: str | None, dequantize: bool) -> Checkpoint
             "write it to a file first"
         )
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; check the path (relative to {Path.cwd()})")
+        lacking = lacking_on_hub(label)
+        near = f"no such file; check the path (relative to {Path.cwd()})"
+        raise CheckpointError(f"{label}: {lacking}" if lacking else f"{path}: {near}")
     # A configuration speaks of the folder's own model, not of any file that lies beside it.
     known = architecture_of(path.parent) if of_folder or is_weights(path) else None
     opened = _conformed(_open_file(path, label), known, dequantize)

@@ -1,5 +1,6 @@
 """Which class a label means: the head's rows in their order, against what the data say."""
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,24 +13,36 @@ from fusionkit.errors import DataError, meant
 Labels = str | Sequence[str]
 """A task's classes: names in the order of its head's rows, or a file or folder that has them."""
 
+_TRUTH = ("False", "True")
+_BETWEEN = re.compile(r"(?<=[^\s_/-])[\s_/-]+(?=[^\s_/-])")
+"""What stands between words, in different spellings of a name."""
+
 
 class Classes:
     """A task's classes, in the order of its head's rows.
 
-    Labels that are whole numbers, where the classes have other names, are the classes' numbers.
+    Labels that are whole numbers, where the classes have other names, are the classes' numbers;
+    false and true are the first and the second of two. Names may be spelled otherwise as far as
+    case and what stands between words go: `baseball_diamond` is "baseball diamond".
 
     Args:
         task: the task's name.
         names: the classes' names, each once.
+        others: what each is called elsewhere, as by the prompts of a zero-shot head.
 
     Raises:
         DataError: a name is there twice.
     """
 
-    def __init__(self, task: str, names: Sequence[str]) -> None:
+    def __init__(self, task: str, names: Sequence[str], others: Sequence[str] = ()) -> None:
         self.task = task
         self.names = list(names)
         self._places = {name: place for place, name in enumerate(self.names)}
+        self._spelled: dict[str, int | None] = {}  # None: of several
+        for called in (self.names, others):
+            for place, name in enumerate(called):
+                if self._spelled.setdefault(_spelled(name), place) != place:
+                    self._spelled[_spelled(name)] = None
         if len(self._places) < len(self.names):
             twice = next(name for name in self.names if self.names.count(name) > 1)
             raise DataError(f"task '{task}': class '{twice}' is named twice; check `labels`")
@@ -52,6 +65,10 @@ class Classes:
             return self._places[name]
         if name.isdecimal() and int(name) < len(self.names):
             return int(name)
+        if (place := self._spelled.get(_spelled(name))) is not None:
+            return place
+        if name in _TRUTH and len(self.names) == len(_TRUTH):
+            return _TRUTH.index(name)
         hint = meant(name, self.names)
         raise DataError(
             f"{at}: label '{name}' is not among the {len(self.names)} of task '{self.task}' "
@@ -101,10 +118,22 @@ def classes_of(
                 "`labels`, their names in the order of the head's rows"
             )
         return Classes(task, names)
-    classes = Classes(task, of_head)
+    classes = Classes(task, of_head, _called_otherwise(head))
     for label, row in rows.items():
         classes.place(label, at(row))
     return classes
+
+
+def _spelled(name: str) -> str:
+    return _BETWEEN.sub(" ", name).casefold()
+
+
+def _called_otherwise(head: Labels) -> list[str]:
+    """What a file of classes for a zero-shot head has its prompts call them, if that is else."""
+    if not isinstance(head, str):
+        return []
+    names = read_json(_file(open_path(head))).get("names")
+    return [str(name) for name in names] if isinstance(names, list) else []
 
 
 def _shown(names: Sequence[str]) -> str:

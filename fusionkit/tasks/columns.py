@@ -5,8 +5,11 @@ from collections.abc import Sequence
 from fusionkit.errors import DataError
 from fusionkit.tasks.table import Table
 
-_LABELS = ("label", "labels", "class", "category", "target", "score")
-_IMAGES = ("image", "img", "path", "file", "file_name", "filename", "image_path", "filepath")
+_LABELS = ("label", "labels", "fine_label", "cls", "class", "category", "target", "score")
+_IMAGES = (
+    *("image", "img", "jpg", "png", "webp"),  # of WebDataset's files, their endings
+    *("path", "file", "file_name", "filename", "image_path", "filepath"),
+)
 _CAPTIONS = ("caption", "captions", "text", "texts", "sentence", "sentences", "sentences_raw")
 _QUESTIONS = ("question", "prompt", "query", "text")
 _ANSWERS = ("answer", "answers", "completion", "multiple_choice_answer", "label", "labels")

@@ -5,7 +5,7 @@ classification; they are known once the datamodule is constructed.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -15,10 +15,12 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from fusionkit.checkpoints.paths import is_remote, open_path, written_out
-from fusionkit.errors import DataError
+from fusionkit.errors import DataError, meant
 from fusionkit.tasks.task import Task
 
 Split = Literal["train", "test"]
+Splits = dict[str, str | dict[str, str]]
+"""`train` and `test` → what they are called; a task's name → the same, of that task alone."""
 
 
 class TaskData(LightningDataModule, ABC):
@@ -38,9 +40,11 @@ class TaskData(LightningDataModule, ABC):
     Attributes:
         tasks: the tasks' names, in the order of the dataloaders.
         kinds: task name → of what kind it is.
+        splits: what splits are called.
     """
 
     kinds: dict[str, Task]
+    splits: Splits
 
     def __init__(
         self,
@@ -63,6 +67,7 @@ class TaskData(LightningDataModule, ABC):
         self.limit = limit
         self.num_workers = num_workers
         self.seed = seed
+        self.splits = {}
         self._splits: dict[tuple[str, Split], Dataset[Any]] = {}
 
     def only(self, tasks: Sequence[str]) -> Self:
@@ -70,6 +75,10 @@ class TaskData(LightningDataModule, ABC):
         other = copy(self)
         other.tasks = list(tasks)
         return other
+
+    def called(self, task: str) -> dict[str, str]:
+        """What a task's splits are called, as far as `splits` says it."""
+        return splits_of(self.splits, task)
 
     @abstractmethod
     def read(self, task: str, split: Split) -> Dataset[Any]:
@@ -152,6 +161,34 @@ class TaskData(LightningDataModule, ABC):
             num_workers=self.num_workers,
             generator=generator if shuffle else None,
         )
+
+
+def splits_of(splits: Mapping[str, Any] | None, task: str) -> dict[str, str]:
+    """What one task's splits are called: what is said of all, then what is of it alone.
+
+    Args:
+        splits: as of `Splits`.
+        task: the task's name.
+    """
+    given = splits or {}
+    own = given.get(task)
+    found = {name: called for name, called in given.items() if isinstance(called, str)}
+    return {**found, **own} if isinstance(own, Mapping) else found
+
+
+def checked_splits(splits: Splits | None, tasks: Collection[str]) -> Splits:
+    """The setting `splits`, of tasks that there are.
+
+    Raises:
+        DataError: it is of another.
+    """
+    own = [name for name, called in (splits or {}).items() if not isinstance(called, str)]
+    if unknown := [name for name in own if name not in tasks]:
+        raise DataError(
+            f"`splits` says of '{unknown[0]}' what its splits are called, and there is no such "
+            f"task{meant(unknown[0], tasks) or ';'} there is {', '.join(tasks)}"
+        )
+    return dict(splits or {})
 
 
 def _local(path: str | Path) -> Path:

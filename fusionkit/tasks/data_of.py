@@ -12,7 +12,7 @@ from fusionkit.checkpoints.paths import open_path
 from fusionkit.errors import DataError, meant
 from fusionkit.tasks.class_names import head_folder
 from fusionkit.tasks.columns import has_images, label_column
-from fusionkit.tasks.data import Split, TaskData
+from fusionkit.tasks.data import Split, TaskData, splits_of
 from fusionkit.tasks.image_files import class_folders, has_classes
 from fusionkit.tasks.language_rows import PLAIN_FILES, is_language, plain_file
 from fusionkit.tasks.models import LANGUAGE_MODELS, config_of
@@ -47,7 +47,7 @@ def data_of(
     text: str | Sequence[str] | None = None,
     label: str | None = None,
     image: str | None = None,
-    splits: Mapping[str, str] | None = None,
+    splits: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> TaskData:
     """The datamodule of some tasks' rows, its kind found from what lies there.
@@ -67,7 +67,7 @@ def data_of(
         text: column of the texts, or columns of the first and the second; found by itself.
         label: column of the labels; found by itself.
         image: column of the images, or of their paths; found by itself.
-        splits: `train` and `test` → how the data call them.
+        splits: `train` and `test` → how the data call them; task → the same, of that task alone.
         settings: of the datamodule: `batch_size`, `limit`, `seed`, …
 
     Raises:
@@ -112,10 +112,14 @@ def data_recipe(
     """
     tasks = tasks_of(spec)
     given = {key: _plain(value) for key, value in settings.items() if value is not None}
-    kinds = {
-        task: _HARNESS if path.startswith(LM_EVAL) else _kind(open_path(path), given, model)
-        for task, path in tasks.items()
-    }
+
+    def kind_of(task: str, path: str) -> str:
+        if path.startswith(LM_EVAL):
+            return _HARNESS
+        own = {**given, "splits": splits_of(given.get("splits"), task)}
+        return _kind(open_path(path), own, model)
+
+    kinds = {task: kind_of(task, path) for task, path in tasks.items()}
     kind = next(iter(kinds.values()))
     if other := next((task for task, each in kinds.items() if each != kind), None):
         first = next(iter(kinds))

@@ -8,11 +8,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fusionkit.checkpoints.hub_names import Use, reads_hub
 from fusionkit.errors import DataError
 from fusionkit.tasks.class_names import Classes, Labels, checked_labels, class_names, classes_of
 from fusionkit.tasks.classification import Classification
 from fusionkit.tasks.columns import image_column, label_column
-from fusionkit.tasks.data import Split, TaskData
+from fusionkit.tasks.data import Split, Splits, TaskData, checked_splits
 from fusionkit.tasks.table import MissingSplitError, Table
 from fusionkit.tasks.table_files import NAMES, names_of_split, read_table
 from fusionkit.tasks.transforms import ImageTransform, Preprocessing, image_transform
@@ -21,6 +22,7 @@ _UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 """What PIL raises of files that are no images, or damaged ones."""
 
 
+@reads_hub(tasks=Use.ROWS, preprocessing=Use.PREPROCESSING)
 class ImageClassification(TaskData):
     """Labelled images, made ready as their model wants them.
 
@@ -71,12 +73,12 @@ class ImageClassification(TaskData):
         seed: int = 0,
         image: str | None = None,
         label: str | None = None,
-        splits: dict[str, str] | None = None,
+        splits: Splits | None = None,
     ) -> None:
         super().__init__(tasks, batch_size, val_fraction, limit, num_workers, seed)
         self.image = image
         self.label = label
-        self.splits = dict(splits or {})
+        self.splits = checked_splits(splits, tasks)
         self.transform = image_transform(preprocessing)
         heads = checked_labels(labels, tasks)
         self._classes = {task: self._classes_of(task, heads.get(task)) for task in self.tasks}
@@ -104,8 +106,8 @@ class ImageClassification(TaskData):
             DataError: there is neither.
         """
         path = self.paths[task]
-        found = class_folders(path, split, self.splits) if path.is_dir() else None
-        return found or read_table(path, split, self.splits)
+        found = class_folders(path, split, self.called(task)) if path.is_dir() else None
+        return found or read_table(path, split, self.called(task))
 
     def _classes_of(self, task: str, head: Labels | None) -> Classes:
         try:

@@ -8,9 +8,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from fusionkit.checkpoints.hub_names import Use, reads_hub
 from fusionkit.errors import DataError
 from fusionkit.tasks.columns import answer_column, image_column, question_column, texts_in
-from fusionkit.tasks.data import Split, TaskData
+from fusionkit.tasks.data import Split, Splits, TaskData, checked_splits
 from fusionkit.tasks.generation import pad_token
 from fusionkit.tasks.image_files import image_in
 from fusionkit.tasks.language_modeling import IGNORED
@@ -28,6 +29,7 @@ class Row(NamedTuple):
     answers: list[str]
 
 
+@reads_hub(tasks=Use.ROWS, processor=Use.BESIDE)
 class ImageQuestions(TaskData):
     """Questions about images, made ready by a vision-language model's own processor.
 
@@ -49,7 +51,7 @@ class ImageQuestions(TaskData):
         image: column of the images; by default as it is commonly called.
         question: column of the questions; by default as it is commonly called.
         answer: column of the answers; by default as it is commonly called.
-        splits: `train` and `test` → what they are called.
+        splits: `train` and `test` → what they are called; see `Splits`.
 
     Raises:
         DataError: there are no such rows or columns, no processor, or nothing says how questions
@@ -70,11 +72,11 @@ class ImageQuestions(TaskData):
         image: str | None = None,
         question: str | None = None,
         answer: str | None = None,
-        splits: dict[str, str] | None = None,
+        splits: Splits | None = None,
     ) -> None:
         super().__init__(tasks, batch_size, val_fraction, limit, num_workers, seed)
         self.columns = (image, question, answer)
-        self.splits = dict(splits or {})
+        self.splits = checked_splits(splits, tasks)
         self.processor = processor_of(processor)
         self.prompt = self._prompt(prompt, processor)
         kind = VisualQuestions(
@@ -89,7 +91,7 @@ class ImageQuestions(TaskData):
 
     def read(self, task: str, split: Split) -> Dataset[Row]:
         """All rows: images are opened as they are needed."""
-        table = read_table(self.paths[task], split, self.splits)
+        table = read_table(self.paths[task], split, self.called(task))
         image, question, answer = self.columns
         named = question_column(table, question)
         questions = [_text(t, table.at(r)) for r, t in enumerate(table.column(named))]

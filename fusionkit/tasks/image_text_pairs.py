@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fusionkit.checkpoints.hub_names import Use, reads_hub
 from fusionkit.tasks.columns import caption_column, image_column, texts_in
-from fusionkit.tasks.data import Split, TaskData
+from fusionkit.tasks.data import Split, Splits, TaskData, checked_splits
 from fusionkit.tasks.dual_encoders import TextTokens
 from fusionkit.tasks.image_files import image_in
 from fusionkit.tasks.retrieval import CAPTIONS, ImageTextRetrieval
@@ -18,6 +19,7 @@ from fusionkit.tasks.transforms import ImageTransform, image_transform
 Row = tuple[Tensor, list[str]]
 
 
+@reads_hub(tasks=Use.ROWS, encoder=Use.PREPROCESSING)
 class ImageTextPairs(TaskData):
     """Images and their captions, made ready as a dual encoder wants them.
 
@@ -35,7 +37,7 @@ class ImageTextPairs(TaskData):
         seed: of the draws.
         image: column of the images; by default as it is commonly called.
         caption: column of the captions; by default as it is commonly called.
-        splits: `train` and `test` → what they are called.
+        splits: `train` and `test` → what they are called; see `Splits`.
 
     Raises:
         DataError: there are no such rows or columns, or neither preprocessing nor tokenizer. An
@@ -53,18 +55,18 @@ class ImageTextPairs(TaskData):
         seed: int = 0,
         image: str | None = None,
         caption: str | None = None,
-        splits: dict[str, str] | None = None,
+        splits: Splits | None = None,
     ) -> None:
         super().__init__(tasks, batch_size, val_fraction, limit, num_workers, seed)
         self.image, self.caption = image, caption
-        self.splits = dict(splits or {})
+        self.splits = checked_splits(splits, tasks)
         self.tokens = TextTokens(encoder)
         self.transform = image_transform(encoder)
         self.kinds = {task: ImageTextRetrieval() for task in self.tasks}
 
     def read(self, task: str, split: Split) -> Dataset[Row]:
         """All images: they are opened as they are needed."""
-        table = read_table(self.paths[task], split, self.splits)
+        table = read_table(self.paths[task], split, self.called(task))
         column = image_column(table, self.image)
         captions = table.column(caption_column(table, self.caption))
         paths = isinstance(table.rows[0].get(column), str)

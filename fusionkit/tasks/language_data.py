@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fusionkit.checkpoints.hub_names import Use, reads_hub
 from fusionkit.errors import DataError
 from fusionkit.tasks.asked import Asked
-from fusionkit.tasks.data import ListedRows, Split, TaskData
+from fusionkit.tasks.data import ListedRows, Split, Splits, TaskData, checked_splits
 from fusionkit.tasks.generation import GREEDY, Generation, pad_token
 from fusionkit.tasks.language_modeling import IGNORED, LanguageModeling, TextToText
 from fusionkit.tasks.language_rows import LanguageRows, Question, questions, read_rows, texts
@@ -20,6 +21,7 @@ from fusionkit.tasks.table_files import read_table
 from fusionkit.tasks.task import Task
 
 
+@reads_hub(tasks=Use.ROWS, tokenizer=Use.BESIDE)
 class LanguageData(TaskData):
     """What language models are scored, trained and calibrated on; of each task its rows say what.
 
@@ -53,12 +55,12 @@ class LanguageData(TaskData):
         asked: task whose rows have labels → how they are asked, and the words of its classes, which
             are then generated and held against the labels: `{prompt: 'Is it good? {sentence}',
             answers: [no, yes]}`, `answers: number`, or `glue`, as FusionBench asks GLUE's task of
-            that name (`glue:NAME`).
+            that name (`glue:NAME`). `glue` in place of all: every task is so asked.
         val_fraction: share of the training rows kept for validation, in [0, 1).
         limit: at most so many rows per task and split; all by default.
         num_workers: loading processes per dataloader.
         seed: of the draws.
-        splits: `train` and `test` → what they are called.
+        splits: `train` and `test` → what they are called; see `Splits`.
 
     Raises:
         DataError: there is no tokenizer; rows are missing, malformed, or longer than `max_length`.
@@ -79,12 +81,12 @@ class LanguageData(TaskData):
         cut: Cut | None = None,
         chat_template: str | None = None,
         columns: dict[str, str] | None = None,
-        asked: dict[str, Any] | None = None,
+        asked: dict[str, Any] | str | None = None,
         val_fraction: float = 0.1,
         limit: int | None = None,
         num_workers: int = 0,
         seed: int = 0,
-        splits: dict[str, str] | None = None,
+        splits: Splits | None = None,
     ) -> None:
         super().__init__(tasks, batch_size, val_fraction, limit, num_workers, seed)
         self.tokens = LanguageTokens(tokenizer, max_length, end, cut, chat_template)
@@ -93,7 +95,9 @@ class LanguageData(TaskData):
         self.packed = packed
         self.last_piece: LastPiece = last_piece
         self.columns = dict(columns or {})
-        self.splits = dict(splits or {})
+        self.splits = checked_splits(splits, tasks)
+        if isinstance(asked, str):
+            asked = dict.fromkeys(tasks, asked)
         if unknown := [task for task in asked or {} if task not in tasks]:
             raise DataError(f"asked: there is no task '{unknown[0]}' among {', '.join(tasks)}")
         self.asked = {task: Asked.of(given, task) for task, given in (asked or {}).items()}
@@ -115,9 +119,9 @@ class LanguageData(TaskData):
             DataError: they can't be read.
         """
         if task in self.asked:
-            table = read_table(self.paths[task], split, self.splits)
+            table = read_table(self.paths[task], split, self.called(task))
             return LanguageRows("completions", self.asked[task].rows(table))
-        return read_rows(self.paths[task], split, self.splits, self.columns)
+        return read_rows(self.paths[task], split, self.called(task), self.columns)
 
     def read(self, task: str, split: Split) -> Dataset[dict[str, Any]]:
         """All rows, tokenized once."""

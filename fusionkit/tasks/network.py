@@ -12,6 +12,7 @@ from fusionkit.checkpoints.json_text import read_json
 from fusionkit.checkpoints.model_folder import is_weights
 from fusionkit.checkpoints.paths import open_path
 from fusionkit.errors import CheckpointError, FusionKitError
+from fusionkit.tasks.models import padded
 
 _MEND = "say what builds it: --model CLASS_PATH, or model.model of a recipe"
 
@@ -38,7 +39,8 @@ def network(path: str, outputs: int | None = None) -> nn.Module:
     config = _config(path)
     try:
         with _default_dtype(config):
-            return made(config, outputs).eval()
+            found = made(config, outputs).eval()
+            return found if outputs is None else padded(found)
     except ImportError as error:
         library = (error.name or "what it needs").partition(".")[0]
         raise FusionKitError(f"{path}: needs {library}; pip install {library}") from error

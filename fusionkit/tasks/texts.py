@@ -9,18 +9,20 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fusionkit.checkpoints.hub_names import Use, reads_hub
 from fusionkit.checkpoints.paths import written_out
-from fusionkit.errors import DataError
+from fusionkit.errors import DataError, meant
 from fusionkit.tasks.class_names import Classes, Labels, checked_labels, classes_of
 from fusionkit.tasks.classification import Classification
 from fusionkit.tasks.columns import label_column, text_columns
-from fusionkit.tasks.data import ListedRows, Split, TaskData
+from fusionkit.tasks.data import ListedRows, Split, Splits, TaskData, checked_splits
 from fusionkit.tasks.models import tokenizer_of
 from fusionkit.tasks.regression import Regression
 from fusionkit.tasks.table import MissingSplitError, Table
 from fusionkit.tasks.table_files import read_table
 
 
+@reads_hub(tasks=Use.ROWS, tokenizer=Use.BESIDE)
 class TextData(TaskData):
     """Base of datamodules of texts: a folder of files for each task, or a Hugging Face data set.
 
@@ -46,7 +48,8 @@ class TextData(TaskData):
         text: column of the texts, or two, of pairs; by default as it is commonly called.
         label: column of the labels; by default as it is commonly called.
         splits: `train` and `test` → what they are called; by default so, or `validation` for
-            `test` where there is no other.
+            `test` where there is no other. A task's name → the same, of that task alone: `{test:
+            validation, mnli: {test: validation_matched}}`.
     """
 
     def __init__(
@@ -61,13 +64,13 @@ class TextData(TaskData):
         seed: int = 0,
         text: str | list[str] | None = None,
         label: str | None = None,
-        splits: dict[str, str] | None = None,
+        splits: Splits | None = None,
     ) -> None:
         super().__init__(tasks, batch_size, val_fraction, limit, num_workers, seed)
         self.max_length = max_length
         self.text = text
         self.label = label
-        self.splits = dict(splits or {})
+        self.splits = checked_splits(splits, tasks)
         self._tokenizer_path = written_out(tokenizer)
         self._tokenizer: Any = None
 
@@ -85,7 +88,7 @@ class TextData(TaskData):
         Raises:
             DataError: they can't be read.
         """
-        return read_table(self.paths[task], split, self.splits)
+        return read_table(self.paths[task], split, self.called(task))
 
     def texts(self, table: Table) -> list[Sequence[str]]:
         """A table's texts, each one or a pair.
@@ -121,6 +124,8 @@ class TextData(TaskData):
         """The tokenizer, loaded on first use."""
         if self._tokenizer is None:
             self._tokenizer = tokenizer_of(self._tokenizer_path)
+            if self._tokenizer.pad_token is None:  # GPT-2, Llama: by masks, it is not seen
+                self._tokenizer.pad_token = self._tokenizer.eos_token
         return self._tokenizer
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -154,14 +159,16 @@ class TextClassification(TextData):
         seed: of the draws.
         text: column of the texts, or two, of pairs; by default as it is commonly called.
         label: column of the labels; by default as it is commonly called.
-        splits: `train` and `test` → what they are called.
+        splits: `train` and `test` → what they are called; see `TextData`.
+        numbers: tasks whose labels are numbers to be met, and no classes; as of `TextRegression`.
 
     Attributes:
-        labels: task name → its classes' names.
+        labels: task name → its classes' names; of `numbers` there are none.
         num_classes: task name → number of classes.
 
     Raises:
-        DataError: rows are missing or malformed, there is no such column, or a label is not known.
+        DataError: rows are missing or malformed, there is no such column or task, or a label is
+            not known.
     """
 
     def __init__(
@@ -177,18 +184,30 @@ class TextClassification(TextData):
         seed: int = 0,
         text: str | list[str] | None = None,
         label: str | None = None,
-        splits: dict[str, str] | None = None,
+        splits: Splits | None = None,
+        numbers: list[str] | None = None,
     ) -> None:
         size = (batch_size, max_length, val_fraction, limit, num_workers, seed)
         super().__init__(tasks, tokenizer, *size, text, label, splits)
         heads = checked_labels(labels, tasks)
-        self._classes = {task: self._classes_of(task, heads.get(task)) for task in self.tasks}
+        if unknown := [task for task in numbers or () if task not in tasks]:
+            raise DataError(
+                f"numbers: there is no task '{unknown[0]}'{meant(unknown[0], tasks) or ';'} there "
+                f"is {', '.join(tasks)}"
+            )
+        classes = [task for task in self.tasks if task not in (numbers or ())]
+        self._classes = {task: self._classes_of(task, heads.get(task)) for task in classes}
         self.labels = {task: classes.names for task, classes in self._classes.items()}
         self.num_classes = {task: len(names) for task, names in self.labels.items()}
-        self.kinds = {task: Classification(count) for task, count in self.num_classes.items()}
+        self.kinds = {
+            task: Classification(self.num_classes[task]) if task in classes else Regression()
+            for task in self.tasks
+        }
 
-    def labelled(self, task: str, table: Table) -> tuple[list[int], list[Sequence[str]]]:
-        """Places among the task's classes, and texts."""
+    def labelled(self, task: str, table: Table) -> tuple[list[Any], list[Sequence[str]]]:
+        """Places among the task's classes, or numbers, and texts."""
+        if task not in self._classes:
+            return _numbered(table, self.label, self.texts(table))
         classes = self._classes[task]
         labels = table.labels(label_column(table, self.label))
         places = [classes.place(label, table.at(row)) for row, label in enumerate(labels)]
@@ -223,7 +242,7 @@ class TextRegression(TextData):
         seed: of the draws.
         text: column of the texts, or two, of pairs; by default as it is commonly called.
         label: column of the numbers; by default as it is commonly called.
-        splits: `train` and `test` → what they are called.
+        splits: `train` and `test` → what they are called; see `TextData`.
 
     Raises:
         DataError: rows are missing, or a row is not a number and its texts.
@@ -241,7 +260,7 @@ class TextRegression(TextData):
         seed: int = 0,
         text: str | list[str] | None = None,
         label: str | None = None,
-        splits: dict[str, str] | None = None,
+        splits: Splits | None = None,
     ) -> None:
         size = (batch_size, max_length, val_fraction, limit, num_workers, seed)
         super().__init__(tasks, tokenizer, *size, text, label, splits)
@@ -249,19 +268,26 @@ class TextRegression(TextData):
 
     def labelled(self, task: str, table: Table) -> tuple[list[float], list[Sequence[str]]]:
         """Numbers, and texts or pairs."""
-        labels, texts = table.labels(label_column(table, self.label)), self.texts(table)
-        if table.headless:
-            texts = [text.split("\t") for (text,) in texts]
-        numbers: list[float] = []
-        for row, (label, parts) in enumerate(zip(labels, texts, strict=True)):
-            try:
-                number = float(label)
-            except (TypeError, ValueError):
-                number = math.nan
-            if not math.isfinite(number) or len(parts) != len(texts[0][:2]):
-                raise DataError(
-                    f"{table.at(row)}: expected a number and as many texts as in the first "
-                    f"row, one or two; got '{label}' and {len(parts)} texts"
-                )
-            numbers.append(number)
-        return numbers, texts
+        return _numbered(table, self.label, self.texts(table))
+
+
+def _numbered(
+    table: Table, label: str | None, texts: list[Sequence[str]]
+) -> tuple[list[float], list[Sequence[str]]]:
+    """A table's labels as numbers; and its texts, each one or a pair."""
+    labels = table.labels(label_column(table, label))
+    if table.headless:
+        texts = [text.split("\t") for (text,) in texts]
+    numbers: list[float] = []
+    for row, (said, parts) in enumerate(zip(labels, texts, strict=True)):
+        try:
+            number = float(said)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number) or len(parts) != len(texts[0][:2]):
+            raise DataError(
+                f"{table.at(row)}: expected a number and as many texts as in the first "
+                f"row, one or two; got '{said}' and {len(parts)} texts"
+            )
+        numbers.append(number)
+    return numbers, texts

@@ -11,8 +11,8 @@ from program import PROGRAM, run
 from tiny_net import TASKS, TESTS, Files
 
 import fusionkit
-from fusionkit.cli.recipe_file import refuse_endless
-from fusionkit.errors import UsageError
+from fusionkit.cli.recipe_file import RecipeFile, refuse_endless
+from fusionkit.errors import FusionKitError, UsageError
 
 
 @pytest.fixture
@@ -41,20 +41,20 @@ def local(recipe: Path, files: Files) -> Path:
 def test_variables(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A whole value, or a part; of any type; what is not set is told with its key."""
     monkeypatch.setenv("CODEC", "svd")
-    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WIDTH", "2")
     monkeypatch.setenv("PLACE", str(tmp_path))
     content = yaml.safe_load(recipe.read_text())
-    content["model"]["codec"] = {"class_path": "${CODEC}", "init_args": {"rank": "${RANK}"}}
+    content["model"]["codec"] = {"class_path": "${CODEC}", "init_args": {"rank": "${WIDTH}"}}
     content["model"]["bundle"] = "${PLACE}/there"
     content["out"] = "$${PLACE}"
     recipe.write_text(yaml.safe_dump(content))
     run("compress", "--config", recipe)
     assert fusionkit.Bundle.load(tmp_path / "there").codec == fusionkit.SVD(rank=2)
-    monkeypatch.delenv("RANK")
+    monkeypatch.delenv("WIDTH")
     said = run("compress", "--config", recipe, "--overwrite", code=1)
     assert said == (
-        f"fusionkit compress: {recipe}: model.codec.init_args.rank: ${{RANK}}: the environment "
-        "variable 'RANK' is not set; set it (export RANK=…), or write the value out\n"
+        f"fusionkit compress: {recipe}: model.codec.init_args.rank: ${{WIDTH}}: the environment "
+        "variable 'WIDTH' is not set; set it (export WIDTH=…), or write the value out\n"
     )
 
 
@@ -134,3 +134,105 @@ def test_aliases_of_aliases_are_refused_at_once() -> None:
     with pytest.raises(UsageError, match="more than 4 MiB"):
         refuse_endless("#" * (5 << 20), "r.yaml")
     refuse_endless("a: &a [1, 2]\nb: [*a, *a]", "r.yaml")
+
+
+class TestPieces:
+    """A mapping's `piece`: files beside the recipe, under what the recipe says itself."""
+
+    def composed(self, folder: Path, content: str, **pieces: str) -> dict[str, object]:
+        (folder / "shared").mkdir(exist_ok=True)
+        for name, text in pieces.items():
+            (folder / "shared" / f"{name}.yaml").write_text(text)
+        path = folder / "r.yaml"
+        path.write_text(content)
+        return RecipeFile(str(path)).written_out(yaml.safe_load(content))
+
+    def test_own_keys_go_before_at_any_depth(self, tmp_path: Path) -> None:
+        found = self.composed(
+            tmp_path,
+            "codecs: {piece: [shared/few.yaml, shared/more.yaml], B: {init_args: {rank: 4}}, "
+            "C: c}\n"
+            "list: [{piece: shared/few.yaml}]",
+            few="A: {class_path: EMR}\nB: {class_path: SVD, init_args: {rank: 2, dtype: int4}}",
+            more="A: {class_path: Dense}",
+        )
+        svd = {"class_path": "SVD", "init_args": {"rank": 4, "dtype": "int4"}}
+        assert found["codecs"] == {"A": {"class_path": "Dense"}, "B": svd, "C": "c"}
+        assert list(found["codecs"]) == ["A", "B", "C"]  # type: ignore[call-overload]
+        assert found["list"] == [
+            {"A": {"class_path": "EMR"}, "B": {**svd, "init_args": {"rank": 2, "dtype": "int4"}}}
+        ]
+
+    def test_a_whole_recipe_is_one(self, recipe: Path, elsewhere: Path) -> None:
+        """Of another recipe, in another folder: what it reads is found from its own."""
+        (recipe.parent / "own").mkdir()
+        own = recipe.parent / "own" / "dense.yaml"
+        own.write_text("piece: ../recipe.yaml\nmodel: {codec: {class_path: dense}, bundle: there}")
+        run("compress", "--config", "../own/dense.yaml")
+        assert fusionkit.Bundle.load(elsewhere / "there").codec == fusionkit.Dense()
+        run("compress", "--overwrite", "--config", f"../own/{own.name}")
+
+    def test_variables_and_paths_are_the_pieces_own(
+        self, tmp_path: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("NAME", "cats")
+        (tmp_path / "shared/rows").mkdir(parents=True)
+        (tmp_path / "shared/rows/cats").touch()
+        found = self.composed(
+            tmp_path,
+            "data: {piece: shared/data.yaml}\npublished: [shared/data.yaml]",
+            data="tasks: {piece: tasks.yaml}\nsaid: $${NAME}",
+            tasks="a: rows/${NAME}",
+        )
+        assert found == {
+            "data": {"tasks": {"a": str(tmp_path / "shared/rows/cats")}, "said": "${NAME}"},
+            "published": [str(tmp_path / "shared/data.yaml")],
+        }
+
+    def test_variables_are_given(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """They go before the environment's, and hold in pieces of pieces."""
+        monkeypatch.setenv("SIZE", "small")
+        found = self.composed(
+            tmp_path,
+            "b: {piece: shared/model.yaml, with: {SIZE: base, WIDTH: 3}}\n"
+            "l: {piece: shared/model.yaml, with: {SIZE: large, WIDTH: 4}}",
+            model="path: org/${SIZE}-${WIDTH}\ntowers: {piece: towers.yaml}",
+            towers="cats: org/${SIZE}_cats",
+        )
+        assert found == {
+            "b": {"path": "org/base-3", "towers": {"cats": "org/base_cats"}},
+            "l": {"path": "org/large-4", "towers": {"cats": "org/large_cats"}},
+        }
+
+    def test_variables_that_are_not(self, tmp_path: Path) -> None:
+        with pytest.raises(UsageError, match=r"a\.with: no `\${SIEZ}` is in .*one.*'SIZE'\?"):
+            self.composed(
+                tmp_path,
+                "a: {piece: shared/one.yaml, with: {SIEZ: s, SIZE: b}}",
+                one="path: ${SIZE}",
+            )
+        with pytest.raises(UsageError, match=r"a\.with: expected variables .*, got \['SIZE'\]"):
+            self.composed(tmp_path, "a: {piece: shared/one.yaml, with: [SIZE]}")
+        with pytest.raises(FusionKitError, match=r"'SIZE' is not set; .*\(with: {SIZE: …}\)"):
+            self.composed(tmp_path, "a: {piece: shared/one.yaml}")
+
+    @pytest.mark.parametrize(
+        ("content", "piece", "said"),
+        [
+            ("piece: shared/on.yaml", "a: 1", r"piece: no such file: .*on\.yaml .*'one\.yaml'"),
+            ("a: {piece: shared/one.yaml}", "[1]", "a.piece: expected a mapping in .*, got list"),
+            ("a: {piece: shared/one.yaml}", "a: [", "a.piece: .* is no YAML"),
+            (
+                "a: {piece: shared/one.yaml}",
+                "b: {piece: one.yaml}",
+                r"one\.yaml: b.piece: .* itself",
+            ),
+        ],
+    )
+    def test_refused(self, tmp_path: Path, content: str, piece: str, said: str) -> None:
+        with pytest.raises(UsageError, match=said):
+            self.composed(tmp_path, content, one=piece)
+
+    def test_a_key_of_that_name(self, tmp_path: Path) -> None:
+        """A task, or a codec's name in a table, may be called so."""
+        assert self.composed(tmp_path, "tasks: {piece: data/x}") == {"tasks": {"piece": "data/x"}}

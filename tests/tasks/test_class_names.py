@@ -60,6 +60,34 @@ class TestOrder:
         with pytest.raises(DataError, match="line 2: label '5' is not among the 5"):
             classes_of("t", ["5"], at, head=list("abcde"))
 
+    def test_spelled_otherwise(self, tmp_path: Path) -> None:
+        """By case and by what is between words; or as the prompts of the head's file say it."""
+        head = ["T - shirt / top", "baseball diamond", "c", "c++", "A-"]
+        classes = classes_of("t", ["t-shirt/top", "Baseball_Diamond"], at, head=head)
+        assert [classes.place(each, at(0)) for each in ("T-Shirt/Top", "C++", "c")] == [0, 3, 2]
+        for other in ("baseballdiamond", "c#", "A"):
+            with pytest.raises(DataError, match=f"label '{other}' is not among the 5"):
+                classes.place(other, at(0))
+        path = tmp_path / "classes.json"
+        content = {"labels": ["SeaLake", "River"], "names": ["lake or sea", "river"]}
+        path.write_text(json.dumps(content))
+        classes = classes_of("t", ["River", "lake or sea"], at, head=str(path))
+        assert classes.names == content["labels"]
+        assert [classes.place(each, at(0)) for each in ("SeaLake", "river", "0")] == [0, 1, 0]
+
+    def test_what_is_spelled_as_two_classes_is_neither(self) -> None:
+        classes = Classes("t", ["a b", "A_B"], ["c", "C"])
+        assert [classes.place(each, at(0)) for each in ("a b", "A_B")] == [0, 1]
+        for other in ("a-b", "c"):
+            with pytest.raises(DataError, match=f"label '{other}' is not among"):
+                classes.place(other, at(0))
+
+    def test_false_and_true_are_two_classes(self) -> None:
+        classes = classes_of("t", [True, False], at, head=["healthy", "ill"])
+        assert [classes.place(each, at(0)) for each in (True, False)] == [1, 0]
+        with pytest.raises(DataError, match="label 'True' is not among the 3"):
+            classes_of("t", [True], at, head=["a", "b", "c"])
+
     def test_named_twice(self) -> None:
         with pytest.raises(DataError, match="class 'a' is named twice"):
             Classes("t", ["a", "b", "a"])

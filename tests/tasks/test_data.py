@@ -8,12 +8,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_language
 import torch
 from tiny_net import SHARED
 
 from fusionkit.errors import DataError, FusionKitError
-from fusionkit.tasks.data import TaskData
+from fusionkit.tasks.classification import Classification
+from fusionkit.tasks.data import Splits, TaskData
+from fusionkit.tasks.data_of import data_of
 from fusionkit.tasks.images import ImageArrays
+from fusionkit.tasks.models import sequence_classifier
 from fusionkit.tasks.regression import Regression
 from fusionkit.tasks.texts import TextClassification, TextRegression
 
@@ -316,6 +320,41 @@ class TestTextClassification:
         assert data.num_classes == {"trec": 6}
         assert len(set(labels_of(data.test_dataloader()[0]))) == 6
 
+    def test_what_fills_rows_up_where_the_tokenizer_does_not_say(self, tmp_path: Path) -> None:
+        """GPT-2's end of a text; the model looks for the last token before it."""
+        from transformers import GPT2Config, GPT2ForSequenceClassification
+
+        tokens = tiny_language.tokenizer(tmp_path / "model")
+        tokens.pad_token = None
+        tokens.save_pretrained(tmp_path / "model")
+        size = {"n_embd": 8, "n_head": 2, "n_layer": 1, "n_positions": 32}
+        config = GPT2Config(vocab_size=len(tokens), eos_token_id=2, **size)
+        GPT2ForSequenceClassification(config).save_pretrained(tmp_path / "model")
+        path = tmp_path / "rows.csv"
+        path.write_text("text,label\na cat,0\nthe dog sat on the log,1\n")
+        data = TextClassification({"t": str(path)}, str(tmp_path / "model"))
+        (batch,) = data.test_dataloader()[0]
+        assert batch["attention_mask"].sum(1).tolist() != batch["attention_mask"].shape[1] * 2
+        model = sequence_classifier(str(tmp_path / "model"))
+        together = data.kinds["t"].predict(model, batch)
+        for row, mask in enumerate(batch["attention_mask"].bool()):
+            alone = model(input_ids=batch["input_ids"][row : row + 1, mask]).logits
+            torch.testing.assert_close(together[row : row + 1], alone)
+
+    def test_classes_and_numbers_side_by_side(self, tmp_path: Path, tokenizer: str) -> None:
+        (tmp_path / "a.csv").write_text("text,label\na cat,yes\na dog,no\n")
+        (tmp_path / "b.csv").write_text("text1,text2,score\na,b,2.5\nc,d,4\n")
+        tasks = {name: str(tmp_path / f"{name}.csv") for name in "ab"}
+        data = TextClassification(tasks, tokenizer, numbers=["b"])
+        assert data.kinds == {"a": Classification(2), "b": Regression()}
+        assert data.num_classes == {"a": 2}
+        classes, numbers = (next(iter(each))["labels"] for each in data.test_dataloader())
+        assert sorted(classes.tolist()) == [0, 1]
+        assert numbers.dtype == torch.float32
+        assert sorted(numbers.tolist()) == [2.5, 4.0]
+        with pytest.raises(DataError, match="numbers: there is no task 'c'; there is a, b"):
+            TextClassification(tasks, tokenizer, numbers=["c"])
+
 
 class TestTextRegression:
     def write(self, folder: Path, lines: str) -> Path:
@@ -398,6 +437,25 @@ class TestSplits:
     def test_val_fraction_out_of_range(self, tmp_path: Path, fraction: float) -> None:
         with pytest.raises(DataError, match=r"val_fraction in \[0, 1\), got"):
             self.make(tmp_path, val_fraction=fraction)
+
+    def test_what_they_are_called_in_each_task(self, tmp_path: Path) -> None:
+        """A task says what differs from what is said of all, or it says all."""
+        for task, names in {"a": ("train", "dev"), "b": ("train", "one", "two")}.items():
+            (tmp_path / task).mkdir()
+            for place, name in enumerate(names):
+                rows = "text,label\n" + "x,0\ny,1\n" * (place + 1)
+                (tmp_path / task / f"{name}.csv").write_text(rows)
+        splits: Splits = {"test": "dev", "b": {"test": "two"}}
+        tasks = {name: str(tmp_path / name) for name in "ab"}
+        data = TextClassification(tasks, "x", splits=splits)
+        assert [len(data.table(task, "test").rows) for task in "ab"] == [4, 6]
+        assert [len(data.table(task, "train").rows) for task in "ab"] == [2, 2]
+        made = data_of(tasks, model=str(tmp_path), splits=splits)
+        assert made.splits == splits
+        with pytest.raises(DataError, match=r"`splits` says of 'c' .* no such task; there is a, b"):
+            TextClassification(tasks, "x", splits={"c": {"test": "two"}})
+        with pytest.raises(DataError, match="there is no 'tset'"):
+            TextClassification(tasks, "x", splits={"b": {"tset": "two"}})
 
     def test_some_tasks_alone(self, tmp_path: Path) -> None:
         """No row of the others is read, and the datamodule stays as it is."""
