@@ -33,6 +33,8 @@ _LARGEST, _MOST = 4 << 20, 100_000
 """Bytes of a recipe, and its values."""
 _PIECE = (".yaml", ".yml")
 """How a file ends that holds a piece of a recipe: the parser finds it from the recipe's folder."""
+_NO_PIECE = ("published",)
+"""Keys of files that end so, and are read by something else."""
 _PUT_IN, _WITH = "piece", "with"
 """The key of the pieces that a mapping has, and of variables in them."""
 
@@ -163,7 +165,7 @@ class RecipeFile:
     def _from_its_folder(self, key: str, text: str) -> str:
         name = key.rpartition(".")[2]
         apart = is_remote(text) or text.startswith(("~", "package:")) or os.path.isabs(text)
-        apart |= text.endswith(_PIECE)
+        apart |= text.endswith(_PIECE) and key not in _NO_PIECE
         if "/" not in text or apart or "\n" in text or name in (*_WRITTEN, *_NO_PATH):
             return text
         assert self.folder is not None
