@@ -53,8 +53,12 @@ def tower(cache: Path, clip_folder: Path, name: str, seed: int) -> None:
     save_file(state, folder / "model.safetensors", {"format": "pt"})
 
 
-def lora(cache: Path, clip_folder: Path, name: str, seed: int, linearized: bool = False) -> None:
-    """A LoRA of the transformer within a tower; linearized, in FusionBench's own file."""
+def lora(cache: Path, clip_folder: Path, name: str, seed: int, linearized: bool = False) -> Any:
+    """A LoRA of the transformer within a tower; linearized, in FusionBench's own file.
+
+    Returns:
+        the live model, and what its parameters started at.
+    """
     from transformers import CLIPModel
 
     folder = cached(cache, f"tanganke/{name}")
@@ -67,12 +71,14 @@ def lora(cache: Path, clip_folder: Path, name: str, seed: int, linearized: bool 
     start = {key: value.detach().clone() for key, value in model.named_parameters()}
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for value in (value for value in model.parameters() if value.requires_grad):
-            value.add_(0.2 * torch.randn(value.shape, generator=generator))
+        for key, value in model.named_parameters():
+            if value.requires_grad and not (linearized and "lora_A" in key):  # has no gradient
+                value.add_(0.2 * torch.randn(value.shape, generator=generator))
     model.save_pretrained(folder)
     if linearized:
         (folder / "adapter_model.safetensors").unlink()
         save_file(linearized_file(model, start), folder / "linearized_adapter_model.safetensors")
+    return model.eval(), start
 
 
 def linearized_file(model: Any, start: Mapping[str, Tensor]) -> dict[str, Tensor]:
