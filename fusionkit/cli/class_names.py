@@ -4,6 +4,7 @@ import re
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import is_dataclass
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from inspect import Parameter, isabstract, isclass, signature
@@ -11,6 +12,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
+from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule, LightningModule
 
 from fusionkit import registry
@@ -89,6 +91,36 @@ class ClassNames:
             f"{key}: no option '{setting}' of {name}{meant(setting, parameters)}\n"
             f"{name} has {', '.join(parameters) or 'none'}"
         )
+
+    def hands_on(self, key: str, setting: str) -> bool:
+        """Whether a setting of what was named at a key is one that it hands on, unseen, to another.
+
+        timm's `create_model` does so with a model's own settings.
+        """
+        found = self._chosen.get(key)
+        accepted = None if found is None else _accepted(found)
+        return accepted is not None and setting.removesuffix("+") not in accepted
+
+
+@cache
+def _accepted(found: Any) -> frozenset[str] | None:
+    """The settings that the parser finds of a class or function; None where all are its own.
+
+    It follows what is handed on to another (`**kwargs`), as far as the code says to which.
+    """
+    try:
+        parameters = signature(found).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    if all(each.kind is not Parameter.VAR_KEYWORD for each in parameters):
+        return None
+    parser = ArgumentParser(exit_on_error=False)
+    add = parser.add_class_arguments if isclass(found) else parser.add_function_arguments
+    try:
+        added = add(found, "it", fail_untyped=False)
+    except ValueError:
+        return None  # the parser says why, where it is to be built
+    return frozenset(name.removeprefix("it.") for name in added)
 
 
 def kinds_of(hint: Any) -> list[Any]:

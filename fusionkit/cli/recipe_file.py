@@ -40,18 +40,23 @@ _PUT_IN, _WITH = "piece", "with"
 
 
 class RecipeFile:
-    """A recipe's file, as the working directory is now.
+    """A recipe's file, or a piece's.
 
     Args:
         path: where it is.
         within: of a piece, the files that it is a piece of.
         given: variables that go before the environment's.
+        here: the working directory, if not as it is now: the parser changes it while it reads.
     """
 
     def __init__(
-        self, path: str, within: tuple[Path, ...] = (), given: Mapping[str, str] | None = None
+        self,
+        path: str,
+        within: tuple[Path, ...] = (),
+        given: Mapping[str, str] | None = None,
+        here: Path | None = None,
     ) -> None:
-        self.path, self._here, self._within = path, Path.cwd().resolve(), within
+        self.path, self._here, self._within = path, here or Path.cwd().resolve(), within
         self._given, self._used = dict(given or {}), set[str]()
         self.folder = None if is_remote(path) else Path(path).parent
 
@@ -108,7 +113,9 @@ class RecipeFile:
         return _laid_over(found, own)
 
     def _at(self, key: str, name: str) -> str:
-        return f"{self.path}: {key}.{name}".replace(" .", " ")
+        """How messages call a key; of the recipe itself, the parser says which file it is."""
+        at = f"{key}.{name}".lstrip(".")
+        return f"{self.path}: {at}" if self._within else at
 
     def _variables(self, value: Any, key: str) -> dict[str, str]:
         """The variables that a mapping gives its pieces."""
@@ -125,13 +132,14 @@ class RecipeFile:
         """A piece's content, written out, and the variables in it."""
         at = self._at(key, _PUT_IN)
         path = Path(name).expanduser() if self.folder is None else self.folder / name
+        path = self._here / path
         known = (*self._within, (self._here / self.path).resolve())
         if not path.is_file():
             close = meant(path.name, [each.name for each in path.parent.glob("*.y*ml")])
             raise UsageError(f"{at}: no such file: {path} (relative to {self._here}){close}")
         if path.resolve() in known:
             raise UsageError(f"{at}: {path} is a piece of itself; take one of the two out")
-        file = RecipeFile(str(path), known, given)
+        file = RecipeFile(str(path), known, given, self._here)
         text = file.text()
         refuse_endless(text, file.path)
         try:

@@ -70,7 +70,7 @@ class RecipeValues:
                 continue
             hint = self._type_of(name.removesuffix("+"))
             if hint is None:
-                found.append(word)
+                found.append(f"--{self._handed_on(name)}{equals}{value}")
                 continue
             if not equals and rest and not rest[0].startswith("--"):
                 equals, value = "=", rest.pop(0)
@@ -123,7 +123,12 @@ class RecipeValues:
                 name: self.value(each, self._names.type_of(key, name), f"{key}.{name}")
                 for name, each in settings.items()
             }
-            found = told if plain else {**found, "init_args": told}
+            if plain:
+                return told
+            on = {name: each for name, each in told.items() if self._names.hands_on(key, name)}
+            found["init_args"] = {name: each for name, each in told.items() if name not in on}
+            if on:
+                found["dict_kwargs"] = {**(found.get("dict_kwargs") or {}), **on}
         return found
 
     def _under(self, key: str, value: Any) -> Any:
@@ -187,6 +192,14 @@ class RecipeValues:
                 hint = self._names.type_of(key, part)
             key = f"{key}.{part}"
         return hint
+
+    def _handed_on(self, name: str) -> str:
+        """An option's name, as the parser knows those that a function hands on."""
+        above, _, last = name.removesuffix("+").rpartition(".")
+        key = ".".join(part for part in above.split(".") if part != "init_args")
+        if last == "help" or not self._names.hands_on(key, last):
+            return name
+        return f"{above.removesuffix('.init_args')}.dict_kwargs.{name.rpartition('.')[2]}"
 
     def _as_text(self, value: str, hint: Any, key: str) -> str:
         """An option's value, written out."""

@@ -58,6 +58,7 @@ class MixedBatch:
         self.rows_now = self._last = RowTasks([None])
         self._batch: dict[str, TaskOperands] = {}
         self._last_batch: dict[str, TaskOperands] = {}
+        self._layers: list[Layer] = []  # that the tasks of the last batch change
         self._layout = Layout(model, source)
         self._layout.check_base()
 
@@ -219,16 +220,16 @@ class MixedBatch:
         known = self._last_batch
         if self._last.tasks != tasks or any(batch[name] is not known.get(name) for name in batch):
             self._last = RowTasks(tasks)
+            changed = dict.fromkeys(n for each in batch.values() for n in each.operands)
+            self._layers = list(dict.fromkeys(self._layout.layer(name) for name in changed))
         self.rows_now, self._batch, self._last_batch = self._last, batch, batch
 
     @contextmanager
     def _standing_in(self) -> Iterator[None]:
         """A context in which layers stand in for the modules that any task of the batch changes."""
-        names = dict.fromkeys(name for each in self._batch.values() for name in each.operands)
-        layers = list(dict.fromkeys(self._layout.layer(name) for name in names))
         entered: list[Layer] = []
         try:
-            for layer in layers:
+            for layer in self._layers:
                 entered.append(layer)
                 layer.enter(self)
             yield
@@ -249,7 +250,7 @@ class MixedBatch:
         with self._reading:
             before, self._layout = self._layout, Layout(self.model, self.source)
             self._layout.check_base()
-            self._last = RowTasks([None])  # its plans are of the layout before
+            self._last, self._layers = RowTasks([None]), []  # plans are of the layout before
             if self._layout.form != before.form:
                 self._held.forget(lambda task: True)
 

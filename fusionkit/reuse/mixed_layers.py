@@ -26,10 +26,7 @@ class LinearLayer(Layer):
     def __call__(self, running: Running, x: Tensor) -> Tensor:
         """`(rows · k, …, in)` → `(rows · k, …, out)`."""
         rows = running.rows_of_call()
-        plan = rows.plans.get(self)
-        if plan is None:
-            plan = rows.plans[self] = self._plan(running, rows)
-        assert isinstance(plan, _LinearPlan)
+        plan = rows.plan(self, lambda: self._plan(running, rows))
         by_row = x[None] if rows.alone else self.by_rows(x, rows)
         flat = by_row.reshape(len(by_row), -1, x.shape[-1])
         return plan(flat).view(-1, *x.shape[1:-1], plan.width)
@@ -205,10 +202,9 @@ class NormLayer(Layer):
             task = rows.tasks[0]
             weight, bias = (self.tensor(running, task, name) for name in ("weight", "bias"))
             return functional.layer_norm(x, self._shape, weight, bias, self._eps)
-        plan = rows.plans.get(self)
-        if plan is None:
-            plan = rows.plans[self] = [self._by_row(running, rows, n) for n in ("weight", "bias")]
-        assert isinstance(plan, list)
+        plan = rows.plan(
+            self, lambda: [self._by_row(running, rows, name) for name in ("weight", "bias")]
+        )
         by_row = self.by_rows(x, rows)
         out = functional.layer_norm(by_row, self._shape, eps=self._eps)
         for own, change in zip(plan, (Tensor.mul_, Tensor.add_), strict=True):

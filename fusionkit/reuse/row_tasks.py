@@ -1,10 +1,12 @@
 """Which rows of a batch are which task's."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+Plan = TypeVar("Plan")
 Place = slice | Tensor
 """Rows: a slice where they lie side by side, else int64 `(n,)` in ascending order."""
 
@@ -19,7 +21,6 @@ class RowTasks:
         tasks: of each row.
         groups: task → its rows, in the order of their first ones.
         runs: the task and the rows of each run of neighbours that are of one task.
-        plans: whatever a layer worked out for these rows, by the layer.
     """
 
     def __init__(self, tasks: Sequence[str | None]) -> None:
@@ -33,7 +34,7 @@ class RowTasks:
             else:
                 self.runs.append((task, slice(row, row + 1)))
         self.groups: dict[str | None, Place] = {task: _place(rows) for task, rows in at.items()}
-        self.plans: dict[object, object] = {}
+        self._plans: dict[object, Any] = {}
         self._parts: dict[str | None, RowTasks] = {}
 
     def __len__(self) -> int:
@@ -44,6 +45,13 @@ class RowTasks:
     def alone(self) -> bool:
         """Whether all rows are of one task, so that nothing need be told apart."""
         return len(self.groups) == 1
+
+    def plan(self, layer: object, make: Callable[[], Plan]) -> Plan:
+        """What a layer works out for these rows: made when it is first asked for."""
+        if layer not in self._plans:
+            self._plans[layer] = make()
+        found: Plan = self._plans[layer]
+        return found
 
     def part(self, task: str | None) -> "RowTasks":
         """The rows of one task by themselves."""

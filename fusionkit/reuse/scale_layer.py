@@ -29,10 +29,7 @@ class ScaleLayer(Layer):
     def __call__(self, running: Running, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """`(rows · k, …, size)` → the same."""
         rows, leaf = running.rows_of_call(), self.leaves[0]
-        scales = rows.plans.get(self)
-        if scales is None:
-            scales = rows.plans[self] = self._scales(running, rows)
-        assert isinstance(scales, Tensor)
+        scales = rows.plan(self, lambda: self._scales(running, rows))
         by_row = x[None] if rows.alone else self.by_rows(x, rows)
         scale = scales.view(len(scales), *[1] * (by_row.ndim - 2), -1)
         before = leaf.now()

