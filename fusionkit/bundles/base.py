@@ -13,8 +13,12 @@ from fusionkit.errors import BundleError, CheckpointError
 from fusionkit.task_vectors.opened import renamed
 
 
-def reopen_base(record: BaseRecord) -> Checkpoint:
+def reopen_base(record: BaseRecord, label: str) -> Checkpoint:
     """Open the base from where it was read when the bundle was made.
+
+    Args:
+        record: what the bundle knows of its base.
+        label: how messages call the bundle.
 
     Raises:
         BundleError: it was not a path, or is no longer there.
@@ -29,8 +33,8 @@ def reopen_base(record: BaseRecord) -> Checkpoint:
         )
     except Exception as error:
         raise BundleError(
-            f"the bundle's base ({record.source}) can't be opened from here; a bundle does not "
-            "hold its base: give it as `base`"
+            f"{label}: the bundle's base ({record.source}) can't be opened from here; a bundle "
+            "does not hold its base: give it as `base`"
         ) from error
 
 

@@ -150,7 +150,7 @@ class Bundle(ByTask, Changeable, Published):
             WrongBaseError: it is another model.
         """
         if self._base is None:
-            self._base = self._seen(reopen_base(self.manifest.base))
+            self._base = self._seen(reopen_base(self.manifest.base, self.label))
         # A model in memory may have been trained or switched since it was last looked at.
         if self._base.live or not self._base_checked:
             self.manifest.base.check(self._base, f"{self.path}: {self._base.label}")
