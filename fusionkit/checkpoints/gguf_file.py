@@ -5,7 +5,11 @@ loaded when such a file is opened.
 """
 
 import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -24,6 +28,7 @@ from fusionkit.checkpoints.steady_file import SteadyFile
 from fusionkit.errors import CheckpointError, listing
 
 _MAGIC = b"GGUF"
+_ALONE = threading.Lock()
 _OTHERWISE = (
     "load it with transformers, AutoModelForCausalLM.from_pretrained(folder, gguf_file=…), save it "
     "with save_pretrained, and give that folder"
@@ -93,7 +98,8 @@ class GGUFFile(Checkpoint):
             model = _model(config)
             processor = reader.TENSOR_PROCESSORS.get(kind, reader.TensorProcessor)
             self._processor: Any = processor(config=config)
-            self._names: dict[str, str] = reader.get_gguf_hf_weights_map(model, self._processor)
+            with _one_map_of_names():
+                self._names: dict[str, str] = reader.get_gguf_hf_weights_map(model, self._processor)
         except Exception as error:  # what transformers and gguf raise is of any kind
             raise CheckpointError(
                 f"{path}: can't be read as a GGUF file ({error}); fetch it again if it is not "
@@ -202,6 +208,23 @@ def _is_gguf(path: Path) -> bool:
         return False
     with path.open("rb") as file:
         return file.read(4) == _MAGIC
+
+
+@contextmanager
+def _one_map_of_names() -> Iterator[None]:
+    """A context in which gguf makes its names of all layers once.
+
+    Transformers asks for them again for each module of a model, which takes it seconds.
+    """
+    import gguf
+
+    with _ALONE:
+        made: Any = gguf.get_tensor_name_map
+        gguf.get_tensor_name_map = lru_cache(made)
+        try:
+            yield
+        finally:
+            gguf.get_tensor_name_map = made
 
 
 def _said(model: Any) -> dict[str, Any]:
