@@ -58,6 +58,13 @@ class DataError(FusionKitError):
     """A data set can't be read: a missing file, array or label, or a malformed row."""
 
 
+class HubError(FusionKitError):
+    """A repository of the Hub can't be had as it is asked for.
+
+    It is missing, gated or damaged, its commit is gone, or there is no network, or no room.
+    """
+
+
 class RequestError(FusionKitError):
     """A request to the server's engine can't be answered as it stands; the message says why."""
 

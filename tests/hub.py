@@ -5,16 +5,21 @@ import json
 import threading
 from base64 import b64decode
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import PurePosixPath
 from typing import Any
+from urllib.parse import unquote
 
 
 class Hub:
     """Serves the routes that huggingface_hub uses to push and to download.
 
     Attributes:
-        repositories: name → its commits, each a mapping of files; the last is `main`.
+        repositories: name → its commits, each a mapping of files; the last is `main`. A data set's
+            name is `datasets/OWNER/NAME`.
         served: files that were downloaded, in turn.
         refuse: paths whose requests fail, as of a network that goes.
+        gated: names of repositories that may not be read.
+        gone: commits that a rewritten history lacks.
     """
 
     def __init__(self) -> None:
@@ -22,6 +27,8 @@ class Hub:
         self.large: dict[str, bytes] = {}
         self.served: list[str] = []
         self.refuse: set[str] = set()
+        self.gated: set[str] = set()
+        self.gone: set[str] = set()
         hub = self
 
         class Handler(_Handler):
@@ -44,8 +51,36 @@ def commit_of(place: int) -> str:
     return f"{place:040x}"
 
 
-def _sha(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+def is_large(file: str) -> bool:
+    """Whether a file is one of Git LFS."""
+    return file.endswith((".safetensors", ".bin", ".parquet"))
+
+
+def id_of(file: str, content: bytes) -> str:
+    """What the Hub calls a file's content: its SHA-256, or its id in Git."""
+    if is_large(file):
+        return hashlib.sha256(content).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def _sibling(file: str, content: bytes) -> dict[str, Any]:
+    """A file in what is said of a repository."""
+    own = {"rfilename": file, "size": len(content), "blobId": id_of("", content)}
+    large = {"sha256": id_of(file, content), "size": len(content), "pointerSize": 130}
+    return {**own, "lfs": large} if is_large(file) else own
+
+
+def _tree(files: dict[str, bytes]) -> list[dict[str, Any]]:
+    """A repository's files and folders."""
+    folders = {str(above) for file in files for above in PurePosixPath(file).parents} - {"."}
+    made = [{"type": "directory", "path": each, "oid": "0" * 40, "size": 0} for each in folders]
+    return sorted([*made, *(_entry(*each) for each in files.items())], key=lambda e: e["path"])
+
+
+def _entry(file: str, content: bytes) -> dict[str, Any]:
+    own = {"type": "file", "path": file, "size": len(content), "oid": id_of("", content)}
+    large = {"oid": id_of(file, content), "size": len(content), "pointerSize": 130}
+    return {**own, "lfs": large} if is_large(file) else own
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -65,42 +100,77 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def _missing(self, code: str) -> None:
-        self._send({"error": code}, 404, X_Error_Code=code)
+    def _missing(self, code: str, status: int = 404) -> None:
+        self._send({"error": code}, status, X_Error_Code=code)
+
+    def _named(self, parts: list[str]) -> tuple[str, list[str]]:
+        """The repository that a path begins with, of one part or, with its owner, two; the rest."""
+        count = (
+            3 if parts[:1] == ["datasets"] else 2 - ("".join(parts[:1]) in self.own.repositories)
+        )
+        return "/".join(parts[:count]), parts[count:]
+
+    def _commit_at(self, name: str, revision: str) -> int | None:
+        """Which of a repository's commits is meant, from 1; None, and the answer is sent."""
+        if name not in self.own.repositories:
+            return self._missing("RepoNotFound")
+        commits = [commit_of(place) for place in range(len(self.own.repositories[name]) + 1)]
+        commit = commits[-1] if revision == "main" else revision
+        if commit not in commits or commit in self.own.gone:
+            return self._missing("RevisionNotFound")
+        return commits.index(commit)
+
+    def _api(self, name: str, what: str, revision: str, inside: str) -> None:
+        place = self._commit_at(name, revision)
+        if place is None:
+            return None
+        gated = name in self.own.gated
+        if what == "auth-check":
+            return self._missing("GatedRepo", 403) if gated else self._send({})
+        commits = self.own.repositories[name]
+        files = commits[place - 1] if place else {}
+        if what == "paths-info":
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["paths"]
+            return self._send([each for each in _tree(files) if each["path"] in asked])
+        if what == "tree":
+            every = "recursive=true" in self.path.lower()
+            found = [
+                e for e in _tree(files) if e["path"].startswith(f"{inside}/" if inside else "")
+            ]
+            left = len(inside) + 1 if inside else 0
+            return self._send([e for e in found if every or "/" not in e["path"][left:]])
+        siblings = [_sibling(file, content) for file, content in files.items()]
+        said = {"_id": name, "id": name.removeprefix("datasets/"), "sha": commit_of(place)}
+        return self._send({**said, "siblings": siblings, "gated": "manual" if gated else False})
 
     def do_GET(self) -> None:
         parts = self.path.partition("?")[0].strip("/").split("/")
-        if parts[:2] == ["api", "models"]:
-            name = "/".join(parts[2:4])
-            if name not in self.own.repositories:
-                return self._missing("RepoNotFound")
-            commits = self.own.repositories[name]
-            if parts[4:5] == ["tree"]:
-                tree = [
-                    {"type": "file", "path": file, "size": len(content), "oid": _sha(content)}
-                    for file, content in commits[-1].items()
-                ]
-                return self._send(tree)
-            files = [{"rfilename": file} for file in commits[-1]] if commits else []
-            said = {"_id": name, "id": name, "sha": commit_of(len(commits)), "siblings": files}
-            return self._send(said)
-        if parts[2:3] != ["resolve"]:
+        if parts[0] == "api":
+            name, asked = self._named(parts[1:] if parts[1] == "datasets" else parts[2:])
+            what, revision = (*asked[:2], *("", "main")[len(asked[:2]) :])
+            return self._api(name, what, revision, unquote("/".join(asked[2:])))
+        name, asked = self._named(parts)
+        if asked[:1] != ["resolve"]:
             return self._missing("EntryNotFound")
-        name, revision, file = "/".join(parts[:2]), parts[3], "/".join(parts[4:])
-        if name not in self.own.repositories:
-            return self._missing("RepoNotFound")
-        commits = self.own.repositories[name]
-        place = len(commits) if revision == "main" else int(revision, 16)
-        content = commits[place - 1].get(file)
+        place = self._commit_at(name, asked[1])
+        if place is None:
+            return None
+        if name in self.own.gated:
+            return self._missing("GatedRepo", 403)
+        file = unquote("/".join(asked[2:]))
+        content = self.own.repositories[name][place - 1].get(file)
         if content is None:
             return self._missing("EntryNotFound")
         if self.command == "GET":
             self.own.served.append(file)
-        return self._send(content, ETag=f'"{_sha(content)}"', X_Repo_Commit=commit_of(place))
+        etag = f'"{id_of(file, content)}"'
+        return self._send(content, ETag=etag, X_Repo_Commit=commit_of(place))
 
     do_HEAD = do_GET
 
     def do_POST(self) -> None:
+        if "/paths-info/" in self.path:
+            return self.do_GET()
         body = self.rfile.read(int(self.headers["Content-Length"]))
         path = self.path.partition("?")[0]
         if any(each in path for each in self.own.refuse):

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from fusionkit.checkpoints.hub_pins import pinned_url
+from fusionkit.checkpoints.model_folder import BESIDE
 from fusionkit.errors import BundleError, FusionKitError
 
 CARD = "README.md"
@@ -20,7 +22,6 @@ _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _URL = re.compile(r"hf://(?:models/)?([^/@]+/[^/@]+)(?:@([^/]+))?/?")
 _CACHED = "models--"
 _WEIGHTS, _PICKLES = ("*.safetensors", "*.safetensors.index.json"), ("*.bin", "*.bin.index.json")
-_BESIDE = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 
 
 def is_name(text: str) -> bool:
@@ -75,11 +76,13 @@ def base_in_cache(source: str) -> str:
     match = _URL.fullmatch(source)
     if match is None:
         return source
+    if folder := pinned_url(source):
+        return str(folder)
     from huggingface_hub import snapshot_download
 
     with _told(match[1], "the base can't be downloaded"):
         for weights in (_WEIGHTS, _PICKLES):
-            patterns = [*weights, *_BESIDE]
+            patterns = [*weights, *BESIDE]
             folder = Path(snapshot_download(match[1], revision=match[2], allow_patterns=patterns))
             if any(folder.glob(weights[0])):
                 break

@@ -10,9 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-_URL = re.compile(r"hf://(?:models/)?([\w.-]+/[\w.-]+)(?:@([^/]+))?(?:/(.+))?/?")
-_OTHERS = ("datasets/", "spaces/", "buckets/")
-"""What a URL is of that is no model's."""
+from fusionkit.checkpoints.hub_names import of_url
+
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
 _PART = re.compile(r"(.+)-(\d+)-of-(\d+)(\..+)")
 """How one of several files is called that are one."""
@@ -27,14 +26,15 @@ def in_hub_cache(url: str) -> Path | None:
     Returns:
         the path; None where it is not there, or a folder's weights are not all there.
     """
-    match = _URL.fullmatch(url)
-    if match is None or url.removeprefix("hf://").startswith(_OTHERS):
+    named = of_url(url)
+    if named is None or named[0].kind != "model":
         return None
-    folder = snapshot(match[1], match[2])
+    repository, inside = named
+    folder = snapshot(repository.name, repository.revision)
     if folder is None:
         return None
-    if match[3]:
-        return folder / match[3] if (folder / match[3]).exists() else None
+    if inside:
+        return folder / inside if (folder / inside).exists() else None
     files = [each.name for each in folder.iterdir()]
     indexes = [folder / name for name in files if name.endswith(".index.json")]
     shards = [(folder / name) for index in indexes for name in _shards(index)]
@@ -44,8 +44,8 @@ def in_hub_cache(url: str) -> Path | None:
 
 def lacking_on_hub(url: str) -> str | None:
     """Why there is nothing at a URL of the Hub, and what to do; None for other paths."""
-    match = _URL.fullmatch(url)
-    if match is None:
+    named = of_url(url)
+    if named is None:
         return None
     from huggingface_hub import constants
 
@@ -53,7 +53,7 @@ def lacking_on_hub(url: str) -> str | None:
         return (
             f"is not in Hugging Face's cache ({constants.HF_HUB_CACHE}), or not whole, and the Hub "
             "is not asked, since HF_HUB_OFFLINE is set; unset it, or download it first: hf "
-            f"download {match[1]}"
+            f"download {named[0].name}"
         )
     return (
         "the Hub gives no such repository or file; check the name, and for what is gated or "
@@ -62,7 +62,7 @@ def lacking_on_hub(url: str) -> str | None:
 
 
 def snapshot(
-    name: str, revision: str | None = None, kind: Literal["model", "dataset"] = "model"
+    name: str, revision: str = "", kind: Literal["model", "dataset"] = "model"
 ) -> Path | None:
     """The folder of a repository's commit in the cache; None where there is none.
 

@@ -8,7 +8,7 @@ refused: which of them is loaded depends on the library.
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from fusionkit.checkpoints.checkpoint import Checkpoint, same_values
@@ -17,8 +17,12 @@ from fusionkit.errors import CheckpointError
 _LIBRARIES = (("model", "pytorch_model"), ("diffusion_pytorch_model", "diffusion_pytorch_model"))
 """Of transformers and diffusers: what safetensors files and pickles are called."""
 _ADAPTER, _PIPELINE = "adapter_config.json", "model_index.json"
+_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 _KINDS = ("safetensors", "bin")
 _EXPECTED = "model.safetensors, model.safetensors.index.json, pytorch_model.bin or its index"
+
+BESIDE = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
+"""What lies beside a model's weights: its configuration, tokenizer and processor."""
 
 _STEM = r"(?:diffusion_pytorch_model|pytorch_model|model)"
 _VARIANT = re.compile(
@@ -38,6 +42,41 @@ def is_index(path: Path) -> bool:
 def is_weights(path: Path) -> bool:
     """Whether a file is what a folder's model is called, by its name; or its index."""
     return _WEIGHTS.fullmatch(path.name) is not None
+
+
+def weights_among(names: Collection[str], variant: str | None = None) -> list[str]:
+    """The files that a folder's weights are read from, of a model or of an adapter.
+
+    Args:
+        names: of all its files; none is opened.
+        variant: as of `from_pretrained`.
+
+    Returns:
+        a file; or an index, and all shards of its kind; of an adapter its file. Nothing where it is
+        not known from names.
+    """
+    found = [name for of in _LIBRARIES if (name := _name_of(*of, variant, names))]
+    if not found and not variant:
+        tensors = [name for name in names if name.endswith(".safetensors")]
+        adapter = next((name for name in _ADAPTERS if name in names), None)
+        found = [adapter] if adapter else tensors * (len(tensors) == 1)
+    for index in [name for name in found if _INDEX.fullmatch(name)]:
+        stem, _, kind = index.partition(".index")[0].rpartition(".")
+        shard = re.compile(
+            rf"{re.escape(_with_variant(f'{stem}.{kind}', variant)[: -len(kind) - 1])}"
+            rf"-\d{{5}}-of-\d{{5}}\.{kind}"
+        )
+        found += sorted(name for name in names if shard.fullmatch(name))
+    return found
+
+
+def _name_of(stem: str, pickle: str, variant: str | None, names: Collection[str]) -> str | None:
+    """What one of the libraries would load."""
+    for kind, name in zip(_KINDS, (stem, pickle), strict=True):
+        for file in (f"{name}.{kind}", f"{name}.{kind}.index.json"):
+            if (own := _with_variant(file, variant)) in names:
+                return own
+    return None
 
 
 def file_of_folder(folder: Path, variant: str | None, opened: Callable[[Path], Checkpoint]) -> Path:

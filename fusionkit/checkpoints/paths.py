@@ -6,11 +6,14 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape as glob_escape
+from glob import glob
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
 from fusionkit.checkpoints.hub_cache import in_hub_cache
+from fusionkit.checkpoints.hub_pins import pinned_url
 from fusionkit.checkpoints.path_text import expanded, in_its_form, refuse_long_names
 from fusionkit.errors import BundleError, FusionKitError
 
@@ -31,7 +34,8 @@ def open_path(path: str | Path) -> Path:
             fsspec URL, for which `pip install 'fusionkit[remote]'` and what its protocol needs
             (`s3fs`, `huggingface_hub`, …) must be installed. `~`, `~user`, `$NAME` and `${NAME}`
             are written out. A local name that is there in another Unicode form alone is found.
-            Of the Hugging Face Hub, what lies whole in its cache is read from there.
+            Of the Hugging Face Hub, what lies whole in its cache is read from there; what a lock
+            file pins is the folder of that commit.
 
     Returns:
         a `pathlib.Path`; for a URL what acts like one.
@@ -46,7 +50,7 @@ def open_path(path: str | Path) -> Path:
     if not is_remote(path):
         refuse_long_names(Path(path))
         return in_its_form(Path(path))
-    if (cached := in_hub_cache(path)) is not None:
+    if (cached := pinned_url(path) or in_hub_cache(path)) is not None:
         return cached
     try:
         from upath import UPath
@@ -112,10 +116,14 @@ def written_out(path: str) -> str:
 
 def glob_remote(pattern: str) -> list[str]:
     """What a URL's one `*` stands for, sorted."""
-    before = cast(Any, open_path(pattern.partition("*")[0] + "x"))
-    inside = before.path[:-1] + "*" + pattern.partition("*")[2]
-    head, _, tail = inside.partition("*")
-    found = [str(each) for each in before.fs.glob(inside)]
+    first, _, tail = pattern.partition("*")
+    before: Any = open_path(first + "x")
+    if is_remote(before):
+        head = before.path[:-1]
+        found = [str(each) for each in before.fs.glob(f"{head}*{tail}")]
+    else:  # a pinned commit's folder
+        head = str(before)[:-1]
+        found = glob(f"{glob_escape(head)}*{glob_escape(tail)}")
     return sorted(each[len(head) : len(each) - len(tail) or None] for each in found)
 
 

@@ -24,6 +24,7 @@ GROUPS = {
         "calibrate": "compress, with a few scalars per task learned on a few rows",
         "sweep": "sizes and weight errors of codecs over their settings, without data",
         "fit": "fine-tune one task: in full, a LoRA, a linearized LoRA, or (IA)³",
+        "fetch": "download what it reads of the Hub, and pin it: R.lock.yaml",
         "fuse": "train families of adapters, fuse every set of tasks: table, CSV, plot",
     },
     "on a bundle (--key RWQ…, of minisign: refuse it unless it is signed by that key)": {
@@ -50,6 +51,8 @@ GROUPS = {
 _GO_ON = ("compare", "compress")
 _WRITING = ("add", "compress", "export", "pull", "push", "remove", "sign", "sweep")
 VERBS = tuple(verb for verbs in GROUPS.values() for verb in verbs)
+_VARIABLES = ("FUSIONKIT_LOCK", "FUSIONKIT_PUBLIC_KEY")
+"""Environment variables that a command sets for what it calls, and for itself alone."""
 # Not subcommands of jsonargparse: it would have to build every verb's parser to print one line.
 
 
@@ -74,6 +77,7 @@ def main(args: list[str] | None = None) -> None:
     if "" not in sys.path and "." not in sys.path:
         sys.path.append("")  # class paths of recipes may be in the folder where one is
     warnings.formatwarning = _note
+    before = {name: os.environ.get(name) for name in _VARIABLES}
     try:
         if verb != "sign":
             rest = _without_key(rest)
@@ -95,6 +99,10 @@ def main(args: list[str] | None = None) -> None:
             file=sys.stderr,
         )
         sys.exit(128 + (signal.SIGTERM if ended else signal.SIGINT))
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            os.environ.update({} if value is None else {name: value})
 
 
 class _Ended(KeyboardInterrupt):

@@ -6,10 +6,11 @@ LightningModule that trains), `data` any LightningDataModule, `trainer` the Ligh
 """
 
 import logging
+import os
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -21,10 +22,11 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from fusionkit import registry
 from fusionkit.calibration.settings import Calibration
+from fusionkit.checkpoints.hub_lock import LOCK, lock_beside
 from fusionkit.cli import report
 from fusionkit.cli.class_names import subclass_names
 from fusionkit.cli.recipe_help import ASK, AllHelp, recipe_help
-from fusionkit.cli.recipe_parser import RecipeParser
+from fusionkit.cli.recipe_parser import RecipeParser, recipes_in
 from fusionkit.errors import DataError, FusionKitError
 from fusionkit.reuse.module import ReuseModule
 
@@ -104,6 +106,7 @@ class RecipeCLI(LightningCLI):
             print(parser.format_help() if "--help-all" in asked else self._help(), end="")
             sys.exit(0)
         self.config = parser.parse_args(args)
+        use_lock(recipes_in(args))
         self.config["out"] = str(report.local_folder(self.config["out"], self.writes_out))
 
     def _help(self) -> str:
@@ -171,6 +174,17 @@ class RecipeCLI(LightningCLI):
         self.out.mkdir(parents=True, exist_ok=True)
         text = self.parser.dump(self.config, skip_none=False)
         report.replace_file(self.out / "config.yaml", text.encode())
+
+
+def use_lock(recipes: Sequence[str]) -> None:
+    """Have the commits opened that the lock file beside the first recipe names, if there is one.
+
+    Args:
+        recipes: files, or recipes themselves.
+    """
+    lock = next((lock_beside(each) for each in recipes if each[:1] != "{"), None)
+    if lock is not None and lock.is_file():
+        os.environ[LOCK] = str(lock.resolve())
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import get_loader
+from jsonargparse import get_loader, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser
 
 from fusionkit import registry
@@ -52,7 +52,7 @@ class RecipeParser(LightningArgumentParser):
             UsageError: an option, a key, a class or a setting is mistyped.
         """
         words = with_values(args, self.values.flags)
-        for recipe in _recipes(words):  # options may set what the classes in it have
+        for recipe in recipes_in(words):  # options may set what the classes in it have
             if recipe[:1] == "{":
                 self._written_out(recipe)
             elif not is_remote(recipe) and not open_path(recipe).exists():
@@ -62,7 +62,8 @@ class RecipeParser(LightningArgumentParser):
             else:
                 with self._reading(recipe) as file:
                     self._written_out(file.text())
-        return super().parse_args(self.values.options(words), *others, **kwargs)
+        with _urls_as_pieces(any(map(is_remote, recipes_in(words)))):
+            return super().parse_args(self.values.options(words), *others, **kwargs)
 
     def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Any:
         """Parse a recipe's file; the modules beside it can be imported.
@@ -76,7 +77,8 @@ class RecipeParser(LightningArgumentParser):
 
     def parse_string(self, content: str, *args: Any, **kwargs: Any) -> Any:
         """Parse a recipe's text, as `parse_path` does."""
-        return super().parse_string(self._written_out(content), *args, **kwargs)
+        with _urls_as_pieces(self._file is not None and self._file.folder is None):
+            return super().parse_string(self._written_out(content), *args, **kwargs)
 
     def parse_object(self, obj: Any, *args: Any, **kwargs: Any) -> Any:
         """Parse a recipe's content, as `parse_path` does."""
@@ -120,7 +122,20 @@ class RecipeParser(LightningArgumentParser):
         return str(yaml.safe_dump(told, sort_keys=False, allow_unicode=True))
 
 
-def _recipes(args: Sequence[str]) -> list[str]:
+@contextmanager
+def _urls_as_pieces(taken: bool) -> Iterator[None]:
+    """A context that says whether a URL may be a recipe, or a piece of one, or is a value alone.
+
+    The parser would read every URL to see whether it is a piece: a model of many gigabytes.
+    """
+    set_parsing_settings(config_read_mode_fsspec_enabled=taken)
+    try:
+        yield
+    finally:
+        set_parsing_settings(config_read_mode_fsspec_enabled=False)
+
+
+def recipes_in(args: Sequence[str]) -> list[str]:
     """The recipes that a command line names, or has whole."""
     found = [args[n + 1] for n, each in enumerate(args[:-1]) if each in ("--config", "-c")]
     return [*found, *(each.partition("=")[2] for each in args if each.startswith("--config="))]

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fusionkit.checkpoints.paths import written_out
+from fusionkit.checkpoints.hub_names import Use, reads_hub
+from fusionkit.checkpoints.hub_places import model_place
 from fusionkit.errors import CheckpointError, of_extra
 from fusionkit.tasks.models import config_of, quiet, tokenizer_of
 from fusionkit.tasks.open_clip_models import CONFIG, PREFIX, OpenClipModel
@@ -51,6 +52,7 @@ class DualEncoder(ABC):
         return 0.0 if own is None else float(own.detach())
 
 
+@reads_hub(path=Use.MODEL)
 def dual_encoder(path: str, pretrained: bool = True) -> DualEncoder:
     """Open a dual encoder.
 
@@ -63,11 +65,12 @@ def dual_encoder(path: str, pretrained: bool = True) -> DualEncoder:
         FusionKitError: the library that it is of is not installed.
         CheckpointError: there is no such model, or it has no two towers.
     """
-    place = written_out(path)
+    place = model_place(path)
     theirs = OpenClipModel.at(place)
     return _OpenClip(theirs, pretrained) if theirs else _Transformers(place, pretrained)
 
 
+@reads_hub(path=Use.MODEL)
 def both_towers(path: str, pretrained: bool = True) -> nn.Module:
     """The whole of a dual encoder, a model for recipes: for tasks of images and texts.
 
@@ -85,6 +88,7 @@ def both_towers(path: str, pretrained: bool = True) -> nn.Module:
     return model
 
 
+@reads_hub(path=Use.MODEL)
 class ImageClassifier(nn.Module):
     """The image tower of a dual encoder under a linear head: the logits of each task's classes.
 
@@ -140,7 +144,7 @@ class TextTokens:
     """
 
     def __init__(self, path: str) -> None:
-        theirs = OpenClipModel.at(written_out(path))
+        theirs = OpenClipModel.at(model_place(path))
         self.image = "image" if theirs else "pixel_values"
         self._tokenizer = theirs.tokenizer if theirs else tokenizer_of(path)
         self._config = None if theirs else config_of(path)

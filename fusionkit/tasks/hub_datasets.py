@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from fusionkit.checkpoints.hub_cache import dataset_in_hub_cache
-from fusionkit.errors import DataError, FusionKitError
+from fusionkit.checkpoints.hub_lock import Locked
+from fusionkit.checkpoints.hub_places import dataset_place
+from fusionkit.errors import DataError, FusionKitError, HubError, in_line
 from fusionkit.tasks.data import Split
 from fusionkit.tasks.table import MissingSplitError, Table
 
@@ -26,12 +28,16 @@ def read_dataset(path: Path, split: Split, names: Sequence[str], saved: bool) ->
         FusionKitError: `datasets` is not installed.
         MissingSplitError: there is no such split.
         DataError: there is no such data set, or it can't be had.
+        HubError: a lock file pins it, and it can't be had so.
     """
     local = path.is_dir()
     datasets = _library(str(path))
     name, _, config = (str(path), "", "") if local else str(path).partition(":")
+    pinned = None if local else dataset_place(str(path))
     if saved:
         found = _loaded(path, lambda: datasets.load_from_disk(name))
+    elif pinned is not None:
+        found = _loaded(path, lambda: _locked(*pinned))
     else:
         cached = None if local else dataset_in_hub_cache(name)
         place, hub = str(cached or name), not local and cached is None
@@ -49,6 +55,54 @@ def read_dataset(path: Path, split: Split, names: Sequence[str], saved: bool) ->
         f"{path}: has no {split} rows (looked for {', '.join(names)}); it has the splits "
         f"{', '.join(found)}; say which in `splits`: {{{split}: {next(iter(found), '…')}}}"
     )
+
+
+def files_on_hub(name: str, config: str, commit: str) -> dict[str, list[str]]:
+    """The files that `datasets` would read of a data set on the hub; no row is read.
+
+    Args:
+        name: `ORG/NAME`.
+        config: its configuration; of an empty one the default.
+        commit: of the repository.
+
+    Returns:
+        split → its files' paths in the repository.
+
+    Raises:
+        FusionKitError: `datasets` is not installed.
+        DataError: there is no such configuration, or files of it are elsewhere.
+    """
+    datasets = _library(name)
+    path = Path(f"{name}:{config}" if config else name)
+
+    def load() -> Any:
+        return datasets.load_dataset_builder(name, config or None, revision=commit)
+
+    found = _loaded(path, load, hub=True).config.data_files or {}
+    start = f"hf://datasets/{name}@{commit}/"
+    splits = {str(split): [str(file) for file in files] for split, files in found.items()}
+    for file in (file for files in splits.values() for file in files):
+        if not file.startswith(start):
+            raise DataError(f"{path}: reads {file}, which is not of its repository; copy it here")
+    return {s: [each.removeprefix(start) for each in files] for s, files in splits.items()}
+
+
+def _locked(folder: Path, locked: Locked, config: str) -> Any:
+    """The rows of a data set whose commit is locked, of the splits that are."""
+    import datasets
+
+    if config not in locked.splits:
+        known = in_line([each or "the default" for each in locked.splits])
+        raise HubError(
+            f"{folder}: the lock file has {known} of it, and not the configuration '{config}'; "
+            "give 'fusionkit fetch' again"
+        )
+    files = locked.splits[config]
+    own = {split: [str(folder / each) for each in names] for split, names in files.items()}
+    infos = datasets.info.DatasetInfosDict.from_directory(str(folder))
+    info = infos.get(config or ("default" if len(infos) > 1 else next(iter(infos), "")))
+    features = info and info.features
+    return datasets.load_dataset(str(folder), config or None, data_files=own, features=features)
 
 
 def read_dataset_file(path: Path) -> Table:

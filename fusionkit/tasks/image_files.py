@@ -8,6 +8,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fusionkit.checkpoints.hub_names import Use, reads_hub
 from fusionkit.errors import DataError
 from fusionkit.tasks.class_names import Classes, Labels, checked_labels, class_names, classes_of
 from fusionkit.tasks.classification import Classification
@@ -21,6 +22,7 @@ _UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 """What PIL raises of files that are no images, or damaged ones."""
 
 
+@reads_hub(tasks=Use.ROWS, preprocessing=Use.PREPROCESSING)
 class ImageClassification(TaskData):
     """Labelled images, made ready as their model wants them.
 

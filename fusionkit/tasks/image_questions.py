@@ -8,6 +8,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from fusionkit.checkpoints.hub_names import Use, reads_hub
 from fusionkit.errors import DataError
 from fusionkit.tasks.columns import answer_column, image_column, question_column, texts_in
 from fusionkit.tasks.data import Split, Splits, TaskData, checked_splits
@@ -28,6 +29,7 @@ class Row(NamedTuple):
     answers: list[str]
 
 
+@reads_hub(tasks=Use.ROWS, processor=Use.BESIDE)
 class ImageQuestions(TaskData):
     """Questions about images, made ready by a vision-language model's own processor.
 

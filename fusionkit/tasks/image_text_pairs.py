@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fusionkit.checkpoints.hub_names import Use, reads_hub
 from fusionkit.tasks.columns import caption_column, image_column, texts_in
 from fusionkit.tasks.data import Split, Splits, TaskData, checked_splits
 from fusionkit.tasks.dual_encoders import TextTokens
@@ -18,6 +19,7 @@ from fusionkit.tasks.transforms import ImageTransform, image_transform
 Row = tuple[Tensor, list[str]]
 
 
+@reads_hub(tasks=Use.ROWS, encoder=Use.PREPROCESSING)
 class ImageTextPairs(TaskData):
     """Images and their captions, made ready as a dual encoder wants them.
 

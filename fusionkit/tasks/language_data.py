@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fusionkit.checkpoints.hub_names import Use, reads_hub
 from fusionkit.errors import DataError
 from fusionkit.tasks.asked import Asked
 from fusionkit.tasks.data import ListedRows, Split, Splits, TaskData, checked_splits
@@ -20,6 +21,7 @@ from fusionkit.tasks.table_files import read_table
 from fusionkit.tasks.task import Task
 
 
+@reads_hub(tasks=Use.ROWS, tokenizer=Use.BESIDE)
 class LanguageData(TaskData):
     """What language models are scored, trained and calibrated on; of each task its rows say what.
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
+from fusionkit.checkpoints.hub_names import Use, reads_hub
 from fusionkit.errors import DataError, in_line, meant
 from fusionkit.tasks.facts import Facts
 from fusionkit.tasks.harness import Harness, HarnessSettings
@@ -19,6 +20,7 @@ from fusionkit.tasks.harness_tasks import HarnessTasks
 from fusionkit.tasks.task import Task
 
 
+@reads_hub(tokenizer=Use.BESIDE)
 class LMEval(LightningDataModule):
     """Each task is scored by tasks of lm-eval (EleutherAI's evaluation harness).
 

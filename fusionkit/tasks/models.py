@@ -10,6 +10,8 @@ from typing import Any, cast
 
 from torch import nn
 
+from fusionkit.checkpoints.hub_names import Use, reads_hub
+from fusionkit.checkpoints.hub_places import model_place
 from fusionkit.checkpoints.paths import written_out
 from fusionkit.errors import CheckpointError, DataError, FusionKitError
 
@@ -17,6 +19,7 @@ LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 """How transformers calls the classes of models that generate."""
 
 
+@reads_hub(path=Use.MODEL)
 def sequence_classifier(path: str, num_labels: int = 2, pretrained: bool = True) -> nn.Module:
     """A Hugging Face model with a sequence classification head.
 
@@ -50,6 +53,7 @@ def padded(model: nn.Module) -> nn.Module:
     return model
 
 
+@reads_hub(path=Use.MODEL)
 def causal_lm(
     path: str,
     pretrained: bool = True,
@@ -86,6 +90,7 @@ def causal_lm(
     return _checkpointed(model, path) if gradient_checkpointing else model
 
 
+@reads_hub(path=Use.MODEL)
 def seq2seq_lm(
     path: str,
     pretrained: bool = True,
@@ -120,6 +125,7 @@ def seq2seq_lm(
     return _checkpointed(model, path) if gradient_checkpointing else model
 
 
+@reads_hub(path=Use.MODEL)
 def image_text_lm(
     path: str, pretrained: bool = True, dtype: str = "auto", attention: str | None = None
 ) -> nn.Module:
@@ -141,6 +147,7 @@ def image_text_lm(
     return _built("ImageTextToText", path, pretrained, dtype=dtype, attn_implementation=attention)
 
 
+@reads_hub(path=Use.BESIDE)
 def processor_of(path: str) -> Any:
     """A Hugging Face processor of texts and images, with a tokenizer.
 
@@ -170,6 +177,7 @@ def processor_of(path: str) -> Any:
     return found
 
 
+@reads_hub(path=Use.BESIDE)
 def tokenizer_of(path: str) -> Any:
     """A Hugging Face tokenizer.
 
@@ -273,8 +281,8 @@ def _place(path: str) -> tuple[str, dict[str, str]]:
     """What `from_pretrained` takes: a folder or name; of a GGUF file its folder, and the file."""
     place = written_out(path)
     if not place.endswith(".gguf"):
-        return place, {}
-    return str(Path(place).parent), {"gguf_file": Path(place).name}
+        return model_place(place), {}
+    return model_place(str(Path(place).parent)), {"gguf_file": Path(place).name}
 
 
 def _transformers(what: str) -> Any:

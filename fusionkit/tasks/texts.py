@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fusionkit.checkpoints.hub_names import Use, reads_hub
 from fusionkit.checkpoints.paths import written_out
 from fusionkit.errors import DataError, meant
 from fusionkit.tasks.class_names import Classes, Labels, checked_labels, classes_of
@@ -21,6 +22,7 @@ from fusionkit.tasks.table import MissingSplitError, Table
 from fusionkit.tasks.table_files import read_table
 
 
+@reads_hub(tasks=Use.ROWS, tokenizer=Use.BESIDE)
 class TextData(TaskData):
     """Base of datamodules of texts: a folder of files for each task, or a Hugging Face data set.
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from fusionkit.checkpoints.hub_places import model_place
 from fusionkit.checkpoints.paths import is_there, open_path, written_out
 from fusionkit.errors import DataError, FusionKitError, meant, of_extra
 from fusionkit.tasks.open_clip_models import OpenClipModel
@@ -57,6 +58,9 @@ def image_transform(preprocessing: Preprocessing) -> ImageTransform:
     if not isinstance(preprocessing, str):
         return _of_timm(preprocessing)
     path = written_out(preprocessing)
+    if known := known_to_timm(path):
+        return _of_timm(_timm_data().resolve_data_config({}, known))
+    path = model_place(path)
     if theirs := OpenClipModel.at(path):
         return ImageTransform(theirs.made(pretrained=False)[1], "RGB")
     if is_there(path):
@@ -64,13 +68,7 @@ def image_transform(preprocessing: Preprocessing) -> ImageTransform:
         if any((folder / name).is_file() for name in _PROCESSORS):
             return _of_processor(path)
         return _of_timm(_timm_config_of(folder))
-    timm: Any = import_module("timm") if find_spec("timm") else None
-    known = timm.get_pretrained_cfg(path) if timm and timm.is_model(path) else None
-    return (
-        _of_timm(_timm_data().resolve_data_config({}, known.to_dict()))
-        if known
-        else _of_processor(path)
-    )
+    return _of_processor(path)
 
 
 def preprocessing_of(model: nn.Module) -> Preprocessing:
@@ -91,6 +89,15 @@ def preprocessing_of(model: nn.Module) -> Preprocessing:
             "config: {input_size: [3, 224, 224], mean: […], std: […]}"
         )
     return str(name)
+
+
+def known_to_timm(name: str) -> dict[str, Any] | None:
+    """What timm knows of a model of its own; None of another, or of what is here."""
+    if is_there(name) or not find_spec("timm"):
+        return None
+    timm = import_module("timm")
+    found: Any = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    return found and dict(found.to_dict())
 
 
 def _of_timm(config: Mapping[str, Any]) -> ImageTransform:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fusionkit.checkpoints.checkpoint import Source, find_checkpoints
 from fusionkit.checkpoints.headed import Headed
+from fusionkit.checkpoints.hub_names import Use, reads_hub
 from fusionkit.checkpoints.paths import open_path
 from fusionkit.errors import DataError, in_line
 from fusionkit.tasks.dual_encoders import DualEncoder, dual_encoder
@@ -113,6 +114,7 @@ def zero_shot_head(encoder: DualEncoder, prompts: ClassPrompts) -> dict[str, Ten
     return {"head.weight": weight.contiguous(), "head.bias": bias}
 
 
+@reads_hub(encoder=Use.MODEL)
 class ZeroShotModels(Mapping[str, Headed]):
     """Fine-tuned image towers of one dual encoder, each under the head of its classes' names.
 
