@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from fusionkit.checkpoints.hub_names import of_url
+from fusionkit.checkpoints.hub_pins import fetch_line, pinning
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
 _PART = re.compile(r"(.+)-(\d+)-of-(\d+)(\..+)")
@@ -47,6 +48,8 @@ def lacking_on_hub(url: str) -> str | None:
     named = of_url(url)
     if named is None:
         return None
+    if lock := pinning(named[0]):
+        return f"is not among what {lock} has of it; add it: {fetch_line(lock)}"
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:

@@ -5,7 +5,7 @@ resumes what was cut off, and keeps a file that several commits share once.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from errno import ENOSPC
 from pathlib import Path
@@ -58,11 +58,19 @@ def cut_short(name: Repository, locked: Locked) -> dict[str, str]:
     return found
 
 
-def damaged(name: Repository, locked: Locked) -> dict[str, str]:
-    """Files in the cache that are not what is locked, to the byte → what is wrong with each."""
+def damaged(
+    name: Repository, locked: Locked, files: Collection[str] | None = None
+) -> dict[str, str]:
+    """Files in the cache that are not what is locked, to the byte → what is wrong with each.
+
+    Args:
+        name: the repository.
+        locked: what is locked of it.
+        files: which are looked at; by default all.
+    """
     folder, found = snapshot(name, locked.commit), cut_short(name, locked)
-    for file, each in locked.files.items():
-        there = folder / file
+    for file in locked.files if files is None else files:
+        there, each = folder / file, locked.files[file]
         if file in found or not there.exists():
             continue
         said, is_ = each.sha256 or each.blob, _hash(there, each)

@@ -335,7 +335,8 @@ class ReuseModule(LightningModule):
             self.evaluation = self._evaluation(stage)
         if missing := [task for task in tasks if task not in self.tasks]:
             raise BundleError(
-                f"there is data for '{missing[0]}', but no such task among {', '.join(self.tasks)}"
+                f"there is data for '{missing[0]}', but no such task among "
+                f"{', '.join(self.tasks)}; leave its data out, or give its model"
             )
         if isinstance(self._source, Bundle):
             self._source.check(tasks)  # now, not after half of them

@@ -237,7 +237,7 @@ def test_tasks_and_classes_are_checked_before_anything_runs(
 ) -> None:
     two = {task: finetuned[task] for task in TASKS[:2]}
     module = ReuseModule(base, fusionkit.compress(base, two, EMR(), private=PRIVATE))
-    with pytest.raises(BundleError, match="data for 'cat', but no such task among ant, bee"):
+    with pytest.raises(BundleError, match="'cat', but no such task among ant, bee; leave its"):
         trainer().test(module, datamodule=Data(), verbose=False)
     with pytest.raises(DataError, match="classes of 'ant' is not known"):
         trainer().test(module, [DataLoader(TensorDataset(torch.zeros(1)))] * 2, verbose=False)

@@ -45,13 +45,10 @@ class Adapter:
         tensors: its tensors, named as the base would name them.
         start: what is on record of where its training started; see `start.start_of`.
         folder: where files that the record names are.
+        initial: the tensors as its training started, under the same names, where a file has them.
 
     Attributes:
-        label: see above.
-        config: see above.
-        tensors: see above.
-        start: see above.
-        folder: see above.
+        label, config, tensors, start, folder, initial: see above.
 
     Raises:
         CheckpointError: the adapter is of a kind that is not read.
@@ -64,8 +61,10 @@ class Adapter:
         tensors: Checkpoint,
         start: Mapping[str, Any] | None = None,
         folder: Path | None = None,
+        initial: Checkpoint | None = None,
     ) -> None:
         self.label, self.config, self.tensors = label, dict(config), tensors
+        self.initial = initial
         self.start, self.folder = dict(start or {}), folder
         self._before: dict[str, str] = {}
         refuse_config(self.config, label)
@@ -102,6 +101,7 @@ class Adapter:
                 names[new + name.removeprefix(module)] = name
                 self._before[new] = module
         self.tensors = View(self.tensors, names)
+        self.initial = self.initial and View(self.initial, names)
         return self
 
     def layout(self, base: Checkpoint) -> AdapterLayout:

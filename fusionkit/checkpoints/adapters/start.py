@@ -103,6 +103,8 @@ def start_of(adapter: Adapter, layout: AdapterLayout) -> tuple[dict[str, Any], d
             where a linearized adapter started.
     """
     shapes = {name: adapter.tensors.specs[name].shape for name in layout.tensors}
+    if adapter.initial is not None:
+        return {"stored": True}, {name: adapter.initial[name] for name in shapes}
     record = adapter.start.get("start")
     if record is None:
         if adapter.linearized:
