@@ -310,7 +310,9 @@ def test_what_cannot_be_had(
 
     small(hub, tmp_path / "R.yaml", "org/base", "org/a")
     del hub.repositories["org/a"]
-    assert "org/a: there is no model of that name on the Hub, or" in run(*fetch, code=1)
+    assert "org/a: there is no model of that name on the Hub, or it is private, and no" in run(
+        *fetch, code=1
+    )
     small(hub, tmp_path / "R.yaml", "org/base", "org/gated")
     hub.gated.add("org/gated")
     shown = run(*fetch, code=1)
