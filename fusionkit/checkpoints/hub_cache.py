@@ -4,7 +4,6 @@ The cache has a folder for each commit of a repository, `models--OWNER--NAME/sna
 and says in `refs` which commit a branch was at. What is there whole needs no network.
 """
 
-import json
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Literal
 
 from fusionkit.checkpoints.hub_names import of_url
 from fusionkit.checkpoints.hub_pins import fetch_line, pinning
+from fusionkit.checkpoints.json_text import read_json
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
 _PART = re.compile(r"(.+)-(\d+)-of-(\d+)(\..+)")
@@ -107,6 +107,6 @@ def dataset_in_hub_cache(name: str) -> Path | None:
 def _shards(index: Path) -> set[str]:
     """The files that an index names; one that is none if it can't be read."""
     try:
-        return {str(name) for name in json.loads(index.read_bytes())["weight_map"].values()}
+        return {str(name) for name in read_json(index)["weight_map"].values()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {""}

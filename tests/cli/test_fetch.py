@@ -19,6 +19,7 @@ from fusionkit.checkpoints.hub_pins import UnpinnedWarning
 from fusionkit.cli.main import main
 from fusionkit.errors import CheckpointError, HubError
 
+RECIPES = Path(__file__).parents[2] / "recipes"
 Run = Callable[..., str]
 TINY = save({"weight": torch.ones(2)})
 
@@ -336,6 +337,11 @@ def test_no_network(hub: Hub, run: Run, offline: Callable[[], None], tmp_path: P
         "fetch", "--config", "R.yaml"
     )
     assert "which recipe? fusionkit fetch --config R.yaml" in run("fetch", code=2)
+
+
+@pytest.mark.parametrize("name", ["calibrate", "demo", "fit", "fuse"])
+def test_a_recipe_of_any_verb_is_looked_over(run: Run, name: str) -> None:
+    assert "names no repository" in run("fetch", "--config", str(RECIPES / f"{name}.yaml"))
 
 
 def test_a_recipe_runs_without_a_network(

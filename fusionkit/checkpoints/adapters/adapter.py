@@ -20,6 +20,7 @@ from fusionkit.checkpoints.adapters.kinds import (
 from fusionkit.checkpoints.adapters.layout import AdapterLayout
 from fusionkit.checkpoints.adapters.parameters import parameter_modules
 from fusionkit.checkpoints.adapters.refusals import MERGE, READ, refuse_config
+from fusionkit.checkpoints.adapters.settings import by_pattern, is_feedforward
 from fusionkit.checkpoints.checkpoint import Checkpoint
 from fusionkit.checkpoints.conversion import renamer
 from fusionkit.checkpoints.names import prefix_over
@@ -162,8 +163,9 @@ class Adapter:
             rank: that its factors have.
         """
         config, name = self.config, self._before.get(name, name)
-        rank = _by_pattern(config.get("rank_pattern"), name, config.get("r", 8))
-        alpha = _by_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))
+        rank = by_pattern(config.get("rank_pattern"), name, config.get("r", 8), self.label)
+        alpha = config.get("lora_alpha", 8)
+        alpha = by_pattern(config.get("alpha_pattern"), name, alpha, self.label)
         return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
     def factors(
@@ -334,7 +336,7 @@ class Adapter:
     def _ia3(self, name: str, base: Checkpoint) -> Module:
         vector = self.tensors.specs[f"{name}.ia3_l"].shape
         shape = base.specs[f"{name}.weight"].shape
-        inputs = _is_feedforward(self.config.get("feedforward_modules"), name)
+        inputs = is_feedforward(self.config.get("feedforward_modules"), name, self.label)
         length = math.prod(vector)
         axes = [axis for axis in range(min(len(shape), 2)) if shape[axis] == length]
         if not axes:
@@ -384,17 +386,3 @@ def _lora_in(module: Module) -> LoraModule | None:
     if isinstance(module, DoraModule | ReplacingModule):
         return module.lora
     return module if isinstance(module, LoraModule) else None
-
-
-def _by_pattern(patterns: Mapping[str, Any] | None, name: str, otherwise: Any) -> Any:
-    """A module's setting, as PEFT looks it up: the first pattern that its name ends with."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return otherwise
-
-
-def _is_feedforward(patterns: str | list[str] | None, name: str) -> bool:
-    if isinstance(patterns, str):
-        return re.fullmatch(patterns, name) is not None
-    return any(name.endswith(pattern) for pattern in patterns or [])

@@ -7,7 +7,6 @@ that plain PEFT refuses it. FusionBench has those in a file of its own, with the
 (`fusion_bench`).
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from fusionkit.checkpoints.adapters import fusion_bench
 from fusionkit.checkpoints.adapters.adapter import CONFIG, LINEARIZED, Adapter
 from fusionkit.checkpoints.adapters.refusals import refuse_config
 from fusionkit.checkpoints.checkpoint import Checkpoint
+from fusionkit.checkpoints.json_text import read_json
 from fusionkit.checkpoints.paths import open_path
 from fusionkit.checkpoints.view import View
 from fusionkit.errors import CheckpointError
@@ -92,7 +92,7 @@ def _plain(file: Checkpoint, label: str, files: tuple[Path, ...]) -> Checkpoint:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         if not isinstance(content, dict):
             raise TypeError("not an object")  # noqa: TRY301
     except (OSError, ValueError, TypeError) as error:
