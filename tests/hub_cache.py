@@ -1,9 +1,8 @@
 """A cache as Hugging Face's, of repositories that a test makes."""
 
+import hashlib
 from pathlib import Path
 from typing import Literal
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def cached(cache: Path, name: str, kind: Literal["model", "dataset"] = "model") -> Path:
@@ -16,7 +15,8 @@ def cached(cache: Path, name: str, kind: Literal["model", "dataset"] = "model") 
     """
     repository = cache / f"{kind}s--{name.replace('/', '--')}"
     (repository / "refs").mkdir(parents=True, exist_ok=True)
-    (repository / "refs" / "main").write_text(COMMIT)
-    folder = repository / "snapshots" / COMMIT
+    commit = hashlib.sha1(repository.name.encode(), usedforsecurity=False).hexdigest()
+    (repository / "refs" / "main").write_text(commit)
+    folder = repository / "snapshots" / commit
     folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -27,7 +27,7 @@ from fusionkit.checkpoints.paths import open_path
 from fusionkit.checkpoints.stacks import row_name, split, unsplit
 from fusionkit.codecs.base import WHOLE, Parts
 from fusionkit.codecs.operands import Operand
-from fusionkit.errors import BundleError, in_line, size
+from fusionkit.errors import BundleError, CheckpointError, in_line, size
 from fusionkit.task_vectors.task_source import own_tensor
 from fusionkit.task_vectors.vectors import difference
 from fusionkit.task_vectors.workers import full_precision
@@ -354,7 +354,10 @@ class Bundle(ByTask, Changeable, Published):
 
     def _seen(self, base: Checkpoint) -> Checkpoint:
         """The base as deltas are taken from: by the bundle's names, with adapters' start."""
-        base = split(fitted(unsplit(base), self.manifest.base), self.stacks)
+        try:
+            base = split(fitted(unsplit(base), self.manifest.base), self.stacks)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.path / MANIFEST}: {error}") from error
         return WithStart(base, self.initial) if self.space and base.plain is base else base
 
     def _decoded(

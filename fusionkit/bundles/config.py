@@ -11,6 +11,7 @@ from fusionkit.bundles.bundle import Bundle
 from fusionkit.checkpoints.architecture import Architecture
 from fusionkit.checkpoints.checkpoint import Checkpoint
 from fusionkit.checkpoints.from_config import CONFIG
+from fusionkit.checkpoints.json_text import parsed_json, read_json
 from fusionkit.errors import BundleError
 
 GENERATION = "generation_config.json"
@@ -29,13 +30,8 @@ def config_of(bundle: Bundle, files: Mapping[str, bytes | Path]) -> dict[str, An
     Raises:
         BundleError: it is not JSON.
     """
-    found: Any = None
     if CONFIG in files:
-        content = files[CONFIG]
-        try:
-            found = json.loads(content if isinstance(content, bytes) else content.read_bytes())
-        except ValueError as error:
-            raise BundleError(f"{CONFIG} of the model is not JSON ({error}); mend it") from error
+        found = said_in(files, CONFIG, bundle)
     else:
         found = live_files(bundle.base).get(CONFIG) or bundle.manifest.base.architecture.get(
             "config"
@@ -43,6 +39,25 @@ def config_of(bundle: Bundle, files: Mapping[str, bytes | Path]) -> dict[str, An
     if not isinstance(found, dict) or not any(found.get(key) for key in _LIBRARIES):
         return None
     return found
+
+
+def said_in(files: Mapping[str, bytes | Path], name: str, bundle: Bundle) -> Any:
+    """What one of the JSON files beside a task's weights says.
+
+    Args:
+        files: see `files_of`.
+        name: of one of them.
+        bundle: the task's.
+
+    Raises:
+        BundleError: it is not JSON, or can't be read.
+    """
+    content = files[name]
+    try:
+        return read_json(content) if isinstance(content, Path) else parsed_json(content)
+    except (OSError, ValueError) as error:
+        where = f"{bundle.path}: {name} of a task" if isinstance(content, bytes) else content
+        raise BundleError(f"{where}: not readable as JSON ({error}); mend it") from error
 
 
 def with_dtype(

@@ -27,12 +27,14 @@ from fusionkit.bundles.peft_check import (
 )
 from fusionkit.bundles.peft_modules import forms_of, recorded_forms, structure_of
 from fusionkit.bundles.side_files import base_folder
+from fusionkit.bundles.space import adapter_needs
 from fusionkit.bundles.weights import TaskWeights
 from fusionkit.checkpoints.adapters.adapter import CONFIG
 from fusionkit.checkpoints.adapters.folder import PREFIX, TENSORS
 from fusionkit.checkpoints.adapters.kinds import Form, LoraModule
 from fusionkit.checkpoints.adapters.lowrank import LowRank
 from fusionkit.checkpoints.checkpoint import matches
+from fusionkit.checkpoints.disk import Needed, check_space
 from fusionkit.checkpoints.output_folder import check_replaceable, new_folder
 from fusionkit.checkpoints.paths import open_path
 from fusionkit.checkpoints.rounding import rounded
@@ -106,6 +108,7 @@ def export_adapter(
     out = open_path(out)
     check_replaceable(out, overwrite, known_by=CONFIG)
     weights = TaskWeights(bundle, task)
+    check_space(out, adapter_needs(bundle, [task], rank, DTYPES[dtype], leave_out))
     model = structure_of(bundle)
     adapter = Adapter(_shapes(bundle, task, weights, model), bundle.tied)
     if bundle.space:
@@ -125,7 +128,8 @@ def export_adapter(
     config["base_model_name_or_path"] = base_name or _base_name(bundle)
     what = f"{bundle.path}: task '{task}': factor"
     tensors = dict(_tensors(adapter, weights, places, DTYPES[dtype], what))
-    with new_folder(out, overwrite, known_by=CONFIG) as folder:
+    taken = sum(tensor.nbytes for tensor in tensors.values())
+    with new_folder(out, overwrite, CONFIG, needed=Needed(taken, taken)) as folder:
         save_file(tensors, folder / TENSORS[0], metadata={"format": "pt"})
         make_config(config).save_pretrained(str(folder))
         if model is not None:

@@ -22,7 +22,8 @@ from fusionkit.bundles.part_file import FileRecord
 from fusionkit.checkpoints.adapters.modules import AdapterSpace
 from fusionkit.checkpoints.architecture import Kind
 from fusionkit.checkpoints.checkpoint import MOST_TENSORS, Checkpoint
-from fusionkit.checkpoints.json_text import is_text, json_text, refuse_deep
+from fusionkit.checkpoints.json_text import is_text, json_text, parsed_json, read_bytes, refuse_deep
+from fusionkit.checkpoints.names import MOST_PATTERNS, MOST_REPLACED
 from fusionkit.checkpoints.safetensors_file import Size, tensor_bytes
 from fusionkit.checkpoints.stacks import rows_of
 from fusionkit.errors import BundleError, WrongBaseError, listing
@@ -33,6 +34,8 @@ from fusionkit.task_vectors.roles import Role
 _PIECE = 1 << 20
 _LARGEST = 256 << 20
 """Bytes of a manifest."""
+_LEVELS = 128
+"""How deep it may be; what codecs, classes and adapters say in it has a limit of its own."""
 
 Name = Annotated[str, Meta(max_length=4096)]
 Rows = Annotated[int, Meta(gt=0, lt=1 << 62)]
@@ -40,6 +43,8 @@ Dtype = Annotated[str, Meta(pattern="^[a-z0-9_]{1,32}$")]
 Digest = Annotated[str, Meta(max_length=64)]
 Ties = Annotated[dict[Name, Name], Meta(max_length=MOST_TENSORS)]
 Counts = Annotated[dict[Name, Rows], Meta(max_length=MOST_TENSORS)]
+Replacement = Annotated[str, Meta(max_length=MOST_REPLACED)]
+Renaming = Annotated[dict[Name, Replacement], Meta(max_length=MOST_PATTERNS)]
 Patterns = Annotated[list[Name], Meta(max_length=1 << 20)]
 
 
@@ -93,7 +98,7 @@ class BaseRecord(_Record, frozen=True):
     tensors: Annotated[dict[Name, BaseTensor], Meta(max_length=MOST_TENSORS)]
     tied: Ties
     stacks: Counts = field(default_factory=dict)
-    rename: Annotated[dict[Name, Name], Meta(max_length=1024)] = field(default_factory=dict)
+    rename: Renaming = field(default_factory=dict)
     ignore: Patterns = field(default_factory=list)
     kinds: Annotated[dict[Name, Kind], Meta(max_length=MOST_TENSORS)] = field(default_factory=dict)
     architecture: dict[str, Any] = field(default_factory=dict)
@@ -366,18 +371,13 @@ def _content(path: Path, vouch: Callable[[bytes], None] | None) -> Any:
     """What a file says, as JSON.
 
     Raises:
+        OSError: it can't be read.
         ValueError: it is no JSON, or larger than any manifest.
     """
-    with path.open("rb") as file:
-        raw = file.read(_LARGEST + 1)
-    if len(raw) > _LARGEST:
-        raise ValueError(f"it has more than {_LARGEST >> 20} MiB")
+    raw = read_bytes(path, _LARGEST)
     if vouch:
         vouch(raw)
-    content = json.loads(raw.decode())
-    if b"\\u" in raw and not is_text(content):
-        raise ValueError("a name in it holds half a character")
-    return content
+    return parsed_json(raw, _LEVELS)
 
 
 def _checksum(content: dict[str, Any]) -> str:

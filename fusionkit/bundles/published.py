@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 from msgspec.structs import replace
 
 from fusionkit.bundles.format import MANIFEST, SHARED, task_file
-from fusionkit.bundles.hub import CARD, download, is_name, name_of, push
+from fusionkit.bundles.hub import CARD, download, in_cache, is_name, name_of, push
 from fusionkit.bundles.manifest import Manifest
 from fusionkit.bundles.model_card import Scores, model_card
 from fusionkit.bundles.reader import BundleReader
@@ -97,6 +97,10 @@ class Published:
         part = replace(self.manifest, tasks={task: known[task] for task in chosen})
         needed = Needed(part.nbytes, part.nbytes)
         check_space(target, needed)  # before anything is downloaded
+        if in_cache(self.path):
+            sizes = _files(part, chosen).items()
+            missing = sum(size for name, size in sizes if not (self.path / name).exists())
+            check_space(self.path / MANIFEST, Needed(missing, missing))
         files = {name: self._stored.fetched(name) for name in _files(part, chosen)}
         with new_folder(target, overwrite, known_by=MANIFEST, needed=needed) as folder:
             for name, file in files.items():
@@ -163,6 +167,7 @@ class Published:
         return push(name, files, _STALE, message, private)
 
 
-def _files(manifest: Manifest, tasks: Sequence[str]) -> list[str]:
-    """Names of a bundle's files of parts."""
-    return [*([SHARED] if manifest.shared else []), *map(task_file, tasks)]
+def _files(manifest: Manifest, tasks: Sequence[str]) -> dict[str, int]:
+    """Names of a bundle's files of parts → their bytes."""
+    shared = {SHARED: manifest.shared.bytes} if manifest.shared else {}
+    return shared | {task_file(task): manifest.tasks[task].file.bytes for task in tasks}

@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from fusionkit.bundles.bundle import Bundle
+from fusionkit.bundles.export_model import DTYPES
 from fusionkit.bundles.export_peft import export_adapter
 from fusionkit.bundles.format import task_file
+from fusionkit.bundles.space import adapter_needs
 from fusionkit.checkpoints.adapters.adapter import CONFIG
+from fusionkit.checkpoints.disk import check_space
 from fusionkit.checkpoints.json_text import json_text
 from fusionkit.checkpoints.output_folder import check_replaceable, new_folder
 from fusionkit.checkpoints.paths import is_remote, open_path
@@ -110,6 +113,8 @@ def export_adapters(
     check_replaceable(path, overwrite, known_by=INDEX)
     bundle.base  # noqa: B018  a wrong one is told once
     wanted, failed = tuple(tasks or bundle.tasks), {}
+    if dtype in DTYPES:
+        check_space(path, adapter_needs(bundle, wanted, rank, DTYPES[dtype], leave_out))
     with new_folder(path, overwrite, known_by=INDEX) as folder:
         adapters: dict[str, ServedAdapter] = {}
         config: dict[str, Any] = {}

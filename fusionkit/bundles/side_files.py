@@ -5,7 +5,6 @@ from the base's are kept in the bundle, among what a task has whole (see `format
 exported model is complete after the fine-tune's folder is gone.
 """
 
-import json
 import re
 import warnings
 import zlib
@@ -21,7 +20,8 @@ from fusionkit.bundles.config import GENERATION, live_files
 from fusionkit.bundles.format import SIDE_FILE, task_file
 from fusionkit.checkpoints.checkpoint import Checkpoint
 from fusionkit.checkpoints.from_config import CONFIG
-from fusionkit.checkpoints.paths import open_path
+from fusionkit.checkpoints.json_text import parsed_json
+from fusionkit.checkpoints.paths import is_file_name, open_path
 from fusionkit.codecs.base import WHOLE
 from fusionkit.errors import BundleError, FusionKitError
 
@@ -153,7 +153,7 @@ def files_of(bundle: Bundle, task: str) -> Mapping[str, bytes | Path]:
 def _content(bundle: Bundle, task: str, name: str) -> bytes:
     file = name.removeprefix(SIDE_FILE)
     try:
-        if Path(file).name != file:
+        if not is_file_name(file):
             raise ValueError("it is no name of a file")  # noqa: TRY301
         packed = bundle.task_parts(task, name)[WHOLE].numpy().tobytes()
         if not packed:
@@ -179,7 +179,7 @@ def _says(path: Path) -> object:
     if path.suffix != ".json":
         return content
     try:
-        said = json.loads(content)
+        said = parsed_json(content)
     except ValueError:
         return content
     return _lasting(said)

@@ -18,6 +18,8 @@ import torch
 from torch import nn
 
 from fusionkit.checkpoints.architecture import Architecture
+from fusionkit.checkpoints.config_limits import within_limits
+from fusionkit.checkpoints.json_text import read_json
 from fusionkit.errors import CheckpointError
 
 CONFIG = "config.json"
@@ -41,7 +43,7 @@ def architecture_of(folder: Path) -> Architecture | None:
     if not path.is_file():
         return None
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not readable as JSON ({error}); fetch it again") from error
     return built(config, str(path)) if isinstance(config, dict) else None
@@ -135,13 +137,15 @@ def made(config: Mapping[str, Any], outputs: int | None = None, **settings: Any)
         settings: of transformers' classes: `dtype`, `attn_implementation`.
 
     Raises:
-        ValueError: no library has such a class. Classes raise what they like beside.
+        ValueError: no library has such a class, or it would be larger than any.
+            Classes raise what they like beside.
         ImportError: the library that has it is not installed.
     """
     build = _builder(config)
     if build is None:
         raise ValueError("it has none of 'model_type', 'architecture' and '_class_name'")
-    return build(config, outputs, **settings if build is _of_transformers else {})
+    with within_limits(config):
+        return build(config, outputs, **settings if build is _of_transformers else {})
 
 
 def _builder(config: Mapping[str, Any]) -> Callable[..., nn.Module] | None:

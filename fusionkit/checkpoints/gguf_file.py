@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from fusionkit.checkpoints.architecture import Architecture
 from fusionkit.checkpoints.checkpoint import Checkpoint, Source, TensorSpec, reading
+from fusionkit.checkpoints.config_limits import within_limits
 from fusionkit.checkpoints.conformed import with_ties
+from fusionkit.checkpoints.gguf_header import header_alone
 from fusionkit.checkpoints.paths import is_remote, open_path
 from fusionkit.checkpoints.quantized import DEQUANTIZE
 from fusionkit.checkpoints.steady_file import SteadyFile
@@ -78,13 +80,17 @@ class GGUFFile(Checkpoint):
             raise CheckpointError(
                 f"{path}: a GGUF file needs more: {error}; pip install 'fusionkit[gguf]'"
             ) from error
-        self.label, self.files, self.nbytes = label, (path,), path.stat().st_size
-        self._file = SteadyFile(path)
+        self.label, self.files = label, (path,)
         try:
-            config = _short(reader.load_gguf_checkpoint(str(path))["config"])
-            file = gguf.GGUFReader(path)
+            self._file = SteadyFile(path)
+            self.nbytes = self._file.size
+            with header_alone(self._file) as header:
+                config = _short(reader.load_gguf_checkpoint(str(header))["config"])
+                file = gguf.GGUFReader(header)
+                kind = reader.read_field(file, "general.architecture")[0]
+                tensors = [_Stored.of(tensor) for tensor in file.tensors]
+                del file
             model = _model(config)
-            kind = reader.read_field(file, "general.architecture")[0]
             processor = reader.TENSOR_PROCESSORS.get(kind, reader.TensorProcessor)
             self._processor: Any = processor(config=config)
             self._names: dict[str, str] = reader.get_gguf_hf_weights_map(model, self._processor)
@@ -94,11 +100,11 @@ class GGUFFile(Checkpoint):
                 f"whole, else {_OTHERWISE}"
             ) from error
         self._stored: dict[str, list[_Stored]] = {}
-        for tensor in file.tensors:
+        for tensor in tensors:
             name = self._names.get(tensor.name)
             name = name or self._names.get(tensor.name.removesuffix(".weight"))  # stacks of experts
             if name:
-                self._stored.setdefault(name, []).append(_Stored.of(tensor))
+                self._stored.setdefault(name, []).append(tensor)
         self.architecture = Architecture.of(model, {"config": _said(model)})
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         self._check(shapes, model)
@@ -224,7 +230,7 @@ def _model(config: dict[str, Any]) -> nn.Module:
         transformers.AutoModelForSeq2SeqLM,
         transformers.AutoModel,
     )
-    with torch.device("meta"):
+    with within_limits(config), torch.device("meta"):
         if known.architectures:
             model: nn.Module = getattr(transformers, known.architectures[0])(known)
         else:

@@ -4,13 +4,14 @@ The cache has a folder for each commit of a repository, `models--OWNER--NAME/sna
 and says in `refs` which commit a branch was at. What is there whole needs no network.
 """
 
-import json
 import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 from fusionkit.checkpoints.hub_names import of_url
+from fusionkit.checkpoints.hub_pins import fetch_line, pinning
+from fusionkit.checkpoints.json_text import read_json
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
 _PART = re.compile(r"(.+)-(\d+)-of-(\d+)(\..+)")
@@ -47,6 +48,8 @@ def lacking_on_hub(url: str) -> str | None:
     named = of_url(url)
     if named is None:
         return None
+    if lock := pinning(named[0]):
+        return f"is not among what {lock} has of it; add it: {fetch_line(lock)}"
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -104,6 +107,6 @@ def dataset_in_hub_cache(name: str) -> Path | None:
 def _shards(index: Path) -> set[str]:
     """The files that an index names; one that is none if it can't be read."""
     try:
-        return {str(name) for name in json.loads(index.read_bytes())["weight_map"].values()}
+        return {str(name) for name in read_json(index)["weight_map"].values()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {""}

@@ -5,7 +5,7 @@ resumes what was cut off, and keeps a file that several commits share once.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from errno import ENOSPC
 from pathlib import Path
@@ -58,11 +58,19 @@ def cut_short(name: Repository, locked: Locked) -> dict[str, str]:
     return found
 
 
-def damaged(name: Repository, locked: Locked) -> dict[str, str]:
-    """Files in the cache that are not what is locked, to the byte → what is wrong with each."""
+def damaged(
+    name: Repository, locked: Locked, files: Collection[str] | None = None
+) -> dict[str, str]:
+    """Files in the cache that are not what is locked, to the byte → what is wrong with each.
+
+    Args:
+        name: the repository.
+        locked: what is locked of it.
+        files: which are looked at; by default all.
+    """
     folder, found = snapshot(name, locked.commit), cut_short(name, locked)
-    for file, each in locked.files.items():
-        there = folder / file
+    for file in locked.files if files is None else files:
+        there, each = folder / file, locked.files[file]
         if file in found or not there.exists():
             continue
         said, is_ = each.sha256 or each.blob, _hash(there, each)
@@ -151,8 +159,8 @@ def _reason(name: Repository, commit: str, update: str, error: BaseException) ->
         reason = f"has no branch, tag or commit '{name.revision}'; look at {page}/commits/main"
     elif of(errors.RepositoryNotFoundError):
         reason = (
-            f"there is no {kind} of that name on the Hub, or it is private; check the name, and "
-            "for what is not public log in: hf auth login"
+            f"there is no {kind} of that name on the Hub, or it is private, and no folder here; "
+            "check the name or the path, and for what is not public log in: hf auth login"
         )
     elif any(getattr(each, "errno", None) == ENOSPC for each in causes):
         reason = "the disk is full; make room, or set HF_HOME to a folder on another disk"

@@ -16,8 +16,10 @@ Kind = Literal["model", "dataset"]
 Opener = TypeVar("Opener", bound=Callable[..., Any])
 
 _NAME = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
-_REVISION = r"(?:@([^/@]+|refs/[^@]+?))?"
-_URL = re.compile(rf"hf://(?:models/|(datasets)/)?({_NAME}){_REVISION}(?:/(.*?))?/?")
+_REVISION = r"(?:@(refs/[^/@]+/[^/@]+|[^/@]+))?"
+_URL = re.compile(
+    rf"hf://(?!spaces/|buckets/)(?:models/|(datasets)/)?({_NAME}){_REVISION}(?:/(.*?))?/?"
+)
 _LIBRARIES = re.compile(rf"(open_clip:)?hf[-_]hub:({_NAME}){_REVISION}")
 
 

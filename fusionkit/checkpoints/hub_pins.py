@@ -55,6 +55,12 @@ def pinned_url(url: str) -> Path | None:
     return found[0] / named[1] if named and found else None
 
 
+def pinning(name: Repository) -> Path | None:
+    """The lock file in force, where it names a repository."""
+    said = lock_in_force()
+    return said[0] if said and said[1].get(name) else None
+
+
 def fetch_line(lock: Path) -> str:
     """The command that wrote a lock file."""
     recipe = lock.name.removesuffix(".lock.yaml") + ".yaml"

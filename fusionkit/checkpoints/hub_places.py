@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from fusionkit.checkpoints.hub_lock import Locked
-from fusionkit.checkpoints.hub_names import Repository, of_library
+from fusionkit.checkpoints.hub_names import Repository, Use, of_library
 from fusionkit.checkpoints.hub_pins import pinned
 from fusionkit.checkpoints.paths import is_there, written_out
 
@@ -13,10 +13,11 @@ _FILE = re.compile(r"[^:]*\.(?:json|jsonl|csv|tsv|txt|gz|npz|zip|parquet|arrow|y
 
 
 def model_place(path: str) -> str:
-    """What transformers, timm and open_clip take for a model.
+    """What transformers and open_clip take for a model.
 
     Args:
-        path: a folder, `package:NAME/FOLDER`, or a name on the Hub as the library has it.
+        path: a folder, `package:NAME/FOLDER`, or a name on the Hub: `OWNER/NAME`, or, for
+            open_clip, `open_clip:hf-hub:OWNER/NAME`.
 
     Returns:
         the path, written out; of a pinned name the folder of its commit.
@@ -27,9 +28,8 @@ def model_place(path: str) -> str:
     """
     place = written_out(path)
     if named := of_library(place):
-        found = pinned(named[0])
-        before = place.partition("hf")[0]
-        return f"{before}local-dir:{found[0]}" if found else place
+        found = pinned(named[0]) if named[1] is Use.OPEN_CLIP else None
+        return f"{place.partition(':')[0]}:local-dir:{found[0]}" if found else place
     name = named_model(place)
     found = pinned(name) if name else None
     return str(found[0]) if found else place

@@ -6,12 +6,13 @@ a `variant` puts itself before the last dot (`model.fp16.safetensors`,
 refused: which of them is loaded depends on the library.
 """
 
-import json
 import re
 from collections.abc import Callable, Collection
 from pathlib import Path
 
 from fusionkit.checkpoints.checkpoint import Checkpoint, same_values
+from fusionkit.checkpoints.json_text import read_json
+from fusionkit.checkpoints.paths import is_file_name
 from fusionkit.errors import CheckpointError
 
 _LIBRARIES = (("model", "pytorch_model"), ("diffusion_pytorch_model", "diffusion_pytorch_model"))
@@ -113,16 +114,16 @@ def file_of_folder(folder: Path, variant: str | None, opened: Callable[[Path], C
 def _told_by_config(folder: Path) -> Path | None:
     """The file that `transformers_weights` in `config.json` names, before any other."""
     try:
-        config = json.loads((folder / "config.json").read_bytes())
+        config = read_json(folder / "config.json")
     except (OSError, ValueError):
         return None  # a folder of weights alone; who reads the config says what is wrong with it
     name = config.get("transformers_weights") if isinstance(config, dict) else None
     if not isinstance(name, str):
         return None
-    if Path(name).name != name or not (folder / name).is_file():
+    if not is_file_name(name) or not (folder / name).is_file():
         raise CheckpointError(
-            f"{folder}: config.json says `transformers_weights: {name}`, and the folder has no "
-            "such file; fetch it, or take the entry out of config.json"
+            f"{folder}: config.json says `transformers_weights: {name[:255]}`, and the folder has "
+            "no such file; fetch it, or take the entry out of config.json"
         )
     return folder / name
 

@@ -4,6 +4,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from itertools import islice
 
+from fusionkit.checkpoints.patterns import check_pattern
 from fusionkit.errors import CheckpointError
 
 _WRAPPERS = re.compile(
@@ -12,6 +13,12 @@ _WRAPPERS = re.compile(
 """Put into names by torch.compile, FSDP and activation checkpointing; never anyone's own."""
 _PARALLEL = re.compile(r"(?:^|(?<=\.))module\.")
 """Put there by (Distributed)DataParallel, DeepSpeed; may be a model's own as well."""
+_LONGEST = 1024
+"""Letters of a name that a renaming gives."""
+MOST_PATTERNS = 256
+"""Of a renaming."""
+MOST_REPLACED = 512
+"""Letters of what one of them is replaced by."""
 
 
 def unwrapped(names: Iterable[str]) -> dict[str, str]:
@@ -74,19 +81,28 @@ def replaced(names: Iterable[str], rename: Mapping[str, str], label: str) -> dic
         new name → name as it is, in the same order.
 
     Raises:
-        CheckpointError: a pattern is no regular expression, or two names become one.
+        CheckpointError: a pattern is no regular expression, or could take long, or two names
+            become one.
     """
+    if len(rename) > MOST_PATTERNS:
+        raise CheckpointError(
+            f"{label}: `rename` has {len(rename)} patterns, and may have {MOST_PATTERNS}; join some"
+        )
+    names = list(names)
+    changed = names
+    for pattern, replacement in rename.items():
+        try:
+            _check_letters("what replaces it", replacement, MOST_REPLACED)
+            check_pattern(pattern, max(map(len, changed), default=0))
+            changed = [re.sub(pattern, replacement, name) for name in changed]
+            _check_letters("a name", max(changed, key=len, default=""), _LONGEST)
+        except (re.error, ValueError) as error:
+            raise CheckpointError(
+                f"{label}: `rename`: '{pattern[:99]}' → '{replacement[:99]}': {error}; write "
+                "`\\.` for a dot and `\\1` for a group"
+            ) from error
     found: dict[str, str] = {}
-    for name in names:
-        new = name
-        for pattern, replacement in rename.items():
-            try:
-                new = re.sub(pattern, replacement, new)
-            except re.error as error:
-                raise CheckpointError(
-                    f"rename: '{pattern}' → '{replacement}' is no regular expression ({error}); "
-                    "write `\\.` for a dot and `\\1` for a group"
-                ) from error
+    for name, new in zip(names, changed, strict=True):
         if new in found:
             raise CheckpointError(
                 f"{label}: `rename` gives '{found[new]}' and '{name}' one name, '{new}'; make its "
@@ -94,3 +110,8 @@ def replaced(names: Iterable[str], rename: Mapping[str, str], label: str) -> dic
             )
         found[new] = name
     return found
+
+
+def _check_letters(what: str, text: str, most: int) -> None:
+    if len(text) > most:
+        raise ValueError(f"{what} has more than {most} letters")

@@ -63,6 +63,11 @@ def open_path(path: str | Path) -> Path:
         raise FusionKitError(f"{path}: can't be opened ({error})") from error
 
 
+def is_file_name(text: str) -> bool:
+    """Whether a text, from a file that others wrote, names one beside that, and no path."""
+    return Path(text).name == text and len(text.encode()) <= 255
+
+
 def is_there(path: str | Path) -> bool:
     """Whether a path, wherever it is, leads to something: a file, a folder, or what a URL names.
 

@@ -4,7 +4,6 @@ What a checkpoint is, its tensors say: their names, dtypes and siblings. The fol
 adds what they can't: blocks, versions, the model's dtype, and the names of methods not known here.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from fusionkit.checkpoints.checkpoint import Checkpoint, Pieces, TensorSpec, reading
 from fusionkit.checkpoints.conformed import conformed
+from fusionkit.checkpoints.json_text import read_json
 from fusionkit.checkpoints.quantized_finders import INTEGERS, Clues, find
 from fusionkit.checkpoints.quantized_weights import BnbInt8, QuantizedWeight, Unreadable
 from fusionkit.checkpoints.view import renamed
@@ -33,6 +33,18 @@ _READABLE = {"bitsandbytes", "gptq", "awq", "fp8", "fbgemm_fp8", "mxfp4", "compr
 
 _LEFT_BEHIND = {"bitsandbytes"}
 """Methods that configs name of models which were merged, and saved, without quantisation since."""
+
+_NO_SENSE = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What comes of settings, shapes and values that don't go together."""
+_AGAIN = "fetch it again, or give the unquantised model"
 
 _NESTED = ("text_config", "language_config", "llm_config")
 """Where the config of a model of several parts keeps that of its language model."""
@@ -140,8 +152,14 @@ class Dequantized(Checkpoint):
             if name not in self._weights:
                 return self._below[name]
             weight = self._weights[name]
-            values = weight.values({part: self._below[n] for part, n in weight.parts.items()})
-            return values.reshape(spec.shape).to(spec.dtype)
+            parts = {part: self._below[n] for part, n in weight.parts.items()}
+        try:
+            return weight.values(parts).reshape(spec.shape).to(spec.dtype)
+        except _NO_SENSE as error:
+            raise CheckpointError(
+                f"{self.label}: tensor '{name}' ({weight.method}) can't be dequantised "
+                f"({type(error).__name__}: {error}); {_AGAIN}"
+            ) from error
 
     def pieces(self, name: str) -> Pieces:
         """Read one tensor piece by piece; what is dequantised is made whole."""
@@ -177,17 +195,22 @@ class Settings:
             return cls()
         path = checkpoint.files[0].parent / "config.json"
         try:
-            config = json.loads(path.read_text())
+            config = read_json(path)
         except OSError:
             return cls()
         except ValueError as error:
             raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
         return cls(config, (path,)) if isinstance(config, dict) else cls()
 
+    @property
+    def _configs(self) -> list[Mapping[str, Any]]:
+        nested = [self.config.get(name) for name in _NESTED]
+        return [self.config, *(each for each in nested if isinstance(each, dict))]
+
     @cached_property
     def quantization(self) -> Mapping[str, Any]:
         """The section on quantisation."""
-        for config in (self.config, *(self.config.get(name) or {} for name in _NESTED)):
+        for config in self._configs:
             for key in ("quantization_config", "compression_config"):
                 if isinstance(config.get(key), dict):
                     return dict(config[key])
@@ -201,7 +224,7 @@ class Settings:
     @property
     def dtype(self) -> torch.dtype | None:
         """The model's dtype, where it is one of floats."""
-        for config in (self.config, *(self.config.get(name) or {} for name in _NESTED)):
+        for config in self._configs:
             said = str(config.get("dtype") or config.get("torch_dtype") or "")
             dtype = getattr(torch, said.removeprefix("torch."), None)
             if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1:
@@ -219,7 +242,15 @@ def quantized_weights(checkpoint: Checkpoint) -> list[QuantizedWeight]:
     """
     if not any(spec.dtype in INTEGERS and spec.numel > 1 for spec in checkpoint.specs.values()):
         return []
-    return list(_found(checkpoint, Settings.of(checkpoint)))
+    settings = Settings.of(checkpoint)
+    try:
+        return list(_found(checkpoint, settings))
+    except _NO_SENSE as error:
+        told = f" and {settings.files[0]}" if settings.files else ""
+        raise CheckpointError(
+            f"{checkpoint.label}{told}: how it is quantised can't be made sense of "
+            f"({type(error).__name__}: {error}); {_AGAIN}"
+        ) from error
 
 
 def _found(checkpoint: Checkpoint, settings: Settings) -> Iterator[QuantizedWeight]:

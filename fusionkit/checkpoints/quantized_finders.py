@@ -3,15 +3,17 @@
 A finder is asked about every tensor, and answers about the one that a weight is stored in.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import torch
+from msgspec import Meta, Struct
 
 from fusionkit.checkpoints.checkpoint import Checkpoint, TensorSpec
+from fusionkit.checkpoints.json_text import parsed_json
 from fusionkit.checkpoints.quantized_weights import (
     AWQ,
     GPTQ,
@@ -25,6 +27,7 @@ from fusionkit.checkpoints.quantized_weights import (
     Unreadable,
     blocks_of,
 )
+from fusionkit.checkpoints.safetensors_file import Size
 
 _FLOAT8 = {
     torch.float8_e4m3fn,
@@ -133,13 +136,24 @@ def _words(clues: Clues, name: str) -> QuantizedWeight | None:
     return GPTQ(weight, f"GPTQ, {bits} bits", parts, (out, count), dtype, bits, shift)
 
 
+class _BnbState(Struct, frozen=True):
+    """What bitsandbytes says of a weight of 4 bits."""
+
+    shape: list[Size]
+    dtype: str
+    blocksize: Annotated[int, Meta(gt=0, lt=1 << 31)]
+    nested_blocksize: Annotated[int, Meta(ge=0, lt=1 << 31)] | None = None
+    nested_offset: float | None = None
+
+
 def _bnb_four_bit(clues: Clues, name: str) -> QuantizedWeight | None:
     """The 4 bits of bitsandbytes: `weight` in bytes, `weight.absmax`, `weight.quant_state.…`."""
     weight, state, kind = name.partition(_BNB_STATE)
     if not state or weight not in clues.specs:
         return None
     method = f"bitsandbytes {kind}"
-    told = json.loads(bytes(clues.checkpoint[name].reshape(-1).tolist()))
+    said = parsed_json(bytes(clues.checkpoint[name].reshape(-1).tolist()))
+    told = msgspec.convert(said, _BnbState)
     parts = clues.parts(
         {
             "weight": weight,
@@ -156,11 +170,11 @@ def _bnb_four_bit(clues: Clues, name: str) -> QuantizedWeight | None:
         weight,
         method,
         parts,
-        tuple(told["shape"]),
-        getattr(torch, str(told["dtype"]).removeprefix("torch.")),
-        int(told["blocksize"]),
-        int(told.get("nested_blocksize") or 0),
-        float(told.get("nested_offset") or 0),
+        tuple(told.shape),
+        getattr(torch, told.dtype.removeprefix("torch.")),
+        told.blocksize,
+        told.nested_blocksize or 0,
+        told.nested_offset or 0.0,
     )
 
 

@@ -1,13 +1,29 @@
 """A checkpoint in several files, and the index that says which tensor is in which."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
+import msgspec
+from msgspec import Meta, Struct
 from torch import Tensor
 
-from fusionkit.checkpoints.checkpoint import Checkpoint, Pieces, reading, same_values
+from fusionkit.checkpoints.checkpoint import (
+    MOST_TENSORS,
+    Checkpoint,
+    Pieces,
+    reading,
+    same_values,
+)
+from fusionkit.checkpoints.json_text import read_json
+from fusionkit.checkpoints.paths import is_file_name
 from fusionkit.errors import CheckpointError, listing
+
+
+class _Index(Struct, frozen=True):
+    """What an index says: name of a tensor → name of the file that it is in."""
+
+    weight_map: Annotated[dict[str, str], Meta(max_length=MOST_TENSORS)]
 
 
 class Shards(Checkpoint):
@@ -25,16 +41,18 @@ class Shards(Checkpoint):
 
     def __init__(self, index: Path, label: str, open_file: Callable[[Path], Checkpoint]) -> None:
         try:
-            weight_map: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
-            paths = {file: index.parent / file for file in sorted(set(weight_map.values()))}
-        except (ValueError, KeyError, TypeError) as error:
+            weight_map = msgspec.convert(read_json(index), _Index).weight_map
+        except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"{index}: not a shard index ('weight_map' expected): {error}"
             ) from error
+        paths = {file: index.parent / file for file in sorted(set(weight_map.values()))}
         shards: dict[str, Checkpoint] = {}
         for file, path in paths.items():
-            if Path(file).name != file:
-                raise CheckpointError(f"{index}: names a shard outside its own folder: '{file}'")
+            if not is_file_name(file):
+                raise CheckpointError(
+                    f"{index}: names a shard outside its own folder: '{file[:255]}'"
+                )
             if not path.is_file():
                 raise CheckpointError(f"{index}: names a shard that is missing: '{file}'")
             shards[file] = open_file(path)

@@ -45,6 +45,7 @@ class FetchCLI(RecipeCLI):
     needs_trainer = writes_out = False
 
     def __init__(self, args: list[str]) -> None:
+        import_module("fusionkit.tasks.finetune")  # recipes name its class by itself
         self._recipes = [each for each in recipes_in(args) if each[:1] != "{"]
         self._contents = [_content(Path(each)) for each in self._recipes]
         super().__init__(args)
@@ -165,7 +166,10 @@ def _locked(
         old.commit,
         sorted({*old.reads, *new.reads}),
         {**old.files, **new.files},
-        {**old.splits, **new.splits},
+        {
+            config: {**old.splits.get(config, {}), **new.splits.get(config, {})}
+            for config in {**old.splits, **new.splits}
+        },
     )
 
 
@@ -181,7 +185,7 @@ def _download(name: Repository, locked: Locked, line: str) -> None:
         hub_download.download(name, locked.commit, [*wrong], line, anew=True)
     if missing := hub_download.absent(name, locked):
         hub_download.download(name, locked.commit, missing, line)
-    if (wrong or missing) and (wrong := hub_download.damaged(name, locked)):
+    if wrong := hub_download.damaged(name, locked, [*wrong, *missing]):
         raise HubError(
             f"{name}: what was downloaded is not what is locked: {next(iter(wrong.values()))}; "
             f"try again, or take the newest commit: {line}"

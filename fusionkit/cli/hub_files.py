@@ -86,10 +86,13 @@ def locked_of(listed: Listing, reads: Sequence[Read]) -> Locked:
     files: set[str] = set()
     splits: dict[str, dict[str, list[str]]] = {}
     for read in reads:
-        if read.use is Use.ROWS:
-            splits[read.inside] = found = _rows(listed, read)
+        if read.splits:
+            found = _rows(listed, read)
+            splits.setdefault(read.inside, {}).update(found)
             files |= {file for names in found.values() for file in names}
             files |= {file for file in _ABOUT_ROWS if file in listed.files}
+        elif read.use is Use.ROWS:  # whatever reads the URL
+            files |= {file for file in listed.files if file.startswith(read.inside)}
         else:
             files |= _of_model(listed, read)
     chosen = {file: listed.files[file] for file in sorted(files)}

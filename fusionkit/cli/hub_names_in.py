@@ -92,7 +92,7 @@ def _within(
     """All reads within a value of the recipe, and whether a library opens them by name."""
     if isinstance(value, str):
         if read := _of_text(value, key, variant):
-            yield read, False
+            yield read, read.use is Use.MODEL and of_library(value) is not None
     elif isinstance(value, list | tuple):
         for place, each in enumerate(value):
             yield from _within(each, f"{key}.{place}", found)

@@ -48,8 +48,8 @@ GROUPS = {
 }
 """What `fusionkit` can do: each a file of that name, whose `run` takes the arguments after it."""
 
-_GO_ON = ("compare", "compress")
-_WRITING = ("add", "compress", "export", "pull", "push", "remove", "sign", "sweep")
+_GO_ON = ("compare", "compress", "fetch")
+_WRITING = ("add", "compress", "export", "fetch", "pull", "push", "remove", "sign", "sweep")
 VERBS = tuple(verb for verbs in GROUPS.values() for verb in verbs)
 _VARIABLES = ("FUSIONKIT_LOCK", "FUSIONKIT_PUBLIC_KEY")
 """Environment variables that a command sets for what it calls, and for itself alone."""

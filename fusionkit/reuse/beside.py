@@ -3,7 +3,6 @@
 Each is the task's own where the bundle has one, and else the base's.
 """
 
-import json
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from fnmatch import fnmatchcase
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from fusionkit.bundles.bundle import Bundle
-from fusionkit.bundles.config import GENERATION, config_of, fitted_config, write_json
+from fusionkit.bundles.config import GENERATION, config_of, fitted_config, said_in, write_json
 from fusionkit.bundles.side_files import PROCESSOR, TOKENIZER, base_file, base_files, files_of
 from fusionkit.checkpoints.architecture import is_transformers
 from fusionkit.checkpoints.checkpoint import Checkpoint, Source
@@ -157,29 +156,35 @@ def tell(model: nn.Module, bundle: Bundle, task: str | None) -> None:
         live = Checkpoint.of(inner)
         apart = any(a in live and a not in live.aliases for a in known.tied)
         config = fitted_config(config, known, live, apart)
-    made = type(inner.config).from_dict(config)
+    with _of_library(f"{bundle.path}: the {CONFIG} of {_whose(task)}"):
+        made = type(inner.config).from_dict(config)
     for key in _OF_TASKS:
         if hasattr(made, key) and getattr(inner.config, key, None) != getattr(made, key):
             setattr(inner.config, key, getattr(made, key))
     if isinstance(getattr(inner, "num_labels", None), int):
         inner.num_labels = made.num_labels
     if inner.can_generate():
-        inner.generation_config = generation_config(files, inner.config)
+        inner.generation_config = generation_config(files, inner.config, bundle)
 
 
-def generation_config(files: Mapping[str, bytes | Path], config: Any) -> Any:
+def generation_config(files: Mapping[str, bytes | Path], config: Any, bundle: Bundle) -> Any:
     """What a task's `generation_config.json` says, or else its configuration.
 
     Args:
         files: those beside the task's weights.
         config: the task's, of transformers.
+        bundle: the task's.
+
+    Raises:
+        BundleError: transformers can't read it.
     """
     from transformers import GenerationConfig
 
-    said = files.get(GENERATION)
-    if said is None:
+    if GENERATION not in files:
         return GenerationConfig.from_model_config(config)
-    return GenerationConfig.from_dict(_json(said))
+    said = said_in(files, GENERATION, bundle)
+    with _of_library(f"{bundle.path}: the {GENERATION} of a task, or of its base"):
+        return GenerationConfig.from_dict(said)
 
 
 def files_for(bundle: Bundle, task: str | None) -> Mapping[str, bytes | Path]:
@@ -187,9 +192,20 @@ def files_for(bundle: Bundle, task: str | None) -> Mapping[str, bytes | Path]:
     return base_files(bundle) if task is None else files_of(bundle, task)
 
 
-def _json(said: bytes | Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(_bytes(said))
-    return found
+@contextmanager
+def _of_library(what: str) -> Iterator[None]:
+    """A context in which a library makes something of a file, and raises what it likes."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).partition("\n")[0][:200]
+        raise BundleError(
+            f"{what} can't be used ({type(error).__name__}: {reason}); mend it"
+        ) from error
+
+
+def _whose(task: str | None) -> str:
+    return "its base" if task is None else f"task '{task}'"
 
 
 def _bytes(said: bytes | Path) -> bytes:
@@ -204,7 +220,7 @@ def _made(
     patterns: Collection[str],
     settings: dict[str, Any],
 ) -> Any:
-    whose = f"{bundle.path}: {'its base' if task is None else f'task {task!r}'}"
+    whose = f"{bundle.path}: {_whose(task)}"
     mend = (
         f"give a base that has one beside its weights (`base`, --base), or load the {what} yourself"
     )

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fusionkit.bundles.bundle import Bundle
 from fusionkit.checkpoints.architecture import is_transformers
-from fusionkit.errors import BundleError, DataError, FusionKitError, of_extra
+from fusionkit.checkpoints.json_text import parsed_json
+from fusionkit.checkpoints.safetensors_file import SafetensorsFile, read_metadata
+from fusionkit.errors import BundleError, CheckpointError, DataError, FusionKitError, of_extra
 
 ROUTER = "router.safetensors"
 """The file beside a bundle's own."""
@@ -147,15 +148,14 @@ class Router:
         if not path.is_file():
             raise BundleError(f"{bundle.path} has no router ({ROUTER}); {mend}")
         try:
-            with safe_open(path, "pt") as file:
-                about = file.metadata() or {}
-                features, numbers = file.get_tensor("features"), file.get_tensor("tasks")
-            names = json.loads(about["tasks"])
+            file, about = SafetensorsFile(path, str(path)), read_metadata(path)
+            features, numbers = file["features"], file["tasks"]
+            names = dict(enumerate(parsed_json(about["tasks"])))
             of = [names[number] for number in numbers.tolist()]
             if about["format"] != _FORMAT or features.ndim != 2 or len(of) != len(features):
                 raise ValueError("of another form")  # noqa: TRY301
             whole = cls(features, of, about["base"], int(about["neighbours"]))
-        except (SafetensorError, KeyError, ValueError, IndexError, TypeError) as error:
+        except (CheckpointError, KeyError, ValueError, TypeError) as error:
             raise BundleError(f"{path}: is no router ({error}); {mend}") from error
         if whole.base != bundle.manifest.base.fingerprint:
             raise BundleError(f"{path}: was made with another base than the bundle's; {mend}")

@@ -123,7 +123,7 @@ class ServedTasks:
         words = self._words_of(task)
         config = config_of(self._bundle, files) or {}
         if self._generates:
-            return ServedTask(task, label, words, ends=_ends(files, config))
+            return ServedTask(task, label, words, ends=_ends(files, config, self._bundle))
         return ServedTask(task, label, words, labels=_labels(files), says=_says(config))
 
     def _words_of(self, task: str | None) -> Words | None:
@@ -136,12 +136,14 @@ class ServedTasks:
         return self._words[key]
 
 
-def _ends(files: Mapping[str, bytes | Path], config: Mapping[str, Any]) -> frozenset[int]:
+def _ends(
+    files: Mapping[str, bytes | Path], config: Mapping[str, Any], bundle: Bundle
+) -> frozenset[int]:
     """The tokens that end an answer, as `generate` would know them."""
     from transformers import AutoConfig
 
     made = AutoConfig.for_model(**config) if "model_type" in config else None
-    said = generation_config(files, made).eos_token_id if made is not None else None
+    said = generation_config(files, made, bundle).eos_token_id if made is not None else None
     return frozenset([said] if isinstance(said, int) else said or ())
 
 

@@ -1,11 +1,11 @@
 """Which class a label means: the head's rows in their order, against what the data say."""
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fusionkit.checkpoints.json_text import parsed_json, read_json
 from fusionkit.checkpoints.model_folder import is_weights
 from fusionkit.checkpoints.paths import is_remote, open_path
 from fusionkit.errors import DataError, meant
@@ -132,7 +132,7 @@ def _called_otherwise(head: Labels) -> list[str]:
     """What a file of classes for a zero-shot head has its prompts call them, if that is else."""
     if not isinstance(head, str):
         return []
-    names = json.loads(_file(open_path(head)).read_text(encoding="utf-8")).get("names")
+    names = read_json(_file(open_path(head))).get("names")
     return [str(name) for name in names] if isinstance(names, list) else []
 
 
@@ -161,7 +161,7 @@ def class_names(labels: Labels, task: str) -> list[str]:
         return [str(name) for name in labels]
     path = open_path(labels)
     try:
-        content = json.loads(_file(path).read_text(encoding="utf-8"))
+        content = read_json(_file(path))
         names = _named_in(content)
         if names is None:
             raise TypeError("there is no such list of strings")  # noqa: TRY301
@@ -195,7 +195,7 @@ def head_folder(model: Any) -> Path | None:
     path = open_path(model)
     folder = path.parent if is_weights(path) else path
     try:
-        content = json.loads(_file(folder).read_text(encoding="utf-8")) if folder.is_dir() else {}
+        content = read_json(_file(folder)) if folder.is_dir() else {}
     except (OSError, ValueError):
         return None
     return folder if isinstance(content, dict) and _named_in(content) else None
@@ -211,7 +211,7 @@ def named_classes(config: bytes | Path | None) -> list[str] | None:
         their names; numbers, where it says how many there are alone; None where it says neither.
     """
     try:
-        content = json.loads(config.read_bytes() if isinstance(config, Path) else config or b"{}")
+        content = read_json(config) if isinstance(config, Path) else parsed_json(config or b"{}")
         return _named_in(content) if isinstance(content, dict) else None
     except (OSError, ValueError):
         return None
@@ -225,7 +225,8 @@ def _file(path: Path) -> Path:
 
 def _named_in(content: Mapping[str, Any]) -> list[str] | None:
     """Class names in a `labels.json`, or in the configuration of transformers or timm."""
-    by_number = content.get("id2label") or {}
+    by_number = content.get("id2label")
+    by_number = by_number if isinstance(by_number, dict) else {}
     names: Any = [str(by_number[number]) for number in sorted(by_number, key=int)]
     names = names or content.get("labels") or content.get("label_names")
     count = len(by_number) or content.get("num_classes")

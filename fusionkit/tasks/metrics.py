@@ -100,8 +100,15 @@ def update(metric: Metric, task: str, kind: Task, outputs: Tensor, batch: Any) -
     """Let a task's metric take in the outputs of a batch.
 
     Raises:
-        FusionKitError: it is for other outputs or labels than the task's.
+        FusionKitError: it is for other outputs or labels than the task's, or the head has more or
+            fewer outputs than the data have classes.
     """
+    if kind.head_size and outputs.ndim == 2 and outputs.shape[-1] != kind.head_size:
+        raise FusionKitError(
+            f"task '{task}': its head has {outputs.shape[-1]} outputs, and its data "
+            f"{kind.head_size} classes; give the data `labels`, the classes in the order of the "
+            "head's rows (of a zero-shot head its own file), or the model a head of these classes"
+        )
     try:
         kind.update(metric, outputs, batch)
     except (ArithmeticError, IndexError, RuntimeError, TypeError, ValueError) as error:

@@ -147,6 +147,25 @@ def image_text_lm(
     return _built("ImageTextToText", path, pretrained, dtype=dtype, attn_implementation=attention)
 
 
+@reads_hub(path=Use.MODEL)
+def image_classifier(path: str, pretrained: bool = True) -> nn.Module:
+    """A Hugging Face model that classifies images (ViT, ConvNeXt, ResNet, …).
+
+    Args:
+        path: as of `sequence_classifier`.
+        pretrained: load the weights; otherwise the architecture alone is built.
+
+    Returns:
+        the model, in eval mode, with the head that is stored; a task's own head replaces it,
+        whatever its size. It returns an object with `logits` `(B, classes)`.
+
+    Raises:
+        FusionKitError: as of `sequence_classifier`.
+        CheckpointError: there is no such model.
+    """
+    return _built("ImageClassification", path, pretrained)
+
+
 @reads_hub(path=Use.BESIDE)
 def processor_of(path: str) -> Any:
     """A Hugging Face processor of texts and images, with a tokenizer.

@@ -1,6 +1,5 @@
 """The network of a base model, from the `config.json` beside its weights."""
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 from torch import nn
 
 from fusionkit.checkpoints.from_config import CONFIG, made
+from fusionkit.checkpoints.json_text import read_json
 from fusionkit.checkpoints.model_folder import is_weights
 from fusionkit.checkpoints.paths import open_path
 from fusionkit.errors import CheckpointError, FusionKitError
@@ -54,7 +54,7 @@ def _config(path: str) -> dict[str, Any]:
     found = open_path(path)
     file = (found.parent if is_weights(found) else found) / CONFIG
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_json(file)
     except OSError as error:
         raise CheckpointError(f"{path}: has no {CONFIG} that names its class; {_MEND}") from error
     except ValueError as error:

@@ -1,6 +1,5 @@
 """From an image to what its model takes: by timm, a processor of transformers, or open_clip."""
 
-import json
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.util import find_spec
@@ -10,6 +9,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from fusionkit.checkpoints.hub_places import model_place
+from fusionkit.checkpoints.json_text import read_json
 from fusionkit.checkpoints.paths import is_there, open_path, written_out
 from fusionkit.errors import DataError, FusionKitError, meant, of_extra
 from fusionkit.tasks.open_clip_models import OpenClipModel
@@ -160,11 +160,11 @@ def _timm_config_of(path: Path) -> dict[str, Any]:
     """What the `config.json` of a folder that timm saved says of images."""
     file = (path if path.is_dir() else path.parent) / "config.json"
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
         config = content.get("pretrained_cfg", content)
         if "input_size" not in config:
             raise KeyError("input_size")  # noqa: TRY301
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise DataError(
             f"{path}: says nothing of how images are made for it: neither {_PROCESSORS[0]} is "
             "there nor a config.json that timm wrote; give the folder of a model that has one, or "

@@ -6,7 +6,6 @@ averaged, and normalised again. A head is these features times the logit scale. 
 task, and is the task's own: a bundle keeps it, and needs no text tower.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from fusionkit.checkpoints.checkpoint import Source, find_checkpoints
 from fusionkit.checkpoints.headed import Headed
 from fusionkit.checkpoints.hub_names import Use, reads_hub
+from fusionkit.checkpoints.json_text import read_json
 from fusionkit.checkpoints.paths import open_path
 from fusionkit.errors import DataError, in_line
 from fusionkit.tasks.dual_encoders import DualEncoder, dual_encoder
@@ -63,7 +63,7 @@ class ClassPrompts:
         """
         file = open_path(path)
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
+            content = read_json(file)
             labels = _texts(content, "labels")
             names = _texts(content, "names") or labels
             own = _texts(content, "templates") or templates or TEMPLATES

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from fusionkit import DBMS, SVD, Bundle, Dense, Sketch, add_tasks, compress
 from fusionkit.bundles.export_model import export_task
+from fusionkit.bundles.export_peft import export_adapter
+from fusionkit.bundles.served_folder import export_adapters
 from fusionkit.checkpoints.disk import (
     Needed,
     SpaceWarning,
@@ -77,6 +79,21 @@ def test_each_verb_looks_for_room_first(tmp_path: Path, free: Callable[[int], No
     free(30_000)
     with pytest.warns(SpaceWarning, match=r"will take about 100.0 kB"):
         compress(BASE, TUNED, Dense(), tmp_path / "d", private=["head"])
+
+
+def test_room_for_adapters_is_looked_for_first(tmp_path: Path, free: Callable[[int], None]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    base = {name: torch.zeros(300, 200)}
+    tuned = {task: {name: torch.randn(300, 200, generator=generator)} for task in ("x", "y")}
+    bundle = compress(base, tuned, SVD(rank=4), tmp_path / "b")
+    free(3000)
+    with pytest.warns(SpaceWarning, match=r"served: will take about 8.0 kB, and 3.0 kB are free"):
+        said = refused(lambda: export_adapters(bundle, tmp_path / "served"))
+    assert "needs 4.0 kB at least, and 3.0 kB are free on the file system at /" in said
+    with pytest.warns(SpaceWarning, match=r"x: will take about 4.0 kB"):
+        refused(lambda: export_adapter(bundle, "x", tmp_path / "x"))
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["b"]
 
 
 @pytest.mark.parametrize(

@@ -257,3 +257,43 @@ def test_other_files_are_not_looked_into(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({}))
     torch.save({"a": torch.ones(2)}, tmp_path / "m.bin")
     assert not Checkpoint.of(tmp_path / "m.bin", dequantize=True).dequantized
+
+
+def test_a_header_that_says_more_than_there_is_is_refused(tmp_path: Path) -> None:
+    """At once, and before the package gguf believes it."""
+    path = tmp_path / "m.gguf"
+    write(llama(), path, "llama")
+    whole = path.read_bytes()
+    tensors, layers, rows = 8, whole.index(b"llama.block_count"), whole.index(b"token_embd.weight")
+    for place, number, said in (
+        (tensors, 1 << 40, "its header says 1,099,511,627,776 tensors"),
+        (tensors + 8, 1 << 20, "1,048,576 keys, and may have"),
+        (tensors + 16, 1 << 50, "its header goes on after byte"),
+        (rows + 17 + 4 + 8, 1 << 50, "its tensors end at byte"),
+        (layers + 17 + 4, 10**9, "is 1000000000, and may be up to 1,024"),
+    ):
+        size = 4 if place > layers and place < rows else 8
+        changed = whole[:place] + number.to_bytes(size, "little") + whole[place + size :]
+        path.write_bytes(changed)
+        with pytest.raises(CheckpointError, match=f"{re.escape(str(path))}: .*{said}"):
+            Checkpoint.of(path, dequantize=True)
+
+
+def test_a_file_is_never_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import numpy as np
+
+    path, mapped = tmp_path / "m.gguf", []
+    write(llama(), path, "llama")
+
+    real = np.memmap
+
+    def told(name: Any, *rest: Any, **settings: Any) -> Any:
+        mapped.append(Path(name))
+        return real(name, *rest, **settings)
+
+    monkeypatch.setattr(np, "memmap", told)
+    opened = Checkpoint.of(path, dequantize=True)
+    assert mapped
+    assert path not in mapped
+    assert all(not each.exists() for each in mapped)
+    assert all(opened[name].isfinite().all() for name in opened)

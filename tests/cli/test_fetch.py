@@ -17,8 +17,9 @@ from fusionkit import Checkpoint
 from fusionkit.checkpoints.hub_lock import LOCK, read_lock
 from fusionkit.checkpoints.hub_pins import UnpinnedWarning
 from fusionkit.cli.main import main
-from fusionkit.errors import HubError
+from fusionkit.errors import CheckpointError, HubError
 
+RECIPES = Path(__file__).parents[2] / "recipes"
 Run = Callable[..., str]
 TINY = save({"weight": torch.ones(2)})
 
@@ -134,8 +135,13 @@ WIDE = {
     "data": {
         "class_path": "ImageClassification",
         "init_args": {
-            "tasks": {"a": "org/rows:main", "b": "here", "c": "org/rows:other"},
-            "splits": {"c": {"test": "validation"}},
+            "tasks": {
+                "a": "org/rows:main",
+                "b": "here",
+                "c": "org/rows:other",
+                "d": "org/rows:main",
+            },
+            "splits": {"c": {"test": "validation"}, "d": {"test": "contrast"}},
             "preprocessing": "org/seen",
         },
     },
@@ -192,10 +198,11 @@ def test_what_a_recipe_reads(hub: Hub, run: Run, tmp_path: Path) -> None:
     assert named == {name: read for name, (read, _) in READ.items()}
     assert {*lock.datasets["org/rows"].files} == {
         "README.md",
-        *(f"main/{split}-00000-of-00001.parquet" for split in ("train", "test")),
+        *(f"main/{split}-00000-of-00001.parquet" for split in ("train", "test", "contrast")),
         *(f"other/{split}-00000-of-00001.parquet" for split in ("train", "validation")),
     }
     assert "not seen: what own_code.Reads (codecs.own) may itself read" in shown
+    assert [*lock.datasets["org/rows"].splits["main"]] == ["contrast", "test", "train"]
     assert "timm/resnet18.a1_in1k: is opened by its library, by name" in shown
     assert not {*hub.served} & {"tf_model.h5", "v1.safetensors", "optimizer.pt"}
 
@@ -252,6 +259,10 @@ def test_the_locked_commit_is_opened(
     assert opened.label == "hf://org/base"
     assert list(opened) == ["weight"]
     assert sorted(hub.served) == ["config.json", "model.safetensors"]
+    with pytest.raises(
+        CheckpointError, match=r"hf://org/base/v2: is not among what \S*R.lock.yaml"
+    ):
+        Checkpoint.of("hf://org/base/v2")
     small(hub, tmp_path / "other.yaml", "org/else")
     with pytest.warns(UnpinnedWarning, match=r"org/else: \S*R.lock.yaml does not name it, .*fetch"):
         Checkpoint.of("hf://org/else")
@@ -299,7 +310,9 @@ def test_what_cannot_be_had(
 
     small(hub, tmp_path / "R.yaml", "org/base", "org/a")
     del hub.repositories["org/a"]
-    assert "org/a: there is no model of that name on the Hub, or" in run(*fetch, code=1)
+    assert "org/a: there is no model of that name on the Hub, or it is private, and no" in run(
+        *fetch, code=1
+    )
     small(hub, tmp_path / "R.yaml", "org/base", "org/gated")
     hub.gated.add("org/gated")
     shown = run(*fetch, code=1)
@@ -326,6 +339,11 @@ def test_no_network(hub: Hub, run: Run, offline: Callable[[], None], tmp_path: P
         "fetch", "--config", "R.yaml"
     )
     assert "which recipe? fusionkit fetch --config R.yaml" in run("fetch", code=2)
+
+
+@pytest.mark.parametrize("name", ["calibrate", "demo", "fit", "fuse"])
+def test_a_recipe_of_any_verb_is_looked_over(run: Run, name: str) -> None:
+    assert "names no repository" in run("fetch", "--config", str(RECIPES / f"{name}.yaml"))
 
 
 def test_a_recipe_runs_without_a_network(

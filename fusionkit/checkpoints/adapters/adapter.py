@@ -20,6 +20,7 @@ from fusionkit.checkpoints.adapters.kinds import (
 from fusionkit.checkpoints.adapters.layout import AdapterLayout
 from fusionkit.checkpoints.adapters.parameters import parameter_modules
 from fusionkit.checkpoints.adapters.refusals import MERGE, READ, refuse_config
+from fusionkit.checkpoints.adapters.settings import by_pattern, is_feedforward
 from fusionkit.checkpoints.checkpoint import Checkpoint
 from fusionkit.checkpoints.conversion import renamer
 from fusionkit.checkpoints.names import prefix_over
@@ -45,13 +46,10 @@ class Adapter:
         tensors: its tensors, named as the base would name them.
         start: what is on record of where its training started; see `start.start_of`.
         folder: where files that the record names are.
+        initial: the tensors as its training started, under the same names, where a file has them.
 
     Attributes:
-        label: see above.
-        config: see above.
-        tensors: see above.
-        start: see above.
-        folder: see above.
+        label, config, tensors, start, folder, initial: see above.
 
     Raises:
         CheckpointError: the adapter is of a kind that is not read.
@@ -64,8 +62,10 @@ class Adapter:
         tensors: Checkpoint,
         start: Mapping[str, Any] | None = None,
         folder: Path | None = None,
+        initial: Checkpoint | None = None,
     ) -> None:
         self.label, self.config, self.tensors = label, dict(config), tensors
+        self.initial = initial
         self.start, self.folder = dict(start or {}), folder
         self._before: dict[str, str] = {}
         refuse_config(self.config, label)
@@ -102,6 +102,7 @@ class Adapter:
                 names[new + name.removeprefix(module)] = name
                 self._before[new] = module
         self.tensors = View(self.tensors, names)
+        self.initial = self.initial and View(self.initial, names)
         return self
 
     def layout(self, base: Checkpoint) -> AdapterLayout:
@@ -162,8 +163,9 @@ class Adapter:
             rank: that its factors have.
         """
         config, name = self.config, self._before.get(name, name)
-        rank = _by_pattern(config.get("rank_pattern"), name, config.get("r", 8))
-        alpha = _by_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))
+        rank = by_pattern(config.get("rank_pattern"), name, config.get("r", 8), self.label)
+        alpha = config.get("lora_alpha", 8)
+        alpha = by_pattern(config.get("alpha_pattern"), name, alpha, self.label)
         return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
     def factors(
@@ -334,7 +336,7 @@ class Adapter:
     def _ia3(self, name: str, base: Checkpoint) -> Module:
         vector = self.tensors.specs[f"{name}.ia3_l"].shape
         shape = base.specs[f"{name}.weight"].shape
-        inputs = _is_feedforward(self.config.get("feedforward_modules"), name)
+        inputs = is_feedforward(self.config.get("feedforward_modules"), name, self.label)
         length = math.prod(vector)
         axes = [axis for axis in range(min(len(shape), 2)) if shape[axis] == length]
         if not axes:
@@ -384,17 +386,3 @@ def _lora_in(module: Module) -> LoraModule | None:
     if isinstance(module, DoraModule | ReplacingModule):
         return module.lora
     return module if isinstance(module, LoraModule) else None
-
-
-def _by_pattern(patterns: Mapping[str, Any] | None, name: str, otherwise: Any) -> Any:
-    """A module's setting, as PEFT looks it up: the first pattern that its name ends with."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return otherwise
-
-
-def _is_feedforward(patterns: str | list[str] | None, name: str) -> bool:
-    if isinstance(patterns, str):
-        return re.fullmatch(patterns, name) is not None
-    return any(name.endswith(pattern) for pattern in patterns or [])

@@ -3,22 +3,24 @@
 `fusionkit.json` beside them, which `fusionkit fit` writes and PEFT ignores, says where training
 started: the seed that draws the initial tensors, or the file that holds them. A linearized adapter
 (L-LoRA) is another function of its tensors than a LoRA: its `peft_type` is `LINEARIZED_LORA`, so
-that plain PEFT refuses it.
+that plain PEFT refuses it. FusionBench has those in a file of its own, with their start
+(`fusion_bench`).
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
-from fusionkit.checkpoints.adapters.adapter import CONFIG, Adapter
+from fusionkit.checkpoints.adapters import fusion_bench
+from fusionkit.checkpoints.adapters.adapter import CONFIG, LINEARIZED, Adapter
 from fusionkit.checkpoints.adapters.refusals import refuse_config
 from fusionkit.checkpoints.checkpoint import Checkpoint
+from fusionkit.checkpoints.json_text import read_json
 from fusionkit.checkpoints.paths import open_path
 from fusionkit.checkpoints.view import View
 from fusionkit.errors import CheckpointError
 
-TENSORS = ("adapter_model.safetensors", "adapter_model.bin")
+TENSORS = ("adapter_model.safetensors", "adapter_model.bin", fusion_bench.FILE)
 RECORD = "fusionkit.json"
 PREFIX = "base_model.model."
 
@@ -67,8 +69,13 @@ class AdapterFolder(Adapter):
             raise CheckpointError(f"{path}: has {CONFIG} but none of {', '.join(TENSORS)}")
         start = _read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
         files = tuple(path for path in sorted(folder.iterdir()) if path.is_file())
-        tensors = _plain(Checkpoint.of(str(found)), label, files)
-        super().__init__(label, config, tensors, start, folder)
+        opened, initial = Checkpoint.of(str(found)), None
+        if found.name == fusion_bench.FILE:
+            own, at_start = fusion_bench.factor_names(opened, str(found))
+            initial = _plain(View(opened, at_start), label, files)
+            opened, config = View(opened, own), {**config, "peft_type": LINEARIZED}
+        tensors = _plain(opened, label, files)
+        super().__init__(label, config, tensors, start, folder, initial)
 
 
 def _plain(file: Checkpoint, label: str, files: tuple[Path, ...]) -> Checkpoint:
@@ -85,7 +92,7 @@ def _plain(file: Checkpoint, label: str, files: tuple[Path, ...]) -> Checkpoint:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         if not isinstance(content, dict):
             raise TypeError("not an object")  # noqa: TRY301
     except (OSError, ValueError, TypeError) as error:

@@ -110,7 +110,7 @@ def open_space(
                 f"{opened.label} (task '{task}'): no PEFT adapter, and adapters: modules is for "
                 "adapters alone"
             )
-        folders[task] = opened
+        folders[task] = opened.named_for(base)
     first_task, first = next(iter(folders.items()))
     layout = first.layout(base)
     _refuse_more_than_products(layout, f"{first.label} (task '{first_task}')")

@@ -13,6 +13,8 @@ from fusionkit.checkpoints.checkpoint import Checkpoint
 from fusionkit.errors import CheckpointError, FamilyError
 
 _NEST = ".base_layer"
+_MOST = 6
+"""Parameters of one module: factors are held against them in every order."""
 
 Factors = Callable[[str], tuple[tuple[int, ...], tuple[int, ...]]]
 Scaling = Callable[[str, int], tuple[int, float]]
@@ -56,6 +58,11 @@ def parameter_modules(
             groups.setdefault(module, []).append(name)
     found: dict[str, ParameterModule] = {}
     for module, nested in groups.items():
+        if len(inside[module]) > _MOST:
+            raise CheckpointError(
+                f"{label}: '{module}' has {len(inside[module])} parameters that are among its "
+                f"target_parameters, and may have {_MOST}; {MERGE}"
+            )
         fits = [
             [_fits(name, parameter, factors(name), scaling, base) for parameter in inside[module]]
             for name in nested

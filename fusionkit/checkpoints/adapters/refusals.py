@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from fusionkit.checkpoints.adapters.settings import check_settings
 from fusionkit.errors import CheckpointError, listing
 
 READ = {"LORA": "lora", "LINEARIZED_LORA": "lora", "IA3": "ia3"}
@@ -120,18 +121,21 @@ def refuse_config(config: Mapping[str, Any], label: str) -> None:
         label: how messages call the adapter.
 
     Raises:
-        CheckpointError: it is of such a type, or has such a setting.
+        CheckpointError: it is of such a type, or has such a setting, or one of another type.
     """
     kind = config.get("peft_type")
-    if kind not in READ:
-        name, mend = _TYPES.get(str(kind), (f"an adapter of type {kind}", MERGE))
+    if not isinstance(kind, str) or kind not in READ:
+        kind = str(kind)[:99]
+        name, mend = _TYPES.get(kind, (f"an adapter of type {kind}", MERGE))
         raise CheckpointError(
             f"{label}: is {name} (PEFT's type {kind}), which is not read here (read: "
             f"{', '.join(READ)}); {mend}"
         )
+    check_settings(config, label)
     for key, why in _SETTINGS.items():
         if config.get(key):
-            raise CheckpointError(f"{label}: uses {key}: {config[key]}, not read here; {why}")
+            said = str(config[key])[:99]
+            raise CheckpointError(f"{label}: uses {key}: {said}, not read here; {why}")
     start = str(config.get("init_lora_weights", "")).lower()
     changed = next((name for key, name in _CHANGED.items() if start.startswith(key)), None)
     if changed:
@@ -143,7 +147,9 @@ def refuse_config(config: Mapping[str, Any], label: str) -> None:
             "else merge_and_unload() it over the base that it was trained on, and give the merged "
             "model"
         )
-    used = [f"{key}: {value}" for key, value in config.items() if value and key not in _NEUTRAL]
+    used = [
+        f"{key}: {value}"[:199] for key, value in config.items() if value and key not in _NEUTRAL
+    ]
     if used:
         raise CheckpointError(f"{label}: uses what is not known here:{listing(used)}\n{MERGE}")
 

@@ -6,7 +6,6 @@ own names say which module is meant. A file may hold factors of several models o
 (`unet`, `text_encoder`): those are read that are the base's.
 """
 
-import json
 import math
 import re
 import warnings
@@ -18,6 +17,7 @@ from fusionkit.checkpoints.adapters.adapter import Adapter
 from fusionkit.checkpoints.adapters.naming import PEFT, Part, is_peft, part_of
 from fusionkit.checkpoints.adapters.refusals import method_of
 from fusionkit.checkpoints.checkpoint import Checkpoint
+from fusionkit.checkpoints.json_text import parsed_json
 from fusionkit.checkpoints.safetensors_file import read_metadata
 from fusionkit.checkpoints.view import View
 from fusionkit.errors import CheckpointError, FamilyError, listing
@@ -222,7 +222,7 @@ def _metadata(file: Checkpoint) -> dict[str, Any]:
         return {}
     text = read_metadata(file.files[0]).get(_METADATA)
     try:
-        content = json.loads(text) if text else {}
+        content = parsed_json(text) if text else {}
     except ValueError as error:
         raise CheckpointError(
             f"{file.label}: {_METADATA} in its header is not readable as JSON ({error}); save it "

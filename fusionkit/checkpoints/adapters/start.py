@@ -22,6 +22,7 @@ from fusionkit.checkpoints.adapters.adapter import Adapter
 from fusionkit.checkpoints.adapters.folder import RECORD
 from fusionkit.checkpoints.adapters.kinds import LoraModule
 from fusionkit.checkpoints.adapters.layout import AdapterLayout
+from fusionkit.checkpoints.paths import is_file_name
 from fusionkit.checkpoints.safetensors_file import SafetensorsFile
 from fusionkit.errors import CheckpointError
 
@@ -103,6 +104,8 @@ def start_of(adapter: Adapter, layout: AdapterLayout) -> tuple[dict[str, Any], d
             where a linearized adapter started.
     """
     shapes = {name: adapter.tensors.specs[name].shape for name in layout.tensors}
+    if adapter.initial is not None:
+        return {"stored": True}, {name: adapter.initial[name] for name in shapes}
     record = adapter.start.get("start")
     if record is None:
         if adapter.linearized:
@@ -136,7 +139,7 @@ def _stored(adapter: Adapter, file: str, shapes: Shapes) -> dict[str, Tensor]:
         KeyError: there is none of them.
         CheckpointError: the file can't be read.
     """
-    if Path(file).name != file:
+    if not is_file_name(file):
         raise ValueError(f"'{file}' lies outside the adapter's folder")
     path = (adapter.folder or Path()) / file
     tensors = SafetensorsFile(path, str(path))
