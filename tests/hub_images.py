@@ -136,12 +136,21 @@ def _repository(task: str) -> str:
     return str(content["data"]).partition(":")[0]
 
 
+def labels(count: int, seed: int) -> list[int]:
+    """The labels of a split's rows.
+
+    Args:
+        count: of the classes.
+        seed: which of the splits it is, from 0.
+    """
+    return [int(each) for each in np.random.default_rng(seed).integers(0, count, ROWS)]
+
+
 def _rows(count: int, seed: int, truth: bool = False) -> dict[str, list[Any]]:
-    generator = np.random.default_rng(seed)
-    colours = generator.integers(0, 256, (ROWS, 3))
+    colours = np.random.default_rng(seed).integers(0, 256, (ROWS, 3))
     images = [Image.new("RGB", (20, 18), tuple(map(int, colour))) for colour in colours]
-    labels = [int(place) % count for place in generator.integers(0, count, ROWS)]
-    return {"image": images, "label": [bool(each) for each in labels] if truth else labels}
+    own = labels(count, seed)
+    return {"image": images, "label": [bool(each) for each in own] if truth else own}
 
 
 def _write(

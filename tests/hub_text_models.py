@@ -113,8 +113,8 @@ def gpt2(cache: Path) -> None:
         changed(own, seed).save_pretrained(cached(cache, f"tanganke/gpt2_{task}"))
 
 
-def flan_t5(cache: Path, lora: bool = False) -> None:
-    """`google/flan-t5-base`, and `tanganke/flan-t5-base_glue-TASK` in shards, or its LoRAs."""
+def t5(folder: Path) -> Path:
+    """A T5 of the later kind, its tokenizer Unigram's, as Flan-T5 and T0 are."""
     from tokenizers import SentencePieceUnigramTokenizer
     from transformers import AutoModelForSeq2SeqLM, T5Config, T5TokenizerFast
 
@@ -133,10 +133,17 @@ def flan_t5(cache: Path, lora: bool = False) -> None:
         tie_word_embeddings=False,
         decoder_start_token_id=0,
     )
-    base = cached(cache, "google/flan-t5-base")
     torch.manual_seed(0)
-    AutoModelForSeq2SeqLM.from_config(config).save_pretrained(base)
-    tokens.save_pretrained(base)
+    AutoModelForSeq2SeqLM.from_config(config).save_pretrained(folder)
+    tokens.save_pretrained(folder)
+    return folder
+
+
+def flan_t5(cache: Path, lora: bool = False) -> None:
+    """`google/flan-t5-base`, and `tanganke/flan-t5-base_glue-TASK` in shards, or its LoRAs."""
+    from transformers import AutoModelForSeq2SeqLM
+
+    base = t5(cached(cache, "google/flan-t5-base"))
     for seed, task in enumerate(("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte")):
         name = f"tanganke/flan-t5-base_glue-{task}"
         own = AutoModelForSeq2SeqLM.from_pretrained(base)
@@ -160,6 +167,28 @@ def adapted(model: Any, base: Path, folder: Path, seed: int) -> None:
         if "lora_B" in name:
             torch.nn.init.normal_(value.data, std=0.05)
     made.save_pretrained(folder)
+
+
+def t0(cache: Path, own: Path) -> None:
+    """`bigscience/T0_3B`, and (IA)³ vectors as TIES-Merging's code saves them.
+
+    Args:
+        cache: the cache's folder.
+        own: folder of the vectors' files.
+    """
+    from transformers import AutoModelForSeq2SeqLM
+
+    base = AutoModelForSeq2SeqLM.from_pretrained(t5(cached(cache, "bigscience/T0_3B")))
+    sizes = {
+        name: module.out_features
+        for name, module in base.named_modules()
+        if name.rpartition(".")[2] in ("k", "v", "wi_1")
+    }
+    own.mkdir(parents=True)
+    for seed, task in enumerate(("rte", "cb", "wic", "wsc", "anli-r1", "anli-r2", "anli-r3")):
+        torch.manual_seed(seed)
+        vectors = {f"{n}.ia3_vector": 1 + 0.3 * torch.randn(size) for n, size in sizes.items()}
+        torch.save(vectors, own / f"{task}.pt")
 
 
 def llama(cache: Path) -> None:

@@ -159,8 +159,8 @@ def _reason(name: Repository, commit: str, update: str, error: BaseException) ->
         reason = f"has no branch, tag or commit '{name.revision}'; look at {page}/commits/main"
     elif of(errors.RepositoryNotFoundError):
         reason = (
-            f"there is no {kind} of that name on the Hub, or it is private; check the name, and "
-            "for what is not public log in: hf auth login"
+            f"there is no {kind} of that name on the Hub, or it is private, and no folder here; "
+            "check the name or the path, and for what is not public log in: hf auth login"
         )
     elif any(getattr(each, "errno", None) == ENOSPC for each in causes):
         reason = "the disk is full; make room, or set HF_HOME to a folder on another disk"

@@ -45,6 +45,7 @@ class FetchCLI(RecipeCLI):
     needs_trainer = writes_out = False
 
     def __init__(self, args: list[str]) -> None:
+        import_module("fusionkit.tasks.finetune")  # recipes name its class by itself
         self._recipes = [each for each in recipes_in(args) if each[:1] != "{"]
         self._contents = [_content(Path(each)) for each in self._recipes]
         super().__init__(args)

@@ -19,6 +19,7 @@ from fusionkit.checkpoints.hub_pins import UnpinnedWarning
 from fusionkit.cli.main import main
 from fusionkit.errors import CheckpointError, HubError
 
+RECIPES = Path(__file__).parents[2] / "recipes"
 Run = Callable[..., str]
 TINY = save({"weight": torch.ones(2)})
 
@@ -309,7 +310,9 @@ def test_what_cannot_be_had(
 
     small(hub, tmp_path / "R.yaml", "org/base", "org/a")
     del hub.repositories["org/a"]
-    assert "org/a: there is no model of that name on the Hub, or" in run(*fetch, code=1)
+    assert "org/a: there is no model of that name on the Hub, or it is private, and no" in run(
+        *fetch, code=1
+    )
     small(hub, tmp_path / "R.yaml", "org/base", "org/gated")
     hub.gated.add("org/gated")
     shown = run(*fetch, code=1)
@@ -336,6 +339,11 @@ def test_no_network(hub: Hub, run: Run, offline: Callable[[], None], tmp_path: P
         "fetch", "--config", "R.yaml"
     )
     assert "which recipe? fusionkit fetch --config R.yaml" in run("fetch", code=2)
+
+
+@pytest.mark.parametrize("name", ["calibrate", "demo", "fit", "fuse"])
+def test_a_recipe_of_any_verb_is_looked_over(run: Run, name: str) -> None:
+    assert "names no repository" in run("fetch", "--config", str(RECIPES / f"{name}.yaml"))
 
 
 def test_a_recipe_runs_without_a_network(

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,9 @@ from program import run
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, matthews_corrcoef
 from tiny_net import TESTS
+
+from fusionkit import ReuseModule
+from fusionkit.tasks.models import seq2seq_lm
 
 RECIPES = TESTS.parent / "recipes/papers"
 
@@ -127,6 +132,74 @@ def test_flan_t5(lora: bool, hub: Path) -> None:
     metrics = {task: rows["fine-tuned"][f"metric/{task}"] for task in hub_glue.TASKS}
     assert metrics.pop("stsb") == "SpearmanCorrCoef"
     assert set(metrics.values()) == {"MulticlassAccuracy"}
+
+
+@pytest.mark.nightly
+@pytest.mark.slow
+def test_ia3(hub: Path) -> None:
+    """Bare vectors become PEFT's; what they do is what they did where TIES-Merging put them."""
+    hub_text_models.t0(hub, Path("vectors"))
+    for file in Path("vectors").glob("*.pt"):
+        script = RECIPES / "shared/ia3_as_peft.py"
+        subprocess.run([sys.executable, script, file, f"models/ia3/{file.stem}"], check=True)
+    super_glue(hub)
+    rows = compared("ia3_t0", "EMR", "TIES")
+    assert rows["fine-tuned"]["metric/anli-r3"] == "MulticlassAccuracy"
+    scaled = ia3_by_hand(cached(hub, "bigscience/T0_3B"), Path("vectors/cb.pt"))
+    reuse = ReuseModule(
+        seq2seq_lm("bigscience/T0_3B"), finetuned={"cb": "models/ia3/cb"}, adapters="modules"
+    )
+    reuse.switch("cb")
+    asked = {name: torch.tensor([[5, 9, 11, 1]]) for name in ("input_ids", "decoder_input_ids")}
+    torch.testing.assert_close(reuse(**asked).logits, scaled(**asked).logits)
+
+
+def ia3_by_hand(base: Path, vectors: Path) -> Any:
+    """A model whose modules' outputs are scaled, as TIES-Merging's code does it."""
+    from transformers import AutoModelForSeq2SeqLM
+
+    model = AutoModelForSeq2SeqLM.from_pretrained(base).eval()
+    for name, scale in torch.load(vectors, weights_only=True).items():
+        module = model.get_submodule(name.removesuffix(".ia3_vector"))
+        module.register_forward_hook(lambda _, __, out, scale=scale: out * scale)
+    return model
+
+
+def super_glue(hub: Path) -> None:
+    """Four of SuperGLUE's tasks and ANLI, with a few rows each."""
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    yes_no, entailed = ["False", "True"], ["entailment", "neutral", "contradiction"]
+    columns = {
+        "rte": (["premise", "hypothesis"], ["entailment", "not_entailment"]),
+        "cb": (["premise", "hypothesis"], ["entailment", "contradiction", "neutral"]),
+        "wic": (["word", "sentence1", "sentence2"], yes_no),
+        "wsc.fixed": (["text", "span1_text", "span2_text"], yes_no),
+        "plain_text": (["premise", "hypothesis"], entailed),
+    }
+    cards: dict[str, list[Any]] = {}
+    for config, (names, classes) in columns.items():
+        rounds = [f"{split}_r{n}" for split in ("train", "dev", "test") for n in (1, 2, 3)]
+        anli = config == "plain_text"
+        name = "facebook/anli" if anli else "aps/super_glue"
+        folder = cached(hub, name, "dataset")
+        (folder / config).mkdir()
+        kinds = dict.fromkeys(names, Value("string"))
+        features = Features({**kinds, "label": ClassLabel(names=classes)})
+        files = []
+        for split in rounds if anli else ("train", "validation", "test"):
+            hidden = split == "test"
+            rows = [
+                {**dict.fromkeys(names, hub_glue.WORDS[row]), "label": -1 if hidden else row % 2}
+                for row in range(4)
+            ]
+            file = folder / config / f"{split}-00000-of-00001.parquet"
+            Dataset.from_list(rows, features=features).to_parquet(file)
+            files.append({"split": split, "path": f"{config}/{split}-*"})
+        cards.setdefault(name, []).append({"config_name": config, "data_files": files})
+    for name, configs in cards.items():
+        card = f"---\n{yaml.safe_dump({'configs': configs})}---\n"
+        (cached(hub, name, "dataset") / "README.md").write_text(card)
 
 
 @pytest.mark.nightly

@@ -17,6 +17,8 @@ from hub_images import EIGHT, TWELVE
 from program import run
 from tiny_net import TESTS
 
+from fusionkit.tasks.image_files import ImageClassification
+
 RECIPES = TESTS.parent / "recipes/papers"
 VISION = sorted(
     path.stem
@@ -130,6 +132,27 @@ def test_names_are_the_hubs(name: str) -> None:
             found = json.loads(Path(settings["labels"][task]).read_text(encoding="utf-8"))
             assert found["data"] == settings["tasks"][task]
     assert all(Path(each).is_file() for each in content["published"])
+
+
+def test_data_sets_as_they_lie_in_the_cache(cache: Path) -> None:
+    """Columns and splits of other names, classes as numbers or truths, several configurations."""
+    recipe = yaml.safe_load((RECIPES / "shared/data_20tasks.yaml").read_text())
+    tasks = ("gtsrb", "svhn", "pcam", "fer2013", "food101", "kmnist")
+    data(cache, tasks)
+    eight = yaml.safe_load((RECIPES / "shared/data_8tasks.yaml").read_text())
+    named = {**eight["init_args"]["tasks"], **recipe["init_args"]["tasks"]}
+    found = ImageClassification(
+        {task: named[task] for task in tasks},
+        {"input_size": [3, 8, 8]},
+        {task: str(hub.CLASSES / f"{task}.json") for task in tasks},
+        splits={"gtsrb": {"test": "contrast"}},
+    )
+    seeds = {"gtsrb": 2, "pcam": 2}  # of which of its splits the rows are
+    for task, loader in zip(tasks, found.test_dataloader(), strict=True):
+        _, labels = next(iter(loader))
+        count = len(hub.names_of(task))
+        assert labels.tolist() == [int(each) for each in hub.labels(count, seeds.get(task, 1))]
+        assert len(found.read(task, "train")) == hub.ROWS
 
 
 class TestRefused:
@@ -253,6 +276,6 @@ class TestAll:
         for seed, task in enumerate(tasks):
             made = hub.classifier(cache, f"own/{task}", "vit", len(tiny_clip.COLOURS), seed)
             shutil.copytree(made, tmp_path / "models/vit30" / task)
-            tiny_clip.images(tmp_path / "photos" / task, rows=1, seed=seed)
+            tiny_clip.images(tmp_path / "photos/vit30" / task, rows=1, seed=seed)
         rows = compared("vit_30tasks", "--codecs", FEW, tasks=tasks)
         assert float(rows["EMR-Merging"]["mean_score"]) == pytest.approx(0.8954)
