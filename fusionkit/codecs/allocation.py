@@ -168,7 +168,14 @@ class Spectra:
             plan = self.plan(bits)
             return plan.error <= error and bool(plan.nbytes.any())
 
-        least = _bisect(lambda bits: self._spent(bits).errors.sum() <= error, _LEAST, _GREATEST)
+        def low(bits: float) -> bool:
+            return bool(self._spent(bits).errors.sum() <= error)
+
+        # Not from below: of next to nothing the sketch is shrunk, and its error the delta itself.
+        loud, least = _GREATEST / 2, _GREATEST
+        while low(loud) and loud > _LEAST:
+            loud, least = loud / 2, loud
+        least = _bisect(low, loud, least)
         return least if quiet(least) else _bisect(quiet, least, _GREATEST)
 
     def _spent(self, bits: float) -> "_Spent":

@@ -168,6 +168,20 @@ def test_of_a_small_delta_it_is_said_what_the_mend_spends_on_it(tmp_path: Path) 
     assert 8 * nbytes / base["w"].numel() == pytest.approx(task_bits, rel=0.2)
 
 
+def test_what_is_quiet_left_out_whole_is_sketched_as_quietly() -> None:
+    """A vector that is worth its bits is not enough, though nothing else need be stored."""
+    base, tuned = family({"w": (300, 400), "v": (40,)}, scale=0.04)
+    tuned["t0"]["v"] = base["v"] + 25 * (tuned["t0"]["v"] - base["v"])
+    bundle = fusionkit.compress(base, tuned, Sketch(noise=0.04))
+    truth = tuned["t0"]["w"] - base["w"]
+    energy = base["w"].square().sum()
+    assert truth.square().sum() < 0.04 * energy
+    delta = bundle.delta("t0", "w")
+    assert delta is not None
+    assert 0.01 * energy < (delta - truth).square().sum() < 0.045 * energy
+    assert (delta * truth).sum() / truth.square().sum() == pytest.approx(1, abs=0.2)
+
+
 def test_a_budget_for_headers_alone_is_warned_of_and_the_mend_works() -> None:
     base, tuned = family(ALPHA)
     with pytest.warns(
