@@ -145,7 +145,7 @@ def write_weights(
     base, out = split_tensors(base, source.stacks), split_tensors(out, source.stacks)
     exact = set()
     for name, value in source.exact(task):
-        rounding.write(name, common(_place(out, task, name), value.shape), value)
+        rounding.write(name, common(_place(out, source, task, name), value.shape), value)
         exact.add(name)
     adapted = source.space.layout.by_target if source.space else {}
     copies: dict[str, list[str]] = {}
@@ -245,7 +245,7 @@ def _fold(
     start: dict[str, Tensor] = {}
     own: dict[str, Tensor] = {}
     for name in module.targets:
-        target = _place(out, task, name)
+        target = _place(out, source, task, name)
         if not own:
             start, own = _adapter(source, task, module, initial, target.device)
         weight = own_tensor(source, task, name, base[name].to(target.device))
@@ -265,7 +265,7 @@ def _adapter(
     return start, {name: own_tensor(source, task, name, value) for name, value in start.items()}
 
 
-def _place(out: Mapping[str, Tensor], task: str, name: str) -> Tensor:
+def _place(out: Mapping[str, Tensor], source: TaskSource, task: str, name: str) -> Tensor:
     """Where to write what may not be left out.
 
     Raises:
@@ -273,8 +273,8 @@ def _place(out: Mapping[str, Tensor], task: str, name: str) -> Tensor:
     """
     if name not in out:
         raise BundleError(
-            f"task '{task}' changes '{name}', which has no place in the model; build the model "
-            "with a tensor of that name (a buffer must be persistent), or put it into `ignore` if "
-            "no one needs it"
+            f"{source.label}: task '{task}' changes '{name}', which has no place in the model; "
+            "build the model with a tensor of that name (a buffer must be persistent), or put it "
+            "into `ignore` if no one needs it"
         )
     return out[name]
