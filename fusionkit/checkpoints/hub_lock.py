@@ -26,12 +26,12 @@ import yaml
 from msgspec import Meta, Struct, ValidationError, convert, field, to_builtins
 
 from fusionkit.checkpoints.hub_names import Repository
+from fusionkit.checkpoints.yaml_text import parsed_yaml
 from fusionkit.errors import HubError
 
 LOCK = "FUSIONKIT_LOCK"
 """The environment variable: the lock file in force."""
 VERSION = 1
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _HEAD = "# Written by `fusionkit fetch`: what the recipe reads of the Hub, to the byte.\n"
 
 _Hex40 = Annotated[str, Meta(pattern=r"^[0-9a-f]{40}$")]
@@ -128,7 +128,7 @@ def read_lock(path: Path) -> Lock:
         HubError: it can't be read, or is none.
     """
     try:
-        content: Any = yaml.load(path.read_bytes(), _LOADER)  # noqa: S506  # a safe one
+        content: Any = parsed_yaml(path.read_text(encoding="utf-8"), str(path))
         version = content.get("version") if isinstance(content, dict) else None
         if version != VERSION:
             raise HubError(
@@ -136,7 +136,7 @@ def read_lock(path: Path) -> Lock:
                 "upgrade FusionKit, or delete the file and write it anew with 'fusionkit fetch'"
             )
         return convert(content, Lock)
-    except (OSError, yaml.YAMLError, ValidationError, RecursionError) as error:
+    except (OSError, UnicodeError, yaml.YAMLError, ValidationError, RecursionError) as error:
         said = " ".join(str(error).split())
         raise HubError(
             f"{path}: can't be read as a lock file ({said}); restore it, or delete it and write it "

@@ -5,6 +5,8 @@ from typing import Any
 
 import yaml
 
+from fusionkit.checkpoints.yaml_text import parsed_yaml
+
 _DECIDE = (
     *("seed_everything", "trainer", "model", "data"),
     *("families", "merges", "scales", "lorahub", "search_batches"),
@@ -28,7 +30,7 @@ def same_recipe(earlier: Path, now: str) -> bool:
 
 
 def _decisive(text: str) -> dict[str, Any]:
-    recipe = yaml.safe_load(text)
+    recipe = parsed_yaml(text, "the recipe")
     return {key: _plain(recipe.get(key)) for key in _DECIDE} if isinstance(recipe, dict) else {}
 
 

@@ -16,6 +16,7 @@ from fusionkit.checkpoints import hub_download
 from fusionkit.checkpoints.hub_lock import Lock, Locked, lock_beside, read_lock
 from fusionkit.checkpoints.hub_names import Repository
 from fusionkit.checkpoints.hub_pins import fetch_line
+from fusionkit.checkpoints.yaml_text import parsed_yaml
 from fusionkit.cli import report
 from fusionkit.cli.hub_files import listing, locked_of
 from fusionkit.cli.hub_names_in import Names, Read, names_in
@@ -264,7 +265,7 @@ def _content(recipe: Path) -> dict[str, Any]:
     """A recipe's content as its file has it; the parser says what is wrong with it."""
     file = RecipeFile(str(recipe))
     try:
-        told = yaml.safe_load(file.text())
+        told = parsed_yaml(file.text(), file.path)
     except yaml.YAMLError:
         return {}
     content = file.written_out(told) if isinstance(told, dict) else {}

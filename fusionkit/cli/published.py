@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from fusionkit.checkpoints.paths import open_path
+from fusionkit.checkpoints.yaml_text import parsed_yaml
 from fusionkit.errors import FusionKitError, in_line, listing, meant
 
 if TYPE_CHECKING:
@@ -155,8 +156,8 @@ def read_published(path: str | Path) -> list[Published]:
     """
     file = open_path(path)
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        content = parsed_yaml(file.read_text(encoding="utf-8"), str(file))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise FusionKitError(f"{file}: not a readable YAML file ({error})") from error
     faults = _faults(content)
     if faults:

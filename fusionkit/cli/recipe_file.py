@@ -24,13 +24,12 @@ import yaml
 from jsonargparse import get_loader
 
 from fusionkit.checkpoints.paths import is_remote
+from fusionkit.checkpoints.yaml_text import refuse_endless
 from fusionkit.errors import FusionKitError, UsageError, meant
 
 _VARIABLE = re.compile(r"\$(\$?)\{([A-Za-z_]\w*)\}", re.ASCII)
 _WRITTEN = ("out", "bundle", "default_root_dir", "dirpath", "save_dir")
 _NO_PATH = ("class_path",)
-_LARGEST, _MOST = 4 << 20, 100_000
-"""Bytes of a recipe, and its values."""
 _PIECE = (".yaml", ".yml")
 """How a file ends that holds a piece of a recipe: the parser finds it from the recipe's folder."""
 _NO_PIECE = ("published",)
@@ -187,51 +186,6 @@ class RecipeFile:
             f"{self.path}: {key}: {text} is there twice, from the working directory and from the "
             f"recipe's folder ({beside}); write the one that is meant as an absolute path"
         )
-
-
-def refuse_endless(text: str, place: str) -> None:
-    """Refuse a recipe that is larger than any that is meant, its aliases written out.
-
-    A few lines of aliases of aliases are billions of values.
-
-    Args:
-        text: YAML; of what is none the parser says more.
-        place: what messages call it.
-
-    Raises:
-        UsageError: it is.
-    """
-    if len(text) > _LARGEST:
-        raise UsageError(f"{place}: has more than {_LARGEST >> 20} MiB, which no recipe has")
-    if "*" not in text or "&" not in text:
-        return
-    try:
-        root = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-        count = _values(root, {}) if root else 0
-    except yaml.YAMLError:
-        return
-    except RecursionError:
-        count = _MOST + 1
-    if count > _MOST:
-        raise UsageError(
-            f"{place}: is more than {_MOST:,} values once its aliases (`*name`) are written out; "
-            "write what is meant"
-        )
-
-
-def _values(node: yaml.Node, known: dict[int, int]) -> int:
-    """How many values a node is, each alias counted as what it stands for."""
-    found = known.get(id(node))
-    if found is not None:
-        return found
-    known[id(node)] = _MOST + 1  # of one that is within itself
-    inside: list[yaml.Node] = []
-    if isinstance(node, yaml.MappingNode):
-        inside = [each for pair in node.value for each in pair]
-    elif isinstance(node, yaml.SequenceNode):
-        inside = node.value
-    known[id(node)] = 1 + sum(_values(each, known) for each in inside)
-    return known[id(node)]
 
 
 def _each_text(value: Any, change: Callable[[str, str], str], key: str = "") -> Any:

@@ -13,7 +13,8 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from fusionkit import registry
 from fusionkit.checkpoints.paths import is_remote, open_path
-from fusionkit.cli.recipe_file import RecipeFile, refuse_endless
+from fusionkit.checkpoints.yaml_text import refuse_endless
+from fusionkit.cli.recipe_file import RecipeFile
 from fusionkit.cli.recipe_values import RecipeValues
 from fusionkit.cli.words import with_values
 from fusionkit.errors import UsageError, meant

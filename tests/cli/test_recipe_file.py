@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from program import PROGRAM, run
 from tiny_net import TASKS, TESTS, Files
 
 import fusionkit
-from fusionkit.cli.recipe_file import RecipeFile, refuse_endless
+from fusionkit.cli.recipe_file import RecipeFile
 from fusionkit.errors import FusionKitError, UsageError
 
 
@@ -121,19 +120,6 @@ def test_modules_of_both_folders_can_be_imported(recipe: Path, tmp_path: Path) -
         check=False,
     )
     assert done.returncode == 0, done.stderr
-
-
-def test_aliases_of_aliases_are_refused_at_once() -> None:
-    lines = ["a: &a [x, x, x, x, x, x, x, x, x]"]
-    for before, name in pairwise("abcdefghij"):
-        lines.append(f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]")
-    with pytest.raises(UsageError, match=r"r\.yaml: is more than 100,000 values once its aliases"):
-        refuse_endless("\n".join(lines), "r.yaml")
-    with pytest.raises(UsageError, match="more than 100,000 values"):
-        refuse_endless("a: &a [*a]", "r.yaml")
-    with pytest.raises(UsageError, match="more than 4 MiB"):
-        refuse_endless("#" * (5 << 20), "r.yaml")
-    refuse_endless("a: &a [1, 2]\nb: [*a, *a]", "r.yaml")
 
 
 class TestPieces:
