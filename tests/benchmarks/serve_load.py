@@ -59,7 +59,8 @@ def many_bundle(folder: Path, copies: int = 25) -> Bundle:
                 (folder / name / file).write_text((adapter / file).read_text())
             (folder / name / "config.json").write_text(json.dumps(config))
             paths[name] = str(folder / name)
-    return fusionkit.compress(str(folder / "base"), paths, SVD(16), folder / "many.bundle")
+    out, heads = folder / "many.bundle", ["classifier.*"]
+    return fusionkit.compress(str(folder / "base"), paths, SVD(16), out, private=heads)
 
 
 def asked(request: Any) -> tuple[str, dict[str, Any]]:
