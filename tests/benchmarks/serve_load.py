@@ -3,7 +3,7 @@
 A closed loop: 64 connections, each asking again as soon as it has its answer, of tasks at random,
 for a minute. The zoo's eight classifiers (`text`) and five language models (`lm`), as in
 `serve_engine.py`, and 200 classifiers (`many`): the zoo's LoRA adapters, each 25 times, perturbed.
-The bare model is the base, in batches of 32; it runs before, alone.
+The bare model is the base, in batches of 32; it runs after the server, alone.
 
 Every answer is checked against the task's own model by itself. The client is a few lines over
 asyncio's streams, as httpx takes as much of a core as the server; it shares the machine with the
@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.append(str(Path(__file__).parents[1]))
 import serve_engine as engine
@@ -168,15 +168,21 @@ def measured(kind: str, rank: int, seconds: float, memory: float) -> Iterator[st
         else:
             bundle = engine.text_bundle(folder, rank)
             requests = engine.text_requests(bundle)
-        if kind == "lm":
-            bare = engine.bare_lm(bundle, requests, min(seconds, 20), plain=True)
-        else:
-            bare = engine.bare_text(bundle, requests, min(seconds, 20))
         with Served(bundle.path, "--device", "cpu", "--dtype", "fp32") as server:
             asyncio.run(load(server.port, requests, 3))  # tasks are read
-            yield from _under_load(kind, bundle, server, requests, seconds, bare)
+            loaded = _under_load(kind, bundle, server, requests, seconds)
+            yield from loaded.lines
             if memory:
                 yield from _over_time(kind, server, requests, memory)
+        long = min(seconds, 20)
+        if kind == "lm":
+            bare = engine.bare_lm(bundle, requests, long, loaded.length, plain=True)
+        else:
+            bare = engine.bare_text(bundle, requests, long)
+        rate, what = loaded.rate, "tokens/s" if kind == "lm" else "rows/s"
+        yield f"{kind}: {rate:.0f} {what}; the bare model {bare:.0f}: {rate / bare:.0%}"
+        engine.check(bundle, loaded.answers)
+        yield f"{kind}: all {len(loaded.answers)} answers are their tasks' own"
 
 
 def _of_copies(bundle: Bundle) -> list[Any]:
@@ -199,9 +205,18 @@ class _Only:
         self.tasks = (task,)
 
 
+class _Loaded(NamedTuple):
+    """What came of a load: rows or tokens a second, tokens of an answer, and all answers."""
+
+    rate: float
+    length: int
+    lines: list[str]
+    answers: list[tuple[Any, Any]]
+
+
 def _under_load(
-    kind: str, bundle: Bundle, server: Served, requests: Sequence[Any], seconds: float, bare: float
-) -> Iterator[str]:
+    kind: str, bundle: Bundle, server: Served, requests: Sequence[Any], seconds: float
+) -> _Loaded:
     processes = Processes(server)
     before, start, own = processes.cpu(), time.perf_counter(), time.process_time()
     found, took = asyncio.run(load(server.port, requests, seconds))
@@ -209,18 +224,15 @@ def _under_load(
     after = processes.cpu()
     answers = [(request, answered(request, body)) for request, body in found]
     tokens = sum(answer.tokens for _, answer in answers if isinstance(answer, Piece))
-    rate = (tokens if kind == "lm" else len(found)) / spent
-    what = "tokens/s" if kind == "lm" else "rows/s"
     took.sort()
     share = ", ".join(f"{k} {(after[k] - before[k]) / spent:.0%}" for k in after)
-    yield (
+    lines = [
         f"{kind}: {len(bundle.tasks)} tasks, {len(found) / spent:.1f} requests/s, p50 "
-        f"{1000 * statistics.median(took):.0f} ms, p99 {1000 * took[int(0.99 * len(took))]:.0f} ms"
-    )
-    yield f"{kind}: {rate:.0f} {what}; the bare model {bare:.0f}: {rate / bare:.0%}"
-    yield f"{kind}: of a core: {share}; the client {own / spent:.0%}"
-    engine.check(bundle, answers)
-    yield f"{kind}: all {len(found)} answers are their tasks' own"
+        f"{1000 * statistics.median(took):.0f} ms, p99 {1000 * took[int(0.99 * len(took))]:.0f} ms",
+        f"{kind}: of a core: {share}; the client {own / spent:.0%}",
+    ]
+    rate = (tokens if kind == "lm" else len(found)) / spent
+    return _Loaded(rate, round(tokens / len(found)), lines, answers)
 
 
 def _over_time(kind: str, server: Served, requests: Sequence[Any], seconds: float) -> Iterator[str]:
