@@ -26,6 +26,7 @@ from fusionkit.reuse.mixed_batch import OPERAND_BYTES, MixedBatch
 from fusionkit.reuse.prompts import Messages
 from fusionkit.reuse.routing import Picked
 from fusionkit.serving.classification import Classification
+from fusionkit.serving.free_memory import FreeMemory
 from fusionkit.serving.generation import Generation
 from fusionkit.serving.inputs import inputs_of
 from fusionkit.serving.model import Kind, kind_of, served_model
@@ -299,6 +300,7 @@ class Engine:
         self._end(lambda row: row.task.name == task, lambda _: _gone(task))
 
     def _run(self) -> None:
+        memory = FreeMemory()
         while self._wait():
             with self._changed:
                 orders, self._orders = self._orders, []
@@ -315,6 +317,7 @@ class Engine:
                 chosen = {*rows}
                 self._waiting = [row for row in self._waiting if row not in chosen]
             self._turn(rows)
+            memory.give_back()
         self._end(lambda _: True, lambda _: StoppedError(_STOPPED))
         for _, future in self._orders:
             future.set_exception(StoppedError(_STOPPED))
