@@ -22,12 +22,12 @@ import sys
 import tempfile
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from faults.campaign import Ended, campaign
 from faults.lying_parts import same
 from faults.sealed import CODECS, made, weights
 from manifests import edit, replace_payload
@@ -277,8 +277,6 @@ def results(start: Path, here: Path) -> dict[str, Any]:
 
 def main(trials: int, seed: int) -> int:
     """All of them, and a table; how many faults there were."""
-    draw, begun = random.Random(seed), time.perf_counter()
-    table: dict[str, Counter[str]] = {name: Counter() for name in MUTATIONS}
     with tempfile.TemporaryDirectory() as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         folder = Path(temporary)
@@ -287,19 +285,13 @@ def main(trials: int, seed: int) -> int:
         }
         # Whose first call imports and compiles, too.
         wanted = {name: results(start, folder / "copy") for name, start in sound.items()}
-        for number in range(trials):
+
+        def one(draw: random.Random, own: random.Random) -> Ended:
             name, mutation = draw.choice(list(CODECS)), draw.choice(list(MUTATIONS))
-            own = random.Random(f"{seed} {number}")
             end, what = trial(sound[name], folder / "spoiled", mutation, own, wanted[name])
-            table[mutation][end] += 1
-            if what:
-                print(f"  {number}, {name}, {mutation}: {what[:400]}", flush=True)
-    whole: Counter[str] = sum(table.values(), Counter())
-    for mutation, found in {**table, "together": whole}.items():
-        columns = [f"{end} {found[end]:6}" for end in ("refused", "right", "fault")]
-        print(f"{mutation:18} {found.total():6} trials: {', '.join(columns)}")
-    print(f"{time.perf_counter() - begun:.0f} s, seed {seed}", flush=True)
-    return whole["fault"]
+            return Ended(mutation, end, f"{name}, {mutation}", what)
+
+        return campaign(trials, seed, MUTATIONS, ("refused", "right", "fault"), one)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from typing import Any
 import numpy as np
 import peft
 import torch
+from faults.campaign import Ended, campaign
 from faults.mutations import SLOW, places, spoil
 from manifests import edit
 from quantized_files import bnb_nf4, packed
@@ -261,27 +261,19 @@ def trial(kind: str, start: Path, folder: Path, draw: random.Random) -> tuple[st
 
 def main(trials: int, seed: int) -> int:
     """All of them, and a table; how many faults there were."""
-    draw, begun = random.Random(seed), time.perf_counter()
-    table: dict[str, Counter[str]] = {kind: Counter() for kind in CHANGES}
     with tempfile.TemporaryDirectory() as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         folder = Path(temporary)
         sound = made(folder)
         for kind, start in sound.items():  # whose first reading imports
             read(kind, Path(shutil.copytree(start, folder / "first" / kind)), folder)
-        for number in range(trials):
+
+        def one(draw: random.Random, own: random.Random) -> Ended:
             kind = draw.choice(list(CHANGES))
-            own = random.Random(f"{seed} {number}")
             end, what = trial(kind, sound[kind], folder, own)
-            table[kind][end] += 1
-            if what:
-                print(f"  {number}, {kind}: {what[:400]}", flush=True)
-    whole: Counter[str] = sum(table.values(), Counter())
-    for kind, found in {**table, "together": whole}.items():
-        columns = [f"{end} {found[end]:6}" for end in ("refused", "read", "fault")]
-        print(f"{kind:12} {found.total():6} trials: {', '.join(columns)}")
-    print(f"{time.perf_counter() - begun:.0f} s, seed {seed}", flush=True)
-    return whole["fault"]
+            return Ended(kind, end, kind, what)
+
+        return campaign(trials, seed, CHANGES, ("refused", "read", "fault"), one)
 
 
 if __name__ == "__main__":
