@@ -7,9 +7,9 @@ and says in `refs` which commit a branch was at. What is there whole needs no ne
 import re
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
 
-from fusionkit.checkpoints.hub_names import of_url
+from fusionkit.checkpoints.hub_download import reference_of, snapshot
+from fusionkit.checkpoints.hub_names import Repository, of_url
 from fusionkit.checkpoints.hub_pins import fetch_line, pinning
 from fusionkit.checkpoints.json_text import read_json
 
@@ -31,7 +31,7 @@ def in_hub_cache(url: str) -> Path | None:
     if named is None or named[0].kind != "model":
         return None
     repository, inside = named
-    folder = snapshot(repository.name, repository.revision)
+    folder = newest(repository)
     if folder is None:
         return None
     if inside:
@@ -64,24 +64,17 @@ def lacking_on_hub(url: str) -> str | None:
     )
 
 
-def snapshot(
-    name: str, revision: str = "", kind: Literal["model", "dataset"] = "model"
-) -> Path | None:
-    """The folder of a repository's commit in the cache; None where there is none.
+def newest(name: Repository) -> Path | None:
+    """The folder of a repository's commit in the cache, by the name's revision, `main` by default.
 
-    Args:
-        name: `OWNER/NAME`.
-        revision: a commit, branch or tag; by default `main`.
-        kind: of the repository.
+    Returns:
+        None where there is none.
     """
     if find_spec("huggingface_hub") is None:
         return None
-    from huggingface_hub import constants
-
-    repository = Path(constants.HF_HUB_CACHE) / f"{kind}s--{name.replace('/', '--')}"
-    reference = repository / "refs" / (revision or "main")
-    commit = reference.read_text().strip() if reference.is_file() else revision
-    folder = repository / "snapshots" / commit if commit else None
+    reference = reference_of(name)
+    commit = reference.read_text().strip() if reference.is_file() else name.revision
+    folder = snapshot(name, commit) if commit else None
     return folder if folder and folder.is_dir() else None
 
 
@@ -91,7 +84,7 @@ def dataset_in_hub_cache(name: str) -> Path | None:
     Args:
         name: `OWNER/NAME`.
     """
-    folder = snapshot(name, kind="dataset")
+    folder = newest(Repository(name, "dataset"))
     if folder is None:
         return None
     files = [each for each in folder.rglob("*") if each.is_file()]

@@ -22,6 +22,11 @@ def snapshot(name: Repository, commit: str) -> Path:
     return _storage(name) / "snapshots" / commit
 
 
+def reference_of(name: Repository) -> Path:
+    """The file in the cache that says which commit a name's branch or tag was at."""
+    return _storage(name) / "refs" / (name.revision or "main")
+
+
 def cache_folder() -> Path:
     """Hugging Face's cache."""
     hub = of_extra("huggingface_hub", "text", "the Hugging Face Hub")
@@ -109,7 +114,7 @@ def download(
 
 def point_at(name: Repository, commit: str) -> None:
     """Have whoever asks the cache for the repository by name, without a network, get a commit."""
-    ref = _storage(name) / "refs" / (name.revision or "main")
+    ref = reference_of(name)
     ref.parent.mkdir(parents=True, exist_ok=True)
     ref.write_text(commit)
 
