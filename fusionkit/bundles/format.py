@@ -29,11 +29,11 @@ from fusionkit.checkpoints.path_text import one_form
 from fusionkit.errors import BundleError
 
 FORMAT = "fusionkit-bundle"
-VERSIONS = (1, 2, 3, 4, 5, 6)
-"""What can be read; 6 is written where a file's small parts are packed; 5 where a task added rows
-to the vocabulary; 4 where stacks of experts are split into their matrices, or a user's `rename` or
-`ignore` applies; 3 where tasks were calibrated; 2 where adapters are what is compressed; 1
-otherwise."""
+VERSIONS = (1, 2, 3, 4, 5, 6, 7)
+"""What can be read; 7 is written where a file's small parts are packed, as 6 was before sketches
+had trellises; 5 where a task added rows to the vocabulary; 4 where stacks of experts are split into
+their matrices, or a user's `rename` or `ignore` applies; 3 where tasks were calibrated; 2 where
+adapters are what is compressed; 1 otherwise."""
 
 MANIFEST = "manifest.json"
 SHARED = "shared.safetensors"

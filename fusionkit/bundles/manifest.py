@@ -293,7 +293,7 @@ class Manifest(_Record, frozen=True):
         """The oldest that can say what is in it."""
         files = [self.shared, *(record.file for record in self.tasks.values())]
         if any(file and file.packed for file in files):
-            return 6
+            return 7
         if any(record.added for record in self.tasks.values()):
             return 5
         if self.base.stacks or self.base.rename or self.base.ignore:

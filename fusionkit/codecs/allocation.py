@@ -3,7 +3,7 @@
 One number, B, says all: the sketch's bits per parameter. A task's share of it is its delta's
 energy to the power ⅓, times 1 + ν / 0.3, where the noise ν = E / (B_t W) is about its error's
 energy over the base's: where noise is felt, the largest deltas are the first to fail. The price of
-a bit follows, θ = 0.2 E / (B N): as many directions are kept as are worth it, and what is left of
+a bit follows, θ = 0.3 E / (B N): as many directions are kept as are worth it, and what is left of
 the matrices shares the sketch's bits by its deviation, times the root of how much it is felt where
 that is known: so its error is felt least. B is found so that all together, headers included, fits
 into the budget. Every tensor is given so many bytes, which its codes keep to by themselves: what is
@@ -24,11 +24,11 @@ from numpy.typing import NDArray
 
 from fusionkit.codecs.overhead import PACKED_ENTRY, SMALL
 from fusionkit.codecs.quantized_factors import Doubles, cost, least_kept, rate
-from fusionkit.codecs.sign_sketch import MOST, noise
+from fusionkit.codecs.rounded_sketch import MOST, noise
 
 Share = Literal["energy", "equal"]
 
-_PRICE = 0.2
+_PRICE = 0.3
 """θ B N / E."""
 _FELT = 0.3
 """Noise over the base's energy at which a task gets twice its share."""

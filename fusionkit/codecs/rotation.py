@@ -31,12 +31,6 @@ A rank-1 matrix stays one, whatever is done on its sides: its entries become pro
 Gaussian numbers. All other matrices come as near to Gaussian as their spectrum is flat.
 """
 
-import os
-import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
-from functools import cache
-from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -46,14 +40,10 @@ from torch import Tensor
 
 from fusionkit.checkpoints.adapters.lowrank import LowRank
 from fusionkit.codecs.rotation_sides import Side, side_of
+from fusionkit.codecs.threads import CACHED, over, panels, scratch
 
 if TYPE_CHECKING:
     from fusionkit.codecs.rotation_kernels import Addend
-
-_SHARE = 1 << 18
-"""Entries that are worth a thread."""
-_CACHED = 1 << 20
-"""Entries that stay in the second-level cache, or nearly."""
 
 
 def rotate(
@@ -89,9 +79,9 @@ def rotate(
     """
     if matrix.ndim != 2 or matrix.dtype != torch.float32:
         raise ValueError(f"expected a float32 matrix, got {matrix.dtype} {tuple(matrix.shape)}")
-    source, target = matrix.detach(), _target(matrix.shape, matrix.device, out)
+    source, target = matrix.detach(), target_of(matrix.shape, matrix.device, out)
     left, right = _sides(matrix.shape, seed, inverse, place)
-    added = _Added.of(target, product, base)
+    added = Added.of(target, product, base)
     if not target.numel():
         return target
     if target.device.type != "cpu":
@@ -102,10 +92,10 @@ def rotate(
     width = kernels.width(target.shape[1])
 
     def columns(begin: int, end: int) -> None:
-        work = _work(len(left.order) * width)
+        work = panels(len(left.order) * width)
         kernels.rotate_columns(flat, between, work, left.steps(), begin, end)
 
-    _over(target.shape[1], width, target.numel(), columns)
+    over(target.shape[1], width, target.numel(), columns)
     _rotate_rows(between, target, right, added)
     return target
 
@@ -142,10 +132,10 @@ def rotate_sparse(
         ValueError: the positions are not increasing, or not within the shape; there are not as
             many values; what is added, `out` or the seed is not what it should be.
     """
-    target = _target(torch.Size(shape), positions.device, out)
+    target = target_of(torch.Size(shape), positions.device, out)
     left, right = _sides(target.shape, seed, True, place)
     _check_positions(positions, values, target.numel())
-    added = _Added.of(target, product, base)
+    added = Added.of(target, product, base)
     if not target.numel():
         return target
     if target.device.type != "cpu":
@@ -159,15 +149,15 @@ def rotate_sparse(
     by_panel = kernels.panels(places, numbers, n, width)
 
     def columns(begin: int, end: int) -> None:
-        work = _work(m * width)
+        work = panels(m * width)
         kernels.rotate_sparse_columns(by_panel, between, work, left.steps(), begin, end)
 
-    _over(n, width, target.numel(), columns)
+    over(n, width, target.numel(), columns)
     _rotate_rows(between, target, right, added)
     return target
 
 
-class _Added(NamedTuple):
+class Added(NamedTuple):
     """What is added to a rotated matrix: `left @ right`, and a base."""
 
     left: Tensor
@@ -175,7 +165,12 @@ class _Added(NamedTuple):
     base: Tensor | None
 
     @classmethod
-    def of(cls, target: Tensor, product: LowRank | None, base: Tensor | None) -> "_Added":
+    def of(cls, target: Tensor, product: LowRank | None, base: Tensor | None) -> "Added":
+        """What is given, checked to fit a target.
+
+        Raises:
+            ValueError: it doesn't.
+        """
         m, n = target.shape
         left, right = product or LowRank(target.new_empty(m, 0), target.new_empty(n, 0))
         rank = left.shape[-1]
@@ -199,42 +194,16 @@ class _Added(NamedTuple):
         return target.copy_(delta if self.base is None else self.base + delta)
 
 
-def _rotate_rows(between: NDArray[np.float32], matrix: Tensor, side: Side, added: _Added) -> None:
+def _rotate_rows(between: NDArray[np.float32], matrix: Tensor, side: Side, added: Added) -> None:
     from fusionkit.codecs import rotation_kernels as kernels
 
     flat, addend, height = _flat(matrix), added.flat(matrix), kernels.HEIGHT
 
     def rows(begin: int, end: int) -> None:
-        work = _work(len(side.order) * height)
+        work = panels(len(side.order) * height)
         kernels.rotate_rows(between, flat, work, side.steps(), addend, begin, end)
 
-    _over(matrix.shape[0], height, matrix.numel(), rows)
-
-
-def _over(count: int, unit: int, entries: int, run: Callable[[int, int], None]) -> None:
-    """Run over `count` rows or columns, split among threads at multiples of `unit`."""
-    units = -(-count // unit)
-    threads = max(min(torch.get_num_threads(), units, entries // _SHARE), 1)
-    bounds = [min(units * i // threads * unit, count) for i in range(threads + 1)]
-    parts = [_pool(threads).submit(run, *part) for part in list(pairwise(bounds))[1:]]
-    try:
-        run(*bounds[:2])
-    finally:
-        wait(parts)
-    for part in parts:
-        part.result()
-
-
-_own = threading.local()
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, "fusionkit")
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # threads are not forked
+    over(matrix.shape[0], height, matrix.numel(), rows)
 
 
 def _flat(matrix: Tensor) -> NDArray[np.float32]:
@@ -246,28 +215,17 @@ def _between(target: Tensor) -> NDArray[np.float32]:
 
     Columns are written a line of the cache at a time, which is slow in memory that is not there.
     """
-    if target.numel() > _CACHED:
+    if target.numel() > CACHED:
         return _flat(target)
-    kept: Tensor | None = getattr(_own, "between", None)
-    if kept is None or kept.numel() < target.numel():
-        kept = _own.between = torch.empty(target.numel())
-    return kept[: target.numel()].numpy()
+    return scratch("between", target.numel())
 
 
-def _work(floats: int) -> NDArray[np.float32]:
-    """Two panels, the thread's own from call to call, as memory that is new costs more than work.
+def target_of(shape: torch.Size, device: torch.device, out: Tensor | None) -> Tensor:
+    """What a matrix is written to: `out`, or a new tensor.
 
-    PyTorch's memory begins at a line of the cache, NumPy's need not.
+    Raises:
+        ValueError: `out` is not contiguous float32 of this shape, on this device.
     """
-    kept: Tensor | None = getattr(_own, "work", None)
-    if kept is None or kept.numel() < 2 * floats:
-        kept = torch.empty(2 * floats)
-        if kept.numel() <= _CACHED:
-            _own.work = kept
-    return kept[: 2 * floats].view(2, floats).numpy()
-
-
-def _target(shape: torch.Size, device: torch.device, out: Tensor | None) -> Tensor:
     if len(shape) != 2 or min(shape) < 0:
         raise ValueError(f"expected the shape of a matrix, got {tuple(shape)}")
     if out is None:
@@ -324,11 +282,11 @@ def _turned(vectors: Tensor, side: Side) -> Tensor:
             if window:
                 now.mul_(factors[2 * half + 1])
             part = now[:, start : start + side.power]
-            part.copy_(_hadamard(part))
+            part.copy_(hadamard(part))
     return now.mul_(factors[4])
 
 
-def _hadamard(vectors: Tensor) -> Tensor:
+def hadamard(vectors: Tensor) -> Tensor:
     """Each `(p,)` of `(outer, p, inner)` times the matrix of ±1."""
     shape, stride = vectors.shape, 1
     while stride < shape[1]:

@@ -53,7 +53,7 @@ def width(columns: int) -> int:
 
 
 @register_jitable
-def _check(steps: Steps, work: Floats, begin: int, end: int, vectors: int, lanes: int) -> None:
+def check(steps: Steps, work: Floats, begin: int, end: int, vectors: int, lanes: int) -> None:
     """Refuse steps that are of other sizes than each other, and vectors beyond the last."""
     windows, power, order, factors = steps
     size = len(order)
@@ -137,7 +137,7 @@ def _hadamard(
 
 
 @register_jitable
-def _half(panel: Floats, windows: Counts, power: int, factors: Floats, width: int) -> None:
+def half(panel: Floats, windows: Counts, power: int, factors: Floats, width: int) -> None:
     """A transform of the first window; if there is another, of that, times factors."""
     _hadamard(panel, windows[0], power, factors, False, width)
     if windows[0] != windows[1]:
@@ -148,12 +148,12 @@ def _half(panel: Floats, windows: Counts, power: int, factors: Floats, width: in
 def _rotate(panel: Floats, other: Floats, steps: Steps, width: int) -> None:
     """All but the first and the last factors, from `panel` (which is used up) to `other`."""
     windows, power, order, factors = steps
-    _half(panel, windows, power, factors[1], width)
+    half(panel, windows, power, factors[1], width)
     for i in range(len(order)):
         at = order[i] * width
         for lane in range(0, width, LANES):
             scaled(other, i * width + lane, panel, at + lane, factors[2, i])
-    _half(other, windows, power, factors[3], width)
+    half(other, windows, power, factors[3], width)
 
 
 @register_jitable
@@ -172,7 +172,7 @@ def _write_columns(
 
 
 @register_jitable
-def _write_rows(
+def write_rows(
     panel: Floats, matrix: Floats, factors: Floats, added: Addend, row: int, rows: int
 ) -> None:
     """The first `rows` of a panel's 16 vectors, times factors, and what is added, as rows."""
@@ -212,7 +212,7 @@ def rotate_columns(
     (_, _, order, factors), (panel, other) = steps, work
     rows = len(order)
     size, width = len(source) // rows, len(panel) // rows
-    _check(steps, work, begin, end, size, LANES)
+    check(steps, work, begin, end, size, LANES)
     if len(target) != len(source) or len(source) != rows * size or width % LANES:
         raise ValueError("a matrix of another size than its side")
     for column in range(begin, end, width):
@@ -239,7 +239,7 @@ def rotate_sparse_columns(
     starts, places, values = entries
     width = len(panel) // len(order)
     size = len(target) // len(order)
-    _check(steps, work, begin, end, size, LANES)
+    check(steps, work, begin, end, size, LANES)
     if len(target) != len(order) * size or width % LANES or len(places) != len(values):
         raise ValueError("a matrix of another size than its side")
     if len(starts) < (size + width - 1) // width + 1 or starts.max() > len(places):
@@ -311,7 +311,7 @@ def rotate_rows(
     (_, _, order, factors), (panel, other) = steps, work
     size = len(order)
     vectors = len(source) // size
-    _check(steps, work, begin, end, vectors, LANES)
+    check(steps, work, begin, end, vectors, LANES)
     left, right, rank, base = added
     if len(target) != len(source) or len(source) != vectors * size:
         raise ValueError("a matrix of another size than its side")
@@ -330,4 +330,4 @@ def rotate_rows(
                 panel[i * LANES + lane] = source[start + lane * size + i] * factors[0, i]
             panel[i * LANES + rows : (i + 1) * LANES] = 0
         _rotate(panel, other, steps, LANES)
-        _write_rows(other, target, factors[4], added, row, rows)
+        write_rows(other, target, factors[4], added, row, rows)

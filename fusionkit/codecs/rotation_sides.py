@@ -80,6 +80,25 @@ def _steps(seed: int, side: int, size: int, inverse: bool) -> Side:
     return Side(np.array(windows), power, order, factors)
 
 
+@lru_cache(maxsize=32)
+def mixing_of(seed: int, size: int) -> Side:
+    """The inverse of `P W(s₁, s₂)`, of the columns' side, as the last steps of a side.
+
+    From `order` and `factors[2]` on; these have the norm of H₁₆, too. See `mixing`.
+    """
+    order, (s1, s2, _, _) = draw(seed, 1, size)
+    power = 1 << max(size.bit_length() - 1, 0)
+    start = max(size - power, 0)
+    one, first, last, outside = np.ones((4, size), np.float32)
+    first[:power] = last[start:] = power**-0.5
+    back = np.empty_like(order)
+    back[order] = np.arange(size)
+    if start:
+        outside[power:] = s2[power:]
+    factors = np.stack([one, one, last / 4, s2 * first * outside, s1 * outside])
+    return Side(np.array([start, 0]), power, back, factors)
+
+
 def draw(seed: int, side: int, size: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """The permutation and the four vectors of signs: see `rotation`.
 
@@ -91,7 +110,7 @@ def draw(seed: int, side: int, size: int) -> tuple[NDArray[np.int64], NDArray[np
     Returns:
         `order`, int64 `(n,)`, and float32 `(4, n)` of 1 and −1.
     """
-    words = _mix(_key(seed, side, size) + np.arange(size, dtype=np.uint64) * _GAMMA)
+    words = drawn(_key(seed, side, size), size)
     bits = words >> np.arange(4, dtype=np.uint64)[:, None] & np.uint64(1)
     return np.argsort(words, kind="stable"), 1 - 2 * bits.astype(np.float32)
 
@@ -100,9 +119,14 @@ def draw(seed: int, side: int, size: int) -> tuple[NDArray[np.int64], NDArray[np
 def flips(seed: int, side: int, size: int, place: int) -> NDArray[np.float32]:
     """D's diagonal, of 1 and −1, of a matrix's place: float32 `(n,)`; see `rotation`."""
     key = _mix(_key(seed, side, size)) ^ np.uint64(place)
-    words = _mix(_mix(key) + np.arange(-(-size // 64), dtype=np.uint64) * _GAMMA)
+    words = drawn(_mix(key), -(-size // 64))
     bits = np.unpackbits(words.astype("<u8").view(np.uint8), bitorder="little")[:size]
     return 1 - 2 * bits.astype(np.float32)
+
+
+def drawn(key: Words, count: int) -> Words:
+    """The first words of SplitMix64 from a state on: uint64 `(count,)`."""
+    return _mix(key + np.arange(count, dtype=np.uint64) * _GAMMA)
 
 
 def _key(seed: int, side: int, size: int) -> Words:

@@ -14,6 +14,8 @@ from numba.extending import intrinsic
 
 LANES = 16
 """Floats that are worked on at once."""
+LINES = 8
+"""Times that, of a row that is written."""
 
 _VECTOR = ir.VectorType(ir.FloatType(), LANES)
 _INT = types.intp
@@ -115,6 +117,41 @@ def scaled(context: Any, target: Any, to: Any, source: Any, at: Any, factor: Any
 
 
 @_intrinsic
+def mixed(context: Any, target: Any, to: Any, source: Any, at: Any, factor: Any) -> Any:
+    """The same, after a Hadamard transform of the 16."""
+
+    def build(context: Any, builder: Any, signature: Any, given: Any) -> _Value:
+        target, to, source, at, factor = given
+        run = _Run(context, builder, signature.args[2], source).load(at)
+        none = ir.Constant(_VECTOR, ir.Undefined)
+        for half in (8, 4, 2, 1):
+            signs = ir.Constant(_VECTOR, [-1.0 if i & half else 1.0 for i in range(LANES)])
+            other = builder.shuffle_vector(run, none, _lanes([i ^ half for i in range(LANES)]))
+            run = _multiply_add(builder, run, signs, other)
+        done = builder.fmul(run, spread(builder, factor))
+        _Run(context, builder, signature.args[0], target).store(done, to)
+        return context.get_dummy_value()
+
+    return types.void(target, _INT, source, _INT, types.float32), build
+
+
+@_intrinsic
+def ask_to_read(context: Any, array: Any, at: Any) -> Any:
+    """Ask for a line of memory that is to be read soon."""
+
+    def build(context: Any, builder: Any, signature: Any, given: Any) -> _Value:
+        data = context.make_array(signature.args[0])(context, builder, given[0]).data
+        pointer, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [pointer, flag, flag, flag])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+        place = builder.bitcast(builder.gep(data, [given[1]]), pointer)
+        builder.call(function, [place, *(ir.Constant(flag, value) for value in (0, 3, 1))])
+        return context.get_dummy_value()
+
+    return types.void(array, _INT), build
+
+
+@_intrinsic
 def from_rows(
     context: Any, panel: Any, to: Any, matrix: Any, at: Any, size: Any, factors: Any, first: Any
 ) -> Any:
@@ -191,6 +228,73 @@ def _to_rows(onto: bool) -> Callable[..., None]:
 
 
 to_rows, to_rows_onto = _to_rows(False), _to_rows(True)
+
+
+def _to_line(onto: bool, count: int) -> Callable[..., None]:
+    """Runs of 16 floats of a row: `run * factors + left @ right`, plus (`onto`) a base's, last.
+
+    The runs of the panel are `apart`; `left` is of the row, from `row` on, `right` `(rank, size)`,
+    flat, from column `first` on.
+    """
+
+    @_intrinsic
+    def to_line(
+        context: Any,
+        matrix: Any,
+        to: Any,
+        size: Any,
+        panel: Any,
+        at: Any,
+        apart: Any,
+        factors: Any,
+        first: Any,
+        left: Any,
+        row: Any,
+        right: Any,
+        rank: Any,
+        base: Any,
+    ) -> Any:
+        def build(context: Any, builder: Any, signature: Any, given: Any) -> _Value:
+            matrix, to, size, panel, at, apart, factors, first, left, row, right, rank, base = given
+            kinds = signature.args
+            source = _Run(context, builder, kinds[3], panel)
+            factor = _Run(context, builder, kinds[6], factors)
+            sums = []
+            for place, column in zip(
+                _places(builder, at, apart, count),
+                _places(builder, first, _INT_LANES, count),
+                strict=True,
+            ):
+                sums.append(cgutils.alloca_once(builder, _VECTOR))
+                scaled_run = builder.fmul(source.load(place), factor.load(column))
+                builder.store(scaled_run, sums[-1])
+            lefts = _Run(context, builder, kinds[8], left)
+            rights = _Run(context, builder, kinds[10], right)
+            with cgutils.for_range(builder, rank) as loop:
+                by = lefts.spread(builder.add(row, loop.index))
+                start = builder.add(builder.mul(loop.index, size), first)
+                for kept, column in zip(
+                    sums, _places(builder, start, _INT_LANES, count), strict=True
+                ):
+                    more = _multiply_add(builder, by, rights.load(column), builder.load(kept))
+                    builder.store(more, kept)
+            target = _Run(context, builder, kinds[0], matrix)
+            begin = _Run(context, builder, kinds[12], base)
+            for kept, place in zip(sums, _places(builder, to, _INT_LANES, count), strict=True):
+                done = builder.load(kept)
+                target.store(builder.fadd(begin.load(place), done) if onto else done, place)
+            return context.get_dummy_value()
+
+        given = (
+            matrix, _INT, _INT, panel, _INT, _INT, factors, _INT, left, _INT, right, _INT, base
+        )  # fmt: skip
+        return types.void(*given), build
+
+    return to_line
+
+
+to_line, to_line_onto = _to_line(False, 1), _to_line(True, 1)
+to_lines, to_lines_onto = _to_line(False, LINES), _to_line(True, LINES)
 
 _INT_LANES = ir.Constant(ir.IntType(64), LANES)
 

@@ -4,15 +4,16 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fusionkit.checkpoints.adapters.lowrank import LowRank
-from fusionkit.codecs import sketch_codes
+from fusionkit.codecs import mixing, sketch_codes
 from fusionkit.codecs.allocation import Share
 from fusionkit.codecs.base import WHOLE_MODEL, DeltaCodec, Encoded, Encoder, Parts, SharedParts
+from fusionkit.codecs.kept import Kept
 from fusionkit.codecs.layout import Layout, PartSpec
 from fusionkit.codecs.operands import Operand
 from fusionkit.codecs.rotation import rotate, rotate_sparse
@@ -26,6 +27,8 @@ from fusionkit.task_vectors.family import Family
 from fusionkit.task_vectors.vectors import TaskVectors
 
 _CODES, _GAINS = "codes", "gains"
+_SMALL = 1 << 14
+"""Bytes of codes that are kept, once they are read, at most."""
 
 
 @dataclass(frozen=True)
@@ -151,34 +154,35 @@ class Sketch(DeltaCodec):
 
     def decode(self, parts: Parts, shape: torch.Size) -> Tensor:
         """The directions' product and the sketch rotated back; differentiable in the gains."""
-        codes, device = _read(parts, shape)
-        gains = _gains(parts, codes)
+        read, device = _Read.of(parts, shape), parts[_CODES].device
+        gains = _gains(parts, read.codes)
         if not gains.requires_grad:
-            return self._sum(codes, gains, shape, device)
+            return self._sum(read, gains, shape, device)
         of_factors, of_sketch = gains.to(torch.float32)
         whole = torch.zeros(shape, device=device)
-        if codes.factors is not None:
-            left, right = codes.factors.to(device).product(of_factors)
-            whole = whole + (left @ right.mT).view(shape)
-        if codes.sketch is not None:
-            only = codes._replace(factors=None)
+        if read.product is not None:
+            left, right = read.product
+            whole = whole + (left * of_factors @ right.mT).view(shape)
+        if read.codes.form != sketch_codes.NOTHING:
+            only = read._replace(product=None)
             whole = whole + self._sum(only, torch.ones(2), shape, device) * of_sketch
         return whole
 
     def added(self, parts: Parts, base: Tensor, out: Tensor | None = None) -> Tensor:
         """Base plus delta, with no pass over memory for either sum."""
-        codes, device = _read(parts, base.shape)
-        gains, start = _gains(parts, codes), base.to(torch.float32)
+        read, device = _Read.of(parts, base.shape), parts[_CODES].device
+        gains, start = _gains(parts, read.codes), base.to(torch.float32)
         if out is None or out.is_contiguous():
-            return self._sum(codes, gains, base.shape, device, start, out)
-        return out.copy_(self._sum(codes, gains, base.shape, device, start))
+            return self._sum(read, gains, base.shape, device, start, out)
+        return out.copy_(self._sum(read, gains, base.shape, device, start))
 
     def factors(self, parts: Parts, shape: torch.Size) -> LowRank | None:
         """The directions, where there is no sketch beside them."""
-        codes, device = _read(parts, shape)
-        if codes.form != sketch_codes.NOTHING or codes.factors is None:
+        read = _Read.of(parts, shape)
+        if read.codes.form != sketch_codes.NOTHING or read.product is None:
             return None
-        return codes.factors.to(device).product(parts[_GAINS][codes.place, 0].to(torch.float32))
+        left, right = read.product
+        return LowRank(left * parts[_GAINS][read.codes.place, 0].to(torch.float32), right)
 
     def operand(self, parts: Parts, shape: torch.Size) -> Operand | None:
         """The directions, where there never is a sketch; what is rotated has to be decoded."""
@@ -186,7 +190,7 @@ class Sketch(DeltaCodec):
 
     def _sum(
         self,
-        codes: Codes,
+        read: "_Read",
         gains: Tensor,
         shape: torch.Size,
         device: torch.device,
@@ -195,15 +199,20 @@ class Sketch(DeltaCodec):
     ) -> Tensor:
         """Directions, sketch and base: float32 `(*shape)`, in `out` if there is one."""
         of_factors, of_sketch = gains.tolist()
-        matrix = sides(shape)
-        product = codes.factors.to(device).product(of_factors) if codes.factors else None
+        matrix, codes, product = sides(shape), read.codes, read.times(of_factors)
         start = None if base is None else base.reshape(matrix)
         target = torch.empty(matrix, device=device) if out is None else out.view(matrix)
+        seed, place, scale = self._rotation, codes.place, codes.scale * of_sketch
+        if codes.mixed is not None:
+            coded = codes.mixed._replace(stream=codes.mixed.stream.to(device))
+            mixing.rebuild(
+                coded, matrix, seed, scale, place=place, product=product, base=start, out=target
+            )
+            return target.view(shape)
         if codes.sketch is None or codes.form == sketch_codes.PLAIN:
             _plain(codes, product, start, target)
             return target.view(shape)
-        symbols, scale = codes.sketch.to(device), codes.scale * of_sketch
-        seed, place = self._rotation, codes.place
+        symbols = codes.sketch.to(device)
         if codes.positions is not None:
             at = codes.positions.to(device)
             rotate_sparse(
@@ -228,9 +237,45 @@ class Sketch(DeltaCodec):
         return self.seed % 2**64
 
 
-def _read(parts: Parts, shape: torch.Size) -> tuple[Codes, torch.device]:
-    stored = parts[_CODES]
-    return sketch_codes.read(stored.cpu(), *sides(shape)), stored.device
+class _Read(NamedTuple):
+    """A tensor's codes, and its directions' product at a gain of 1."""
+
+    codes: Codes
+    product: LowRank | None
+
+    @classmethod
+    def of(cls, parts: Parts, shape: torch.Size) -> "_Read":
+        """As stored; what is small is kept, so that a task that comes back is not read again."""
+        stored, (rows, columns) = parts[_CODES], sides(shape)
+        if len(stored) > _SMALL or stored.device.type != "cpu":
+            return cls._new(stored, rows, columns)
+        key = stored.numpy().tobytes(), rows, columns
+        return _KEPT.get(key, lambda: cls._new(stored, rows, columns))
+
+    @classmethod
+    def _new(cls, stored: Tensor, rows: int, columns: int) -> "_Read":
+        codes = sketch_codes.read(stored.cpu(), rows, columns)
+        if codes.factors is None:
+            return cls(codes, None)
+        left, right = codes.factors.to(stored.device).product()
+        return cls(codes, LowRank(left.contiguous(), right.mT.contiguous().mT))
+
+    def times(self, gain: float) -> LowRank | None:
+        """The product at a gain."""
+        if self.product is None or gain == 1:
+            return self.product
+        return LowRank(self.product.left * gain, self.product.right)
+
+    @property
+    def nbytes(self) -> int:
+        """About, in memory."""
+        codes, product = self
+        known = [*(codes.factors or ()), codes.sketch, codes.positions, *(product or ())]
+        known += [codes.mixed.levels, codes.mixed.stream] if codes.mixed else []
+        return _SMALL // 4 + sum(part.nbytes for part in known if isinstance(part, Tensor))
+
+
+_KEPT: Kept[_Read] = Kept(1 << 26, lambda read: read.nbytes)
 
 
 def _gains(parts: Parts, codes: Codes) -> Tensor:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fusionkit.codecs import entropy
+from fusionkit.codecs import entropy, mixing, trellis
 from fusionkit.codecs.allocation import Allowance
 from fusionkit.codecs.decomposition import (
     Spectral,
@@ -28,13 +28,13 @@ from fusionkit.codecs.quantized_factors import (
     quantize,
 )
 from fusionkit.codecs.rotation import rotate
-from fusionkit.codecs.sign_sketch import MOST, SIGNS_TO, integers, relative_size, signs
+from fusionkit.codecs.rounded_sketch import MOST, Sketched, integers, is_rounded
 from fusionkit.codecs.sketch_codes import (
     FIXED_BYTES,
     INTEGERS,
     NOTHING,
     PLAIN,
-    SIGNS,
+    TRELLIS,
     runs_of,
     write,
 )
@@ -140,7 +140,7 @@ def encode_tensor(
     if not unit:
         return None
     if rows == 1:
-        return _sketched(matrix, unit, None, place, PLAIN, allowed.nbytes)
+        return _rounded(matrix, unit, None, place, PLAIN, allowed.nbytes)
     theta = allowed.theta / unit / unit
     leading = None
     if allowed.rank:
@@ -155,9 +155,12 @@ def encode_tensor(
             left, right = factors.product()
             rest = torch.addmm(matrix, left, right.mT, alpha=-1)
             factors = factors.scaled(unit)
-        turned = rotate(rest, seed, place=place, out=rest if rest is not matrix else None)
         size = unit * allowed.shrunk
-        codes = _sketched(turned, size, factors, place, SIGNS, allowed.nbytes)
+        if not is_rounded(_room(factors, allowed.nbytes), rows, columns):
+            codes = _mixed(rest, size, factors, place, seed, allowed.nbytes)
+        else:
+            turned = rotate(rest, seed, place=place, out=rest if rest is not matrix else None)
+            codes = _rounded(turned, size, factors, place, INTEGERS, allowed.nbytes)
         if codes is not None:
             return codes
         if factors is not None:
@@ -198,7 +201,45 @@ def _directions(
     return best
 
 
-def _sketched(
+def _room(factors: QuantizedFactors | None, limit: int) -> float:
+    """Bits that are left for a sketch."""
+    room = 8.0 * (limit - FIXED_BYTES)
+    if factors is not None:
+        room -= 8 * HEADER * len(factors.steps)
+        room -= sum(entropy.code_length(symbols, model) for symbols, model in runs_of(factors))
+    return room
+
+
+def _mixed(
+    rest: Tensor,
+    unit: float,
+    factors: QuantizedFactors | None,
+    place: int,
+    seed: int,
+    limit: int,
+) -> Tensor | None:
+    """Codes with a trellis in what is left of the bytes; None: too few are, or there is no rest."""
+    found = mixing.levelled(rest, seed, place) if _room(factors, limit) > 0 else None
+    if found is None:
+        return None
+    levels, numbers = found.levels.cpu(), found.numbers.cpu()
+    runs: list[tuple[Tensor, entropy.Model]] = [(levels, entropy.best(levels))]
+    # Without its bits, as the length of the others is known once they are written.
+    fixed = len(write(TRELLIS, place, factors, Sketched(runs, 0.0)))
+    steps = trellis.steps_in(8 * (limit - fixed), len(numbers))
+    if not steps:
+        return None
+    stream = trellis.search(numbers, steps)
+    values = trellis.look_up(stream, steps, len(numbers), 0, len(numbers))
+    weights = found.weights.cpu().to(torch.float64).square()
+    energies, products = ((numbers * each * weights).sum() for each in (numbers, values))
+    if not products > 0:
+        return None
+    scale = float(energies / products) * found.size * unit
+    return write(TRELLIS, place, factors, Sketched(runs, scale, steps, stream))
+
+
+def _rounded(
     values: Tensor,
     unit: float,
     factors: QuantizedFactors | None,
@@ -206,26 +247,18 @@ def _sketched(
     form: int,
     limit: int,
 ) -> Tensor | None:
-    """Codes with as much of a sketch as fits; None: with no sketch at all they don't."""
+    """Codes with as fine integers as fit; None: with none at all they don't."""
     flat = values.reshape(-1)
-    room = 8.0 * (limit - FIXED_BYTES)
-    if factors is not None:
-        room -= 8 * HEADER * len(factors.steps)
-        room -= sum(entropy.code_length(symbols, model) for symbols, model in runs_of(factors))
+    room = _room(factors, limit)
     if room <= 0 or not flat.any():
         return None
     best, most = None, MOST * len(flat)
     low, high, bits = 0.0, math.inf, min(room, most)
-    of_signs = unit * relative_size(values, bits) if form == SIGNS else unit
     for _ in range(_TRIES):
-        if form == SIGNS and bits <= SIGNS_TO * len(flat):
-            sketched, its_form, size = signs(flat, bits), SIGNS, of_signs
-        else:
-            sketched, size = integers(flat, bits), unit
-            its_form = PLAIN if form == PLAIN else INTEGERS
+        sketched = integers(flat, bits)
         over, used = -limit, bits / 2
         if sketched is not None:
-            codes = write(its_form, place, factors, sketched._replace(scale=sketched.scale * size))
+            codes = write(form, place, factors, sketched._replace(scale=sketched.scale * unit))
             over = len(codes) - limit
             used = max(room + 8 * over, 1.0)
         if over > 0:

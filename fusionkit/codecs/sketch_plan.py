@@ -12,7 +12,7 @@ import torch
 from fusionkit.codecs.allocation import Division, Plan, Share, Spectra
 from fusionkit.codecs.overhead import entry_bytes, overhead
 from fusionkit.codecs.quantized_factors import Doubles
-from fusionkit.codecs.sign_sketch import MOST
+from fusionkit.codecs.rounded_sketch import MOST
 from fusionkit.codecs.sketch_codes import FIXED_BYTES
 from fusionkit.codecs.sketch_encoder import How, Measured, sides
 from fusionkit.codecs.whitening import Metric, Metrics

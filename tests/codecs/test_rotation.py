@@ -139,7 +139,7 @@ def test_what_is_added(shape: tuple[int, int], seed: int, rank: int, sparse: boo
     assert torch.equal(out, base + found)
     assert torch.equal(base, kept)
     left, right = rotation._sides(matrix.shape, seed, inverse=True)
-    added = rotation._Added.of(out, product, base)
+    added = rotation.Added.of(out, product, base)
     if total:
         elsewhere = added.write(out, rotation._on_device(matrix, left, right))
         assert close(elsewhere, base + found, 10 * base.norm())

@@ -21,7 +21,7 @@ from fusionkit.bundles.part_writer import Part, PartWriter
 from fusionkit.codecs import sketch_codes
 from fusionkit.codecs.overhead import overhead
 from fusionkit.codecs.quantized_factors import rate
-from fusionkit.codecs.sign_sketch import noise, share_of
+from fusionkit.codecs.rounded_sketch import noise
 from fusionkit.errors import BundleError, CodecError
 from fusionkit.registry import to_config
 from fusionkit.task_vectors.family import Family
@@ -87,12 +87,12 @@ def test_deltas_of_zero_cost_nothing(tmp_path: Path) -> None:
 
 
 def test_each_direction_counts_by_its_energy() -> None:
-    """⟨X̂ Xᵀ, X Xᵀ⟩ = ‖X Xᵀ‖² of what is sketched, but for the entries' own cubes."""
+    """⟨X̂ Xᵀ, X Xᵀ⟩ = ‖X Xᵀ‖² of what is sketched: strong directions come back as weak ones do."""
     base = {"w": torch.zeros(192, 320)}
     delta = torch.randn(192, 320)
     bundle = fusionkit.compress(base, {"a": {"w": delta}}, Sketch(bits=0.3))
     codes = sketch_codes.read(bundle.task_parts("a", "w")["codes"], 192, 320)
-    assert codes.form == sketch_codes.SIGNS
+    assert codes.form == sketch_codes.TRELLIS
     assert codes.factors is None
     found = bundle.delta("a", "w")
     assert found is not None
@@ -353,12 +353,17 @@ def test_files_beside_the_weights_are_within_a_budget(tmp_path: Path) -> None:
 
 
 def test_rates_are_entropies() -> None:
-    """Of a wide Gaussian, and of signs: known in closed form."""
+    """Of a wide Gaussian: known in closed form."""
     wide = 0.5 * np.log2(2 * np.pi * np.e * (np.array([4.0, 25.0, 1e4]) + 1 / 12))
     assert np.allclose(rate(np.array([2.0, 5.0, 100.0])), wide, atol=2e-3)
-    share = share_of(0.0908)
-    assert share == pytest.approx(0.01, rel=2e-3)
-    assert float(noise(np.array(0.0908))) == pytest.approx(10.96, rel=0.02)
+
+
+def test_more_bits_are_less_noise() -> None:
+    """And never less than theory allows: of an unbiased code of R bits, 1 / (4^R − 1)."""
+    bits = np.geomspace(1e-4, 7, 400)
+    found = noise(bits)
+    assert (np.diff(found) <= 0).all()
+    assert (found > 1 / np.expm1(bits * np.log(4))).all()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
