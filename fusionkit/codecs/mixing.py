@@ -30,8 +30,9 @@ from torch import Tensor
 
 from fusionkit.checkpoints.adapters.lowrank import LowRank
 from fusionkit.codecs import trellis
+from fusionkit.codecs.decomposition import energy
 from fusionkit.codecs.rotation import Added, hadamard, target_of
-from fusionkit.codecs.rotation_sides import flips, mixing_of
+from fusionkit.codecs.rotation_sides import Side, flips, mixing_of
 from fusionkit.codecs.threads import over, panels
 
 RUN = 16
@@ -73,13 +74,15 @@ class Levelled(NamedTuple):
     Attributes:
         levels: int32 `(groups,)`.
         numbers: float32, of the groups that are not zero, divided by their sizes.
-        weights: float32, as many: these sizes, over the common one.
-        size: the common one.
+        groups: of these, each counting by its size's square, over that of level 0.
+        energy: of all numbers, so counted.
+        size: of level 0.
     """
 
     levels: Tensor
     numbers: Tensor
-    weights: Tensor
+    groups: trellis.Groups
+    energy: float
     size: float
 
 
@@ -111,19 +114,24 @@ def levelled(matrix: Tensor, seed: int, place: int) -> Levelled | None:
     if is_turned(*matrix.shape):
         matrix = matrix.mT
     sequence = _mixed(matrix, seed, place)
-    groups = torch.split(sequence, _panels(matrix.shape[1]) * RUN**2 * _runs(matrix.shape[1]))
-    sizes = torch.stack([group.square().mean(dtype=torch.float64).sqrt() for group in groups])
+    groups = torch.split(sequence, _group(matrix.shape[1]))
+    energies = np.array([energy(group) for group in groups])
+    counts = np.array([len(group) for group in groups])
+    sizes = np.sqrt(energies / counts)
     if not sizes.any():
         return None
-    size = float(sizes[sizes > 0].median())
-    levels = (torch.log2(sizes / size) * _LEVELS).clamp(NONE, _HIGHEST).round().to(torch.int32)
-    kept = [
-        (group / (size * weight), weight.expand(len(group)))
-        for group, weight, level in zip(groups, _gains(levels), levels.tolist(), strict=True)
-        if level > NONE
-    ]
-    numbers, weights = (torch.cat(parts) for parts in zip(*kept, strict=True))
-    return Levelled(levels, numbers, weights, size)
+    size = float(np.median(sizes[sizes > 0]))
+    with np.errstate(divide="ignore"):
+        found = (np.log2(sizes / size) * _LEVELS).clip(NONE, _HIGHEST).round()
+    levels = torch.from_numpy(found.astype(np.int32))
+    gains, alive = _gains(levels).numpy(), found > NONE
+    for group, gain in zip(groups, gains.tolist(), strict=True):
+        group.div_(size * gain)
+    weights = gains[alive].astype(np.float64) ** 2
+    whole = float((energies[alive]).sum()) / size**2
+    if not alive.all():
+        sequence = torch.cat([one for one, is_kept in zip(groups, alive, strict=True) if is_kept])
+    return Levelled(levels, sequence, trellis.Groups(counts[alive].cumsum(), weights), whole, size)
 
 
 def read(levels: Tensor, steps: int, stream: Tensor, rows: int, columns: int) -> Coded:
@@ -144,7 +152,7 @@ def read(levels: Tensor, steps: int, stream: Tensor, rows: int, columns: int) ->
     known = levels.numpy()
     if known.min() < NONE or known.max() > _HIGHEST:
         raise ValueError("a level of a matrix's rows is out of range")
-    sizes = np.full(len(known), _panels(columns) * RUN**2 * _runs(columns), np.int64)
+    sizes = np.full(len(known), _group(columns), np.int64)
     sizes[-1] = length(rows, columns) - int(sizes[:-1].sum())
     sizes *= known > NONE
     ends = sizes.cumsum()
@@ -195,7 +203,7 @@ def rebuild(
 
     table = trellis.table(coded.numbers, coded.steps)
     room = RUN**2 * _runs(columns) + 2 * RUN * _runs(-(-coded.numbers // coded.steps))
-    side, signs = mixing_of(seed, _runs(columns)).steps(), _signs(seed, columns, place)
+    side, signs = mixing_of(seed, _runs(columns), True).steps(), _signs(seed, columns, place)
     given = coded.stream.numpy(), coded.steps, coded.numbers, table
     groups = coded.starts, coded.gains * np.float32(scale), _panels(columns)
     flat, addend = target.view(-1).numpy(), added.flat(target)
@@ -217,6 +225,11 @@ def _panels(columns: int) -> int:
     return math.ceil(_GROUP / (RUN**2 * _runs(columns)))
 
 
+def _group(columns: int) -> int:
+    """Numbers of a group, but for the last."""
+    return _panels(columns) * RUN**2 * _runs(columns)
+
+
 def _gains(levels: Tensor) -> Tensor:
     return torch.exp2(levels.to(torch.float32) / _LEVELS)
 
@@ -225,28 +238,52 @@ def _gains(levels: Tensor) -> Tensor:
 def _signs(seed: int, columns: int, place: int) -> NDArray[np.float32]:
     """What each column is multiplied by at the end: float32, a multiple of 16 of them."""
     runs = _runs(columns)
-    own: NDArray[np.float32] = mixing_of(seed, runs).factors[4].repeat(RUN)
+    own: NDArray[np.float32] = mixing_of(seed, runs, True).factors[4].repeat(RUN)
     own[:columns] *= flips(seed, 1, columns, place)
     return own
 
 
 def _mixed(matrix: Tensor, seed: int, place: int) -> Tensor:
     """A matrix's sequence."""
+    if matrix.device.type == "cpu":
+        from fusionkit.codecs import mixing_kernels as kernels
+
+        (rows, columns), across = matrix.shape, _runs(matrix.shape[1])
+        side, signs = mixing_of(seed, across, False), _signs(seed, columns, place)
+
+        sequence, flat = torch.empty(length(rows, columns)), matrix.contiguous().view(-1).numpy()
+        whole = sequence.numpy()
+
+        def run(begin: int, end: int) -> None:
+            work = panels(RUN**2 * across)
+            kernels.mix(flat, whole, work, side.steps(), signs, begin, end, columns)
+
+        over(rows, RUN, rows * columns, run)
+        return sequence
+    return _mixed_by_torch(matrix, seed, place)
+
+
+def _mixed_by_torch(matrix: Tensor, seed: int, place: int) -> Tensor:
     (rows, columns), device = matrix.shape, matrix.device
     down, across = _runs(rows), _runs(columns)
-    side, signs = mixing_of(seed, across), torch.from_numpy(_signs(seed, columns, place))
-    whole = torch.zeros(RUN * down, RUN * across, device=device)
-    whole[:rows, :columns] = matrix
-    whole *= signs.to(device)
-    now = whole.view(RUN * down, across, RUN)
-    for factors, start in zip((3, 2), side.windows[::-1], strict=True):
-        part = now[:, start : start + side.power]
-        if factors == 2 or side.windows[0] != side.windows[1]:
-            part.copy_(hadamard(part))
-            now *= torch.from_numpy(side.factors[factors]).to(device)[:, None]
-    now = hadamard(now.reshape(-1, RUN, 1)).view(down, RUN, across, RUN)
-    order, turns = _order(side.order, device)
+    side, signs = mixing_of(seed, across, False), _signs(seed, columns, place)
+    filled = torch.zeros(RUN * down, RUN * across, device=device)
+    filled[:rows, :columns] = matrix
+    filled *= torch.from_numpy(signs).to(device)
+    factors, (order, turns) = torch.from_numpy(side.factors).to(device), _order(side.order, device)
+    now = _windowed(filled.view(RUN * down, across, RUN), side, factors[1])
+    now = hadamard((now * factors[2][:, None]).view(-1, RUN, 1)).view(down, RUN, across, RUN)
     return now[:, turns, order].reshape(-1)
+
+
+def _windowed(rows: Tensor, side: Side, factors: Tensor) -> Tensor:
+    """Runs mixed, in place: a transform of the first window; if there is another, times factors."""
+    for number, start in enumerate(dict.fromkeys(side.windows.tolist())):
+        part = rows[:, start : start + side.power]
+        if number:
+            part.mul_(factors[start : start + side.power, None])
+        part.copy_(hadamard(part))
+    return rows
 
 
 def _order(back: NDArray[np.int64], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -259,7 +296,7 @@ def _order(back: NDArray[np.int64], device: torch.device) -> tuple[Tensor, Tenso
 def _looked_up(coded: Coded, rows: int, columns: int, seed: int, place: int) -> Tensor:
     """The matrix, in PyTorch: a group after the other."""
     device, down, across = coded.stream.device, _runs(rows), _runs(columns)
-    side, signs = mixing_of(seed, across), torch.from_numpy(_signs(seed, columns, place))
+    side, signs = mixing_of(seed, across, True), torch.from_numpy(_signs(seed, columns, place))
     factors, (order, turns) = torch.from_numpy(side.factors).to(device), _order(side.order, device)
     matrix, height = torch.zeros(RUN * down, RUN * across, device=device), _panels(columns)
     for group, start in enumerate(coded.starts.tolist()):
@@ -270,10 +307,5 @@ def _looked_up(coded: Coded, rows: int, columns: int, seed: int, place: int) -> 
         values = trellis.look_up(coded.stream, coded.steps, coded.numbers, start, end)
         own[:, turns, order] = values.mul_(float(coded.gains[group])).view(-1, across, RUN, RUN)
     now = hadamard(matrix.view(-1, RUN, 1)).view(RUN * down, across, RUN)
-    now *= factors[2][:, None]
-    for place_, start in enumerate(dict.fromkeys(side.windows.tolist())):
-        part = now[:, start : start + side.power]
-        if place_:
-            part.mul_(factors[3, start : start + side.power, None])
-        part.copy_(hadamard(part))
+    now = _windowed(now * factors[2][:, None], side, factors[3])
     return (now.view(RUN * down, -1) * signs.to(device))[:rows, :columns]

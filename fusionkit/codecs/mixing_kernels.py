@@ -202,3 +202,53 @@ def rebuild(
                     i = i - 1 if i else runs - 1
             half(other, windows, power, factors[3], _SQUARE)
         _write(target, other, signs, added, row, min(LANES, end - row), size)
+
+
+@compiled
+def mix(
+    matrix: Floats, target: Floats, work: Floats, side: Steps, signs: Floats, begin: int, end: int,
+    size: int,
+) -> None:  # fmt: skip
+    """The other way: rows as the sequence.
+
+    Args:
+        matrix: `(m * size,)`.
+        target: the sequence, `(256 * runs,)` of each panel; written.
+        work: `(2, 256 * runs)`, overwritten.
+        side: the mixing, of `runs` runs of columns.
+        signs: of the columns, `(16 * runs,)`.
+        begin: the first row, a multiple of 16.
+        end: the row after the last.
+        size: columns.
+    """
+    (windows, power, order, factors), panel = side, work[0]
+    runs, whole, none = len(order), size // LANES, signs[:0]
+    if windows.min() < 0 or windows.max() + power > runs or factors.shape != (5, runs):
+        raise ValueError("windows beyond the runs, or factors of others")
+    if len(signs) != LANES * runs or len(panel) < _SQUARE * runs or begin % LANES:
+        raise ValueError("columns of another number than the runs', or too little room")
+    if (size + LANES - 1) // LANES != runs or len(matrix) < end * size:
+        raise ValueError("rows beyond the matrix, or of another number of columns")
+    if len(target) < (end + LANES - 1) // LANES * _SQUARE * runs:
+        raise ValueError("a sequence of another matrix")
+    for row in range(begin, end, LANES):
+        panel[: _SQUARE * runs] = 0
+        for r in range(min(LANES, end - row)):
+            at = (row + r) * size
+            for b in range(whole):
+                column = b * LANES
+                to_line(
+                    panel, (column + r) * LANES, size, matrix, at + column, 0, signs, column, none,
+                    0, none, 0, none,
+                )  # fmt: skip
+            for column in range(whole * LANES, size):
+                place = (whole * LANES + r) * LANES + column - whole * LANES
+                panel[place] = matrix[at + column] * signs[column]
+        half(panel, windows, power, factors[1], _SQUARE)
+        start = row // LANES * _SQUARE * runs
+        for b in range(runs):
+            i = order[b]
+            for r in range(LANES):
+                to = start + (i * LANES + r) * LANES
+                mixed(target, to, panel, (b * LANES + r) * LANES, factors[2, b])
+                i = i - 1 if i else runs - 1

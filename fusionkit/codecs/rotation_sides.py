@@ -81,22 +81,31 @@ def _steps(seed: int, side: int, size: int, inverse: bool) -> Side:
 
 
 @lru_cache(maxsize=32)
-def mixing_of(seed: int, size: int) -> Side:
-    """The inverse of `P W(s₁, s₂)`, of the columns' side, as the last steps of a side.
+def mixing_of(seed: int, size: int, inverse: bool) -> Side:
+    """The steps of `P W(s₁, s₂) ⊗ H₁₆`, of the columns' side, or of the inverse: see `mixing`.
 
-    From `order` and `factors[2]` on; these have the norm of H₁₆, too. See `mixing`.
+    Forward: two windows, the second times `factors[1]`; from there, times `factors[2]`, to `order`.
+    The inverse: from there, times `factors[2]`; two windows, the second times `factors[3]`. The
+    signs that remain, first or last, are `factors[4]`.
     """
     order, (s1, s2, _, _) = draw(seed, 1, size)
     power = 1 << max(size.bit_length() - 1, 0)
     start = max(size - power, 0)
-    one, first, last, outside = np.ones((4, size), np.float32)
+    one, first, last, beyond = np.ones((4, size), np.float32)
     first[:power] = last[start:] = power**-0.5
     back = np.empty_like(order)
     back[order] = np.arange(size)
     if start:
-        outside[power:] = s2[power:]
-    factors = np.stack([one, one, last / 4, s2 * first * outside, s1 * outside])
-    return Side(np.array([start, 0]), power, back, factors)
+        beyond[power:] = s2[power:]
+    between = s2 * first * beyond
+    if inverse:
+        factors = np.stack([one, one, last / 4, between, s1 * beyond])
+        return Side(np.array([start, 0]), power, back, factors)
+    after = last / 4
+    if start:
+        after[:start] *= between[:start]
+    factors = np.stack([one, between, after, one, s1 * beyond])
+    return Side(np.array([0, start]), power, back, factors)
 
 
 def draw(seed: int, side: int, size: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:

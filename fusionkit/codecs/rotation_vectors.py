@@ -15,7 +15,7 @@ from numba.extending import intrinsic
 LANES = 16
 """Floats that are worked on at once."""
 LINES = 8
-"""Times that, of a row that is written."""
+"""Times that, of a row that is written; and sums that are taken at once."""
 
 _VECTOR = ir.VectorType(ir.FloatType(), LANES)
 _INT = types.intp
@@ -133,6 +133,51 @@ def mixed(context: Any, target: Any, to: Any, source: Any, at: Any, factor: Any)
         return context.get_dummy_value()
 
     return types.void(target, _INT, source, _INT, types.float32), build
+
+
+@_intrinsic
+def sum_products(
+    context: Any,
+    sums: Any,
+    at: Any,
+    apart: Any,
+    initial: Any,
+    starts: Any,
+    by: Any,
+    width: Any,
+    runs: Any,
+    count: Any,
+) -> Any:
+    """Eight runs of sums, `apart`, from `at` on: of a run and `count` products of numbers and runs.
+
+    `sums[k apart + at] = initial[starts[k] + at] + Σ_v by[k width + v] runs[v apart + at]`; all
+    are flat.
+    """
+
+    def build(context: Any, builder: Any, signature: Any, given: Any) -> _Value:
+        sums, at, apart, initial, starts, by, width, runs, count = given
+        kinds, zero = signature.args, ir.Constant(ir.IntType(64), 0)
+        first = _Run(context, builder, kinds[3], initial)
+        offsets = context.make_array(kinds[4])(context, builder, starts).data
+        numbers = _Run(context, builder, kinds[5], by)
+        source = _Run(context, builder, kinds[7], runs)
+        kept = []
+        for k in range(LINES):
+            offset = builder.load(builder.gep(offsets, [ir.Constant(ir.IntType(64), k)]))
+            kept.append(cgutils.alloca_once(builder, _VECTOR))
+            builder.store(first.load(builder.add(offset, at)), kept[-1])
+        rows = _places(builder, zero, width, LINES)
+        with cgutils.for_range(builder, count) as loop:
+            run = source.load(builder.add(builder.mul(loop.index, apart), at))
+            for one, row in zip(kept, rows, strict=True):
+                number = numbers.spread(builder.add(row, loop.index))
+                builder.store(_multiply_add(builder, number, run, builder.load(one)), one)
+        target = _Run(context, builder, kinds[0], sums)
+        for place, one in zip(_places(builder, at, apart, LINES), kept, strict=True):
+            target.store(builder.load(one), place)
+        return context.get_dummy_value()
+
+    return types.void(sums, _INT, _INT, initial, starts, by, _INT, runs, _INT), build
 
 
 @_intrinsic

@@ -222,20 +222,17 @@ def _mixed(
     found = mixing.levelled(rest, seed, place) if _room(factors, limit) > 0 else None
     if found is None:
         return None
-    levels, numbers = found.levels.cpu(), found.numbers.cpu()
-    runs: list[tuple[Tensor, entropy.Model]] = [(levels, entropy.best(levels))]
+    numbers = found.numbers.cpu()
+    runs: list[tuple[Tensor, entropy.Model]] = [(found.levels, entropy.best(found.levels))]
     # Without its bits, as the length of the others is known once they are written.
     fixed = len(write(TRELLIS, place, factors, Sketched(runs, 0.0)))
     steps = trellis.steps_in(8 * (limit - fixed), len(numbers))
     if not steps:
         return None
-    stream = trellis.search(numbers, steps)
-    values = trellis.look_up(stream, steps, len(numbers), 0, len(numbers))
-    weights = found.weights.cpu().to(torch.float64).square()
-    energies, products = ((numbers * each * weights).sum() for each in (numbers, values))
-    if not products > 0:
+    stream, product = trellis.search(numbers, steps, found.groups)
+    if not product > 0:
         return None
-    scale = float(energies / products) * found.size * unit
+    scale = found.energy / product * found.size * unit
     return write(TRELLIS, place, factors, Sketched(runs, scale, steps, stream))
 
 

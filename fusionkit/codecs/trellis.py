@@ -25,6 +25,7 @@ Gaussian, but alike over the hundred or so that a window spans, what comes back 
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -82,38 +83,54 @@ def check(stream: Tensor, steps: int, numbers: int) -> None:
         )
 
 
-def search(numbers: Tensor, steps: int) -> Tensor:
-    """The bits of least noise.
+class Groups(NamedTuple):
+    """Numbers in a row that count alike.
+
+    Attributes:
+        ends: int64 `(groups,)`, the number after the last of each; none is empty.
+        weights: float64 `(groups,)`, what their products count for.
+    """
+
+    ends: NDArray[np.int64]
+    weights: Doubles
+
+
+def search(numbers: Tensor, steps: int, groups: Groups | None = None) -> tuple[Tensor, float]:
+    """The bits of least noise, and ⟨x, x̂⟩.
 
     Args:
         numbers: float32 `(N,)` on the CPU, about Gaussian, of deviation 1.
         steps: n, as `steps_in` has it.
+        groups: what the product counts; all alike if not given.
 
     Returns:
-        uint8 `(size_of(steps),)`; the same on any number of threads.
+        uint8 `(size_of(steps),)` and a float; the same on any number of threads.
     """
     from fusionkit.codecs import trellis_kernels as kernels
 
     count = len(numbers)
-    values = _values(count, steps)
-    columns = np.ascontiguousarray(values.T) / np.float32(DEVIATION)
+    ends, weights = groups or Groups(np.array([count]), np.ones(1))
+    columns = np.ascontiguousarray(_values(count, steps).T) / np.float32(DEVIATION)
     # Of least error: of x − a x̂, but for ‖x‖², with the scale at which a Gaussian's is least.
     shrunk = (1 - 4.0 ** -(steps / count)) ** 0.5
     prices = np.zeros((len(columns) + 1, STATES), np.float32)
-    np.cumsum(0.5 * shrunk * columns.astype(np.float64) ** 2, 0, out=prices[1:], dtype=np.float64)
+    np.cumsum(-0.5 * shrunk * columns.astype(np.float64) ** 2, 0, out=prices[1:], dtype=np.float64)
     segments = -(-steps // SEGMENT)
     bits = np.zeros((segments, SEGMENT + WINDOW - 1), np.uint8)
-    given = np.ascontiguousarray(numbers.numpy())
+    given, products = np.ascontiguousarray(numbers.numpy()), np.zeros(segments)
 
     def run(begin: int, end: int) -> None:
         for segment in range(begin, end):
             first = segment * SEGMENT
             last = min(first + SEGMENT, steps)
-            kernels.search(given, steps, first, last, columns, prices, bits[segment])
+            products[segment] = kernels.search(
+                given, steps, first, last, columns, prices, (ends, weights), bits[segment]
+            )
 
     over(segments, 1, count, run)
     wanted = steps + segments * (WINDOW - 1)
-    return torch.from_numpy(np.packbits(bits.reshape(-1)[:wanted], bitorder="little"))
+    stream = torch.from_numpy(np.packbits(bits.reshape(-1)[:wanted], bitorder="little"))
+    return stream, float(products.sum()) * DEVIATION
 
 
 def look_up(stream: Tensor, steps: int, numbers: int, begin: int, end: int) -> Tensor:
