@@ -21,7 +21,14 @@ from fusionkit.reuse.module import ReuseModule
 from fusionkit.tasks.finetune import Finetune
 from fusionkit.tasks.training import fit
 
-ROUNDED = {"emr": 0.0, "lora": 1e-6, "dbms": 1e-6, "sketch": 1e-5, "directions": 1e-5}
+ROUNDED = {
+    "emr": 0.0,
+    "lora": 1e-6,
+    "dbms": 1e-6,
+    "sketch": 1e-5,
+    "directions": 1e-5,
+    "trellis": 1e-5,
+}
 """Tolerance of float32 values. EMR's are formed in steps that round once each, and so to the bit.
 Of a product B A, and of α u + β D, sums and products may be rounded as one or one by one, as the
 processor has it: some units in the last place."""
@@ -79,7 +86,7 @@ def test_all_are_here() -> None:
     assert folders == files == set(expect.BUNDLES)
     manifests = [FOLDER / f"{bundle}.bundle/manifest.json" for bundle in expect.BUNDLES]
     versions = [json.loads(path.read_text())["format_version"] for path in manifests]
-    assert versions == [1, 2, 3, 6, 6]
+    assert versions == [1, 2, 3, 6, 6, 7]
 
 
 @pytest.mark.parametrize("bundle", expect.BUNDLES)

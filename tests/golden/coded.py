@@ -1,7 +1,7 @@
 """What `Sketch` stores, read by the descriptions alone: in Python's numbers, one step at a time.
 
-Of `fusionkit/codecs/entropy.py`, `rotation.py`, `sketch_codes.py` and `bundles/small_parts.py` the
-docstrings are followed, and no code is used.
+Of `fusionkit/codecs/entropy.py`, `rotation.py`, `trellis.py`, `mixing.py`, `sketch_codes.py` and
+`bundles/small_parts.py` the docstrings are followed, and no code is used.
 """
 
 import math
@@ -15,7 +15,7 @@ from torch import Tensor
 
 Parts = dict[str, Tensor]
 MASK, GAMMA = 2**64 - 1, 0x9E3779B97F4A7C15
-NOTHING, SIGNS, INTEGERS, PLAIN = range(4)
+NOTHING, SIGNS, INTEGERS, PLAIN, TRELLIS = range(5)
 
 
 class Table(NamedTuple):
@@ -86,23 +86,83 @@ def mix(z: int) -> int:
 
 def rotation(seed: int, side: int, n: int, place: int) -> Tensor:
     """R, float64 `(n, n)`, of dense matrices."""
+    first, second, order = halves(seed, side, n)
+    return second @ torch.eye(n, dtype=torch.float64)[order] @ first @ flipped(seed, side, n, place)
+
+
+def halves(seed: int, side: int, n: int) -> tuple[Tensor, Tensor, list[int]]:
+    """W(s₁, s₂) and W(s₃, s₄), float64 `(n, n)`, and the order."""
     k = mix(mix(mix(seed) ^ side) ^ n)
     words = [mix((k + i * GAMMA) & MASK) for i in range(n)]
     s = [[1.0 - 2 * (w >> bit & 1) for w in words] for bit in range(4)]
     s1, s2, s3, s4 = (torch.tensor(row, dtype=torch.float64).diag() for row in s)
-    first = mix(mix(k) ^ place)
-    drawn = [mix((first + i * GAMMA) & MASK) for i in range(n // 64 + 1)]
-    d = torch.tensor([1.0 - 2 * (drawn[i // 64] >> i % 64 & 1) for i in range(n)]).double().diag()
-    order = sorted(range(n), key=words.__getitem__)
     p = 1 << n.bit_length() - 1
-    h = [[(-1) ** (i & j).bit_count() / math.sqrt(p) for j in range(p)] for i in range(p)]
     start, end = torch.eye(n, dtype=torch.float64), torch.eye(n, dtype=torch.float64)
-    start[:p, :p] = end[n - p :, n - p :] = torch.tensor(h, dtype=torch.float64)
+    start[:p, :p] = end[n - p :, n - p :] = hadamard(p)
 
     def half(s: Tensor, after: Tensor) -> Tensor:
         return end @ after @ start @ s if p < n else start @ s
 
-    return half(s3, s4) @ torch.eye(n, dtype=torch.float64)[order] @ half(s1, s2) @ d
+    return half(s1, s2), half(s3, s4), sorted(range(n), key=words.__getitem__)
+
+
+def hadamard(p: int) -> Tensor:
+    """H, orthonormal."""
+    rows = [[(-1) ** (i & j).bit_count() / math.sqrt(p) for j in range(p)] for i in range(p)]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def flipped(seed: int, side: int, n: int, place: int) -> Tensor:
+    """D, float64 `(n, n)`."""
+    first = mix(mix(mix(mix(mix(seed) ^ side) ^ n)) ^ place)
+    drawn = [mix((first + i * GAMMA) & MASK) for i in range(n // 64 + 1)]
+    return (
+        torch.tensor([1.0 - 2 * (drawn[i // 64] >> i % 64 & 1) for i in range(n)]).double().diag()
+    )
+
+
+def trellis(stream: bytes, steps: int, numbers: int) -> list[float]:
+    """The values of all numbers."""
+
+    def value(state: int, v: int) -> int:
+        word = mix((64 * ((state + 613 * (v // 64)) % 1024) + v % 64) * GAMMA & MASK)
+        return sum(word.to_bytes(8, "little")) - 1020
+
+    found: list[float] = []
+    for t in range(steps):
+        start = t + 9 * (t // 8192)
+        state = sum((stream[i // 8] >> i % 8 & 1) << i - start for i in range(start, start + 10))
+        first = t * numbers // steps
+        found += [value(state, e - first) for e in range(first, (t + 1) * numbers // steps)]
+    return found
+
+
+def mixed(
+    levels: list[int], stream: bytes, steps: int, shape: tuple[int, int], seed: int, place: int
+) -> Tensor:
+    """What a trellis says of a matrix, float64 `(rows, columns)`."""
+    rows, columns = shape
+    if columns < 256 and rows > columns:
+        return mixed(levels, stream, steps, (columns, rows), seed, place).T
+    down, across = ceil(rows, 16), ceil(columns, 16)
+    height = ceil(4096, 256 * across)
+    tiles = [tile for tile in range(down) if levels[tile // height] > -64]
+    values = iter(trellis(stream, steps, 256 * across * len(tiles)))
+    w, _, order = halves(seed, 1, across)
+    y = torch.zeros(16 * down, 16 * across, dtype=torch.float64)
+    for tile in tiles:
+        for i in range(across):
+            for r in range(16):
+                run = 16 * order[(i + r) % across]
+                for column in range(run, run + 16):
+                    y[16 * tile + r, column] = next(values) * 2 ** (levels[tile // height] / 8)
+    x = y @ torch.kron(w, hadamard(16))
+    return x[:rows, :columns] @ flipped(seed, 1, columns, place)
+
+
+def ceil(count: int, of: int) -> int:
+    """How many of so many hold all."""
+    return -(-count // of)
 
 
 def unpacked(file: Parts, names: Sequence[str]) -> Parts:
@@ -158,9 +218,16 @@ def sketch(settings: dict[str, Any], parts: Parts, shape: torch.Size) -> Tensor 
         wanted += [(rows, scaled(left)), (columns, scaled(right))]
     if form == SIGNS:
         wanted += [(kept, gaps(kept, rows * columns)), (kept, Table([], 0, False, 1))]
-    elif form != NOTHING:
+    elif form in (INTEGERS, PLAIN):
         wanted += [(rows * columns, scaled(kept))]
-    symbols = decode(codes[at + 4 * rank :], wanted)
+    at, end = at + 4 * rank, len(codes)
+    if form == TRELLIS:
+        end -= ceil(kept + 9 * ceil(kept, 8192), 8)
+        m, n = (columns, rows) if columns < 256 and rows > columns else (rows, columns)
+        groups = ceil(ceil(m, 16), ceil(4096, 256 * ceil(n, 16)))
+        wanted += [(groups, scaled(codes[at]))]
+        at += 1
+    symbols = decode(codes[at:end], wanted)
     of_directions, of_sketch = parts["gains"][place].double().tolist()
     delta = torch.zeros(rows, columns, dtype=torch.float64)
     for i, (_, _, grown, gain) in enumerate(directions):
@@ -173,8 +240,11 @@ def sketch(settings: dict[str, Any], parts: Parts, shape: torch.Size) -> Tensor 
         for gap, sign in zip(*symbols[-2:], strict=True):
             position += gap + 1
             entries[position] = 2 * sign - 1
-    elif form != NOTHING:
+    elif form in (INTEGERS, PLAIN):
         entries = torch.tensor(symbols[-1], dtype=torch.float64)
+    elif form == TRELLIS:
+        found = mixed(symbols[-1], codes[end:], kept, (rows, columns), settings["seed"], place)
+        entries = found.reshape(-1)
     rest = scale * of_sketch * entries.view(rows, columns)
     if form in (SIGNS, INTEGERS):
         seed = settings["seed"]

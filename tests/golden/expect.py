@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 FOLDER = Path(__file__).parent
-BUNDLES = ("emr", "lora", "dbms", "sketch", "directions")
+BUNDLES = ("emr", "lora", "dbms", "sketch", "directions", "trellis")
 Parts = dict[str, Tensor]
 
 
