@@ -128,8 +128,8 @@ LEARNED = {
 }
 MANIFESTS: dict[str, tuple[Callable[[Json], object], str]] = {
     "newer version": (
-        set_at("format_version", value=7),
-        "has format version 7, this FusionKit reads versions up to 6; install the FusionKit that",
+        set_at("format_version", value=8),
+        "has format version 8, this FusionKit reads versions up to 7; install the FusionKit that",
     ),
     "other format": (set_at("format", value="zip"), "not a FusionKit bundle's manifest"),
     "no codec": (lambda m: m.pop("codec"), r"malformed \(.* missing required field `codec`"),

@@ -131,7 +131,7 @@ def test_a_bundle_says_so_and_tasks_can_be_added(tmp_path: Path) -> None:
     alone = fusionkit.compress(base, {"c": tuned["c"]}, codec)
     bundle = fusionkit.compress(base, {"a": tuned["a"], "b": tuned["b"]}, codec, tmp_path / "b")
     content = json.loads((bundle.path / "manifest.json").read_text())
-    assert content["format_version"] == 6
+    assert content["format_version"] == 7
     assert content["tasks"]["a"]["file"]["packed"] is True
     fusionkit.add_tasks(bundle, {"c": tuned["c"]})
     again = fusionkit.Bundle(bundle.path, base)

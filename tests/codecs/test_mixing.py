@@ -126,7 +126,7 @@ def test_what_can_not_be_of_the_matrix_is_refused() -> None:
     stored, _ = coded(draw((40, 300)), 0.3)
     rows = stored.levels, stored.steps, stored.stream
     assert mixing.read(*rows, 40, 300).numbers == stored.numbers
-    with pytest.raises(ValueError, match="no trellis|bytes are not"):
+    with pytest.raises(ValueError, match=r"no trellis|bytes are not"):
         mixing.read(stored.levels, stored.steps + 8, stored.stream, 40, 300)
     with pytest.raises(ValueError, match="no trellis of 0 entries"):
         mixing.read(torch.full_like(stored.levels, -64), *rows[1:], 40, 300)
