@@ -12,7 +12,8 @@ fp16 file from the cache.
 `SVD(rank=32)` doing the same, and `torch.linalg.svd` of the same matrices (but the largest).
 **memory**: what compressing and decoding one task add to the resident memory of a process, over
 the largest tensor in float32: one 4096 × 14336 matrix and sixteen of 512 × 512.
-**bytes**: the zoo's codes against the ideal length of their symbols (`entropy.code_length`).
+**bytes**: the zoo's codes against the ideal length of their symbols (`entropy.code_length`), and of
+trellises, a bit a step.
 
 Measured on two virtual cores (Xeon with AVX-512), not all of them free, each line's "now" in one
 run. Before: of switching, as it was when each sum was a pass of its own; of encoding and memory,
@@ -49,7 +50,6 @@ from torch import Tensor
 
 import fusionkit
 from fusionkit.codecs import entropy, sketch_codes
-from fusionkit.codecs.entropy import Bits, Gaps
 from fusionkit.codecs.quantized_factors import HEADER
 from fusionkit.codecs.sketch_encoder import sides
 from fusionkit.reuse.module import ReuseModule
@@ -244,19 +244,21 @@ def bytes_against_ideal() -> None:
 
 
 def _ideal(codes: Tensor, shape: tuple[int, int]) -> tuple[float, int]:
-    """Bytes of a tensor's symbols by the models that its codes name; and of these models."""
-    found, bits, settings = sketch_codes.read(codes, *shape), 0.0, 4
+    """Bytes of a tensor's symbols by the models that its codes name, and of a trellis's steps.
+
+    And bytes of what these need: models, steps and scales.
+    """
+    found, bits, settings = sketch_codes.read(codes, *shape), 0.0, 0
     if found.factors is not None:
         runs = sketch_codes.runs_of(found.factors)
         bits += sum(entropy.code_length(symbols, model) for symbols, model in runs)
         settings += 4 + HEADER * len(found.factors.steps)
-    if found.sketch is not None and found.positions is not None:
-        before = found.positions.new_tensor([-1])
-        gaps = (found.positions.diff(prepend=before) - 1).to(torch.int32)
-        bits += entropy.code_length(gaps, Gaps(len(gaps), shape[0] * shape[1]))
-        bits += entropy.code_length((found.sketch > 0).to(torch.int32), Bits())
-    elif found.sketch is not None:
-        bits += entropy.code_length(found.sketch, entropy.best(found.sketch))
+    symbols = found.sketch
+    if found.mixed is not None:
+        symbols = found.mixed.levels
+        bits, settings = bits + found.mixed.steps, settings + 4
+    if symbols is not None:
+        bits, settings = bits + entropy.code_length(symbols, entropy.best(symbols)), settings + 5
     return bits / 8, settings
 
 

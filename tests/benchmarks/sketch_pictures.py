@@ -4,10 +4,11 @@
     python tests/benchmarks/sketch_pictures.py unbiased  # measures and draws; minutes
     python tests/benchmarks/sketch_pictures.py draw      # draws what was measured
 
-What is kept: of one matrix, its singular values and the entries of what the kept directions
-leave, before and after rotation. Why unbiased: on 256 training rows, whose labels are not used,
-the divergence KL(fine-tuned ‖ compressed) against the scale of the sketch; and against the error's
-energy, of several codecs. The third picture, the front, is drawn by `front.py`.
+What is kept: of one matrix, its singular values; of what the kept directions leave, how large its
+columns are, and stretches of as many numbers once they are mixed; and what comes back of it against
+what was given. Why unbiased: on 256 training rows, whose labels are not used, the divergence
+KL(fine-tuned ‖ compressed) against the scale of the sketch; and against the error's energy, of
+several codecs. The third picture, the front, is drawn by `front.py`.
 """
 
 import csv
@@ -27,9 +28,8 @@ import fusionkit
 from fusionkit import SVD, Bundle, Checkpoint, MagnitudePrune, ReuseModule, Sketch, registry
 from fusionkit.cli.recipe import quieten
 from fusionkit.cli.report import blank_figure, write_rows
-from fusionkit.codecs import sketch_codes
+from fusionkit.codecs import mixing, sketch_codes
 from fusionkit.codecs.base import DeltaCodec
-from fusionkit.codecs.rotation import rotate
 from fusionkit.codecs.sketch_encoder import sides
 from fusionkit.tasks.models import sequence_classifier
 from fusionkit.tasks.texts import TextClassification
@@ -176,7 +176,7 @@ def decoded(bundle: Bundle, parts: Mapping[str, Tensor], shape: torch.Size, gain
 
 def kept() -> None:
     """Draw what is kept of one matrix of an easy and of a hard task."""
-    figure, panels = _panels(11, 3.6, 3)
+    figure, panels = _panels(11.5, 3.7, 3)
     for task, colour, marker in (("sst2", "#0072B2", "o"), ("banking77", "#D55E00", "s")):
         bundle = Task(task).bundle(Sketch(bits=BITS[task]))
         parts = bundle.task_parts(task, MATRIX)
@@ -184,62 +184,79 @@ def kept() -> None:
         delta = finetuned[MATRIX].float() - bundle.base[MATRIX].float()
         codes = sketch_codes.read(parts["codes"], *sides(delta.shape))
         rank = codes.factors.left.shape[1] if codes.factors else 0
-        values = torch.linalg.svdvals(delta)
-        values /= values.square().sum().sqrt()
-        place = np.arange(1, len(values) + 1)
-        left, *_ = panels
-        left.plot(place, values, color=colour, linewidth=1)
-        left.plot(
-            place[:rank],
-            values[:rank],
-            marker,
-            color=colour,
-            markersize=4,
-            label=f"{task}: {rank} of {len(values)} kept,\n"
-            f"{100 * float(values[:rank].square().sum()):.0f}% of the energy",
-        )
+        _directions(panels[0], torch.linalg.svdvals(delta), rank, (task, colour, marker))
         if task == "sst2":
-            seed = bundle.codec._seed(codes.place)  # type: ignore[attr-defined]
-            alone = decoded(bundle, parts, delta.shape, 0.0)
-            _entries(panels[1:], delta - alone, seed, len(codes.positions))
-    left.set(
-        xscale="log",
-        yscale="log",
-        xlabel="singular direction",
-        ylabel="σ / ‖δ‖",
-        title="1. Strong directions are kept",
-    )
-    left.set_xlim(0.8, len(values) * 1.2)
-    left.legend(fontsize=8, loc="lower left")
-    for panel in panels:
+            whole, alone = (decoded(bundle, parts, delta.shape, gain) for gain in (1.0, 0.0))
+            rest, sketch = delta - alone, whole - alone
+            _sizes(panels[1], rest, mixing.levelled(rest, bundle.codec.seed, codes.place))
+            bits = codes.mixed.steps / codes.mixed.numbers
+            _against(panels[2], rest, sketch, f"{bits:.2f} bits")
+    for panel in panels[:2]:
         panel.grid(alpha=0.3)
     figure.savefig(FIGURES / "kept.png", dpi=100)
 
 
-def _entries(panels: Any, rest: Tensor, seed: int, count: int) -> None:
-    """Histograms of a rest's entries, and of those of the rotated rest with the kept ones."""
-    turned = rotate(rest, seed)
-    limit = float(turned.abs().flatten().topk(count).values[-1] / turned.std())
-    edges = np.linspace(-8, 8, 161)
-    middle = (edges[1:] + edges[:-1]) / 2
-    gauss = np.exp(-(middle**2) / 2) / np.sqrt(2 * np.pi)
-    shapes = ((rest, "2. What they leave"), (turned, "3. Rotated; the largest kept"))
-    for panel, (values, title) in zip(panels, shapes, strict=True):
-        scaled = (values / values.std()).flatten().clamp(-7.99, 7.99).numpy()
-        density, _ = np.histogram(scaled, edges, density=True)
-        panel.stairs(density, edges, color="0.75", fill=True, label="entries")
-        panel.plot(middle, gauss, color="black", linewidth=1, linestyle="--", label="Gaussian")
-        panel.set(yscale="log", ylim=(1e-6, 2), xlabel="entry / its deviation", title=title)
-        panel.legend(fontsize=8, loc="upper right")
-    tail = np.where(np.abs(middle) > limit, density, np.nan)
-    panel.stairs(
-        tail,
-        edges,
-        color="#0072B2",
-        fill=True,
-        label=f"kept as ±σ: {100 * count / rest.numel():.2f}%",
+def _directions(panel: Any, values: Tensor, rank: int, look: tuple[str, str, str]) -> None:
+    """Singular values, the first marked."""
+    task, colour, marker = look
+    values = values / values.square().sum().sqrt()
+    place = np.arange(1, len(values) + 1)
+    share = float(values[:rank].square().sum())
+    label = f"{task}: {rank} of {len(values)} kept,\n{share:.0%} of the energy"
+    panel.plot(place, values, color=colour, linewidth=1)
+    panel.plot(place[:rank], values[:rank], marker, color=colour, markersize=4, label=label)
+    panel.set(
+        xscale="log",
+        yscale="log",
+        xlim=(0.8, len(values) * 1.2),
+        xlabel="singular direction",
+        ylabel="σ / ‖δ‖",
+        title="1. Strong directions are kept",
     )
-    panel.legend(fontsize=8, loc="upper right")
+    panel.legend(fontsize=8, loc="lower left")
+
+
+def _sizes(panel: Any, rest: Tensor, levelled: Any) -> None:
+    """Root mean squares of a rest's columns, and of as many numbers in a row, once mixed."""
+    rows, columns = rest.shape
+    before = rest.square().mean(0).sqrt() / rest.square().mean().sqrt()
+    after = levelled.numbers.view(columns, rows).square().mean(1).sqrt()
+    place = np.arange(1, columns + 1)
+    panel.plot(place, before, ".", color="0.6", markersize=4, label="columns of the rest")
+    panel.plot(
+        place, after, ".", color="#0072B2", markersize=3, label="mixed, as many numbers each"
+    )
+    panel.set(
+        ylim=(0.4, 1.6),
+        xlabel="column",
+        ylabel="root mean square / that of all",
+        title="2. The rest is mixed: all alike",
+    )
+    panel.legend(fontsize=8, loc="lower right")
+
+
+def _against(panel: Any, rest: Tensor, sketch: Tensor, title: str) -> None:
+    """What comes back against what was given, in the rest's deviations: density, and means."""
+    x, y = ((part / rest.std()).flatten().numpy() for part in (rest, sketch))
+    across, up = 4.0, 16.0
+    panel.hist2d(
+        x, y, (64, 64), [(-across, across), (-up, up)], norm="log", cmap="Blues", rasterized=True
+    )
+    edges = np.arange(-3.75, 4, 0.5)
+    place = np.digitize(x, edges)
+    means = [(x[place == i].mean(), y[place == i].mean()) for i in range(1, len(edges))]
+    ends = np.array((-across, across))
+    panel.plot(ends, ends, "--", color="black", linewidth=1, label="slope 1")
+    panel.plot(*zip(*means, strict=True), "o", color="#D55E00", markersize=4, label="means")
+    noise = float((sketch - rest).square().sum() / rest.square().sum())
+    slope = float((sketch * rest).sum() / rest.square().sum())
+    print(f"noise {noise:.2f}, slope {slope:.3f}, {title}")
+    panel.set(
+        xlabel="entry of the rest / deviation",
+        ylabel="what comes back / deviation",
+        title=f"3. {title}: noisy, unbiased",
+    )
+    panel.legend(fontsize=8, loc="upper left")
 
 
 def measure() -> None:
@@ -311,10 +328,11 @@ def unbiased() -> None:
     right.set(
         xscale="log",
         yscale="log",
+        xlim=(0.15, 120),
         xlabel="energy of the error / energy of the delta",
         title="Error energy doesn't rank (sst2)",
     )
-    right.margins(0.12)
+    right.margins(y=0.12)
     for axes in (left, right):
         axes.grid(alpha=0.3)
     figure.draw_without_rendering()
