@@ -222,10 +222,10 @@ def _sizes(panel: Any, rest: Tensor, levelled: Any) -> None:
     before = rest.square().mean(0).sqrt() / rest.square().mean().sqrt()
     after = levelled.numbers.view(columns, rows).square().mean(1).sqrt()
     place = np.arange(1, columns + 1)
-    panel.plot(place, before, ".", color="0.6", markersize=4, label="columns of the rest")
-    panel.plot(
-        place, after, ".", color="#0072B2", markersize=3, label="mixed, as many numbers each"
-    )
+    looks = (("columns of the rest", "0.6", 4), ("mixed, as many numbers each", "#0072B2", 3))
+    for sizes, (label, colour, dot) in zip((before, after), looks, strict=True):
+        panel.plot(place, sizes, ".", color=colour, markersize=dot, label=label)
+        print(f"{label}: {sizes.min():.2f} to {sizes.max():.2f}")
     panel.set(
         ylim=(0.4, 1.6),
         xlabel="column",
