@@ -15,21 +15,23 @@ the largest tensor in float32: one 4096 × 14336 matrix and sixteen of 512 × 51
 **bytes**: the zoo's codes against the ideal length of their symbols (`entropy.code_length`), and of
 trellises, a bit a step.
 
-Measured on two virtual cores (Xeon with AVX-512), not all of them free, each line's "now" in one
-run. Before: of switching, as it was when each sum was a pass of its own; of encoding and memory,
-when a large matrix's directions were all found twice, and squares were taken in whole copies.
+Measured on two virtual cores (Xeon with AVX-512), one of them and more busy otherwise, each line of
+a column in one run. "Signs" is what was sketched so before, as the largest entries of a matrix that
+was rotated.
 
-                                              before         now
-    switch / load of the fp16 checkpoint      8 to 10        6.3, one thread; 7.4, two
-    Bundle.state_dict / the same              not measured   8.7, one thread; 8.8, two
-    4096 × 14336 rebuilt, GB/s as fp16        not measured   0.33, one thread; 0.56, two
-        (copy of float32; load of fp16)                      (2.3; 2.8), (4.4; 5.2)
-    encode / SVD(rank=32): two tasks          not measured   2.5
-        two of 4096 × 1024; 4096 × 14336      4.6 (latter)   2.0; 2.1
-    peak memory in largest tensors            5.5 compress   3.5 compress, 1.1 decode
-    codes / ideal of their symbols                           1.011; largest of a tensor's 1.030
-        and of their models, steps, scales                   1.004; largest of a tensor's 1.014
-    tasks' files / ideal of their symbols                    1.018
+                                              signs                   now
+    switch / load of the fp16 checkpoint      6.3, one thread; 7.4    2.4, one thread; 2.5, two
+    Bundle.state_dict / the same              8.7; 8.8                4.7; 4.6
+    4096 × 14336 rebuilt, GB/s as fp16        0.33; 0.56              0.94; 1.30
+        (copy of float32; load of fp16)       (2.3; 2.8), (4.4; 5.2)  (3.0; 3.8), (4.4; 5.6)
+    encode / SVD(rank=32): two tasks          2.5                     2.7
+        two of 4096 × 1024; 4096 × 14336      2.0; 2.1                2.1; 4.1
+    peak memory in largest tensors: compress  3.5                     3.3
+        decode                                1.1                     1.0
+    codes / ideal of their symbols            1.011                   1.011
+        largest of a tensor's                 1.030                   1.029
+        and of models, steps, scales          1.004; largest 1.014    1.004; largest 1.012
+    tasks' files / ideal of their symbols     1.018                   1.018
 
 A GPU was not measured.
 """
