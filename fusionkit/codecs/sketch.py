@@ -35,11 +35,12 @@ _SMALL = 1 << 14
 class Sketch(DeltaCodec):
     """Keep strong singular directions, and sketch the rest without bias: a tenth of a bit.
 
-    δ ≈ Σ g_i a_i b_iᵀ + R_mᵀ X̂ R_n. The directions that are worth their bits are rounded to small
-    integers. What they leave is rotated at random, so that its entries X look Gaussian, and of
-    these the largest are kept as signs, scaled so that ⟨X̂ Xᵀ, X Xᵀ⟩ = ‖X Xᵀ‖²: the sketch is noisy,
-    but shrinks nothing, unless its noise is felt (see `allocation`). All of it is entropy coded.
-    What comes back is for use: it has more energy than δ, as noise that the model hardly feels.
+    δ ≈ Σ g_i a_i b_iᵀ + X̂. The directions that are worth their bits are rounded to small integers.
+    What they leave, X, is mixed and coded by a `trellis`, which comes near the least noise that so
+    many bits allow; above 1.5 bits an entry, it is rotated and rounded to integers. X̂ is scaled so
+    that ⟨X̂, X⟩ = ‖X‖²: the sketch is noisy, but shrinks nothing, unless its noise is felt (see
+    `allocation`). What comes back is for use: it has more energy than δ, as noise that the model
+    hardly feels.
 
     Exactly one of bits, bytes and noise is given. Of bits and bytes no more is ever taken; where
     the headers alone take more, all deltas come back as zero, with a warning. A tensor that is
@@ -62,7 +63,7 @@ class Sketch(DeltaCodec):
             are felt, or to all `equal`.
         sketch: whether there is a sketch; without one the directions alone are kept, scaled up for
             what was left out, and can be exported as a LoRA. Then noise is not to be given.
-        seed: of the rotations.
+        seed: of what is random in it.
 
     Raises:
         CodecError: not exactly one of bits, bytes and noise is given, or it is not positive.
@@ -130,9 +131,7 @@ class Sketch(DeltaCodec):
                 codes = None
                 if allowed.nbytes:
                     metric = metrics(task, vectors.name) if metrics else ALIKE
-                    codes = encode_tensor(
-                        vectors, task, allowed, place, self._rotation, how, metric
-                    )
+                    codes = encode_tensor(vectors, task, allowed, place, self._seed, how, metric)
                 own.append({} if codes is None else {_CODES: codes})
             return Encoded(vectors.name, tasks=own)
 
@@ -153,7 +152,7 @@ class Sketch(DeltaCodec):
         }
 
     def decode(self, parts: Parts, shape: torch.Size) -> Tensor:
-        """The directions' product and the sketch rotated back; differentiable in the gains."""
+        """The directions' product and the sketch; differentiable in the gains."""
         read, device = _Read.of(parts, shape), parts[_CODES].device
         gains = _gains(parts, read.codes)
         if not gains.requires_grad:
@@ -185,7 +184,7 @@ class Sketch(DeltaCodec):
         return LowRank(left * parts[_GAINS][read.codes.place, 0].to(torch.float32), right)
 
     def operand(self, parts: Parts, shape: torch.Size) -> Operand | None:
-        """The directions, where there never is a sketch; what is rotated has to be decoded."""
+        """The directions, where there never is a sketch; that has to be decoded."""
         return None if self.sketch else self.factors(parts, shape)
 
     def _sum(
@@ -202,7 +201,7 @@ class Sketch(DeltaCodec):
         matrix, codes, product = sides(shape), read.codes, read.times(of_factors)
         start = None if base is None else base.reshape(matrix)
         target = torch.empty(matrix, device=device) if out is None else out.view(matrix)
-        seed, place, scale = self._rotation, codes.place, codes.scale * of_sketch
+        seed, place, scale = self._seed, codes.place, codes.scale * of_sketch
         if codes.mixed is not None:
             coded = codes.mixed._replace(stream=codes.mixed.stream.to(device))
             mixing.rebuild(
@@ -232,8 +231,8 @@ class Sketch(DeltaCodec):
         return target.view(shape)
 
     @property
-    def _rotation(self) -> int:
-        """The seed of all matrices' rotations."""
+    def _seed(self) -> int:
+        """The seed, as what draws takes it."""
         return self.seed % 2**64
 
 
@@ -279,14 +278,14 @@ _KEPT: Kept[_Read] = Kept(1 << 26, lambda read: read.nbytes)
 
 
 def _gains(parts: Parts, codes: Codes) -> Tensor:
-    """A matrix's gains, float `(2,)`; what is not rotated, as it is no matrix, has none: ones."""
+    """A matrix's gains, float `(2,)`; what is no matrix has none: ones."""
     if codes.form == sketch_codes.PLAIN:
         return torch.ones(2)
     return parts[_GAINS][codes.place]
 
 
 def _plain(codes: Codes, product: LowRank | None, base: Tensor | None, out: Tensor) -> None:
-    """What is not rotated, and the base, into `out`."""
+    """What is neither mixed nor rotated, and the base, into `out`."""
     start = out.zero_() if base is None else base
     if product is not None:
         torch.addmm(start, product.left, product.right.mT, out=out)

@@ -59,7 +59,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize(
-    "codec", [DBMS(MagnitudePrune(0.2)), Sketch(bits=2)], ids=["DBMS", "gains"]
+    "codec", [DBMS(MagnitudePrune(0.2)), Sketch(bits=6)], ids=["DBMS", "gains"]
 )
 def test_is_what_the_whole_logits_give(
     base: str, codec: Any, folder: Path, monkeypatch: pytest.MonkeyPatch

@@ -24,7 +24,10 @@ from pathlib import Path
 from random import Random
 
 CORPUS = Path(__file__).parent / "corpus"
-_CODECS = ("packing", "kernels", "entropy", "entropy_kernels", "entropy_tables", "sketch_codes")
+_CODECS = (
+    *("packing", "kernels", "entropy", "entropy_kernels", "entropy_tables"),
+    *("sketch_codes", "mixing", "trellis"),
+)
 TARGETS = {
     "manifest": ["fusionkit.bundles", "fusionkit.registry"],
     "parts": ["fusionkit.bundles", "fusionkit.codecs"],
@@ -37,7 +40,8 @@ MEMORY = 1 << 30
 """Bytes that one input may take more than there were."""
 LONGEST = 8192
 _COMPILED = [
-    f"fusionkit.codecs.{each}" for each in ("kernels", "entropy_kernels", "rotation_kernels")
+    f"fusionkit.codecs.{each}"
+    for each in ("kernels", "entropy_kernels", "rotation_kernels", "mixing_kernels")
 ]
 _SHARE = 5 / 6
 """Of the time without compiled kernels."""

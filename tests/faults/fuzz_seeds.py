@@ -67,6 +67,12 @@ def _codes(folder: Path) -> dict[str, bytes]:
         rows, columns = SHAPES[name] if name == "w" else (1, 6)
         stored = sketch.task_parts("x", name)["codes"]
         found[f"sketch-{name}"] = bytes([3, rows - 1, columns - 1, 0]) + _bytes(stored)
+    rows, columns = 40, 32
+    delta = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+    base = {"w": torch.ones(rows, columns)}
+    noisy = compress(base, {"x": {"w": base["w"] + delta / 10}}, Sketch(noise=0.02))
+    stored = noisy.task_parts("x", "w")["codes"]
+    found["sketch-trellis"] = bytes([3, rows - 1, columns - 1, 0]) + _bytes(stored)
     name = "layer.0.weight"
     parts = [SmallPart(name, "codes", "U8", [5]), SmallPart("", "gains", "F16", [2, 2])]
     found["pack"] = bytes([4, 2, 0, 0]) + Names([name]).index(parts) + bytes(13)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 import warnings
@@ -16,7 +17,7 @@ from manifests import sign
 
 from fusionkit import Bundle
 from fusionkit.bundles.small_parts import Names
-from fusionkit.codecs import entropy, packing, sketch_codes
+from fusionkit.codecs import entropy, mixing, packing, sketch_codes
 from fusionkit.codecs.entropy import Bits, Gaps, Gaussian, Laplace, Model
 from fusionkit.errors import FusionKitError
 
@@ -143,6 +144,9 @@ def _sketch(rows: int, columns: int, _: int, data: bytes) -> None:
         left, right = found.factors.product()
         assert left.shape == (rows, right.shape[1])
         assert right.shape == (columns, left.shape[1])
+    if found.mixed is not None and not os.environ.get("NUMBA_DISABLE_JIT"):
+        whole = mixing.rebuild(found.mixed, (rows, columns), 0, 1.0)
+        assert whole.isfinite().all(), "values that no table has"
 
 
 def _pack(names: int, _: int, __: int, data: bytes) -> None:
