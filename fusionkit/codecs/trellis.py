@@ -18,7 +18,7 @@ as in `rotation`: `w[i] = mix(i γ)`.
 
 The best scale is not that of least error, but the one at which what comes back has the right size,
 ⟨x̂, x⟩ = ‖x‖², which is for who calls. Then the noise is that of `noise`, ‖x̂ − x‖² / ‖x‖²: times
-the rate, 0.78 at a tenth of a bit, of which 0.67 is what theory allows, R / (4^R − 1); the signs of
+the rate, 0.77 at a tenth of a bit, of which 0.67 is what theory allows, R / (4^R − 1); the signs of
 the largest numbers, entropy coded, have 1.0. The code is in no direction: of numbers that are not
 Gaussian, but alike over the hundred or so that a window spans, what comes back is noisy, not bent.
 """
@@ -45,8 +45,8 @@ COLUMNS = 64
 APART = 613
 """How many states on the words of the next of them are."""
 MOST = 1.5
-"""Bits a number, at most: from there on numbers that are rounded have little more noise, and none
-is too large for them."""
+"""Bits a number, at most: from there on numbers are rounded, which none is too large for; at a
+fifth more noise, and less than that the more bits there are."""
 WIDEST = 4096
 """Numbers of a step, at most."""
 DEVIATION = 209.0
