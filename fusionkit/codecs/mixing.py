@@ -31,7 +31,7 @@ from torch import Tensor
 from fusionkit.checkpoints.adapters.lowrank import LowRank
 from fusionkit.codecs import trellis
 from fusionkit.codecs.decomposition import energy
-from fusionkit.codecs.rotation import Added, hadamard, target_of
+from fusionkit.codecs.rotation import Added, flat_of, hadamard, target_of
 from fusionkit.codecs.rotation_sides import Side, flips, mixing_of
 from fusionkit.codecs.threads import over, panels
 
@@ -206,7 +206,7 @@ def rebuild(
     side, signs = mixing_of(seed, _runs(columns), True).steps(), _signs(seed, columns, place)
     given = coded.stream.numpy(), coded.steps, coded.numbers, table
     groups = coded.starts, coded.gains * np.float32(scale), _panels(columns)
-    flat, addend = target.view(-1).numpy(), added.flat(target)
+    flat, addend = flat_of(target), added.flat(target)
 
     def run(begin: int, end: int) -> None:
         work = panels(room)
@@ -251,7 +251,7 @@ def _mixed(matrix: Tensor, seed: int, place: int) -> Tensor:
         (rows, columns), across = matrix.shape, _runs(matrix.shape[1])
         side, signs = mixing_of(seed, across, False), _signs(seed, columns, place)
 
-        sequence, flat = torch.empty(length(rows, columns)), matrix.contiguous().view(-1).numpy()
+        sequence, flat = matrix.new_empty(length(rows, columns)), flat_of(matrix)
         whole = sequence.numpy()
 
         def run(begin: int, end: int) -> None:
@@ -267,7 +267,7 @@ def _mixed_by_torch(matrix: Tensor, seed: int, place: int) -> Tensor:
     (rows, columns), device = matrix.shape, matrix.device
     down, across = _runs(rows), _runs(columns)
     side, signs = mixing_of(seed, across, False), _signs(seed, columns, place)
-    filled = torch.zeros(RUN * down, RUN * across, device=device)
+    filled = matrix.new_zeros(RUN * down, RUN * across)
     filled[:rows, :columns] = matrix
     filled *= torch.from_numpy(signs).to(device)
     factors, (order, turns) = torch.from_numpy(side.factors).to(device), _order(side.order, device)

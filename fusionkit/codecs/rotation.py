@@ -88,7 +88,7 @@ def rotate(
         return added.write(target, _on_device(source, left, right))
     from fusionkit.codecs import rotation_kernels as kernels
 
-    flat, between = _flat(source), _between(target)
+    flat, between = flat_of(source), _between(target)
     width = kernels.width(target.shape[1])
 
     def columns(begin: int, end: int) -> None:
@@ -186,7 +186,7 @@ class Added(NamedTuple):
     def flat(self, target: Tensor) -> "Addend":
         """As the compiled loops take it."""
         base = target.new_empty(0) if self.base is None else self.base
-        return _flat(self.left), _flat(self.right), self.left.shape[1], _flat(base)
+        return flat_of(self.left), flat_of(self.right), self.left.shape[1], flat_of(base)
 
     def write(self, target: Tensor, rotated: Tensor) -> Tensor:
         """The sum, in PyTorch."""
@@ -197,7 +197,7 @@ class Added(NamedTuple):
 def _rotate_rows(between: NDArray[np.float32], matrix: Tensor, side: Side, added: Added) -> None:
     from fusionkit.codecs import rotation_kernels as kernels
 
-    flat, addend, height = _flat(matrix), added.flat(matrix), kernels.HEIGHT
+    flat, addend, height = flat_of(matrix), added.flat(matrix), kernels.HEIGHT
 
     def rows(begin: int, end: int) -> None:
         work = panels(len(side.order) * height)
@@ -206,7 +206,8 @@ def _rotate_rows(between: NDArray[np.float32], matrix: Tensor, side: Side, added
     over(matrix.shape[0], height, matrix.numel(), rows)
 
 
-def _flat(matrix: Tensor) -> NDArray[np.float32]:
+def flat_of(matrix: Tensor) -> NDArray[np.float32]:
+    """A matrix's memory, row by row, or that of a copy, as the compiled loops take it."""
     return matrix.detach().contiguous().view(-1).numpy()
 
 
@@ -216,7 +217,7 @@ def _between(target: Tensor) -> NDArray[np.float32]:
     Columns are written a line of the cache at a time, which is slow in memory that is not there.
     """
     if target.numel() > CACHED:
-        return _flat(target)
+        return flat_of(target)
     return scratch("between", target.numel())
 
 

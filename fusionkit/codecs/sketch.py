@@ -181,7 +181,8 @@ class Sketch(DeltaCodec):
         if read.codes.form != sketch_codes.NOTHING or read.product is None:
             return None
         left, right = read.product
-        return LowRank(left * parts[_GAINS][read.codes.place, 0].to(torch.float32), right)
+        gain = parts[_GAINS][read.codes.place, 0].to(torch.float32)
+        return LowRank(left * gain, right.clone())
 
     def operand(self, parts: Parts, shape: torch.Size) -> Operand | None:
         """The directions, where there never is a sketch; that has to be decoded."""
@@ -237,7 +238,7 @@ class Sketch(DeltaCodec):
 
 
 class _Read(NamedTuple):
-    """A tensor's codes, and its directions' product at a gain of 1."""
+    """A tensor's codes, but for its directions, and their product at a gain of 1."""
 
     codes: Codes
     product: LowRank | None
@@ -248,16 +249,18 @@ class _Read(NamedTuple):
         stored, (rows, columns) = parts[_CODES], sides(shape)
         if len(stored) > _SMALL or stored.device.type != "cpu":
             return cls._new(stored, rows, columns)
-        key = stored.numpy().tobytes(), rows, columns
+        key = stored.numpy().tobytes(), stored.dtype, rows, columns
         return _KEPT.get(key, lambda: cls._new(stored, rows, columns))
 
     @classmethod
     def _new(cls, stored: Tensor, rows: int, columns: int) -> "_Read":
-        codes = sketch_codes.read(stored.cpu(), rows, columns)
-        if codes.factors is None:
-            return cls(codes, None)
-        left, right = codes.factors.to(stored.device).product()
-        return cls(codes, LowRank(left.contiguous(), right.mT.contiguous().mT))
+        with torch.inference_mode(False):  # what is kept may be learned from later on
+            codes = sketch_codes.read(stored.cpu(), rows, columns)
+            if codes.factors is None:
+                return cls(codes, None)
+            left, right = codes.factors.to(stored.device).product()
+            product = LowRank(left.contiguous(), right.mT.contiguous().mT)
+            return cls(codes._replace(factors=None), product)
 
     def times(self, gain: float) -> LowRank | None:
         """The product at a gain."""
@@ -269,9 +272,8 @@ class _Read(NamedTuple):
     def nbytes(self) -> int:
         """About, in memory."""
         codes, product = self
-        known = [*(codes.factors or ()), codes.sketch, codes.positions, *(product or ())]
-        known += [codes.mixed.levels, codes.mixed.stream] if codes.mixed else []
-        return _SMALL // 4 + sum(part.nbytes for part in known if isinstance(part, Tensor))
+        known = [codes.sketch, codes.positions, *(product or ()), *(codes.mixed or ())]
+        return _SMALL // 4 + sum(getattr(part, "nbytes", 0) for part in known)
 
 
 _KEPT: Kept[_Read] = Kept(1 << 26, lambda read: read.nbytes)

@@ -45,7 +45,7 @@ def scratch(name: str, floats: int) -> NDArray[np.float32]:
     """
     kept: NDArray[np.float32] | None = getattr(_own, name, None)
     if kept is None or len(kept) < floats:
-        kept = torch.empty(floats).numpy()
+        kept = torch.empty(floats, dtype=torch.float32, device="cpu").numpy()
         if floats <= CACHED:
             setattr(_own, name, kept)
     return kept[:floats]
