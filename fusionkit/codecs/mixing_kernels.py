@@ -8,7 +8,7 @@ import numpy as np
 from numba.extending import register_jitable
 from numpy.typing import NDArray
 
-from fusionkit.codecs.rotation_kernels import Addend, Counts, Steps, half
+from fusionkit.codecs.rotation_kernels import Addend, Counts, Steps, check, half
 from fusionkit.codecs.rotation_vectors import (
     LANES,
     LINES,
@@ -83,25 +83,29 @@ def _values(
 
 
 @register_jitable
-def _check(
-    stream: Stream, groups: Groups, target: Floats, work: Floats, side: Steps, signs: Floats,
-    added: Addend, begin: int, end: int,
-) -> int:  # fmt: skip
+def _check_rows(
+    matrix: Floats, work: Floats, side: Steps, signs: Floats, begin: int, end: int, size: int
+) -> None:
+    """Refuse rows beyond the matrix, and columns of another number than the runs'."""
+    runs = len(side[2])
+    if size < 1 or (size + LANES - 1) // LANES != runs or len(signs) != LANES * runs:
+        raise ValueError("columns of another number than the runs'")
+    if begin % LANES or end <= begin:
+        raise ValueError("rows from the middle of a panel on, or none")
+    check(side, work, begin, end, len(matrix) // size, _SQUARE)
+
+
+@register_jitable
+def _check_trellis(stream: Stream, groups: Groups, work: Floats, runs: int, end: int) -> int:
     """Refuse what is of other sizes than each other; the room before a panel's numbers."""
     bits, steps, numbers, table = stream
     starts, gains, height = groups
-    windows, power, order, factors = side
-    base, runs = added[3], len(order)
-    if steps < 1 or numbers < 1 or height < 1 or end <= begin or begin % LANES:
+    if steps < 1 or numbers < 1 or height < 1:
         raise ValueError("nothing of a trellis, or of the rows")
-    if windows.min() < 0 or windows.max() + power > runs or factors.shape != (5, runs):
-        raise ValueError("windows beyond the runs, or factors of others")
-    if len(base) and len(base) != len(target):
-        raise ValueError("a base of another size than the matrix")
     widest = (numbers + steps - 1) // steps
     room = (widest + LANES - 1) // LANES * LANES
-    if len(signs) != LANES * runs or work.shape[1] < _SQUARE * runs + 2 * room:
-        raise ValueError("columns of another number than the runs', or too little room")
+    if work.shape[1] < _SQUARE * runs + 2 * room:
+        raise ValueError("too little room")
     if table.shape[0] != _STATES or table.shape[1] < min(room, _COLUMNS):
         raise ValueError("a table of other values")
     needed = steps + (steps + _SEGMENT - 1) // _SEGMENT * (_WINDOW - 1)
@@ -177,12 +181,13 @@ def rebuild(
     (windows, power, order, factors), (panel, other) = side, work
     left, right, rank, base = added
     starts, gains, height = groups
-    room = _check(stream, groups, target, work, side, signs, added, begin, end)
     runs, numbers = len(order), stream[2]
-    if len(target) < end * size or (size + LANES - 1) // LANES != runs:
-        raise ValueError("rows beyond the matrix, or of another number of columns")
+    _check_rows(target, work, side, signs, begin, end, size)
+    room = _check_trellis(stream, groups, work, runs, end)
     if len(left) < end * rank or len(right) < rank * size:
         raise ValueError("factors of another size than the matrix")
+    if len(base) and len(base) != len(target):
+        raise ValueError("a base of another size than the matrix")
     for row in range(begin, end, LANES):
         tile = row // LANES
         group = tile // height
@@ -223,12 +228,7 @@ def mix(
     """
     (windows, power, order, factors), panel = side, work[0]
     runs, whole, none = len(order), size // LANES, signs[:0]
-    if windows.min() < 0 or windows.max() + power > runs or factors.shape != (5, runs):
-        raise ValueError("windows beyond the runs, or factors of others")
-    if len(signs) != LANES * runs or len(panel) < _SQUARE * runs or begin % LANES:
-        raise ValueError("columns of another number than the runs', or too little room")
-    if (size + LANES - 1) // LANES != runs or len(matrix) < end * size:
-        raise ValueError("rows beyond the matrix, or of another number of columns")
+    _check_rows(matrix, work, side, signs, begin, end, size)
     if len(target) < (end + LANES - 1) // LANES * _SQUARE * runs:
         raise ValueError("a sequence of another matrix")
     for row in range(begin, end, LANES):

@@ -172,7 +172,7 @@ def _write_columns(
 
 
 @register_jitable
-def write_rows(
+def _write_rows(
     panel: Floats, matrix: Floats, factors: Floats, added: Addend, row: int, rows: int
 ) -> None:
     """The first `rows` of a panel's 16 vectors, times factors, and what is added, as rows."""
@@ -330,4 +330,4 @@ def rotate_rows(
                 panel[i * LANES + lane] = source[start + lane * size + i] * factors[0, i]
             panel[i * LANES + rows : (i + 1) * LANES] = 0
         _rotate(panel, other, steps, LANES)
-        write_rows(other, target, factors[4], added, row, rows)
+        _write_rows(other, target, factors[4], added, row, rows)
