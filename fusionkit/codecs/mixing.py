@@ -46,6 +46,8 @@ _LEVELS = 8
 _HIGHEST = 256
 """Level."""
 _NARROW = 256
+_AT_ONCE = 1 << 21
+"""Numbers that are looked up at once, where PyTorch does it: so memory is some 200 MB."""
 
 
 class Coded(NamedTuple):
@@ -294,18 +296,21 @@ def _order(back: NDArray[np.int64], device: torch.device) -> tuple[Tensor, Tenso
 
 
 def _looked_up(coded: Coded, rows: int, columns: int, seed: int, place: int) -> Tensor:
-    """The matrix, in PyTorch: a group after the other."""
+    """The matrix, in PyTorch."""
     device, down, across = coded.stream.device, _runs(rows), _runs(columns)
     side, signs = mixing_of(seed, across, True), torch.from_numpy(_signs(seed, columns, place))
     factors, (order, turns) = torch.from_numpy(side.factors).to(device), _order(side.order, device)
-    matrix, height = torch.zeros(RUN * down, RUN * across, device=device), _panels(columns)
-    for group, start in enumerate(coded.starts.tolist()):
-        own = matrix.view(down, RUN, across, RUN)[group * height : (group + 1) * height]
-        if start < 0:
-            continue
-        end = start + own.numel()
-        values = trellis.look_up(coded.stream, coded.steps, coded.numbers, start, end)
-        own[:, turns, order] = values.mul_(float(coded.gains[group])).view(-1, across, RUN, RUN)
+    matrix = torch.zeros(RUN * down, RUN * across, device=device)
+    height, size = _panels(columns), RUN * RUN * across
+    known, some = (coded.starts >= 0).repeat(height)[:down].nonzero()[0], max(_AT_ONCE // size, 1)
+    for begin in range(0, len(known), some):
+        part = known[begin : begin + some]
+        first, last = begin * size, (begin + len(part)) * size
+        values = trellis.look_up(coded.stream, coded.steps, coded.numbers, first, last)
+        gains = torch.from_numpy(coded.gains[part // height]).to(device)
+        values = values.view(-1, across, RUN, RUN) * gains[:, None, None, None]
+        at = torch.from_numpy(part).to(device)[:, None, None]
+        matrix.view(down, RUN, across, RUN)[at, turns, order] = values
     now = hadamard(matrix.view(-1, RUN, 1)).view(RUN * down, across, RUN)
     now = _windowed(now * factors[2][:, None], side, factors[3])
     return (now.view(RUN * down, -1) * signs.to(device))[:rows, :columns]

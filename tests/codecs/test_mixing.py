@@ -42,16 +42,22 @@ def test_it_is_what_the_docstring_says(shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_both_ways_are_the_same_as_by_torch(shape: tuple[int, int]) -> None:
+def test_both_ways_are_the_same_as_by_torch(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What other devices do, on this one."""
     matrix = draw(shape)
     sequence = mixing._mixed(matrix, 7, 3)
     assert torch.allclose(sequence, mixing._mixed_by_torch(matrix, 7, 3), atol=1e-5)
     assert float(sequence.norm()) == pytest.approx(float(matrix.norm()))
     if not mixing.is_turned(*shape):
+        matrix[16:32] = 0
         stored, _ = coded(matrix, 0.4, 7, 3)
-        found = mixing._looked_up(stored, *shape, 7, 3)
-        assert torch.allclose(found, rebuild(stored, shape, 7, 1.0, place=3), atol=0.01)
+        wanted = rebuild(stored, shape, 7, 1.0, place=3)
+        for at_once in (1 << 20, 5000):
+            monkeypatch.setattr(mixing, "_AT_ONCE", at_once)
+            found = mixing._looked_up(stored, *shape, 7, 3)
+            assert torch.allclose(found, wanted, atol=0.01)
 
 
 @pytest.mark.parametrize("shape", [(33, 400), (300, 7), (18, 1030)])
