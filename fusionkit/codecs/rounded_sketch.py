@@ -68,6 +68,8 @@ def is_rounded(room: float, rows: int, columns: int) -> bool:
     The zeros that fill a matrix up take bits, and their part of the noise.
     """
     size, length = rows * columns, mixing.length(rows, columns)
+    if room <= 0:
+        return False
     if room > trellis.MOST * size:
         return True
     of_trellis = trellis.noise(np.array(room / length)) * size / length

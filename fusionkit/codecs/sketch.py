@@ -290,9 +290,9 @@ def _plain(codes: Codes, product: LowRank | None, base: Tensor | None, out: Tens
     """What is neither mixed nor rotated, and the base, into `out`."""
     start = out.zero_() if base is None else base
     if product is not None:
-        torch.addmm(start, product.left, product.right.mT, out=out)
-    elif codes.sketch is not None:
+        start = torch.addmm(start, product.left, product.right.mT, out=out)
+    if codes.sketch is not None:
         values = codes.sketch.to(out.device, torch.float32).view(out.shape)
         torch.add(start, values, alpha=codes.scale, out=out)
-    else:
+    elif product is None:
         out.copy_(start)

@@ -21,7 +21,7 @@ from fusionkit.bundles.part_writer import Part, PartWriter
 from fusionkit.codecs import sketch_codes
 from fusionkit.codecs.overhead import overhead
 from fusionkit.codecs.quantized_factors import rate
-from fusionkit.codecs.rounded_sketch import noise
+from fusionkit.codecs.rounded_sketch import is_rounded, noise
 from fusionkit.errors import BundleError, CodecError
 from fusionkit.registry import to_config
 from fusionkit.task_vectors.family import Family
@@ -364,6 +364,8 @@ def test_more_bits_are_less_noise() -> None:
     found = noise(bits)
     assert (np.diff(found) <= 0).all()
     assert (found > 1 / np.expm1(bits * np.log(4))).all()
+    with warnings.catch_warnings(action="error"):
+        assert not any(is_rounded(room, 10, 10) for room in (-5.0, 0.0))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")

@@ -5,7 +5,9 @@ import torch
 from torch import Tensor
 
 from fusionkit import Sketch, compress
-from fusionkit.codecs import sketch
+from fusionkit.codecs import sketch, sketch_codes
+from fusionkit.codecs.quantized_factors import QuantizedFactors
+from fusionkit.codecs.rounded_sketch import integers
 
 SHAPE = torch.Size((96, 320))
 CODEC = Sketch(bits=0.6)
@@ -52,6 +54,20 @@ def test_codes_of_another_dtype_are_refused_after_the_same_bytes(parts: dict[str
     CODEC.decode(parts, SHAPE)
     with pytest.raises(ValueError, match=r"expected bytes of codes, got int8 \[\d+\]"):
         CODEC.decode({**parts, "codes": parts["codes"].view(torch.int8)}, SHAPE)
+
+
+def test_a_vectors_direction_and_its_integers_are_summed() -> None:
+    """As any form's, though none is written so."""
+    left, right = (torch.ones(n, 1, dtype=torch.int32) for n in (1, 320))
+    one = torch.zeros(1, dtype=torch.uint8)
+    factors = QuantizedFactors(left, right, 1.0, one, one + 64)
+    rounded = integers(torch.randn(320, generator=torch.Generator().manual_seed(0)), 640)
+    parts = {}
+    for name, kept in ("integers", None), ("both", factors):
+        parts[name] = {"codes": sketch_codes.write(sketch_codes.PLAIN, 0, kept, rounded)}
+    shape = torch.Size((320,))
+    wanted = CODEC.decode(parts["integers"], shape) + 1
+    assert torch.allclose(CODEC.decode(parts["both"], shape), wanted)
 
 
 def test_a_parameter_is_written_to(parts: dict[str, Tensor]) -> None:
