@@ -144,40 +144,40 @@ def sum_products(
     initial: Any,
     starts: Any,
     by: Any,
-    width: Any,
     runs: Any,
     count: Any,
 ) -> Any:
     """Eight runs of sums, `apart`, from `at` on: of a run and `count` products of numbers and runs.
 
-    `sums[k apart + at] = initial[starts[k] + at] + Σ_v by[k width + v] runs[v apart + at]`; all
-    are flat.
+    `sums[k apart + at] = initial[starts[k] + at] + Σ_v by[8 v + k] runs[at count + 16 v]`;
+    all are flat.
     """
 
     def build(context: Any, builder: Any, signature: Any, given: Any) -> _Value:
-        sums, at, apart, initial, starts, by, width, runs, count = given
-        kinds, zero = signature.args, ir.Constant(ir.IntType(64), 0)
+        sums, at, apart, initial, starts, by, runs, count = given
+        kinds, eight = signature.args, ir.Constant(ir.IntType(64), LINES)
         first = _Run(context, builder, kinds[3], initial)
         offsets = context.make_array(kinds[4])(context, builder, starts).data
         numbers = _Run(context, builder, kinds[5], by)
-        source = _Run(context, builder, kinds[7], runs)
+        source = _Run(context, builder, kinds[6], runs)
         kept = []
         for k in range(LINES):
             offset = builder.load(builder.gep(offsets, [ir.Constant(ir.IntType(64), k)]))
             kept.append(cgutils.alloca_once(builder, _VECTOR))
             builder.store(first.load(builder.add(offset, at)), kept[-1])
-        rows = _places(builder, zero, width, LINES)
+        one_more, first_run = ir.Constant(ir.IntType(64), 1), builder.mul(at, count)
         with cgutils.for_range(builder, count) as loop:
-            run = source.load(builder.add(builder.mul(loop.index, apart), at))
-            for one, row in zip(kept, rows, strict=True):
-                number = numbers.spread(builder.add(row, loop.index))
+            run = source.load(builder.add(builder.mul(loop.index, _INT_LANES), first_run))
+            places = _places(builder, builder.mul(loop.index, eight), one_more, LINES)
+            for one, place in zip(kept, places, strict=True):
+                number = numbers.spread(place)
                 builder.store(_multiply_add(builder, number, run, builder.load(one)), one)
         target = _Run(context, builder, kinds[0], sums)
         for place, one in zip(_places(builder, at, apart, LINES), kept, strict=True):
             target.store(builder.load(one), place)
         return context.get_dummy_value()
 
-    return types.void(sums, _INT, _INT, initial, starts, by, _INT, runs, _INT), build
+    return types.void(sums, _INT, _INT, initial, starts, by, runs, _INT), build
 
 
 @_intrinsic

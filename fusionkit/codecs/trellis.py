@@ -110,11 +110,12 @@ def search(numbers: Tensor, steps: int, groups: Groups | None = None) -> tuple[T
 
     count = len(numbers)
     ends, weights = groups or Groups(np.array([count]), np.ones(1))
-    columns = np.ascontiguousarray(_values(count, steps).T) / np.float32(DEVIATION)
+    values = _values(count, steps) / np.float32(DEVIATION)
+    columns = np.ascontiguousarray(values.reshape(-1, 16, values.shape[1]).transpose(0, 2, 1))
     # Of least error: of x − a x̂, but for ‖x‖², with the scale at which a Gaussian's is least.
     shrunk = (1 - 4.0 ** -(steps / count)) ** 0.5
-    prices = np.zeros((len(columns) + 1, STATES), np.float32)
-    np.cumsum(-0.5 * shrunk * columns.astype(np.float64) ** 2, 0, out=prices[1:], dtype=np.float64)
+    prices = np.zeros((values.shape[1] + 1, STATES), np.float32)
+    prices[1:] = np.cumsum(-0.5 * shrunk * values.T.astype(np.float64) ** 2, 0)
     segments = -(-steps // SEGMENT)
     bits = np.zeros((segments, SEGMENT + WINDOW - 1), np.uint8)
     given, products = np.ascontiguousarray(numbers.numpy()), np.zeros(segments)

@@ -22,17 +22,17 @@ def _score(
     first: int, some: int, columns: Floats, prices: Floats,
 ) -> None:  # fmt: skip
     """⟨x, x̂⟩ less the price of x̂, of some steps' numbers, at most 8, in all states."""
-    count, widest = len(numbers), len(columns)
+    count, widest = len(numbers), columns.shape[1]
     at = first * count // steps
     for k in range(some):
         until = (first + k + 1) * count // steps
         starts[k] = (until - at) * _STATES
         for v in range(widest):
-            rows[k * widest + v] = numbers[at + v] if v < until - at else 0
+            rows[v * LINES + k] = numbers[at + v] if v < until - at else 0
         at = until
     flat, initial = columns.reshape(-1), prices.reshape(-1)
     for s in range(0, _STATES, LANES):
-        sum_products(scores, s, _STATES, initial, starts, rows, widest, flat, widest)
+        sum_products(scores, s, _STATES, initial, starts, rows, flat, widest)
 
 
 @register_jitable
@@ -65,7 +65,7 @@ def _product(
         for v in range(until - at):
             while at + v >= ends[group]:
                 group += 1
-            total += weights[group] * numbers[at + v] * columns[v, state]
+            total += weights[group] * numbers[at + v] * columns[state // LANES, v, state % LANES]
         at = until
     return total
 
@@ -82,7 +82,7 @@ def search(
         steps: n.
         first: the first step.
         last: the one after the last.
-        columns: values, `(widest, 1024)`, of deviation 1.
+        columns: values, `(64, widest, 16)`, those of 16 states together; of deviation 1.
         prices: what the first v of them cost, negative, `(widest + 1, 1024)`.
         groups: of the numbers.
         bits: `(last - first + 9,)` or more, a byte each, written.
@@ -94,7 +94,7 @@ def search(
     widest = (count + steps - 1) // steps
     if length < 1 or last > steps or len(bits) < length + _WINDOW - 1:
         raise ValueError("steps beyond the last, or room for fewer")
-    if columns.shape != (widest, _STATES) or prices.shape != (widest + 1, _STATES):
+    if columns.shape != (_STATES // LANES, widest, LANES) or prices.shape != (widest + 1, _STATES):
         raise ValueError("values of another number of states, or of numbers a step")
     if len(groups[0]) != len(groups[1]) or groups[0][-1] != count:
         raise ValueError("groups of other numbers")
