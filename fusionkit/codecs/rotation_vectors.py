@@ -1,4 +1,4 @@
-"""What works on 16 floats at once, for `rotation_kernels`: written as LLVM vectors.
+"""What works on 16 floats at once, written as LLVM vectors: for the compiled loops of a sketch.
 
 They become registers of whatever width the processor has. Offsets are in floats, of flat arrays;
 bounds are the callers' business. Imports Numba, so import it at first use only.

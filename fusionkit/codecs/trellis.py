@@ -45,8 +45,8 @@ COLUMNS = 64
 APART = 613
 """How many states on the words of the next of them are."""
 MOST = 1.5
-"""Bits a number, at most: from there on numbers are rounded, which none is too large for; at a
-fifth more noise, and less than that the more bits there are."""
+"""Bits a number, at most. Of more, numbers are rounded to integers: no number is too large for
+that, and its noise, a fifth more there, is less the more bits there are."""
 WIDEST = 4096
 """Numbers of a step, at most."""
 DEVIATION = 209.0
@@ -57,10 +57,10 @@ _NOISES = (81.0, 40.3, 15.8, 7.64, 3.575, 1.848, 1.165, 0.717, 0.525, 0.3983, 0.
 
 
 def steps_in(bits: float, numbers: int) -> int:
-    """How many steps fit into so many bits, at most the most that are of use; 0: too few do."""
+    """How many steps fit into so many bits, at most the most that there can be; 0: too few do."""
     segments = -(-int(bits) // (SEGMENT + WINDOW - 1))
     steps = max(int(bits) - segments * (WINDOW - 1), (segments - 1) * SEGMENT)
-    steps = min(steps, int(MOST * numbers))
+    steps = min(steps, _most_steps(numbers))
     return steps if steps > 0 and numbers <= WIDEST * steps else 0
 
 
@@ -75,7 +75,7 @@ def check(stream: Tensor, steps: int, numbers: int) -> None:
     Raises:
         ValueError: it can't.
     """
-    if not 0 < steps <= MOST * numbers or numbers > WIDEST * steps:
+    if not 0 < steps <= _most_steps(numbers) or numbers > WIDEST * steps:
         raise ValueError(f"no trellis of {numbers} entries has {steps} steps")
     if len(stream) != size_of(steps):
         raise ValueError(
@@ -142,15 +142,16 @@ def look_up(stream: Tensor, steps: int, numbers: int, begin: int, end: int) -> T
         steps: n.
         numbers: N.
         begin: the first.
-        end: the one after the last.
+        end: the one after the last, more than that.
     """
     device = stream.device
     e = torch.arange(begin, end, device=device)
     t = ((e + 1) * steps - 1) // numbers
     v = e - t * numbers // steps
     at = t + t // SEGMENT * (WINDOW - 1)
-    data = torch.nn.functional.pad(stream, (0, 2)).to(torch.int64)
-    byte = at >> 3
+    first, last = int(at[0]) >> 3, int(at[-1]) >> 3
+    data = torch.nn.functional.pad(stream[first : last + 3], (0, 2)).to(torch.int64)
+    byte = (at >> 3) - first
     word = data[byte] | data[byte + 1] << 8 | data[byte + 2] << 16
     state = (word >> (at & 7) & STATES - 1) + APART * (v // COLUMNS)
     words = torch.from_numpy(_words()).to(device)
@@ -168,6 +169,11 @@ def noise(rates: Doubles) -> Doubles:
         few = _RATES[0] * _NOISES[0] / rates
         between = np.exp(np.interp(np.log(rates), np.log(_RATES), np.log(_NOISES)))
     return np.where(rates < _RATES[0], few, between)
+
+
+def _most_steps(numbers: int) -> int:
+    """MOST a number; no more than 32 bits can say, or of which places are beyond 63 bits."""
+    return min(int(MOST * numbers), (1 << 32) - 1, ((1 << 63) - 1) // max(numbers, 1))
 
 
 def _widest(numbers: int, steps: int) -> int:

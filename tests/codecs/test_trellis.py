@@ -25,8 +25,9 @@ def test_it_is_what_the_docstring_says(numbers: int, steps: int) -> None:
     assert len(stream) == trellis.size_of(steps)
     found = trellis.look_up(stream, steps, numbers, 0, numbers)
     assert found.tolist() == written_out(bytes(stream.tolist()), steps, numbers)
-    part = trellis.look_up(stream, steps, numbers, numbers // 3, numbers)
-    assert torch.equal(part, found[numbers // 3 :])
+    for begin, end in itertools.pairwise(range(0, numbers + 1, -(-numbers // 3))):
+        part = trellis.look_up(stream, steps, numbers, begin, end)
+        assert torch.equal(part, found[begin:end])
 
 
 def test_no_other_bits_are_better() -> None:
@@ -84,6 +85,19 @@ def test_as_many_steps_as_fit() -> None:
         assert more + 9 * -(-more // 8192) > bits or more * trellis.WIDEST < 100_000
     assert trellis.steps_in(10_000, 100) == 150
     assert trellis.steps_in(40, 1_000_000) == 0
+
+
+def test_places_in_the_largest_matrices_are_64_bit_numbers() -> None:
+    for numbers in (1 << 32, 5_000_000_000, 1 << 36):
+        steps = trellis.steps_in(numbers * 1.5, numbers)
+        assert 0 < steps < 1 << 32
+        assert numbers * steps < 1 << 63
+        one = torch.zeros(1, dtype=torch.uint8)
+        stream = one.expand(trellis.size_of(steps))
+        trellis.check(stream, steps, numbers)
+        more = 1 + max(steps, (1 << 63) // numbers)
+        with pytest.raises(ValueError, match=f"no trellis of {numbers} entries has {more} steps"):
+            trellis.check(one.expand(trellis.size_of(more)), more, numbers)
 
 
 @pytest.mark.parametrize(
