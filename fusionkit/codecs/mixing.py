@@ -12,9 +12,10 @@ is 16 rows after the other; of these, it has for `i` from 0 to N − 1 and `r` f
 numbers of row `r` in run `order[(i + r) mod N]`.
 
 Rows are in groups, each of as few times 16 as hold 4096 numbers of the sequence. A group's level
-`l`, a whole number, says its size: its numbers are what the trellis gives times 2^(l / 8). Of less
-than 2^-8 of the median there is none: l = −64, no bits are spent on the group, and it comes back as
-zero. So noise is where the matrix is, and in rows that nothing was tuned in there is none.
+`l`, a whole number from −64 to 256, says its size: its numbers are what the trellis gives times
+2^(l / 8). Level 0 is the median of the sizes, or 2^-32 of the largest if that is more. At −64 there
+is nothing: no bits are spent on the group, and it comes back as zero. So noise is where the matrix
+is, and in rows that nothing was tuned in there is none.
 
 A matrix of fewer than 256 columns and more rows is transposed first.
 """
@@ -122,7 +123,8 @@ def levelled(matrix: Tensor, seed: int, place: int) -> Levelled | None:
     sizes = np.sqrt(energies / counts)
     if not sizes.any():
         return None
-    size = float(np.median(sizes[sizes > 0]))
+    least = float(sizes.max()) * 2.0 ** (-_HIGHEST / _LEVELS)
+    size = max(float(np.median(sizes[sizes > 0])), least)
     with np.errstate(divide="ignore"):
         found = (np.log2(sizes / size) * _LEVELS).clip(NONE, _HIGHEST).round()
     levels = torch.from_numpy(found.astype(np.int32))

@@ -115,6 +115,21 @@ def test_each_group_has_its_size() -> None:
         assert float(error) == pytest.approx(0.4, rel=0.1)
 
 
+@pytest.mark.parametrize("small", [1e-11, 1e-45])
+def test_groups_of_any_sizes_keep_them(small: float) -> None:
+    """Levels end at 2^32: the largest is at the last one, and less than 2^-40 of it is zero."""
+    matrix = draw((128, 512))
+    matrix[16:] *= small
+    assert matrix[16:].any()
+    stored, scale = coded(matrix, 1.0)
+    assert int(stored.levels.max()) == 256
+    found = rebuild(stored, matrix.shape, 0, scale)
+    for part in (slice(0, 16), slice(16, 128)):
+        given, rebuilt = matrix[part].double(), found[part].double()
+        share = float((rebuilt * given).sum() / given.square().sum())
+        assert share == pytest.approx(0 if small < 1e-12 and part.start else 1, abs=0.05)
+
+
 def test_columns_that_stand_out_are_spread() -> None:
     """A single one of them is in all numbers alike."""
     matrix = torch.zeros(64, 384)
