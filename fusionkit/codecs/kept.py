@@ -9,7 +9,9 @@ Made = TypeVar("Made")
 
 
 class Kept(Generic[Made]):
-    """Things by key; of those that are too many bytes, the ones go that were longest not asked for.
+    """Things by key: where they are too many bytes, the least recently used go.
+
+    Threads may ask at once. Two that ask for the same may both make it; either's is right.
 
     Args:
         room: bytes of all.

@@ -1,9 +1,10 @@
 """What a sketch of so many bits is made of, and how noisy it is; rounded ones, of many bits.
 
 Below `trellis.MOST` bits an entry a sketch is a trellis's, of a matrix that is mixed. Where there
-are more, the matrix is rotated at random, so that its entries look Gaussian, and these are rounded
-to integers. Both are scaled so that ⟨X̂, X⟩ = ‖X‖²: then the error is uncorrelated with X, in every
-small direction. The energy of X̂ is larger than X's, which is the price.
+are more, or where the matrix is so small that what fills it up costs more than a trellis saves, it
+is rotated at random, so that its entries look Gaussian, and these are rounded to integers. Both are
+scaled so that ⟨X̂, X⟩ = ‖X‖²: then the error is uncorrelated with X, in every small direction. The
+energy of X̂ is larger than X's, which is the price.
 """
 
 import math

@@ -37,10 +37,10 @@ class Sketch(DeltaCodec):
 
     δ ≈ Σ g_i a_i b_iᵀ + X̂. The directions that are worth their bits are rounded to small integers.
     What they leave, X, is mixed and coded by a `trellis`, which comes near the least noise that so
-    many bits allow; above 1.5 bits an entry, it is rotated and rounded to integers. X̂ is scaled so
-    that ⟨X̂, X⟩ = ‖X‖²: the sketch is noisy, but shrinks nothing, unless its noise is felt (see
-    `allocation`). What comes back is for use: it has more energy than δ, as noise that the model
-    hardly feels.
+    many bits allow; above 1.5 bits an entry, or where it is tiny, it is rotated and rounded to
+    integers. X̂ is scaled so that ⟨X̂, X⟩ = ‖X‖²: the sketch is noisy, but shrinks nothing, unless
+    its noise is felt (see `allocation`). What comes back is for use: it has more energy than δ, as
+    noise that the model hardly feels.
 
     Exactly one of bits, bytes and noise is given. Of bits and bytes no more is ever taken; where
     the headers alone take more, all deltas come back as zero, with a warning. A tensor that is
@@ -270,13 +270,14 @@ class _Read(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """About, in memory."""
+        """About, in memory; with the codes, which are what it is kept by."""
         codes, product = self
         known = [codes.sketch, codes.positions, *(product or ()), *(codes.mixed or ())]
         return _SMALL // 4 + sum(getattr(part, "nbytes", 0) for part in known)
 
 
 _KEPT: Kept[_Read] = Kept(1 << 26, lambda read: read.nbytes)
+"""Of all bundles of a process, 64 MiB."""
 
 
 def _gains(parts: Parts, codes: Codes) -> Tensor:
