@@ -145,7 +145,8 @@ class _Head(NamedTuple):
         if len(data) < at:
             raise ValueError(f"{len(data)} bytes are too few for the head of a tensor's codes")
         form, place, rank, count, scale = _HEAD.unpack_from(data)
-        if form > TRELLIS or rank > min(rows, columns) or not math.isfinite(scale):
+        most = min(rows, columns)
+        if form > TRELLIS or not most or rank > most or not math.isfinite(scale):
             raise ValueError(f"no codes of a {rows} × {columns} matrix")
         step, settings = 0.0, b""
         if rank:

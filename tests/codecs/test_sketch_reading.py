@@ -70,6 +70,15 @@ def test_a_vectors_direction_and_its_integers_are_summed() -> None:
     assert torch.allclose(CODEC.decode(parts["both"], shape), wanted)
 
 
+@pytest.mark.parametrize("shape", [(1, 0), (5, 0), (0, 5)])
+def test_a_matrix_of_no_entries_has_no_codes(shape: tuple[int, int]) -> None:
+    for form in range(5):
+        codes = torch.zeros(20, dtype=torch.uint8)
+        codes[0], codes[7] = form, 1
+        with pytest.raises(ValueError, match=f"no codes of a {shape[0]} × {shape[1]} matrix"):
+            sketch_codes.read(codes, *shape)
+
+
 def test_a_parameter_is_written_to(parts: dict[str, Tensor]) -> None:
     out = torch.nn.Parameter(torch.zeros(SHAPE))
     assert CODEC.added(parts, torch.ones(SHAPE), out).data_ptr() == out.data_ptr()
