@@ -88,6 +88,22 @@ class Levelled(NamedTuple):
     energy: float
     size: float
 
+    def unevenness(self, rate: float) -> float:
+        """How much noisier a trellis is, as what its windows span is not of one size; 1 or more.
+
+        A window says as much of a quiet part as of a loud one: of parts of energies e, what comes
+        back has their roots, and is scaled to be unbiased on the whole.
+
+        Args:
+            rate: bits a number.
+        """
+        span = RUN * _runs(math.ceil(trellis.WINDOW / rate))
+        whole = len(self.numbers) // span * span
+        if not whole:
+            return 1.0
+        energies = self.numbers[:whole].view(-1, span).square().mean(1, dtype=torch.float64)
+        return float(energies.mean() / energies.sqrt().mean() ** 2)
+
 
 def is_turned(rows: int, columns: int) -> bool:
     """Whether a matrix is transposed first."""

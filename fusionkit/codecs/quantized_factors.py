@@ -99,6 +99,9 @@ def quantize(
     wanted = math.sqrt(12 * theta / float(s[-1])) * (s / s[-1]) ** (exponent - 0.5)
     columns = metric.back(leading.u, leading.v)
     squares = [side.to(torch.float64).square().mean(0) for side in columns]
+    # Nor so coarse that a side is zero, as one would be of which all entries are alike.
+    largest = torch.minimum(*(side.abs().amax(0) for side in columns)).to(torch.float64)
+    wanted = torch.minimum(wanted, s.sqrt() * largest)
     wanted = torch.maximum(wanted, (s * torch.maximum(*squares)).sqrt() / _WIDEST)
     step = float(np.float32(float(wanted.min())))
     steps = (torch.log2(wanted / step) * _STEPS).round().clamp(0, 255).to(torch.uint8)

@@ -63,17 +63,21 @@ def noise(bits: Doubles) -> Doubles:
     return np.where(bits <= trellis.MOST, trellis.noise(bits), np.minimum(_rounded(bits), least))
 
 
-def is_rounded(room: float, rows: int, columns: int) -> bool:
-    """Whether integers of so many bits have less noise than a trellis: of small matrices, too.
+def is_rounded(room: float, rows: int, columns: int, mixed: mixing.Levelled) -> bool:
+    """Whether integers of so many bits have less noise than a trellis.
 
-    The zeros that fill a matrix up take bits, and their part of the noise.
+    They have of small matrices, as the zeros that fill these up take bits, and their part of the
+    noise; and of matrices of which a few rows are nearly all, as they are rotated on both sides.
+
+    Args:
+        room: bits.
+        rows: of the matrix.
+        columns: likewise.
+        mixed: the matrix, as a trellis would code it.
     """
-    size, length = rows * columns, mixing.length(rows, columns)
-    if room <= 0:
-        return False
-    if room > trellis.MOST * size:
-        return True
-    of_trellis = trellis.noise(np.array(room / length)) * size / length
+    size, rate = rows * columns, min(room / len(mixed.numbers), trellis.MOST)
+    filled = mixing.length(rows, columns) / size
+    of_trellis = float(trellis.noise(np.array(rate))) * mixed.unevenness(rate) / filled
     return bool(_rounded(np.array(room / size)) < of_trellis)
 
 
@@ -96,7 +100,7 @@ def _noises() -> tuple[Doubles, Doubles]:
     x = torch.linspace(-8, 8, 40001, dtype=torch.float64)
     weights = torch.exp(-x.square() / 2)
     weights /= weights.sum()
-    for deviation in np.geomspace(0.45, 60, 60):
+    for deviation in np.geomspace(0.12, 60, 100):
         rounded = (x * deviation).round()
         square, product = (weights * rounded.square()).sum(), (weights * rounded * x).sum()
         rates.append(float(rate(np.array(deviation))))

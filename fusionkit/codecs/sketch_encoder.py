@@ -156,9 +156,13 @@ def encode_tensor(
             rest = torch.addmm(matrix, left, right.mT, alpha=-1)
             factors = factors.scaled(unit)
         size = unit * allowed.shrunk
-        if not is_rounded(_room(factors, allowed.nbytes), rows, columns):
-            codes = _mixed(rest, size, factors, place, seed, allowed.nbytes)
+        room, mixed = _room(factors, allowed.nbytes), None
+        if 0 < room <= trellis.MOST * rest.numel():
+            mixed = mixing.levelled(rest, seed, place)
+        if mixed is not None and not is_rounded(room, rows, columns, mixed):
+            codes = _by_trellis(mixed, size, factors, place, allowed.nbytes)
         else:
+            del mixed
             turned = rotate(rest, seed, place=place, out=rest if rest is not matrix else None)
             codes = _rounded(turned, size, factors, place, INTEGERS, allowed.nbytes)
         if codes is not None:
@@ -210,18 +214,14 @@ def _room(factors: QuantizedFactors | None, limit: int) -> float:
     return room
 
 
-def _mixed(
-    rest: Tensor,
+def _by_trellis(
+    found: mixing.Levelled,
     unit: float,
     factors: QuantizedFactors | None,
     place: int,
-    seed: int,
     limit: int,
 ) -> Tensor | None:
-    """Codes with a trellis in what is left of the bytes; None: too few are, or there is no rest."""
-    found = mixing.levelled(rest, seed, place) if _room(factors, limit) > 0 else None
-    if found is None:
-        return None
+    """Codes with a trellis in what is left of the bytes; None: too few are."""
     numbers = found.numbers.cpu()
     runs: list[tuple[Tensor, entropy.Model]] = [(found.levels, entropy.best(found.levels))]
     # Without its bits, as the length of the others is known once they are written.
