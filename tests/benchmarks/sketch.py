@@ -15,18 +15,18 @@ the largest tensor in float32: one 4096 × 14336 matrix and sixteen of 512 × 51
 **bytes**: the zoo's codes against the ideal length of their symbols (`entropy.code_length`), and of
 trellises, a bit a step.
 
-Measured on two virtual cores (Xeon with AVX-512), one of them and more busy otherwise, each line of
-a column in one run. "Signs" is what was sketched so before, as the largest entries of a matrix that
-was rotated.
+Measured on two virtual cores (Xeon with AVX-512), nothing else running but where there is a star,
+each line of a column in one run. "Signs" is what was sketched so before, as the largest entries of
+a matrix that was rotated.
 
                                               signs                   now
-    switch / load of the fp16 checkpoint      6.3, one thread; 7.4    2.4, one thread; 2.5, two
-    Bundle.state_dict / the same              8.7; 8.8                4.7; 4.6
-    4096 × 14336 rebuilt, GB/s as fp16        0.33; 0.56              0.94; 1.30
-        (copy of float32; load of fp16)       (2.3; 2.8), (4.4; 5.2)  (3.0; 3.8), (4.4; 5.6)
-    encode / SVD(rank=32): two tasks          2.5                     2.7
-        two of 4096 × 1024; 4096 × 14336      2.0; 2.1                2.1; 4.1
-    peak memory in largest tensors: compress  3.5                     3.3
+    switch / load of the fp16 checkpoint      6.3, one thread; 7.4    2.7, one thread; 3.2, two
+    Bundle.state_dict / the same              8.7; 8.8                5.9; 6.1
+    4096 × 14336 rebuilt, GB/s as fp16        0.33; 0.56              0.82; 1.68
+        (copy of float32; load of fp16)       (2.3; 2.8), (4.4; 5.2)  (2.7; 3.3), (5.6; 6.4)
+    encode / SVD(rank=32): two tasks          2.5                     2.4 *
+        two of 4096 × 1024; 4096 × 14336      2.0; 2.1                2.5; 3.3 *
+    peak memory in largest tensors: compress  3.5                     3.1
         decode                                1.1                     1.0
     codes / ideal of their symbols            1.011                   1.011
         largest of a tensor's                 1.030                   1.029
