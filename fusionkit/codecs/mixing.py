@@ -101,8 +101,8 @@ class Levelled(NamedTuple):
         whole = len(self.numbers) // span * span
         if not whole:
             return 1.0
-        energies = self.numbers[:whole].view(-1, span).square().mean(1, dtype=torch.float64)
-        return float(energies.mean() / energies.sqrt().mean() ** 2)
+        sizes = torch.linalg.vector_norm(self.numbers[:whole].view(-1, span), dim=1).double()
+        return float(sizes.square().mean() / sizes.mean() ** 2)
 
 
 def is_turned(rows: int, columns: int) -> bool:

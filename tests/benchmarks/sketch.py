@@ -15,8 +15,8 @@ the largest tensor in float32: one 4096 × 14336 matrix and sixteen of 512 × 51
 **bytes**: the zoo's codes against the ideal length of their symbols (`entropy.code_length`), and of
 trellises, a bit a step.
 
-Measured on two virtual cores (Xeon with AVX-512), nothing else running but where there is a star,
-each line of a column in one run. "Signs" is what was sketched so before, as the largest entries of
+Measured on two virtual cores (Xeon with AVX-512), nothing else running, each line of a column
+in one run. "Signs" is what was sketched so before, as the largest entries of
 a matrix that was rotated.
 
                                               signs                   now
@@ -24,8 +24,8 @@ a matrix that was rotated.
     Bundle.state_dict / the same              8.7; 8.8                5.9; 6.1
     4096 × 14336 rebuilt, GB/s as fp16        0.33; 0.56              0.82; 1.68
         (copy of float32; load of fp16)       (2.3; 2.8), (4.4; 5.2)  (2.7; 3.3), (5.6; 6.4)
-    encode / SVD(rank=32): two tasks          2.5                     2.4 *
-        two of 4096 × 1024; 4096 × 14336      2.0; 2.1                2.5; 3.3 *
+    encode / SVD(rank=32): two tasks          2.5                     2.3
+        two of 4096 × 1024; 4096 × 14336      2.0; 2.1                1.9; 4.8
     peak memory in largest tensors: compress  3.5                     3.1
         decode                                1.1                     1.0
     codes / ideal of their symbols            1.011                   1.011
