@@ -148,7 +148,7 @@ def levelled(matrix: Tensor, seed: int, place: int) -> Levelled | None:
     for group, gain in zip(groups, gains.tolist(), strict=True):
         group.div_(size * gain)
     weights = gains[alive].astype(np.float64) ** 2
-    whole = float((energies[alive]).sum()) / size**2
+    whole = float(energies[alive].sum()) / size**2
     if not alive.all():
         sequence = torch.cat([one for one, is_kept in zip(groups, alive, strict=True) if is_kept])
     return Levelled(levels, sequence, trellis.Groups(counts[alive].cumsum(), weights), whole, size)
@@ -270,7 +270,6 @@ def _mixed(matrix: Tensor, seed: int, place: int) -> Tensor:
 
         (rows, columns), across = matrix.shape, _runs(matrix.shape[1])
         side, signs = mixing_of(seed, across, False), _signs(seed, columns, place)
-
         sequence, flat = matrix.new_empty(length(rows, columns)), flat_of(matrix)
         whole = sequence.numpy()
 

@@ -140,7 +140,9 @@ def encode_tensor(
     if not unit:
         return None
     if rows == 1:
-        return _rounded(matrix, unit, None, place, PLAIN, allowed.nbytes)
+        return _rounded(
+            matrix, unit, None, place, PLAIN, allowed.nbytes, _room(None, allowed.nbytes)
+        )
     theta = allowed.theta / unit / unit
     leading = None
     if allowed.rank:
@@ -164,7 +166,7 @@ def encode_tensor(
         else:
             del mixed
             turned = rotate(rest, seed, place=place, out=rest if rest is not matrix else None)
-            codes = _rounded(turned, size, factors, place, INTEGERS, allowed.nbytes)
+            codes = _rounded(turned, size, factors, place, INTEGERS, allowed.nbytes, room)
         if codes is not None:
             return codes
         if factors is not None:
@@ -243,10 +245,10 @@ def _rounded(
     place: int,
     form: int,
     limit: int,
+    room: float,
 ) -> Tensor | None:
     """Codes with as fine integers as fit; None: with none at all they don't."""
     flat = values.reshape(-1)
-    room = _room(factors, limit)
     if room <= 0 or not flat.any():
         return None
     best, most = None, MOST * len(flat)
